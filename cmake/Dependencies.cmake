@@ -1,0 +1,31 @@
+find_package(fmt REQUIRED)
+find_package(OpenMP REQUIRED COMPONENTS CXX)
+find_package(nlohmann_json REQUIRED)
+find_package(PkgConfig REQUIRED)
+pkg_check_modules(PCRE2 REQUIRED IMPORTED_TARGET libpcre2-8)
+find_package(ICU REQUIRED COMPONENTS uc)
+find_package(CLI11 REQUIRED)
+pkg_check_modules(HWY REQUIRED IMPORTED_TARGET libhwy)
+if(DSLA_TESTS)
+  find_package(GTest REQUIRED)
+endif()
+if(DSLA_BENCH)
+  find_package(benchmark REQUIRED)
+endif()
+
+# libtorch from the torch wheel in the project's own .venv (or DSLA_TORCH_DIR). Only libtorch_cpu and libc10 are linked;
+# their own dependencies (the CUDA runtime and CUPTI wheels) lie beside the wheel and are found by its RPATH.
+if(DSLA_TORCH)
+  file(GLOB dsla_torch_candidates ${PROJECT_SOURCE_DIR}/.venv/lib/python3*/site-packages/torch)
+  set(DSLA_TORCH_DIR "${dsla_torch_candidates}" CACHE PATH "The torch package folder (with include/ and lib/)")
+  if(NOT EXISTS "${DSLA_TORCH_DIR}/lib/libtorch_cpu.so")
+    message(FATAL_ERROR "libtorch not found in '${DSLA_TORCH_DIR}': run ./quickstart, or set DSLA_TORCH_DIR to an installed torch package")
+  endif()
+  add_library(torch_cpu INTERFACE)
+  target_include_directories(torch_cpu SYSTEM INTERFACE ${DSLA_TORCH_DIR}/include ${DSLA_TORCH_DIR}/include/torch/csrc/api/include)
+  get_filename_component(dsla_site_packages ${DSLA_TORCH_DIR} DIRECTORY)
+  target_link_libraries(torch_cpu INTERFACE ${DSLA_TORCH_DIR}/lib/libtorch_cpu.so ${DSLA_TORCH_DIR}/lib/libc10.so)
+  target_link_options(torch_cpu INTERFACE
+    -Wl,-rpath,${DSLA_TORCH_DIR}/lib
+    -Wl,-rpath-link,${dsla_site_packages}/nvidia/cu13/lib -Wl,--allow-shlib-undefined)
+endif()

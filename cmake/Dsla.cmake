@@ -1,0 +1,65 @@
+# One way to declare a library, a test, a bench or a fuzz target, so that flags and registration are the same everywhere.
+
+function(dsla_options target)
+  target_compile_options(${target} PRIVATE -Wall -Wextra -Werror)
+  target_include_directories(${target} PUBLIC ${PROJECT_SOURCE_DIR}/src)
+  if(DSLA_SANITIZE)
+    string(REPLACE ";" "," sanitizers "${DSLA_SANITIZE}")
+    target_compile_options(${target} PRIVATE -fsanitize=${sanitizers} -fno-sanitize-recover=all -fno-omit-frame-pointer)
+    target_link_options(${target} PUBLIC -fsanitize=${sanitizers})
+  endif()
+endfunction()
+
+# dsla_library(NAME <name> SRCS <files> [DEPS <targets>]): the static library dsla_<name>.
+function(dsla_library)
+  cmake_parse_arguments(ARG "" "NAME" "SRCS;DEPS" ${ARGN})
+  add_library(dsla_${ARG_NAME} STATIC ${ARG_SRCS})
+  dsla_options(dsla_${ARG_NAME})
+  target_link_libraries(dsla_${ARG_NAME} PUBLIC ${ARG_DEPS})
+endfunction()
+
+# dsla_test(NAME <name> SRCS <files> [DEPS <targets>] [LABELS <labels>] [ARGS <arguments>] [ENV <name=value>...] [TIMEOUT <s>]):
+# a GoogleTest program run by CTest as <name>. It finds data through the compile definition DSLA_SOURCE_DIR.
+function(dsla_test)
+  cmake_parse_arguments(ARG "" "NAME;TIMEOUT" "SRCS;DEPS;LABELS;ARGS;ENV" ${ARGN})
+  if(NOT DSLA_TESTS)
+    return()
+  endif()
+  add_executable(${ARG_NAME} ${ARG_SRCS})
+  dsla_options(${ARG_NAME})
+  target_compile_definitions(${ARG_NAME} PRIVATE DSLA_SOURCE_DIR="${PROJECT_SOURCE_DIR}" DSLA_BINARY_DIR="${PROJECT_BINARY_DIR}")
+  target_link_libraries(${ARG_NAME} PRIVATE ${ARG_DEPS} GTest::gmock GTest::gtest_main)
+  add_test(NAME ${ARG_NAME} COMMAND ${ARG_NAME} ${ARG_ARGS})
+  if(NOT ARG_TIMEOUT)
+    set(ARG_TIMEOUT 600)
+  endif()
+  set_tests_properties(${ARG_NAME} PROPERTIES TIMEOUT ${ARG_TIMEOUT} LABELS "${ARG_LABELS}" ENVIRONMENT "${ARG_ENV}")
+endfunction()
+
+# dsla_bench(NAME <name> SRCS <files> [DEPS <targets>]): a Google Benchmark program; built, not run by CTest.
+function(dsla_bench)
+  cmake_parse_arguments(ARG "" "NAME" "SRCS;DEPS" ${ARGN})
+  if(NOT DSLA_BENCH)
+    return()
+  endif()
+  add_executable(${ARG_NAME} ${ARG_SRCS})
+  dsla_options(${ARG_NAME})
+  target_link_libraries(${ARG_NAME} PRIVATE ${ARG_DEPS} benchmark::benchmark)
+endfunction()
+
+# dsla_fuzz(NAME <name> SRCS <files> [DEPS <targets>] [SEEDS <folder>]): a libFuzzer target; CTest runs it for a short time.
+set(DSLA_FUZZ_SECONDS 20 CACHE STRING "How long CTest runs each fuzz target")
+function(dsla_fuzz)
+  cmake_parse_arguments(ARG "" "NAME;SEEDS" "SRCS;DEPS" ${ARGN})
+  if(NOT DSLA_FUZZ)
+    return()
+  endif()
+  add_executable(${ARG_NAME} ${ARG_SRCS})
+  dsla_options(${ARG_NAME})
+  target_link_libraries(${ARG_NAME} PRIVATE ${ARG_DEPS})
+  target_link_options(${ARG_NAME} PRIVATE -fsanitize=fuzzer)
+  file(MAKE_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/${ARG_NAME}_corpus)
+  add_test(NAME ${ARG_NAME} COMMAND ${ARG_NAME} -max_total_time=${DSLA_FUZZ_SECONDS} -rss_limit_mb=2048 -timeout=10
+           -print_final_stats=1 ${CMAKE_CURRENT_BINARY_DIR}/${ARG_NAME}_corpus ${ARG_SEEDS})
+  set_tests_properties(${ARG_NAME} PROPERTIES LABELS fuzz)
+endfunction()

@@ -1,0 +1,33 @@
+#include "base/exec.h"
+
+#include <omp.h>
+
+#include <algorithm>
+
+namespace dsla {
+
+void* Workspace::TakeBytes(int64_t bytes) {
+  const int64_t rounded = (std::max<int64_t>(bytes, 1) + 63) / 64 * 64;
+  while (block_ < blocks_.size() && used_ + rounded > blocks_[block_].size()) {
+    ++block_;
+    used_ = 0;
+  }
+  if (block_ == blocks_.size()) {
+    constexpr int64_t kMinBlockBytes = int64_t{1} << 20;
+    const int64_t grown = blocks_.empty() ? 0 : 2 * blocks_.back().size();
+    blocks_.emplace_back(std::max({rounded, kMinBlockBytes, grown}));
+  }
+  char* p = blocks_[block_].data() + used_;
+  used_ += rounded;
+  return p;
+}
+
+namespace internal {
+
+void ParallelRun(int threads, int64_t tasks, void (*run)(void*, int64_t, int), void* arg) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t task = 0; task < tasks; ++task) run(arg, task, omp_get_thread_num());
+}
+
+}  // namespace internal
+}  // namespace dsla
