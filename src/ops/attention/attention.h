@@ -1,0 +1,46 @@
+// Causal softmax attention over a paged KV cache, for prefill chunks and decode rows alike (a
+// ragged batch, GQA-aware). K and V of the new rows are already in the pages. fp32 arithmetic; K
+// and V are read in the cache's dtype.
+#pragma once
+
+#include <cstdint>
+
+#include "base/exec.h"
+#include "ops/views.h"
+
+namespace dsla {
+
+struct PagedAttentionArgs {
+  RaggedRows rows;
+  PageTables tables;
+  PagedKvView kv;
+  int H = 0;
+  float scale = 0;           // usually 1 / sqrt(D)
+  int sliding_window = 0;    // keys a query sees, itself included; 0 = all
+  const float* q = nullptr;  // [T, H, D], rotated
+  int64_t q_stride = 0;      // floats between rows of q
+  float* out = nullptr;      // [T, H, D], dense
+  float* lse = nullptr;      // [T, H] natural log of the sum of exp(scale * q.k), or null
+};
+
+// Row (n, i) attends to the tokens [max(0, t - sliding_window + 1), t], t = pos[n] + i.
+// Deterministic; the result of a row does not depend on the number of threads, nor on which other
+// rows are in the batch.
+void PagedAttentionCpu(const ExecContext& ctx, const PagedAttentionArgs& args);
+
+// The oracle: fp64 sums, scalar, one thread.
+void PagedAttentionRef(const PagedAttentionArgs& args);
+
+// Copies new K and V rows into their pages, converting to the cache's dtype (round to nearest
+// even).
+struct KvWriteArgs {
+  RaggedRows rows;
+  PageTables tables;
+  PagedKvView kv;
+  const float* k = nullptr;            // [T, Hkv, D], rotated
+  const float* v = nullptr;            // [T, Hkv, D]
+  int64_t k_stride = 0, v_stride = 0;  // floats between rows
+};
+void KvWriteCpu(const ExecContext& ctx, const KvWriteArgs& args);
+
+}  // namespace dsla

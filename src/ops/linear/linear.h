@@ -1,0 +1,66 @@
+// Linear: y = W x + b with a weight stored in bf16 or fp32 and fp32 activations. Many rows go
+// through libtorch's GEMM; few rows (decode) are bound by the weight's bytes and take our own loop.
+// Immutable after construction; Forward is thread-safe.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+
+#include "base/dtype.h"
+#include "base/exec.h"
+
+namespace dsla {
+
+enum class Accumulate { kNo, kYes };
+
+class Linear {
+ public:
+  Linear() = default;
+  // weight: [out, in] row-major, rounded to `dtype` (nearest even). bias: [out] or empty.
+  Linear(std::span<const float> weight, int64_t out, int64_t in, DType dtype,
+         std::span<const float> bias = {});
+  Linear(Linear&&) noexcept;
+  Linear& operator=(Linear&&) noexcept;
+  ~Linear();
+
+  int64_t in() const { return in_; }
+  int64_t out() const { return out_; }
+  bool empty() const { return out_ == 0; }
+  int64_t bytes() const;  // of the stored weight and bias
+
+  // y[t] (+)= W x[t] + b for T rows; strides in floats between rows. x and y do not overlap.
+  void Forward(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T, float* y,
+               int64_t y_stride, Accumulate accumulate = Accumulate::kNo) const;
+
+  // Row i of the weight as fp32: the embedding of token i. out: [in].
+  void ReadRow(int64_t i, float* out) const;
+
+ private:
+  struct Storage;
+  std::unique_ptr<Storage> storage_;
+  int64_t in_ = 0, out_ = 0;
+};
+
+// The adapter's correction of a frozen weight: y += B (A x), A [r, in], B [out, r].
+class LowRankDelta {
+ public:
+  LowRankDelta() = default;
+  LowRankDelta(std::span<const float> a, std::span<const float> b, int64_t rank, int64_t in,
+               int64_t out, DType dtype);
+
+  bool empty() const { return a_.empty(); }
+  int64_t bytes() const { return empty() ? 0 : a_.bytes() + b_.bytes(); }
+  void AddTo(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T, float* y,
+             int64_t y_stride) const;
+
+ private:
+  Linear a_, b_;
+};
+
+// The oracle: fp64 sums over the weight rounded to `dtype`.
+void LinearRef(std::span<const float> weight, int64_t out, int64_t in, DType dtype,
+               std::span<const float> bias, const float* x, int64_t x_stride, int64_t T, float* y,
+               int64_t y_stride);
+
+}  // namespace dsla
