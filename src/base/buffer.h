@@ -1,5 +1,6 @@
-// Buffer<T>: an owned, 64-byte aligned array of a trivial type, contents undefined after Resize. Debug builds fill it
-// with 0xff bytes (NaN for every float type), so that a read of something never written shows.
+// Buffer<T>: an owned, 64-byte aligned array of a trivial type, contents undefined after Resize.
+// Debug builds fill it with 0xff bytes (NaN for every float type), so that a read of something
+// never written shows.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +31,8 @@ class Buffer {
     }
     size_ = size;
 #ifndef NDEBUG
-    if (size > 0) std::memset(static_cast<void*>(data_.get()), 0xff, sizeof(T) * static_cast<size_t>(size));
+    if (size > 0)
+      std::memset(static_cast<void*>(data_.get()), 0xff, sizeof(T) * static_cast<size_t>(size));
 #endif
   }
   void Fill(T value) {

@@ -1,5 +1,5 @@
-// DSLA_CHECK: a condition that only our own bug can break; on in every build. DSLA_DCHECK: the same inside hot loops,
-// off in Release. Both print the place and the condition and abort.
+// DSLA_CHECK: a condition that only our own bug can break; on in every build. DSLA_DCHECK: the same
+// inside hot loops, off in Release. Both print the place and the condition and abort.
 #pragma once
 
 #include <cstdio>

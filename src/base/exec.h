@@ -1,5 +1,6 @@
-// ExecContext: what an operator may use while it runs: threads and scratch memory. Passed explicitly; there are no
-// globals. Threads come from the OpenMP runtime that libtorch uses too, so that the two never compete.
+// ExecContext: what an operator may use while it runs: threads and scratch memory. Passed
+// explicitly; there are no globals. Threads come from the OpenMP runtime that libtorch uses too, so
+// that the two never compete.
 #pragma once
 
 #include <cstdint>
@@ -11,13 +12,15 @@
 
 namespace dsla {
 
-// A bump allocator whose memory is kept between steps. Not thread-safe: take what a parallel section needs before it.
+// A bump allocator whose memory is kept between steps. Not thread-safe: take what a parallel
+// section needs before it.
 class Workspace {
  public:
   // Frees at its end everything taken during its life.
   class Scope {
    public:
-    explicit Scope(Workspace& workspace) : workspace_(workspace), block_(workspace.block_), used_(workspace.used_) {}
+    explicit Scope(Workspace& workspace)
+        : workspace_(workspace), block_(workspace.block_), used_(workspace.used_) {}
     ~Scope() {
       workspace_.block_ = block_;
       workspace_.used_ = used_;
@@ -47,15 +50,17 @@ class Workspace {
 
 struct ExecContext {
   int threads = 1;
-  Workspace* workspace = nullptr;  // one per thread that calls operators; never shared between callers
+  Workspace* workspace =
+      nullptr;  // one per thread that calls operators; never shared between callers
 };
 
 namespace internal {
-void ParallelRun(int threads, int64_t tasks, void (*run)(void*, int64_t task, int thread), void* arg);
+void ParallelRun(int threads, int64_t tasks, void (*run)(void*, int64_t task, int thread),
+                 void* arg);
 }  // namespace internal
 
-// Calls body(task, thread) for every task in [0, tasks), handed out one by one; thread is in [0, ctx.threads). The
-// order is unspecified, so a result must not depend on it.
+// Calls body(task, thread) for every task in [0, tasks), handed out one by one; thread is in [0,
+// ctx.threads). The order is unspecified, so a result must not depend on it.
 template <typename Body>
 void ParallelFor(const ExecContext& ctx, int64_t tasks, Body&& body) {
   if (ctx.threads <= 1 || tasks <= 1) {
@@ -65,11 +70,12 @@ void ParallelFor(const ExecContext& ctx, int64_t tasks, Body&& body) {
   using Fn = std::remove_reference_t<Body>;
   internal::ParallelRun(
       ctx.threads, tasks,
-      [](void* arg, int64_t task, int thread) { (*static_cast<Fn*>(arg))(task, thread); }, const_cast<void*>(static_cast<const void*>(&body)));
+      [](void* arg, int64_t task, int thread) { (*static_cast<Fn*>(arg))(task, thread); },
+      const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// Cuts [0, n) into at most ctx.threads contiguous ranges, each a multiple of `grain` but the last, and calls
-// body(begin, end, thread) for each.
+// Cuts [0, n) into at most ctx.threads contiguous ranges, each a multiple of `grain` but the last,
+// and calls body(begin, end, thread) for each.
 template <typename Body>
 void ParallelRanges(const ExecContext& ctx, int64_t n, int64_t grain, Body&& body) {
   const int64_t units = (n + grain - 1) / grain;

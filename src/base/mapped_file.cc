@@ -55,7 +55,8 @@ Expected<std::string> ReadTextFile(const std::string& path, size_t max_bytes) {
   DSLA_ASSIGN_OR_RETURN(const MappedFile file, MappedFile::Open(path));
   const auto bytes = file.bytes();
   if (bytes.size() > max_bytes) {
-    return InvalidArgument("'{}' has {} bytes, more than the {} allowed", path, bytes.size(), max_bytes);
+    return InvalidArgument("'{}' has {} bytes, more than the {} allowed", path, bytes.size(),
+                           max_bytes);
   }
   return std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size());
 }

@@ -1,4 +1,5 @@
-// A read-only memory map of a whole file. Movable; unmapped at the end. Safe to read from any thread.
+// A read-only memory map of a whole file. Movable; unmapped at the end. Safe to read from any
+// thread.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +12,8 @@ namespace dsla {
 
 class MappedFile {
  public:
-  // Errors: kNotFound (with the system's reason) if it cannot be opened, kInvalidArgument if it is not a regular file.
+  // Errors: kNotFound (with the system's reason) if it cannot be opened, kInvalidArgument if it is
+  // not a regular file.
   static Expected<MappedFile> Open(const std::string& path);
 
   MappedFile() = default;

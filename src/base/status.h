@@ -1,5 +1,6 @@
-// Errors with outside causes (files, requests, memory budgets) travel as Status or Expected<T>; our own bugs are
-// DSLA_CHECK (base/check.h). A message is one line, names the input and gives the numbers.
+// Errors with outside causes (files, requests, memory budgets) travel as Status or Expected<T>; our
+// own bugs are DSLA_CHECK (base/check.h). A message is one line, names the input and gives the
+// numbers.
 #pragma once
 
 #include <fmt/format.h>
@@ -67,7 +68,8 @@ Status ResourceExhausted(fmt::format_string<Args...> format, Args&&... args) {
 template <typename T>
 class [[nodiscard]] Expected {
  public:
-  Expected(T value) : value_(std::move(value)) {}  // NOLINT: implicit, so that `return value;` works
+  Expected(T value)
+      : value_(std::move(value)) {}  // NOLINT: implicit, so that `return value;` works
   Expected(Status status) : value_(std::move(status)) {  // NOLINT: likewise for errors
     DSLA_CHECK(!std::get<Status>(value_).ok());
   }
@@ -96,8 +98,8 @@ class [[nodiscard]] Expected {
   std::variant<T, Status> value_;
 };
 
-#define DSLA_RETURN_IF_ERROR(expr)                            \
-  do {                                                        \
+#define DSLA_RETURN_IF_ERROR(expr)                                                     \
+  do {                                                                                 \
     if (::dsla::Status dsla_status_ = (expr); !dsla_status_.ok()) return dsla_status_; \
   } while (0)
 

@@ -1,0 +1,64 @@
+// CachePool: the memory behind a Ledger. Pages and slots lie in two arenas of address space, each
+// as large as the whole budget; physical memory is only there for blocks that were touched, and the
+// free blocks' memory goes back to the system when both arenas together would hold more than the
+// budget. The engine's thread owns it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "base/status.h"
+#include "cache/ledger.h"
+#include "ops/dsla/dsla.h"
+#include "ops/views.h"
+
+namespace dsla {
+
+// What a model's cache blocks look like.
+struct CacheGeometry {
+  int page_size = 64;  // tokens
+  int Hkv = 0;
+  int D = 0;
+  DType kv_dtype = DType::kBF16;
+  int64_t slot_bytes = 0;  // of the largest DSLA layer; 0 without an adapter
+
+  // K and V of page_size tokens of one layer, rounded up to whole memory pages.
+  int64_t page_bytes() const;
+};
+
+class CachePool {
+ public:
+  // kResourceExhausted when the address space cannot be had.
+  static Expected<CachePool> Create(const CacheGeometry& geometry, int64_t budget_bytes);
+  CachePool(CachePool&& other) noexcept;
+  CachePool& operator=(CachePool&&) = delete;
+  ~CachePool();
+
+  Ledger& ledger() { return *ledger_; }
+  const Ledger& ledger() const { return *ledger_; }
+  const CacheGeometry& geometry() const { return geometry_; }
+
+  PagedKvView pages() const;
+  DslaStateView slots() const;
+
+  // To be called with every block before it is first written after a reservation: counts it as
+  // resident, and trims free blocks while the resident bytes exceed the budget.
+  void Touch(BlockKind kind, std::span<const int32_t> ids);
+  int64_t resident_bytes() const;
+
+ private:
+  CachePool() = default;
+  void Trim(int64_t bytes_over);
+
+  CacheGeometry geometry_;
+  std::unique_ptr<Ledger> ledger_;
+  std::byte* arena_[kBlockKinds] = {nullptr, nullptr};
+  int64_t arena_bytes_[kBlockKinds] = {0, 0};
+  std::vector<bool> resident_[kBlockKinds];
+  int64_t resident_count_[kBlockKinds] = {0, 0};
+};
+
+}  // namespace dsla

@@ -1,0 +1,92 @@
+#include "cache/ledger.h"
+
+#include <algorithm>
+#include <functional>
+#include <utility>
+
+namespace dsla {
+
+Reservation::Reservation(Reservation&& other) noexcept
+    : ledger_(std::exchange(other.ledger_, nullptr)) {
+  for (int kind = 0; kind < kBlockKinds; ++kind) ids_[kind] = std::exchange(other.ids_[kind], {});
+}
+
+Reservation& Reservation::operator=(Reservation&& other) noexcept {
+  if (this == &other) return *this;
+  Abort();
+  ledger_ = std::exchange(other.ledger_, nullptr);
+  for (int kind = 0; kind < kBlockKinds; ++kind) ids_[kind] = std::exchange(other.ids_[kind], {});
+  return *this;
+}
+
+void Reservation::Commit() { ledger_ = nullptr; }
+
+void Reservation::Abort() {
+  if (ledger_ == nullptr) return;
+  for (int kind = 0; kind < kBlockKinds; ++kind) {
+    for (int32_t id : ids_[kind]) ledger_->Free(static_cast<BlockKind>(kind), id);
+    ids_[kind].clear();
+  }
+  ledger_ = nullptr;
+}
+
+Ledger::Ledger(const LedgerConfig& config) : config_(config) {
+  DSLA_CHECK(config.budget_bytes >= 0 && config.page_bytes > 0 && config.slot_bytes >= 0);
+}
+
+int64_t Ledger::used_bytes() const {
+  return used_[0] * config_.page_bytes + used_[1] * config_.slot_bytes;
+}
+
+int64_t Ledger::capacity(BlockKind kind) const {
+  const int64_t bytes = config_.bytes(kind);
+  return bytes == 0 ? 0 : config_.budget_bytes / bytes;
+}
+
+bool Ledger::is_free(BlockKind kind, int32_t id) const {
+  const int k = static_cast<int>(kind);
+  return id >= next_[k] || !taken_[k][id];
+}
+
+Expected<Reservation> Ledger::Reserve(int64_t pages, int64_t slots) {
+  DSLA_CHECK(pages >= 0 && slots >= 0 && (slots == 0 || config_.slot_bytes > 0));
+  const int64_t needed = pages * config_.page_bytes + slots * config_.slot_bytes;
+  if (needed > free_bytes()) {
+    return ResourceExhausted(
+        "cache memory: {} pages and {} state slots need {} bytes, {} of {} are free", pages, slots,
+        needed, free_bytes(), config_.budget_bytes);
+  }
+  Reservation reservation;
+  reservation.ledger_ = this;
+  const int64_t counts[kBlockKinds] = {pages, slots};
+  for (int kind = 0; kind < kBlockKinds; ++kind) {
+    auto& ids = reservation.ids_[kind];
+    ids.reserve(counts[kind]);
+    for (int64_t i = 0; i < counts[kind]; ++i) {
+      int32_t id;
+      if (!free_[kind].empty()) {
+        std::pop_heap(free_[kind].begin(), free_[kind].end(), std::greater<>());
+        id = free_[kind].back();
+        free_[kind].pop_back();
+      } else {
+        id = next_[kind]++;
+        taken_[kind].push_back(false);
+      }
+      taken_[kind][id] = true;
+      ids.push_back(id);
+    }
+    used_[kind] += counts[kind];
+  }
+  return reservation;
+}
+
+void Ledger::Free(BlockKind kind, int32_t id) {
+  const int k = static_cast<int>(kind);
+  DSLA_CHECK(id >= 0 && id < next_[k] && taken_[k][id]);
+  taken_[k][id] = false;
+  --used_[k];
+  free_[k].push_back(id);
+  std::push_heap(free_[k].begin(), free_[k].end(), std::greater<>());
+}
+
+}  // namespace dsla

@@ -1,0 +1,80 @@
+// SequenceCache: one sequence's page tables and state slots, layer by layer, and how many tokens
+// they hold. Every layer is of one kind at a time: softmax (pages) or dsla (one slot). At level k
+// the first k layers of the ladder are dsla, so the whole mix is one integer, which only rises.
+// Pure bookkeeping on a Ledger; the engine's thread owns it.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "base/status.h"
+#include "cache/ledger.h"
+
+namespace dsla {
+
+class SequenceCache {
+ public:
+  // `ladder`: layer indices, first to convert first; L = its size. Without an adapter it is the
+  // identity and level stays 0. The ladder and the ledger must outlive the cache. A sequence at
+  // level k from the start holds k slots from its first reservation on.
+  SequenceCache(Ledger* ledger, std::span<const int> ladder, int page_size, int level);
+  SequenceCache(SequenceCache&& other) noexcept;
+  SequenceCache& operator=(SequenceCache&&) = delete;
+  ~SequenceCache() { Release(); }
+
+  int length() const { return length_; }  // tokens cached
+  int level() const { return level_; }
+  bool is_dsla(int layer) const { return rank_[layer] < level_; }
+  std::span<const int32_t> pages(int layer) const { return pages_[layer]; }
+  int32_t slot(int layer) const { return slots_[layer]; }  // -1 while softmax
+
+  // Makes room for `count` more tokens, all layers or none. Slots handed out here hold rubbish: see
+  // TakeFreshSlots.
+  Status Reserve(int count);
+  // The reserved tokens are in the cache. Cannot fail.
+  void Commit(int count);
+  // Gives back what was reserved and not committed.
+  void Abort();
+  // Slots handed out since the last call; whoever owns the memory must reset them before use.
+  std::vector<int32_t> TakeFreshSlots() { return std::exchange(fresh_slots_, {}); }
+
+  // A raise to `level`: BeginRaise reserves a slot for each layer that converts and names them;
+  // after the caller folded those layers' pages into the slots, CommitRaise frees the pages.
+  // AbortRaise undoes BeginRaise.
+  struct Conversion {
+    int layer;
+    int32_t slot;
+  };
+  Expected<std::vector<Conversion>> BeginRaise(int level);
+  void CommitRaise();
+  void AbortRaise();
+
+  // Frees everything; length is 0 afterwards, the level stays.
+  void Release();
+
+  int64_t page_count() const;
+  int64_t slot_count() const;
+
+  // Pages that `tokens` tokens take in one softmax layer.
+  static int64_t PagesFor(int64_t tokens, int page_size) {
+    return (tokens + page_size - 1) / page_size;
+  }
+
+ private:
+  int64_t softmax_layers() const { return static_cast<int64_t>(ladder_.size()) - level_; }
+
+  Ledger* ledger_;
+  std::span<const int> ladder_;
+  std::vector<int> rank_;  // by layer: its place in the ladder
+  int page_size_;
+  int level_;
+  int length_ = 0;
+  std::vector<std::vector<int32_t>> pages_;  // by layer
+  std::vector<int32_t> slots_;               // by layer, -1 = none
+  std::vector<int32_t> fresh_slots_;
+  int raise_to_ = -1;  // between BeginRaise and its end
+  Reservation raise_slots_;
+};
+
+}  // namespace dsla
