@@ -1,3 +1,4 @@
+# In step with build_packages in tools/setup_lib.sh.
 find_package(fmt REQUIRED)
 find_package(OpenMP REQUIRED COMPONENTS CXX)
 find_package(nlohmann_json REQUIRED)
@@ -16,8 +17,15 @@ endif()
 # libtorch from the torch wheel in the project's own .venv (or DSLA_TORCH_DIR). Only libtorch_cpu and libc10 are linked;
 # their own dependencies (the CUDA runtime and CUPTI wheels) lie beside the wheel and are found by its RPATH.
 if(DSLA_TORCH)
-  file(GLOB dsla_torch_candidates ${PROJECT_SOURCE_DIR}/.venv/lib/python3*/site-packages/torch)
-  set(DSLA_TORCH_DIR "${dsla_torch_candidates}" CACHE PATH "The torch package folder (with include/ and lib/)")
+  if("${DSLA_TORCH_DIR}" MATCHES "/\\.venv/" AND NOT EXISTS "${DSLA_TORCH_DIR}/lib/libtorch_cpu.so")
+    unset(DSLA_TORCH_DIR CACHE)  # a .venv made anew may hold another Python version
+  endif()
+  file(GLOB dsla_libtorch ${PROJECT_SOURCE_DIR}/.venv/lib/python3*/site-packages/torch/lib/libtorch_cpu.so)
+  list(APPEND dsla_libtorch "")
+  list(GET dsla_libtorch 0 dsla_libtorch)
+  cmake_path(GET dsla_libtorch PARENT_PATH dsla_torch_dir)
+  cmake_path(GET dsla_torch_dir PARENT_PATH dsla_torch_dir)
+  set(DSLA_TORCH_DIR "${dsla_torch_dir}" CACHE PATH "The torch package folder (with include/ and lib/)")
   if(NOT EXISTS "${DSLA_TORCH_DIR}/lib/libtorch_cpu.so")
     message(FATAL_ERROR "libtorch not found in '${DSLA_TORCH_DIR}': run ./quickstart, or set DSLA_TORCH_DIR to an installed torch package")
   endif()
@@ -28,4 +36,13 @@ if(DSLA_TORCH)
   target_link_options(torch_cpu INTERFACE
     -Wl,-rpath,${DSLA_TORCH_DIR}/lib
     -Wl,-rpath-link,${dsla_site_packages}/nvidia/cu13/lib -Wl,--allow-shlib-undefined)
+endif()
+
+# Everything that a header of the project may include, for header_alone.
+set(DSLA_EXTERNAL_LIBRARIES fmt::fmt OpenMP::OpenMP_CXX nlohmann_json::nlohmann_json PkgConfig::PCRE2 ICU::uc CLI11::CLI11 PkgConfig::HWY)
+if(DSLA_TESTS)
+  list(APPEND DSLA_EXTERNAL_LIBRARIES GTest::gmock)
+endif()
+if(DSLA_TORCH)
+  list(APPEND DSLA_EXTERNAL_LIBRARIES torch_cpu)
 endif()

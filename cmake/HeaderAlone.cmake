@@ -1,0 +1,18 @@
+# The target header_alone compiles every header under src/ by itself (twice in one file, so that its guard works too).
+# It is built by name only. *-inl.h are parts of a SIMD source that Highway compiles once per target, not headers.
+function(dsla_header_alone)
+  file(GLOB_RECURSE headers CONFIGURE_DEPENDS RELATIVE ${PROJECT_SOURCE_DIR}/src ${PROJECT_SOURCE_DIR}/src/*.h)
+  list(FILTER headers EXCLUDE REGEX "-inl\\.h$")
+  set(sources)
+  foreach(header ${headers})
+    string(MAKE_C_IDENTIFIER ${header} name)
+    set(source ${PROJECT_BINARY_DIR}/header_alone/${name}.cc)
+    file(CONFIGURE OUTPUT ${source} CONTENT "#include \"${header}\"\n#include \"${header}\"\n")
+    list(APPEND sources ${source})
+  endforeach()
+  add_library(header_alone OBJECT EXCLUDE_FROM_ALL ${sources})
+  dsla_options(header_alone)
+  target_compile_options(header_alone PRIVATE -O0 -g0)
+  target_compile_definitions(header_alone PRIVATE DSLA_SOURCE_DIR="" DSLA_BINARY_DIR="")
+  target_link_libraries(header_alone PRIVATE ${ARGN})
+endfunction()
