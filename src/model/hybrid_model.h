@@ -1,0 +1,92 @@
+// HybridModel: a Llama-family decoder whose attention layers are softmax or DSLA, sequence by
+// sequence. One Forward runs a ragged batch of rows at any mix of levels: one product per
+// projection for all rows; rows are sorted by level, so each layer's rows are two contiguous
+// ranges, softmax [0, m) and DSLA [m, T), and the adapter's deltas touch the second alone.
+//
+// Immutable after Load; Forward and Raise may be called from several threads as long as each has
+// its own ExecContext and its own CachePool.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "base/buffer.h"
+#include "base/exec.h"
+#include "base/status.h"
+#include "cache/cache_pool.h"
+#include "cache/sequence_cache.h"
+#include "format/config.h"
+#include "model/weights.h"
+#include "ops/norm_rope/norm_rope.h"
+
+namespace dsla {
+
+struct ModelOptions {
+  DType weight_dtype = DType::kBF16;
+  DType kv_dtype = DType::kBF16;
+  int page_size = 64;     // tokens per KV page
+  int max_positions = 0;  // longest sequence; 0 = the model's context length
+};
+
+// One sequence's new rows in a batch. Room for them was reserved in `cache`.
+struct SequenceRows {
+  SequenceCache* cache = nullptr;
+  std::span<const int32_t>
+      tokens;               // at positions cache->length(), ...; at least one, each in [0, V)
+  bool all_logits = false;  // logits of every row, not of the last alone
+};
+
+class HybridModel {
+ public:
+  // `adapter` may be null: then the model only runs at level 0. Its base fingerprint is the
+  // caller's to check.
+  static Expected<std::unique_ptr<HybridModel>> Load(const ExecContext& ctx, const ModelFile& file,
+                                                     std::shared_ptr<const Adapter> adapter,
+                                                     const ModelOptions& options);
+
+  const ModelConfig& config() const { return config_; }
+  const ModelOptions& options() const { return options_; }
+  const Adapter* adapter() const { return adapter_.adapter.get(); }
+  int max_level() const { return adapter() == nullptr ? 0 : config_.L; }
+  int max_positions() const { return static_cast<int>(rope_.positions()); }
+  CacheGeometry cache_geometry() const;
+  SequenceCache NewSequence(CachePool& pool, int level) const;
+
+  // Bytes that a decode step reads besides the cache: weights, and the adapter's of the converted
+  // layers.
+  int64_t weight_bytes(int level) const;
+
+  // Runs all rows through all layers, writing their K and V and advancing the states; the caller
+  // then commits the tokens to each cache. logits: for each sequence in the batch's order [V] of
+  // its last row, or [tokens, V] with all_logits.
+  void Forward(const ExecContext& ctx, CachePool& pool, std::span<const SequenceRows> batch,
+               Buffer<float>& logits) const;
+
+  // Raises a sequence by folding the pages of the layers that convert, one layer after another, so
+  // that one free slot is enough. On kResourceExhausted the sequence stands at the level reached,
+  // whole and usable.
+  Status Raise(const ExecContext& ctx, CachePool& pool, SequenceCache& cache, int level) const;
+
+ private:
+  struct Step;  // one Forward's arrays
+
+  HybridModel() = default;
+  void AttentionBlock(const ExecContext& ctx, CachePool& pool, Step& step, int layer) const;
+  void SoftmaxRows(const ExecContext& ctx, CachePool& pool, const Step& step, int layer,
+                   int sequences) const;
+  void DslaRows(const ExecContext& ctx, CachePool& pool, const Step& step, int layer,
+                int first_sequence) const;
+  DslaParams LayerParams(int layer) const;
+
+  ModelConfig config_;
+  ModelOptions options_;
+  ModelWeights weights_;
+  BoundAdapter adapter_;
+  std::vector<int> ladder_;  // the adapter's, or 0 .. L-1
+  std::vector<int> rank_;    // by layer: its place in the ladder
+  RopeTable rope_;
+};
+
+}  // namespace dsla
