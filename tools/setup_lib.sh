@@ -1,6 +1,7 @@
 # Shared by ./quickstart and ./test (sourced by bash): numbered steps with a log each, system packages, the project's
 # .venv, and builds. Callers set `root`, `steps_total` and `log_prefix` before the first step.
 
+export root log_prefix  # each step runs in a shell of its own
 log_dir="$root/build/logs"
 # Objects in the compiler cache serve every checkout on this machine, whatever its path.
 export CCACHE_BASEDIR="$root" CCACHE_NOHASHDIR=1
@@ -38,29 +39,24 @@ show_progress() {
   done
 }
 
-# try_step <title> <function> [arguments]: runs the function with set -e, its output going to a log of its own, and
-# returns its exit status. step_log, step_title and step_seconds are left for the caller.
+# try_step <title> <function of this file> [arguments]: runs the function, its output going to a log of its own, and returns
+# its exit status. step_log, step_title and step_seconds are left for the caller. The function runs in a shell of its own,
+# where `set -e` holds whatever condition try_step itself stands in.
 try_step() {
-  local name=$1 rc started=$SECONDS ticker
+  local name=$1 rc=0 started=$SECONDS ticker
   shift
   step_index=$((step_index + 1))
   step_title="[$step_index/$steps_total] $name"
   mkdir -p "$log_dir"
   step_log="$log_dir/$log_prefix-$(printf '%02d' "$step_index").log"
   : >"$step_log"
-  [[ -t 1 ]] && printf '%s ...' "$step_title" || printf '%s ...\n' "$step_title"
+  if [[ -t 1 ]]; then printf '%s ...' "$step_title"; else printf '%s ...\n' "$step_title"; fi
   show_progress "$step_title" "$step_log" $$ &
   ticker=$!
-  set +e
-  (
-    set -e
-    "$@"
-  ) >"$step_log" 2>&1 </dev/null
-  rc=$?
-  set -e
+  bash -euo pipefail -c '. "$root/tools/setup_lib.sh"; "$@"' "$log_prefix" "$@" >"$step_log" 2>&1 </dev/null || rc=$?
   { kill "$ticker" && wait "$ticker"; } 2>/dev/null || true
   step_seconds=$((SECONDS - started))
-  [[ -t 1 ]] && printf '\r\033[K'
+  if [[ -t 1 ]]; then printf '\r\033[K'; fi
   return "$rc"
 }
 
@@ -109,7 +105,7 @@ check_machine() {
     name=$(. /etc/os-release && printf '%s' "${PRETTY_NAME:-}")
     like=$(. /etc/os-release && printf '%s' "${ID_LIKE:-}")
   fi
-  command -v apt-get >/dev/null && command -v dpkg-query >/dev/null ||
+  command -v apt-get >/dev/null ||
     die "${name:-this system} has no apt: Debian 12 and Ubuntu 24.04 are supported"
   case "$id" in
     debian) ((${version%%.*:-0} >= 12)) 2>/dev/null || [[ -z $version ]] ||
@@ -162,7 +158,7 @@ install_packages() {
   "${apt[@]}" --fix-broken --no-install-recommends install
   "${apt[@]}" update
   "${apt[@]}" --no-install-recommends install "${missing[@]}"
-  echo "note: installed ${missing[*]}"
+  echo "note: installed ${#missing[@]} and what they need"
 }
 
 # --- Python packages -------------------------------------------------------------------------------------------------
@@ -185,8 +181,11 @@ install_requirements() {
     return
   fi
   # The distribution's own Python: the one that the package python3-venv belongs to.
-  [[ -e $venv ]] || { mkdir -p "$venv" && : >"$venv/.installing" && /usr/bin/python3 -m venv "$venv"; }
+  local made=true
+  [[ -e $venv ]] || made=false
+  mkdir -p "$venv"
   : >"$venv/.installing"
+  $made || /usr/bin/python3 -m venv "$venv"
   for file in "${todo[@]}"; do
     PYTHONNOUSERSITE=1 "$venv/bin/python" -m pip install --no-input --disable-pip-version-check --no-deps \
       --only-binary=:all: --progress-bar=off --retries=5 -r "$root/$file"
@@ -214,7 +213,7 @@ configure() {
     echo "build/$preset was configured for another place: starting it anew"
     rm -rf "$root/build/$preset"
   fi
-  cd "$root"
+  cd "$root" || return
   cmake --preset "$preset" "$@"
 }
 
@@ -224,4 +223,15 @@ build() {
   shift
   configure "$preset"
   NINJA_STATUS='[%f/%t] ' ninja -C "$root/build/$preset" -j "$(build_jobs)" "$@"
+}
+
+# run_ctest <preset> <jobs> [ctest arguments]: leaves its counts in a JUnit file beside the log.
+run_ctest() {
+  local preset=$1 jobs=$2 wrap=()
+  shift 2
+  rm -f "$log_dir/junit-$preset.xml"
+  # ThreadSanitizer's address layout does not hold under the wide address randomisation of newer kernels.
+  if [[ $preset == tsan ]] && setarch -R true; then wrap=(setarch -R); fi
+  "${wrap[@]}" ctest --test-dir "$root/build/$preset" -j "$jobs" --output-on-failure --no-tests=ignore \
+    --output-junit "$log_dir/junit-$preset.xml" "$@"
 }
