@@ -16,7 +16,7 @@ enum class Accumulate { kNo, kYes };
 
 class Linear {
  public:
-  Linear() = default;
+  Linear();
   // weight: [out, in] row-major, rounded to `dtype` (nearest even). bias: [out] or empty.
   Linear(std::span<const float> weight, int64_t out, int64_t in, DType dtype,
          std::span<const float> bias = {});

@@ -1,0 +1,225 @@
+#include "ops/linear/linear.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "base/buffer.h"
+#include "base/check.h"
+#include "base/half.h"
+#include "ops/linear/linear_gemm.h"
+#include "ops/linear/linear_kernels.h"
+
+namespace dsla {
+namespace {
+
+enum class Path { kRows, kGemmF32, kGemmBf16 };
+
+// How T rows are multiplied.
+// Up to kMaxRows our own loop: measured in linear_bench.
+constexpr int64_t kMaxRows = 8;
+// oneDNN's bf16 GEMM rounds its result to bf16 and reorders operands first; it pays from here.
+constexpr int64_t kMinRowsBf16 = 32;
+
+Path ChoosePath(int64_t T, DType dtype) {
+  if (T <= kMaxRows) return Path::kRows;
+  if (dtype == DType::kBF16 && T >= kMinRowsBf16 && CpuMultipliesBf16()) return Path::kGemmBf16;
+  return Path::kGemmF32;
+}
+
+// Below this many bytes of weights times rows, starting threads costs more than they save.
+constexpr int64_t kMinParallelBytes = 64 << 10;
+// A task of the row loop: large enough that handing it out is nothing, small enough to even out.
+constexpr int64_t kTaskBytes = 64 << 10;
+// fp32 panel of a bf16 weight: stays in the shared cache from its conversion to its use, and is
+// wide enough for the GEMM to run at full speed.
+constexpr int64_t kPanelRows = 512;
+
+int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+}  // namespace
+
+// Other forms of storage (quantised blocks) would be further members with their own decoders.
+struct Linear::Storage {
+  DType dtype;
+  int64_t stride;  // elements between rows
+  Buffer<bf16> w16;
+  Buffer<float> w32;
+  Buffer<float> bias;
+
+  const void* weight() const {
+    return dtype == DType::kBF16 ? static_cast<const void*>(w16.data()) : w32.data();
+  }
+  const float* bias_or_null() const { return bias.size() > 0 ? bias.data() : nullptr; }
+
+  void ForwardRows(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T, int64_t in,
+                   int64_t out, float* y, int64_t y_stride, bool accumulate) const;
+  void ForwardGemm(const ExecContext& ctx, GemmArgs args, Path path) const;
+};
+
+Linear::Linear(std::span<const float> weight, int64_t out, int64_t in, DType dtype,
+               std::span<const float> bias)
+    : storage_(std::make_unique<Storage>()), in_(in), out_(out) {
+  DSLA_CHECK(in > 0 && out > 0);
+  DSLA_CHECK(static_cast<int64_t>(weight.size()) == out * in);
+  DSLA_CHECK(bias.empty() || static_cast<int64_t>(bias.size()) == out);
+  Storage& s = *storage_;
+  s.dtype = dtype;
+  s.stride = RoundUp(in, kLinearPad);
+  if (dtype == DType::kBF16)
+    s.w16.Resize(out * s.stride);
+  else
+    s.w32.Resize(out * s.stride);
+  for (int64_t o = 0; o < out; ++o) {
+    const float* from = weight.data() + o * in;
+    if (dtype == DType::kBF16) {
+      bf16* to = s.w16.data() + o * s.stride;
+      NarrowBf16(from, to, in);
+      std::fill(to + in, to + s.stride, bf16{0});
+    } else {
+      float* to = s.w32.data() + o * s.stride;
+      std::copy(from, from + in, to);
+      std::fill(to + in, to + s.stride, 0.f);
+    }
+  }
+  s.bias.Resize(static_cast<int64_t>(bias.size()));
+  std::copy(bias.begin(), bias.end(), s.bias.data());
+}
+
+Linear::Linear(Linear&& other) noexcept
+    : storage_(std::move(other.storage_)),
+      in_(std::exchange(other.in_, 0)),
+      out_(std::exchange(other.out_, 0)) {}
+
+Linear& Linear::operator=(Linear&& other) noexcept {
+  storage_ = std::move(other.storage_);
+  in_ = std::exchange(other.in_, 0);
+  out_ = std::exchange(other.out_, 0);
+  return *this;
+}
+
+Linear::Linear() = default;
+Linear::~Linear() = default;
+
+int64_t Linear::bytes() const {
+  if (empty()) return 0;
+  return out_ * storage_->stride * SizeOf(storage_->dtype) +
+         storage_->bias.size() * static_cast<int64_t>(sizeof(float));
+}
+
+void Linear::Forward(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T, float* y,
+                     int64_t y_stride, Accumulate accumulate) const {
+  DSLA_CHECK(!empty());
+  DSLA_CHECK(ctx.workspace != nullptr);
+  DSLA_CHECK(T <= 1 || (x_stride >= in_ && y_stride >= out_));
+  if (T <= 0) return;
+  const bool add = accumulate == Accumulate::kYes;
+  const Path path = ChoosePath(T, storage_->dtype);
+  if (path == Path::kRows) {
+    storage_->ForwardRows(ctx, x, x_stride, T, in_, out_, y, y_stride, add);
+    return;
+  }
+  GemmArgs args{.x = x,
+                .x_stride = x_stride,
+                .w_stride = storage_->stride,
+                .y = y,
+                .y_stride = y_stride,
+                .T = T,
+                .in = in_,
+                .out = out_,
+                .accumulate = add};
+  storage_->ForwardGemm(ctx, args, path);
+}
+
+void Linear::Storage::ForwardRows(const ExecContext& ctx, const float* x, int64_t x_stride,
+                                  int64_t T, int64_t in, int64_t out, float* y, int64_t y_stride,
+                                  bool accumulate) const {
+  const Workspace::Scope scope(*ctx.workspace);
+  float* packed = ctx.workspace->Take<float>(T * stride);
+  PackActivations(x, x_stride, T, in, stride, dtype, packed);
+  const LinearRowsArgs args{.weight = weight(),
+                            .dtype = dtype,
+                            .stride = stride,
+                            .bias = bias_or_null(),
+                            .x = packed,
+                            .T = T,
+                            .y = y,
+                            .y_stride = y_stride,
+                            .accumulate = accumulate};
+  const int64_t row_bytes = stride * SizeOf(dtype);
+  if (out * row_bytes * T < kMinParallelBytes) {
+    LinearRows(args, 0, out);
+    return;
+  }
+  // At least two tasks per thread, so that a thread held up by the system does not hold up all.
+  const int64_t rows = RoundUp(std::clamp<int64_t>(kTaskBytes / row_bytes, 1,
+                                                   (out + 2 * ctx.threads - 1) / (2 * ctx.threads)),
+                               4);
+  ParallelFor(ctx, (out + rows - 1) / rows, [&](int64_t task, int) {
+    LinearRows(args, task * rows, std::min(out, (task + 1) * rows));
+  });
+}
+
+void Linear::Storage::ForwardGemm(const ExecContext& ctx, GemmArgs args, Path path) const {
+  // With a bias the product is added to rows that hold it already.
+  if (const float* b = bias_or_null()) {
+    ParallelRanges(ctx, args.T, 16, [&](int64_t begin, int64_t end, int) {
+      for (int64_t t = begin; t < end; ++t) {
+        float* y = args.y + t * args.y_stride;
+        if (args.accumulate)
+          for (int64_t o = 0; o < args.out; ++o) y[o] += b[o];
+        else
+          std::memcpy(y, b, static_cast<size_t>(args.out) * sizeof(float));
+      }
+    });
+    args.accumulate = true;
+  }
+  if (path == Path::kGemmBf16) {
+    GemmBf16(ctx.threads, args, w16.data());
+    return;
+  }
+  if (dtype == DType::kF32) {
+    args.w = w32.data();
+    GemmF32(ctx.threads, args);
+    return;
+  }
+  const Workspace::Scope scope(*ctx.workspace);
+  const int64_t out = args.out;
+  float* panel = ctx.workspace->Take<float>(std::min(kPanelRows, out) * stride);
+  float* y = args.y;
+  for (int64_t o = 0; o < out; o += kPanelRows) {
+    args.out = std::min(kPanelRows, out - o);
+    ParallelRanges(ctx, args.out, 32, [&](int64_t begin, int64_t end, int) {
+      WidenBf16(w16.data() + (o + begin) * stride, panel + begin * stride, (end - begin) * stride);
+    });
+    args.w = panel;
+    args.y = y + o;
+    GemmF32(ctx.threads, args);
+  }
+}
+
+void Linear::ReadRow(int64_t i, float* out) const {
+  DSLA_CHECK(i >= 0 && i < out_);
+  const int64_t at = i * storage_->stride;
+  if (storage_->dtype == DType::kBF16)
+    WidenBf16(storage_->w16.data() + at, out, in_);
+  else
+    std::memcpy(out, storage_->w32.data() + at, static_cast<size_t>(in_) * sizeof(float));
+}
+
+LowRankDelta::LowRankDelta(std::span<const float> a, std::span<const float> b, int64_t rank,
+                           int64_t in, int64_t out, DType dtype)
+    : a_(a, rank, in, dtype), b_(b, out, rank, dtype) {}
+
+void LowRankDelta::AddTo(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T,
+                         float* y, int64_t y_stride) const {
+  if (T <= 0) return;
+  DSLA_CHECK(ctx.workspace != nullptr);
+  const Workspace::Scope scope(*ctx.workspace);
+  const int64_t rank = a_.out();
+  float* h = ctx.workspace->Take<float>(T * rank);
+  a_.Forward(ctx, x, x_stride, T, h, rank);
+  b_.Forward(ctx, h, rank, T, y, y_stride, Accumulate::kYes);
+}
+
+}  // namespace dsla

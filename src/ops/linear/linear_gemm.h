@@ -1,0 +1,31 @@
+// Matrix products of many rows through libtorch, behind plain pointers: linear_torch.cc is the only
+// file of the operator that includes ATen headers. Internal to this folder.
+#pragma once
+
+#include <cstdint>
+
+#include "base/half.h"
+
+namespace dsla {
+
+// y[T, out] (+)= x[T, in] w[out, in]^T, all fp32 and row-major with the given strides.
+struct GemmArgs {
+  const float* x = nullptr;
+  int64_t x_stride = 0;
+  const float* w = nullptr;
+  int64_t w_stride = 0;
+  float* y = nullptr;
+  int64_t y_stride = 0;
+  int64_t T = 0, in = 0, out = 0;
+  bool accumulate = false;
+};
+void GemmF32(int threads, const GemmArgs& args);
+
+// The same with a bf16 weight in its stored form and x rounded to bf16 (nearest even); oneDNN sums
+// in fp32 and rounds the product to bf16. Only fast where the CPU multiplies bf16 itself.
+void GemmBf16(int threads, const GemmArgs& args, const bf16* w);
+
+// Does this CPU have bf16 dot products (AVX512_BF16; every CPU with AMX has it too)?
+bool CpuMultipliesBf16();
+
+}  // namespace dsla

@@ -1,0 +1,197 @@
+#include "ops/linear/linear_kernels.h"
+
+#include <algorithm>
+#include <cstring>
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "ops/linear/linear_kernels.cc"
+#include "hwy/cache_control.h"
+#include "hwy/foreach_target.h"
+#include "hwy/highway.h"
+#include "ops/simd/math-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace dsla {
+namespace HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+using Tag = hn::ScalableTag<float>;
+using Vec = hn::Vec<Tag>;
+constexpr int64_t kLanes = HWY_LANES(float);
+
+// 4 output features x 3 rows of the batch: 12 accumulators of 16 registers, the rest for one
+// decoded pair of weight vectors; with 32 registers (AVX-512) 4 x 6. Four features at a time also
+// means that a pair of loaded activations serves four weights. One accumulator per element is
+// enough: 4 independent chains at T = 1 take 8 bytes of weights a cycle and core, above what DRAM
+// gives.
+constexpr int kFeatures = 4;
+constexpr int kMaxBatch = HWY_TARGET <= HWY_AVX3 ? 6 : 3;
+
+// Two vectors of weights. bf16 pairs lie in one 32-bit lane, the even element in its low half: a
+// shift and a mask widen them, cheaper than a widening load per vector; hence the packed order.
+HWY_INLINE void DecodePair(const bf16* w, Vec& first, Vec& second) {
+  const Tag d;
+  const hn::RebindToUnsigned<Tag> du;
+  const auto raw = hn::Load(du, reinterpret_cast<const uint32_t*>(w));
+  first = hn::BitCast(d, hn::ShiftLeft<16>(raw));
+  second = hn::BitCast(d, hn::And(raw, hn::Set(du, 0xffff0000u)));
+}
+HWY_INLINE void DecodePair(const float* w, Vec& first, Vec& second) {
+  const Tag d;
+  first = hn::Load(d, w);
+  second = hn::Load(d, w + kLanes);
+}
+
+template <typename W, int kR, int kT>
+HWY_INLINE void Tile(const W* HWY_RESTRICT w, int64_t stride, int64_t ahead,
+                     const float* HWY_RESTRICT x, const float* bias, float* HWY_RESTRICT y,
+                     int64_t y_stride, bool accumulate) {
+  const Tag d;
+  Vec sum[kR][kT];
+  for (int r = 0; r < kR; ++r)
+    for (int t = 0; t < kT; ++t) sum[r][t] = hn::Zero(d);
+  for (int64_t k = 0; k < stride; k += kLinearPad) {
+    if (ahead != 0) {
+      for (int r = 0; r < kR; ++r) {
+        hwy::Prefetch(w + r * stride + k + ahead);
+        if (sizeof(W) == 4) hwy::Prefetch(w + r * stride + k + ahead + kLinearPad / 2);
+      }
+    }
+    for (int64_t j = k; j < k + kLinearPad; j += 2 * kLanes) {
+      for (int r = 0; r < kR; ++r) {
+        Vec first, second;
+        DecodePair(w + r * stride + j, first, second);
+        for (int t = 0; t < kT; ++t) {
+          sum[r][t] = hn::MulAdd(first, hn::Load(d, x + t * stride + j), sum[r][t]);
+          sum[r][t] = hn::MulAdd(second, hn::Load(d, x + t * stride + j + kLanes), sum[r][t]);
+        }
+      }
+    }
+  }
+  for (int t = 0; t < kT; ++t) {
+    for (int r = 0; r < kR; ++r) {
+      float value = hn::GetLane(hn::SumOfLanes(d, sum[r][t]));
+      if (bias != nullptr) value += bias[r];
+      float& to = y[t * y_stride + r];
+      to = accumulate ? to + value : value;
+    }
+  }
+}
+
+template <typename W, int kR, int kT>
+HWY_NOINLINE void Tiles(const W* w, int64_t stride, int64_t ahead, const float* x,
+                        const float* bias, float* y, int64_t y_stride, bool accumulate) {
+  Tile<W, kR, kT>(w, stride, ahead, x, bias, y, y_stride, accumulate);
+}
+
+// The last kT = batch < kMaxBatch rows.
+template <typename W, int kR, int kT>
+HWY_INLINE void LastTiles(int64_t batch, const W* w, int64_t stride, int64_t ahead, const float* x,
+                          const float* bias, float* y, int64_t y_stride, bool accumulate) {
+  if constexpr (kT > 0) {
+    if (batch == kT)
+      Tiles<W, kR, kT>(w, stride, ahead, x, bias, y, y_stride, accumulate);
+    else
+      LastTiles<W, kR, kT - 1>(batch, w, stride, ahead, x, bias, y, y_stride, accumulate);
+  }
+}
+
+// kR features for all rows; the weights come from memory once, with the first tile.
+template <typename W, int kR>
+void Features(const LinearRowsArgs& a, int64_t o, int64_t ahead) {
+  const W* w = static_cast<const W*>(a.weight) + o * a.stride;
+  const float* bias = a.bias != nullptr ? a.bias + o : nullptr;
+  int64_t t = 0;
+  for (; t + kMaxBatch <= a.T; t += kMaxBatch) {
+    Tiles<W, kR, kMaxBatch>(w, a.stride, t == 0 ? ahead : 0, a.x + t * a.stride, bias,
+                            a.y + t * a.y_stride + o, a.y_stride, a.accumulate);
+  }
+  LastTiles<W, kR, kMaxBatch - 1>(a.T - t, w, a.stride, t == 0 ? ahead : 0, a.x + t * a.stride,
+                                  bias, a.y + t * a.y_stride + o, a.y_stride, a.accumulate);
+}
+
+template <typename W>
+void Range(const LinearRowsArgs& a, int64_t begin, int64_t end) {
+  int64_t o = begin;
+  for (; o + kFeatures <= end; o += kFeatures) {
+    // The next four rows are fetched while these are used: rows are too short (a few KB) for the
+    // hardware prefetcher, which stops at page ends and starts anew on each of the four streams.
+    const int64_t ahead = o + 2 * kFeatures <= end ? kFeatures * a.stride : 0;
+    Features<W, kFeatures>(a, o, ahead);
+  }
+  for (; o < end; ++o) Features<W, 1>(a, o, 0);
+}
+
+void LinearRowsTarget(const LinearRowsArgs& args, int64_t begin, int64_t end) {
+  if (args.dtype == DType::kBF16)
+    Range<bf16>(args, begin, end);
+  else
+    Range<float>(args, begin, end);
+}
+
+// For bf16 weights every 2 N floats become N of even and N of odd index, as DecodePair yields them.
+void PackTarget(const float* x, int64_t x_stride, int64_t T, int64_t in, int64_t stride,
+                DType dtype, float* packed) {
+  const Tag d;
+  for (int64_t t = 0; t < T; ++t) {
+    const float* from = x + t * x_stride;
+    float* to = packed + t * stride;
+    if (dtype == DType::kF32) {
+      std::memcpy(to, from, static_cast<size_t>(in) * sizeof(float));
+      std::fill(to + in, to + stride, 0.f);
+      continue;
+    }
+    Vec even, odd;
+    int64_t k = 0;
+    for (; k + 2 * kLanes <= in; k += 2 * kLanes) {
+      hn::LoadInterleaved2(d, from + k, even, odd);
+      hn::Store(even, d, to + k);
+      hn::Store(odd, d, to + k + kLanes);
+    }
+    if (k < in) {
+      HWY_ALIGN float last[2 * kLanes] = {};
+      std::copy(from + k, from + in, last);
+      hn::LoadInterleaved2(d, last, even, odd);
+      hn::Store(even, d, to + k);
+      hn::Store(odd, d, to + k + kLanes);
+      k += 2 * kLanes;
+    }
+    std::fill(to + k, to + stride, 0.f);
+  }
+}
+
+void WidenTarget(const bf16* from, float* to, int64_t n) {
+  ConvertRow(from, to, static_cast<size_t>(n));
+}
+void NarrowTarget(const float* from, bf16* to, int64_t n) {
+  ConvertRow(from, to, static_cast<size_t>(n));
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace dsla
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace dsla {
+
+HWY_EXPORT(LinearRowsTarget);
+HWY_EXPORT(PackTarget);
+HWY_EXPORT(WidenTarget);
+HWY_EXPORT(NarrowTarget);
+
+void LinearRows(const LinearRowsArgs& args, int64_t begin, int64_t end) {
+  HWY_DYNAMIC_DISPATCH(LinearRowsTarget)(args, begin, end);
+}
+void PackActivations(const float* x, int64_t x_stride, int64_t T, int64_t in, int64_t stride,
+                     DType dtype, float* packed) {
+  HWY_DYNAMIC_DISPATCH(PackTarget)(x, x_stride, T, in, stride, dtype, packed);
+}
+void WidenBf16(const bf16* from, float* to, int64_t n) {
+  HWY_DYNAMIC_DISPATCH(WidenTarget)(from, to, n);
+}
+void NarrowBf16(const float* from, bf16* to, int64_t n) {
+  HWY_DYNAMIC_DISPATCH(NarrowTarget)(from, to, n);
+}
+
+}  // namespace dsla
+#endif  // HWY_ONCE

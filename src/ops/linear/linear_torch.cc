@@ -1,0 +1,56 @@
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <c10/core/InferenceMode.h>
+
+#include "ops/linear/linear_gemm.h"
+
+namespace dsla {
+namespace {
+
+at::Tensor View(const void* data, int64_t rows, int64_t cols, int64_t stride, at::ScalarType type) {
+  // libtorch reads strides as they are; a single row's stride only has to be a valid leading
+  // dimension.
+  const int64_t sizes[] = {rows, cols}, strides[] = {stride < cols ? cols : stride, 1};
+  return at::from_blob(const_cast<void*>(data), sizes, strides, type);
+}
+
+// libtorch's thread count is a property of the process (MKL's) and of the calling thread
+// (OpenMP's): setting it is not free, so only a change is passed on.
+void UseThreads(int threads) {
+  if (at::get_num_threads() != threads) at::set_num_threads(threads);
+}
+
+}  // namespace
+
+void GemmF32(int threads, const GemmArgs& a) {
+  const c10::InferenceMode guard;
+  UseThreads(threads);
+  const at::Tensor x = View(a.x, a.T, a.in, a.x_stride, at::kFloat);
+  const at::Tensor w = View(a.w, a.out, a.in, a.w_stride, at::kFloat);
+  at::Tensor y = View(a.y, a.T, a.out, a.y_stride, at::kFloat);
+  if (a.accumulate)
+    at::addmm_out(y, y, x, w.t());
+  else
+    at::mm_out(y, x, w.t());
+}
+
+void GemmBf16(int threads, const GemmArgs& a, const bf16* weight) {
+  const c10::InferenceMode guard;
+  UseThreads(threads);
+  const at::Tensor x = View(a.x, a.T, a.in, a.x_stride, at::kFloat).to(at::kBFloat16);
+  const at::Tensor w = View(weight, a.out, a.in, a.w_stride, at::kBFloat16);
+  at::Tensor y = View(a.y, a.T, a.out, a.y_stride, at::kFloat);
+  const at::Tensor product = at::linear(x, w);
+  if (a.accumulate)
+    y.add_(product);
+  else
+    y.copy_(product);
+}
+
+bool CpuMultipliesBf16() { return __builtin_cpu_supports("avx512bf16"); }
+
+}  // namespace dsla
