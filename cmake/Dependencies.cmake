@@ -35,14 +35,18 @@ if(DSLA_TORCH)
   add_library(torch_cpu INTERFACE)
   target_include_directories(torch_cpu SYSTEM INTERFACE ${DSLA_TORCH_DIR}/include ${DSLA_TORCH_DIR}/include/torch/csrc/api/include)
   get_filename_component(dsla_site_packages ${DSLA_TORCH_DIR} DIRECTORY)
-  target_link_libraries(torch_cpu INTERFACE ${DSLA_TORCH_DIR}/lib/libtorch_cpu.so ${DSLA_TORCH_DIR}/lib/libc10.so)
+  # By flags, not by path: CMake would warn that the wheel's libgomp.so.1 hides the system's. That it does is wanted:
+  # the RUNPATH comes first, so that a program holds one OpenMP runtime, which our loops and libtorch's share.
+  target_link_libraries(torch_cpu INTERFACE -l:libtorch_cpu.so -l:libc10.so)
+  target_link_directories(torch_cpu INTERFACE ${DSLA_TORCH_DIR}/lib)
   target_link_options(torch_cpu INTERFACE
     -Wl,-rpath,${DSLA_TORCH_DIR}/lib
     -Wl,-rpath-link,${dsla_site_packages}/nvidia/cu13/lib -Wl,--allow-shlib-undefined)
 endif()
 
 # Everything that a header of the project may include, for header_alone.
-set(DSLA_EXTERNAL_LIBRARIES fmt::fmt OpenMP::OpenMP_CXX nlohmann_json::nlohmann_json PkgConfig::PCRE2 ICU::uc CLI11::CLI11 PkgConfig::HWY)
+set(DSLA_EXTERNAL_LIBRARIES fmt::fmt OpenMP::OpenMP_CXX nlohmann_json::nlohmann_json PkgConfig::PCRE2
+    OpenSSL::Crypto ICU::uc CLI11::CLI11 PkgConfig::HWY)
 if(DSLA_TESTS)
   list(APPEND DSLA_EXTERNAL_LIBRARIES GTest::gmock)
 endif()
