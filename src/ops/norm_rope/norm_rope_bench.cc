@@ -1,0 +1,87 @@
+// Bytes read and written per second by the elementwise steps, at the sizes of SmolLM2-135M: one row
+// (all in the L1 cache) and a prefill chunk of 512.
+#include <benchmark/benchmark.h>
+
+#include <cmath>
+#include <vector>
+
+#include "ops/norm_rope/norm_rope.h"
+
+namespace dsla {
+namespace {
+
+constexpr int64_t kC = 576, kFfn = 1536;
+constexpr int kHeads = 9, kD = 64;
+
+void Report(benchmark::State& state, int64_t floats_per_call) {
+  state.SetBytesProcessed(state.iterations() * floats_per_call * 4);
+}
+
+void BM_RmsNorm(benchmark::State& state) {
+  const int64_t T = state.range(0);
+  std::vector<float> x(static_cast<size_t>(T * kC), 0.5f), out(x.size()), weight(kC, 1.f);
+  Workspace workspace;
+  for (auto _ : state) {
+    RmsNorm({2, &workspace}, x.data(), weight.data(), 1e-5f, T, kC, out.data());
+    benchmark::DoNotOptimize(out.data());
+  }
+  Report(state, 2 * T * kC);
+}
+BENCHMARK(BM_RmsNorm)->Arg(1)->Arg(512)->UseRealTime();
+
+void BM_AddRmsNorm(benchmark::State& state) {
+  const int64_t T = state.range(0);
+  std::vector<float> x(static_cast<size_t>(T * kC), 0.f), delta(x.size(), 1e-3f), out(x.size()),
+      weight(kC, 1.f);
+  Workspace workspace;
+  for (auto _ : state) {
+    AddRmsNorm({2, &workspace}, x.data(), delta.data(), weight.data(), 1e-5f, T, kC, out.data());
+    benchmark::DoNotOptimize(out.data());
+  }
+  Report(state, 4 * T * kC);
+}
+BENCHMARK(BM_AddRmsNorm)->Arg(1)->Arg(512)->UseRealTime();
+
+void BM_SiluMul(benchmark::State& state) {
+  const int64_t T = state.range(0);
+  std::vector<float> gate_up(static_cast<size_t>(T * 2 * kFfn), 0.5f),
+      out(static_cast<size_t>(T * kFfn));
+  Workspace workspace;
+  for (auto _ : state) {
+    SiluMul({2, &workspace}, gate_up.data(), T, kFfn, out.data());
+    benchmark::DoNotOptimize(out.data());
+  }
+  Report(state, 3 * T * kFfn);
+}
+BENCHMARK(BM_SiluMul)->Arg(1)->Arg(512)->UseRealTime();
+
+void BM_NormRope(benchmark::State& state) {
+  const int64_t T = state.range(0);
+  std::vector<double> frequencies(kD / 2);
+  for (int i = 0; i < kD / 2; ++i)
+    frequencies[static_cast<size_t>(i)] = std::pow(1e5, -2. * i / kD);
+  const RopeTable table(frequencies, 8192);
+  std::vector<float> x(static_cast<size_t>(T * kHeads * kD), 0.5f), weight(kD, 1.f);
+  std::vector<int32_t> positions(static_cast<size_t>(T));
+  for (int64_t t = 0; t < T; ++t)
+    positions[static_cast<size_t>(t)] = static_cast<int32_t>(t + 4000);
+  RopeArgs args{.x = x.data(),
+                .stride = kHeads * kD,
+                .T = T,
+                .heads = kHeads,
+                .positions = positions.data(),
+                .table = &table};
+  if (state.range(1) == 1) args.norm_weight = weight.data(), args.norm_eps = 1e-6f;
+  Workspace workspace;
+  for (auto _ : state) {
+    NormRope({2, &workspace}, args);
+    benchmark::DoNotOptimize(x.data());
+  }
+  Report(state, 2 * T * kHeads * kD + T * kD);
+}
+BENCHMARK(BM_NormRope)->ArgNames({"T", "norm"})->ArgsProduct({{1, 512}, {0, 1}})->UseRealTime();
+
+}  // namespace
+}  // namespace dsla
+
+BENCHMARK_MAIN();
