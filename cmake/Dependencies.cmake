@@ -18,8 +18,8 @@ endif()
 # libtorch from the torch wheel in the project's own .venv (or DSLA_TORCH_DIR). Only libtorch_cpu and libc10 are linked;
 # their own dependencies (the CUDA runtime and CUPTI wheels) lie beside the wheel and are found by its RPATH.
 if(DSLA_TORCH)
-  if("${DSLA_TORCH_DIR}" MATCHES "/\\.venv/" AND NOT EXISTS "${DSLA_TORCH_DIR}/lib/libtorch_cpu.so")
-    unset(DSLA_TORCH_DIR CACHE)  # a .venv made anew may hold another Python version
+  if("${DSLA_TORCH_DIR}" MATCHES "^$|/\\.venv/" AND NOT EXISTS "${DSLA_TORCH_DIR}/lib/libtorch_cpu.so")
+    unset(DSLA_TORCH_DIR CACHE)  # a .venv made since, or made anew with another Python version
   endif()
   set(dsla_torch_dir)
   file(GLOB dsla_candidates ${PROJECT_SOURCE_DIR}/.venv/lib/python3*/site-packages/torch)
