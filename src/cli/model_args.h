@@ -1,0 +1,69 @@
+// What every sub-command that runs a model shares: the options that say which model, and what is
+// loaded from them.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "base/exec.h"
+#include "base/status.h"
+#include "cache/cache_pool.h"
+#include "format/adapter.h"
+#include "format/chat/chat_template.h"
+#include "format/model_file.h"
+#include "format/tokenizer/tokenizer.h"
+#include "model/hybrid_model.h"
+
+namespace dsla {
+
+struct ModelArgs {
+  std::string model;    // empty: the default model
+  std::string adapter;  // empty: the shipped adapter where it fits; "none": no adapter
+  std::string weights = "bf16";
+  std::string kv = "bf16";
+  int context = 0;     // 0: the model's
+  std::string memory;  // cache budget, such as 512M; empty: one sequence of the whole context
+  int threads = 0;     // 0: all cores
+
+  void AddTo(CLI::App& app);
+};
+
+// A model ready to run. Members are in the order in which they depend on each other.
+struct LoadedModel {
+  std::unique_ptr<ModelFile> file;
+  std::shared_ptr<const Adapter> adapter;  // null: level 0 only
+  std::unique_ptr<Tokenizer> tokenizer;
+  std::unique_ptr<HybridModel> model;
+  std::unique_ptr<Workspace> workspace;
+  ExecContext ctx;
+  int64_t memory_bytes = 0;  // cache budget
+  double load_seconds = 0;
+
+  Expected<CachePool> NewPool() const {
+    return CachePool::Create(model->cache_geometry(), memory_bytes);
+  }
+};
+
+// `sequences`: how many full contexts the default cache budget is for.
+Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences = 1);
+
+// The model and adapter that are used when none is named: in the project's .venv and models/, found
+// from the binary's place.
+Expected<std::string> DefaultModelPath();
+std::string ShippedAdapterPath();
+
+// The adapter that `args` mean for `file`: a named one must fit; the shipped one is taken where its
+// fingerprint fits.
+Expected<std::shared_ptr<const Adapter>> OpenAdapter(const ModelArgs& args, const ModelFile& file);
+
+// "512M", "2G", "1.5GiB", "65536" -> bytes. Powers of 1024.
+Expected<int64_t> ParseBytes(const std::string& text);
+std::string FormatBytes(int64_t bytes);
+
+// Prints the status's one line to standard error and returns the exit code for it: 2 for what the
+// caller can mend.
+int Fail(const Status& status);
+
+}  // namespace dsla

@@ -1,0 +1,496 @@
+// dsla run: one prompt, or a conversation in the terminal.
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <charconv>
+#include <csignal>
+#include <cstdio>
+#include <iostream>
+#include <iterator>
+#include <nlohmann/json.hpp>
+
+#include "base/clock.h"
+#include "base/mapped_file.h"
+#include "cli/commands.h"
+#include "cli/model_args.h"
+#include "engine/prompt.h"
+#include "engine/session.h"
+
+namespace dsla {
+namespace {
+
+struct RunArgs {
+  ModelArgs model;
+  std::vector<std::string> prompt;
+  std::string file;
+  std::string system;
+  std::string chat_template;
+  bool chat = false;
+  bool raw = false;
+  std::string tier = "full";
+  int level = 0;
+  std::vector<std::string> raise_at;
+  int max_tokens = 256;
+  int prefill_chunk = 512;
+  bool ignore_eos = false;
+  SamplingParams sampling;
+  std::vector<std::string> logit_bias;
+  bool stats = false;
+  bool json = false;
+};
+
+std::atomic<bool> interrupted{false};
+
+// "TOKEN:LEVEL" or "ID:BIAS" -> the two numbers.
+template <typename A, typename B>
+Status ParsePair(const char* option, const std::string& text, A& a, B& b) {
+  const size_t colon = text.find(':');
+  if (colon != std::string::npos) {
+    const char* begin = text.data();
+    const auto left = std::from_chars(begin, begin + colon, a);
+    const auto right = std::from_chars(begin + colon + 1, begin + text.size(), b);
+    if (left.ec == std::errc() && left.ptr == begin + colon && right.ec == std::errc() &&
+        right.ptr == begin + text.size()) {
+      return Status::Ok();
+    }
+  }
+  return InvalidArgument("{}: '{}' is not of the form A:B", option, text);
+}
+
+// What to answer: the file's text, then the prompt given as words; or standard input when neither
+// is given.
+Expected<std::string> ReadPrompt(const RunArgs& args) {
+  constexpr size_t kMaxPromptBytes = size_t{64} << 20;
+  std::string text;
+  const bool from_stdin = args.file == "-" || (args.file.empty() && args.prompt.empty());
+  if (from_stdin) {
+    if (args.file.empty() && ::isatty(STDIN_FILENO) != 0) {
+      return InvalidArgument(
+          "no prompt: give it as words, with --file or on standard input, or use --chat");
+    }
+    text.assign(std::istreambuf_iterator<char>(std::cin), {});
+  } else if (!args.file.empty()) {
+    DSLA_ASSIGN_OR_RETURN(text, ReadTextFile(args.file, kMaxPromptBytes));
+  }
+  for (size_t i = 0; i < args.prompt.size(); ++i) {
+    text += i > 0 ? " " : (text.empty() ? "" : "\n\n");
+    text += args.prompt[i];
+  }
+  if (text.find_first_not_of(" \t\r\n") == std::string::npos)
+    return InvalidArgument("the prompt is empty");
+  return text;
+}
+
+// The template for the model's conversations, or none for plain completion.
+Expected<std::optional<ChatTemplate>> ChooseTemplate(const RunArgs& args,
+                                                     const LoadedModel& loaded) {
+  if (args.raw) return std::optional<ChatTemplate>();
+  if (!args.chat_template.empty()) {
+    DSLA_ASSIGN_OR_RETURN(ChatTemplate chat_template, ChatTemplateByName(args.chat_template));
+    return std::optional<ChatTemplate>(std::move(chat_template));
+  }
+  const std::string source = loaded.file->chat_template();
+  if (source.empty()) return std::optional<ChatTemplate>();
+  DSLA_ASSIGN_OR_RETURN(ChatTemplate chat_template, DetectChatTemplate(source));
+  return std::optional<ChatTemplate>(std::move(chat_template));
+}
+
+Expected<SessionOptions> ChooseLevel(const RunArgs& args, const LoadedModel& loaded) {
+  SessionOptions options;
+  options.prefill_chunk = args.prefill_chunk;
+  const int top = loaded.adapter == nullptr ? 0 : loaded.adapter->top_level;
+  if (args.tier != "full" && args.tier != "auto" && args.tier != "economy") {
+    return InvalidArgument("--tier: '{}' is not one of full, auto, economy", args.tier);
+  }
+  if (args.tier != "full" && loaded.adapter == nullptr) {
+    return InvalidArgument("--tier {}: '{}' has no adapter, so only tier full", args.tier,
+                           loaded.file->path());
+  }
+  if (args.prefill_chunk < 1)
+    return InvalidArgument("--prefill-chunk: {} is not positive", args.prefill_chunk);
+  if (args.max_tokens < 0) return InvalidArgument("--max-tokens: {} is negative", args.max_tokens);
+  options.level = args.tier == "economy" ? top : args.level;
+  options.auto_raise = args.tier == "auto";
+  options.auto_top_level = top;
+  const int max = loaded.model->max_level();
+  if (options.level < 0 || options.level > max) {
+    return max == 0
+               ? InvalidArgument("--level {}: '{}' has no adapter, so only level 0", options.level,
+                                 loaded.file->path())
+               : InvalidArgument("--level {}: the adapter has levels 0 to {}", options.level, max);
+  }
+  return options;
+}
+
+Expected<GenerateOptions> MakeGenerateOptions(const RunArgs& args, const LoadedModel& loaded) {
+  GenerateOptions options;
+  options.sampling = args.sampling;
+  for (const std::string& text : args.logit_bias) {
+    int32_t id = 0;
+    float bias = 0;
+    DSLA_RETURN_IF_ERROR(ParsePair("--logit-bias", text, id, bias));
+    options.sampling.logit_bias.emplace_back(id, bias);
+  }
+  DSLA_RETURN_IF_ERROR(Validate(options.sampling, loaded.model->config().V));
+  options.max_tokens = args.max_tokens;
+  if (!args.ignore_eos) options.stop_ids = loaded.model->config().eos_ids;
+  for (const std::string& text : args.raise_at) {
+    GenerateOptions::Raise raise{};
+    DSLA_RETURN_IF_ERROR(ParsePair("--raise-at", text, raise.after_tokens, raise.level));
+    if (raise.level < 0 || raise.level > loaded.model->max_level()) {
+      return InvalidArgument("--raise-at {}: levels are 0 to {}", text, loaded.model->max_level());
+    }
+    if (raise.after_tokens < 0)
+      return InvalidArgument("--raise-at {}: the token count is negative", text);
+    options.raises.push_back(raise);
+  }
+  std::stable_sort(options.raises.begin(), options.raises.end(),
+                   [](const auto& a, const auto& b) { return a.after_tokens < b.after_tokens; });
+  return options;
+}
+
+struct Reply {
+  std::string text;
+  GenerateResult result;
+  int prompt_tokens = 0;
+  int cached_tokens = 0;  // of the prompt, from the turns before
+  double prefill_seconds = 0;
+  double first_token_seconds = 0;
+};
+
+// Runs `prompt` (a whole conversation as ids), reusing what the session already holds of it, and
+// streams the answer.
+Expected<Reply> Answer(const LoadedModel& loaded, CachePool& pool,
+                       std::unique_ptr<Session>& session, const SessionOptions& session_options,
+                       const std::vector<int32_t>& prompt, GenerateOptions options, bool stream) {
+  Reply reply;
+  const double start = NowSeconds();
+  // States cannot be rewound: a conversation that does not continue what is cached starts over.
+  const bool continues =
+      session != nullptr && session->tokens().size() < prompt.size() &&
+      std::equal(session->tokens().begin(), session->tokens().end(), prompt.begin());
+  if (!continues) {
+    session.reset();
+    session = std::make_unique<Session>(loaded.model.get(), &pool, loaded.ctx, session_options);
+  }
+  reply.cached_tokens = static_cast<int>(session->tokens().size());
+  reply.prompt_tokens = static_cast<int>(prompt.size());
+  const int todo = reply.prompt_tokens - reply.cached_tokens;
+  const bool progress =
+      stream && ::isatty(STDERR_FILENO) != 0 && todo > session_options.prefill_chunk;
+  const Status prefilled =
+      session->Prefill(std::span(prompt).subspan(reply.cached_tokens), [&](int done) {
+        if (progress) {
+          fmt::print(stderr, "\rreading {} of {} tokens ({:.0f}/s)", done, todo,
+                     done / (NowSeconds() - start));
+          if (done == todo) fmt::print(stderr, "\r\033[K");
+          std::fflush(stderr);
+        }
+        return !interrupted.load();
+      });
+  if (!prefilled.ok()) return prefilled;
+  reply.prefill_seconds = NowSeconds() - start;
+
+  IncrementalDecoder decoder(*loaded.tokenizer, {.skip_special = true});
+  const auto emit = [&](const std::string& text) {
+    reply.text += text;
+    if (!stream) return;
+    std::fwrite(text.data(), 1, text.size(), stdout);
+    std::fflush(stdout);
+  };
+  options.on_token = [&](int32_t token, float) {
+    emit(decoder.Push(token));
+    return !interrupted.load();
+  };
+  DSLA_ASSIGN_OR_RETURN(reply.result, session->Generate(options));
+  emit(decoder.Finish());
+  if (stream) std::fputs("\n", stdout);
+  reply.first_token_seconds = reply.prefill_seconds + reply.result.seconds_to_first_token;
+  return reply;
+}
+
+double PerSecond(double count, double seconds) { return seconds > 0 ? count / seconds : 0; }
+
+// What the same tokens take with every layer softmax.
+int64_t LevelZeroBytes(const LoadedModel& loaded, int tokens) {
+  const CacheGeometry geometry = loaded.model->cache_geometry();
+  return loaded.model->config().L * SequenceCache::PagesFor(tokens, geometry.page_size) *
+         geometry.page_bytes();
+}
+
+void PrintStats(const LoadedModel& loaded, const Session& session, const Reply& reply) {
+  const GenerateResult& result = reply.result;
+  const int read = reply.prompt_tokens - reply.cached_tokens;
+  const CacheBytes cache = session.cache_bytes();
+  fmt::print(stderr, "\nprompt  {} tokens", reply.prompt_tokens);
+  if (reply.cached_tokens > 0) fmt::print(stderr, " ({} cached)", reply.cached_tokens);
+  fmt::print(stderr, ", read in {:.2f} s ({:.0f} tokens/s); first token after {:.2f} s\n",
+             reply.prefill_seconds, PerSecond(read, reply.prefill_seconds),
+             reply.first_token_seconds);
+  fmt::print(stderr, "reply   {} tokens, {:.1f} tokens/s; ended by {}\n", result.tokens.size(),
+             PerSecond(result.decode_steps, result.decode_seconds), Name(result.finish));
+  fmt::print(stderr, "cache   {} = KV pages {} + states {}; level 0 would hold {}\n",
+             FormatBytes(cache.total()), FormatBytes(cache.pages), FormatBytes(cache.states),
+             FormatBytes(LevelZeroBytes(loaded, session.length())));
+  fmt::print(stderr, "level   {} of {}", session.level(), loaded.model->max_level());
+  for (const LevelChange& change : session.level_changes()) {
+    fmt::print(stderr, "; raised {} -> {} at token {} in {:.0f} ms", change.from, change.to,
+               change.position, change.seconds * 1e3);
+  }
+  fmt::print(stderr, "\n");
+}
+
+nlohmann::json ToJson(const LoadedModel& loaded, const Session& session, const Reply& reply) {
+  const GenerateResult& result = reply.result;
+  const CacheBytes cache = session.cache_bytes();
+  nlohmann::json changes = nlohmann::json::array();
+  for (const LevelChange& change : session.level_changes()) {
+    changes.push_back({{"position", change.position},
+                       {"from", change.from},
+                       {"to", change.to},
+                       {"fold_seconds", change.seconds}});
+  }
+  return {{"text", reply.text},
+          {"tokens", result.tokens},
+          {"finish_reason", Name(result.finish)},
+          {"usage",
+           {{"prompt_tokens", reply.prompt_tokens},
+            {"cached_tokens", reply.cached_tokens},
+            {"completion_tokens", result.tokens.size()}}},
+          {"level", session.level()},
+          {"level_changes", std::move(changes)},
+          {"stats",
+           {{"load_seconds", loaded.load_seconds},
+            {"prefill_seconds", reply.prefill_seconds},
+            {"prefill_tokens_per_second",
+             PerSecond(reply.prompt_tokens - reply.cached_tokens, reply.prefill_seconds)},
+            {"first_token_seconds", reply.first_token_seconds},
+            {"decode_tokens_per_second", PerSecond(result.decode_steps, result.decode_seconds)},
+            {"cache_bytes",
+             {{"pages", cache.pages}, {"states", cache.states}, {"total", cache.total()}}},
+            {"level0_cache_bytes", LevelZeroBytes(loaded, session.length())}}}};
+}
+
+Expected<std::vector<int32_t>> EncodePrompt(const LoadedModel& loaded,
+                                            const std::optional<ChatTemplate>& chat_template,
+                                            const std::vector<ChatMessage>& messages) {
+  if (!chat_template) return loaded.tokenizer->Encode(messages.back().content);
+  return EncodeChat(*loaded.tokenizer, *chat_template, messages, true);
+}
+
+constexpr char kChatHelp[] =
+    "/level N  raise the running conversation to level N      /stats  figures of the last answer\n"
+    "/clear    start over                                     /quit   leave (or Ctrl-D)\n";
+
+// The terminal conversation: each turn continues the cached one.
+Status Chat(const RunArgs& args, const LoadedModel& loaded, const SessionOptions& session_options,
+            const GenerateOptions& generate_options) {
+  DSLA_ASSIGN_OR_RETURN(const auto chat_template, ChooseTemplate(args, loaded));
+  if (!chat_template)
+    return InvalidArgument("--chat: '{}' has no chat template; name one with --chat-template",
+                           loaded.file->path());
+  DSLA_ASSIGN_OR_RETURN(CachePool pool, loaded.NewPool());
+  std::unique_ptr<Session> session;
+  std::vector<ChatMessage> messages;
+  Reply reply;
+  const auto clear = [&] {
+    session.reset();
+    messages.clear();
+    if (!args.system.empty()) messages.push_back({"system", args.system});
+  };
+  clear();
+  fmt::print(stderr, "{}, level {} of {}. /help lists the commands.\n", loaded.model->config().name,
+             session_options.level, loaded.model->max_level());
+  for (std::string line;;) {
+    fmt::print(stderr, "> ");
+    if (!std::getline(std::cin, line)) break;
+    interrupted = false;
+    if (line.empty()) continue;
+    if (line == "/quit") break;
+    if (line == "/help") {
+      fmt::print(stderr, "{}", kChatHelp);
+    } else if (line == "/clear") {
+      clear();
+    } else if (line == "/stats") {
+      if (session != nullptr) PrintStats(loaded, *session, reply);
+    } else if (line.starts_with("/level ")) {
+      int level = 0;
+      const auto [end, error] = std::from_chars(line.data() + 7, line.data() + line.size(), level);
+      if (session == nullptr || error != std::errc() || end != line.data() + line.size()) {
+        fmt::print(stderr, "/level takes a number, once the conversation has begun\n");
+      } else if (const Status raised = session->Raise(level); !raised.ok()) {
+        fmt::print(stderr, "{}\n", raised.message());
+      }
+    } else if (line.front() == '/') {
+      fmt::print(stderr, "no such command: {}\n{}", line, kChatHelp);
+    } else {
+      messages.push_back({"user", line});
+      DSLA_ASSIGN_OR_RETURN(const auto prompt, EncodePrompt(loaded, chat_template, messages));
+      auto answer = Answer(loaded, pool, session, session_options, prompt, generate_options, true);
+      if (!answer.ok()) {
+        fmt::print(stderr, "{}\n", answer.status().message());
+        messages.pop_back();
+        continue;
+      }
+      reply = std::move(answer).value();
+      messages.push_back({"assistant", reply.text});
+      if (args.stats) PrintStats(loaded, *session, reply);
+    }
+  }
+  return Status::Ok();
+}
+
+Status Run(const RunArgs& args) {
+  std::vector<ChatMessage> messages;
+  if (!args.system.empty()) messages.push_back({"system", args.system});
+  if (!args.chat) {
+    // Before the model is loaded, so that a bad prompt fails at once.
+    DSLA_ASSIGN_OR_RETURN(std::string text, ReadPrompt(args));
+    messages.push_back({"user", std::move(text)});
+  }
+  DSLA_ASSIGN_OR_RETURN(const LoadedModel loaded, LoadModel(args.model));
+  DSLA_ASSIGN_OR_RETURN(const SessionOptions session_options, ChooseLevel(args, loaded));
+  DSLA_ASSIGN_OR_RETURN(const GenerateOptions generate_options, MakeGenerateOptions(args, loaded));
+  if (args.chat) return Chat(args, loaded, session_options, generate_options);
+
+  DSLA_ASSIGN_OR_RETURN(const auto chat_template, ChooseTemplate(args, loaded));
+  DSLA_ASSIGN_OR_RETURN(const auto prompt, EncodePrompt(loaded, chat_template, messages));
+  DSLA_ASSIGN_OR_RETURN(CachePool pool, loaded.NewPool());
+  std::unique_ptr<Session> session;
+  DSLA_ASSIGN_OR_RETURN(const Reply reply, Answer(loaded, pool, session, session_options, prompt,
+                                                  generate_options, /*stream=*/!args.json));
+  if (args.json) {
+    fmt::print("{}\n", ToJson(loaded, *session, reply)
+                           .dump(2, ' ', false, nlohmann::json::error_handler_t::replace));
+  } else if (args.stats) {
+    PrintStats(loaded, *session, reply);
+  }
+  if (reply.result.finish == FinishReason::kCancelled)
+    return Status(StatusCode::kCancelled, "interrupted");
+  return Status::Ok();
+}
+
+void AddSampling(CLI::App& command, RunArgs& args) {
+  const auto group = "Sampling";
+  SamplingParams& sampling = args.sampling;
+  sampling.temperature = 0;  // a plain run answers the same every time
+  command.add_option("--temperature", sampling.temperature, "0 = always the likeliest token")
+      ->capture_default_str()
+      ->group(group);
+  command.add_option("--top-k", sampling.top_k, "keep the K likeliest tokens; 0 = all")
+      ->capture_default_str()
+      ->group(group);
+  command
+      .add_option("--top-p", sampling.top_p, "keep the likeliest tokens of this total probability")
+      ->capture_default_str()
+      ->group(group);
+  command
+      .add_option("--min-p", sampling.min_p,
+                  "drop tokens under this share of the likeliest one's probability")
+      ->capture_default_str()
+      ->group(group);
+  command
+      .add_option("--repetition-penalty", sampling.repetition_penalty,
+                  "divides the logits of tokens seen; 1 = off")
+      ->capture_default_str()
+      ->group(group);
+  command
+      .add_option("--presence-penalty", sampling.presence_penalty,
+                  "subtracted once from tokens of the reply")
+      ->capture_default_str()
+      ->group(group);
+  command
+      .add_option("--frequency-penalty", sampling.frequency_penalty,
+                  "subtracted from tokens of the reply, each time")
+      ->capture_default_str()
+      ->group(group);
+  command.add_option("--logit-bias", args.logit_bias, "added to a token's logit; may be repeated")
+      ->type_name("ID:BIAS")
+      ->group(group);
+  command.add_option("--seed", sampling.seed, "draws depend on it and the position alone")
+      ->capture_default_str()
+      ->group(group);
+}
+
+}  // namespace
+
+void AddRun(CLI::App& app, Command& chosen) {
+  auto args = std::make_shared<RunArgs>();
+  CLI::App& command = *app.add_subcommand("run", "answer a prompt, or chat in the terminal");
+  command.footer(
+      "Examples:\n"
+      "  dsla run \"What is the capital of France?\"\n"
+      "  dsla run --file report.txt --tier economy --stats \"Summarise this.\"\n"
+      "  dsla run --file report.txt --raise-at 20:22 --stats \"Summarise this.\"   (switch layers "
+      "in mid-answer)\n"
+      "  dsla run --chat");
+  const auto group = "Prompt";
+  command.add_option("PROMPT", args->prompt, "the prompt; with --file, it follows the file's text")
+      ->group(group);
+  command
+      .add_option("-f,--file", args->file, "read text from a file, or from standard input with '-'")
+      ->type_name("PATH")
+      ->group(group);
+  command.add_option("-s,--system", args->system, "system message")
+      ->type_name("TEXT")
+      ->group(group);
+  command.add_flag("--chat", args->chat, "converse in the terminal")->group(group);
+  command.add_flag("--raw", args->raw, "continue the text as it is, without a chat template")
+      ->group(group);
+  command
+      .add_option("--chat-template", args->chat_template,
+                  "use this template instead of the model's own")
+      ->type_name("NAME")
+      ->group(group);
+
+  const auto levels = "Level";
+  auto* level =
+      command.add_option("-l,--level", args->level, "how many layers run as DSLA from the start")
+          ->type_name("N")
+          ->capture_default_str()
+          ->group(levels);
+  command
+      .add_option("--tier", args->tier,
+                  "full (level 0), economy (the adapter's top level), or auto (rises only when "
+                  "--memory is used up)")
+      ->type_name("TIER")
+      ->capture_default_str()
+      ->excludes(level)
+      ->group(levels);
+  command
+      .add_option("--raise-at", args->raise_at,
+                  "raise to LEVEL after TOKEN generated tokens; may be repeated")
+      ->type_name("TOKEN:LEVEL")
+      ->group(levels);
+
+  const auto output = "Output";
+  command.add_option("-n,--max-tokens", args->max_tokens, "longest reply in tokens")
+      ->type_name("N")
+      ->capture_default_str()
+      ->group(output);
+  command.add_flag("--ignore-eos", args->ignore_eos, "do not stop at the model's end token")
+      ->group(output);
+  command
+      .add_flag("--stats", args->stats,
+                "print times, rates, cache bytes and levels to standard error")
+      ->group(output);
+  command.add_flag("--json", args->json, "print one JSON object instead of streaming text")
+      ->group(output);
+  AddSampling(command, *args);
+  args->model.AddTo(command);
+  command.add_option("--prefill-chunk", args->prefill_chunk, "prompt tokens per step")
+      ->type_name("N")
+      ->capture_default_str()
+      ->group("Model");
+
+  command.callback([args, &chosen] {
+    chosen = [args] {
+      std::signal(SIGINT, [](int) { interrupted = true; });
+      const Status status = Run(*args);
+      return status.ok() ? 0 : Fail(status);
+    };
+  });
+}
+
+}  // namespace dsla

@@ -1,0 +1,33 @@
+#include "engine/prompt.h"
+
+#include <string>
+
+namespace dsla {
+
+Expected<std::vector<int32_t>> EncodeChat(const Tokenizer& tokenizer,
+                                          const ChatTemplate& chat_template,
+                                          std::span<const ChatMessage> messages,
+                                          bool add_generation_prompt) {
+  const auto text_of = [&](std::optional<int32_t> id) {
+    return id ? std::string(tokenizer.TokenText(*id)) : std::string();
+  };
+  ChatRenderOptions options;
+  options.add_generation_prompt = add_generation_prompt;
+  options.bos = text_of(tokenizer.bos_id());
+  options.eos = text_of(tokenizer.eos_id());
+  DSLA_ASSIGN_OR_RETURN(const auto pieces, RenderChat(chat_template, messages, options));
+  std::vector<int32_t> ids;
+  for (const PromptPiece& piece : MergePlainPieces(
+           pieces, [&](std::string_view text) { return tokenizer.TokenToId(text).has_value(); })) {
+    if (piece.control) {
+      ids.push_back(*tokenizer.TokenToId(piece.text));
+      continue;
+    }
+    DSLA_ASSIGN_OR_RETURN(const auto encoded,
+                          tokenizer.Encode(piece.text, {.add_bos = false, .parse_special = false}));
+    ids.insert(ids.end(), encoded.begin(), encoded.end());
+  }
+  return ids;
+}
+
+}  // namespace dsla

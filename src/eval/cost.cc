@@ -1,0 +1,76 @@
+#include "eval/cost.h"
+
+#include <algorithm>
+
+namespace dsla {
+namespace {
+
+// sum over t < tokens of min(t + 1, window): keys that causal attention reads, window 0 = all.
+double CausalKeys(int64_t tokens, int64_t window) {
+  const auto n = static_cast<double>(tokens);
+  if (window == 0 || window >= tokens) return n * (n + 1) / 2;
+  const auto w = static_cast<double>(window);
+  return w * (w + 1) / 2 + (n - w) * w;
+}
+
+int64_t AlignedSlot(const HybridModel& model) {
+  constexpr int64_t kMemoryPage = 4096;
+  return (model.cache_geometry().slot_bytes + kMemoryPage - 1) / kMemoryPage * kMemoryPage;
+}
+
+// One DSLA layer, all tokens.
+double DslaFlops(const ModelConfig& c, const DslaShape& s, int rank, double tokens, int64_t count) {
+  const double H = c.H, Hkv = c.Hkv, D = c.D, SF = s.SF(), C = c.C;
+  const double deltas = 2 * 2.0 * rank * (C + H * D) + (s.window > 0 ? 2 * H * C : 0);
+  const double features = 2 * (H + Hkv) * D * D + 2 * Hkv * D * SF;  // maps and gates
+  // Chunk form: scores and their product with V over half a chunk on average, the state's read and
+  // its update.
+  const double chunk =
+      H * (kDslaChunk / 2.0) * 2 * (SF + D + 1) + 2 * H * SF * (D + 1) + 2 * Hkv * SF * (D + 1);
+  const double window =
+      s.window > 0 ? 4 * H * D * (CausalKeys(count, s.window) / tokens + s.sinks) : 0;
+  return tokens * (deltas + features + chunk + window);
+}
+
+}  // namespace
+
+int64_t DecodeBytes(const HybridModel& model, int level, int64_t length) {
+  const ModelConfig& c = model.config();
+  const int64_t kv_token = int64_t{2} * c.Hkv * c.D * SizeOf(model.options().kv_dtype);
+  const int64_t seen = c.sliding_window > 0 ? std::min<int64_t>(length, c.sliding_window) : length;
+  int64_t bytes = model.weight_bytes(level) + (c.L - level) * kv_token * seen;
+  for (int rank = 0; rank < level; ++rank) {
+    const DslaShape& shape = model.dsla_shape(model.adapter()->ladder[rank]);
+    const int64_t states = int64_t{shape.Hkv} * shape.SF() * (shape.D + 1) * 4;
+    bytes += 2 * states + (shape.window + shape.sinks) * kv_token;
+  }
+  return bytes;
+}
+
+double PrefillFlops(const HybridModel& model, int level, int64_t tokens) {
+  const ModelConfig& c = model.config();
+  const auto n = static_cast<double>(tokens);
+  const double q = 1.0 * c.H * c.D, kv = 1.0 * c.Hkv * c.D;
+  const double dense = 2.0 * c.C * (q + 2 * kv) + 2.0 * q * c.C + 6.0 * c.C * c.ffn;
+  double flops = n * c.L * dense + 2.0 * c.C * c.V;
+  flops += (c.L - level) * 4.0 * q * CausalKeys(tokens, c.sliding_window);
+  for (int rank = 0; rank < level; ++rank) {
+    const int layer = model.adapter()->ladder[rank];
+    flops += DslaFlops(c, model.dsla_shape(layer), model.adapter()->layers[layer].rank, n, tokens);
+  }
+  return flops;
+}
+
+int64_t CacheBytesAt(const HybridModel& model, int level, int64_t length) {
+  const CacheGeometry geometry = model.cache_geometry();
+  const int64_t pages = SequenceCache::PagesFor(length, geometry.page_size);
+  return (model.config().L - level) * pages * geometry.page_bytes() + level * AlignedSlot(model);
+}
+
+int64_t BreakEvenTokens(const HybridModel& model, int layer) {
+  const ModelConfig& c = model.config();
+  const int64_t kv_token = int64_t{2} * c.Hkv * c.D * SizeOf(model.options().kv_dtype);
+  return (MakeSlotLayout(model.dsla_shape(layer)).bytes + kv_token - 1) / kv_token;
+}
+
+}  // namespace dsla

@@ -1,0 +1,27 @@
+// Bytes and operations that a step must take, from shapes alone: the numerators of every stated
+// share of a limit.
+#pragma once
+
+#include <cstdint>
+
+#include "model/hybrid_model.h"
+
+namespace dsla {
+
+// Bytes that one decode step moves to or from memory at `level` with `length` tokens cached:
+// weights once, every softmax layer's K and V once, every DSLA layer's states twice (read and
+// written) and its window and sinks once.
+int64_t DecodeBytes(const HybridModel& model, int level, int64_t length);
+
+// Floating-point operations of running `tokens` tokens from an empty cache, two per multiply-add,
+// logits of one row: projections, causal scores and values, and for DSLA layers deltas, feature
+// maps, gates, chunk products and window.
+double PrefillFlops(const HybridModel& model, int level, int64_t tokens);
+
+// Cache bytes of one sequence of `length` tokens, whole pages and slots as the pool hands them out.
+int64_t CacheBytesAt(const HybridModel& model, int level, int64_t length);
+
+// Tokens above which a layer's slot is smaller than its pages would be.
+int64_t BreakEvenTokens(const HybridModel& model, int layer);
+
+}  // namespace dsla

@@ -1,0 +1,59 @@
+#include "eval/machine.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "base/clock.h"
+#include "ops/linear/linear.h"
+
+namespace dsla {
+namespace {
+
+// The best of a few passes: what the memory can do, not what it did on average.
+double ReadBandwidth(const ExecContext& ctx) {
+  constexpr int64_t kWords = int64_t{40} << 20;  // 320 MB
+  Buffer<uint64_t> words(kWords);
+  // First touched by the threads that read it.
+  ParallelRanges(ctx, kWords, 4096, [&](int64_t begin, int64_t end, int) {
+    std::fill(words.data() + begin, words.data() + end, 1);
+  });
+  std::vector<uint64_t> sums(ctx.threads);
+  double best = 0;
+  for (int pass = 0; pass < 7; ++pass) {
+    const double start = NowSeconds();
+    ParallelRanges(ctx, kWords, 4096, [&](int64_t begin, int64_t end, int thread) {
+      uint64_t sum = 0;
+      for (int64_t i = begin; i < end; ++i) sum += words[i];
+      sums[thread] = sum;
+    });
+    best = std::max(best, static_cast<double>(kWords) * sizeof(uint64_t) / (NowSeconds() - start));
+  }
+  // Keeps the sums alive, and the passes with them.
+  volatile uint64_t sink = sums[0];
+  static_cast<void>(sink);
+  return best;
+}
+
+double GemmRate(const ExecContext& ctx) {
+  constexpr int64_t kRows = 512, kSize = 1536;
+  Buffer<float> weight(kSize * kSize), x(kRows * kSize), y(kRows * kSize);
+  weight.Fill(0.01f);
+  x.Fill(0.5f);
+  const Linear linear(weight.span(), kSize, kSize, DType::kF32);
+  double best = 0;
+  for (int pass = 0; pass < 7; ++pass) {
+    const double start = NowSeconds();
+    linear.Forward(ctx, x.data(), kSize, kRows, y.data(), kSize);
+    best = std::max(best, 2.0 * kRows * kSize * kSize / (NowSeconds() - start));
+  }
+  return best;
+}
+
+}  // namespace
+
+MachineLimits MeasureMachine(const ExecContext& ctx) {
+  return {.read_bytes_per_second = ReadBandwidth(ctx), .gemm_flops = GemmRate(ctx)};
+}
+
+}  // namespace dsla
