@@ -12,7 +12,14 @@
 
 namespace dsla {
 
-enum class RopeScaling { kNone, kLinear, kLlama3 };
+class GgufFile;
+
+enum class RopeScaling {
+  kNone,
+  kLinear,  // all frequencies divided by factor
+  kLlama3,  // low frequencies divided by factor, high ones kept, those between interpolated
+  kTable,   // each frequency divided by its own entry: how GGUF files store llama3 scaling
+};
 
 struct RopeConfig {
   double theta = 10000.0;
@@ -21,9 +28,10 @@ struct RopeConfig {
   double low_freq_factor = 1.0;   // llama3
   double high_freq_factor = 4.0;  // llama3
   int original_max_position = 0;  // llama3: the context length before scaling
+  std::vector<float> divisors;    // table: [D / 2]
 
   // Angle per position of each of the D/2 rotated pairs, scaling applied: angle(t, i) = t *
-  // frequencies[i].
+  // frequencies[i]. The formulas are those of transformers (modeling_rope_utils), in fp64.
   std::vector<double> Frequencies(int D) const;
 };
 
@@ -44,7 +52,7 @@ struct ModelConfig {
   bool qkv_bias = false;         // Qwen2
   bool o_bias = false;           // attention_bias of Llama configs
   bool qk_norm = false;          // Qwen3: RMSNorm over D of each query and key head, before RoPE
-  int sliding_window = 0;        // keys a query sees, itself included; 0 = all
+  int sliding_window = 0;        // keys a query sees, itself included; 0 = all max_position
   std::vector<int32_t> eos_ids;  // any of these ends a reply
   int32_t bos_id = -1;           // -1: none
 
@@ -55,5 +63,14 @@ struct ModelConfig {
 // fields, kUnsupported for architectures, activations, RoPE kinds or `auto_map` code that this
 // build does not run.
 Expected<ModelConfig> ParseHfConfig(std::string_view json, const std::string& path);
+
+// Adds the end-of-reply and start tokens of an HF generation_config.json.
+Status MergeGenerationConfig(std::string_view json, const std::string& path, ModelConfig* config);
+
+// The metadata of a GGUF file (and which optional tensors it has) -> ModelConfig; errors likewise.
+Expected<ModelConfig> ParseGgufConfig(const GgufFile& gguf);
+
+// Checks the limits and the fields against each other. Both parsers call it.
+Status ValidateConfig(const ModelConfig& config, const std::string& path);
 
 }  // namespace dsla

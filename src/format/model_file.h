@@ -9,12 +9,12 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
-#include "base/half.h"
 #include "base/status.h"
 #include "format/config.h"
-#include "format/tokenizer/tokenizer.h"
+#include "format/tokenizer/tokenizer_data.h"
 
 namespace dsla {
 
@@ -38,18 +38,28 @@ class ModelFile {
   virtual const std::vector<TensorInfo>& tensors() const = 0;
 
   // The whole tensor dequantised to fp32, row-major; `out` has exactly its size. kDataLoss if it
-  // holds NaN or Inf.
-  virtual Status Read(const std::string& name, std::span<float> out) const = 0;
+  // holds NaN or Inf, kNotFound if there is no such tensor.
+  Status Read(const std::string& name, std::span<float> out) const;
 
-  // Hex digest (SHA-256) over config and tensor bytes in canonical name order: the identity of a
-  // base model. Adapters are bound to it. Computed at the first call (reads the whole file), then
-  // kept.
+  // Rows [begin, end) of a matrix, so that a large one can be converted piece by piece; a vector
+  // has one row.
+  virtual Status ReadRows(const std::string& name, int64_t begin, int64_t end,
+                          std::span<float> out) const = 0;
+
+  // The identity of a base model, to which adapters are bound: hex SHA-256 over the numbers of the
+  // config that change the computation and, for each required tensor in canonical order, its name,
+  // shape, stored type and bytes. Tensors over 64 KiB are sampled: 16 blocks of 4 KiB spread
+  // evenly, first and last included. Hashing all of an 8B model would read 16 GB from disk at every
+  // start; retraining or requantising changes practically every block, so samples tell models apart
+  // as well (they do not protect against someone who forges a model). Computed at the first call.
   virtual Expected<std::string> Fingerprint() const = 0;
 
   virtual Expected<TokenizerData> ReadTokenizer() const = 0;
-  virtual std::string chat_template() const = 0;  // Jinja source; empty when the files carry none
+  virtual std::string chat_template() const = 0;  // Jinja source; empty if there is none
 
-  bool HasTensor(const std::string& name) const;
+  // nullptr if there is none.
+  virtual const TensorInfo* FindTensor(const std::string& name) const = 0;
+  bool HasTensor(const std::string& name) const { return FindTensor(name) != nullptr; }
 };
 
 // Canonical names of layer l: "model.layers.{l}." + one of input_layernorm.weight [C],
@@ -59,8 +69,10 @@ class ModelFile {
 // model.embed_tokens.weight [V, C], model.norm.weight [C], lm_head.weight [V, C] unless tied.
 std::string LayerTensorName(int layer, const char* suffix);
 
-// Name -> shape of every tensor that a model of this config must have, in canonical order; nothing
-// else may be there.
+// Name and shape of every tensor that a model of this config must have, in canonical order. Nothing
+// else may be in the file but what never changes the computation: GGUF's rope_freqs.weight (read
+// into the config), rotary_emb.inv_freq of old Hugging Face files, and lm_head.weight where the
+// embeddings are tied.
 std::vector<std::pair<std::string, std::vector<int64_t>>> RequiredTensors(
     const ModelConfig& config);
 
