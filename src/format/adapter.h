@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "base/dtype.h"
 #include "base/status.h"
 #include "format/config.h"
 
@@ -43,11 +44,22 @@ struct Adapter {
   std::vector<AdapterLayer> layers;  // [L]
 
   // Reads and checks everything against the base model's dimensions; does not compare fingerprints.
+  // Errors: kNotFound, kDataLoss for a malformed file or one made for other dimensions,
+  // kUnsupported for a newer format.
   static Expected<std::shared_ptr<const Adapter>> Open(const std::string& path,
                                                        const ModelConfig& base);
 
   // kInvalidArgument, naming both fingerprints, when the adapter belongs to another model.
   Status CheckBase(const std::string& fingerprint, const std::string& model_path) const;
 };
+
+// The smallest gate floor that the chunk form's exponents allow (see docs/adapter_format.md).
+constexpr float kMinGateFloor = -2.5f;
+
+// Writes an adapter file (`id` is not used: it is the digest of the file). The file appears whole
+// or not at all: it is written beside `path` and renamed. With kF32 reading gives back the same
+// numbers; kBF16 halves the size. Errors: kInvalidArgument if the adapter is not one that Open
+// would take; kInternal with the system's reason if the file cannot be written.
+Status SaveAdapter(const Adapter& adapter, const std::string& path, DType dtype = DType::kF32);
 
 }  // namespace dsla
