@@ -1,0 +1,96 @@
+// Sampling: from the logits of one position to one token.
+//
+// Order of the steps, that of transformers and vLLM; V logits l, fp32:
+//   1. repetition penalty r over the distinct tokens of prompt and output: l > 0 ? l / r : l * r
+//   2. presence p and frequency f over the output's tokens (OpenAI): l -= p; l -= f * count
+//   3. logit bias: l += b
+//   4. temperature: probabilities proportional to exp(l / temperature); 0 takes the largest l
+//   5. top-k: the k likeliest
+//   6. top-p: of those, renormalised, the fewest likeliest whose probabilities reach top_p
+//   7. min-p: those with at least min_p times the largest probability
+// Steps 5 to 7 keep the first tokens of one ranking, by logit and among equals by lowest id, and
+// always at least one; the greedy choice is the first of it. Steps 1 to 3 saturate at the finite
+// range, so that a finite logit stays finite; -inf (a token that is ruled out) stays -inf.
+//
+// The draw inverts the cumulative distribution in the order of ids at u in [0, 1), 53 bits of
+// Philox4x32-10 with the seed as key and the position as counter (philox.h): it depends on (seed,
+// position) alone, never on the batch, threads or earlier draws.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "base/status.h"
+
+namespace dsla {
+
+struct SamplingParams {
+  float temperature = 1;                                   // [0, 100]; below 1e-5 is greedy
+  int32_t top_k = 0;                                       // >= 0; 0 = off
+  float top_p = 1;                                         // (0, 1]; 1 = off
+  float min_p = 0;                                         // [0, 1]; 0 = off
+  float repetition_penalty = 1;                            // (0, 100]; 1 = off
+  float presence_penalty = 0;                              // [-2, 2]
+  float frequency_penalty = 0;                             // [-2, 2]
+  std::vector<std::pair<int32_t, float>> logit_bias = {};  // distinct ids in [0, V), [-100, 100]
+  uint64_t seed = 0;
+};
+
+// Error: kInvalidArgument, naming the field, its value and the range.
+Status Validate(const SamplingParams& params, int64_t V);
+
+// One per request. Not thread-safe; different samplers are independent. Holds the counts of seen
+// tokens if a penalty is on, and next to nothing else.
+class Sampler {
+ public:
+  struct Choice {
+    int32_t token = 0;
+    float logprob = 0;  // natural log of the softmax over the logits as given, before steps 1 to 7
+  };
+
+  // `params` must be valid for V.
+  Sampler(const SamplingParams& params, int64_t V);
+
+  // Tokens that count for the repetition penalty alone.
+  void AddPrompt(std::span<const int32_t> tokens);
+
+  // logits: [V]; changed while it runs, the same afterwards. position: of the token to be drawn.
+  // Errors: kInternal if a logit is NaN or +inf, or if all are -inf: the model is broken.
+  Expected<Choice> Sample(std::span<float> logits, int64_t position) const;
+
+  // The token that became part of the output: usually, but not always, the one chosen.
+  void Accept(int32_t token);
+
+ private:
+  struct Seen {
+    int32_t token;
+    int32_t outputs;  // times in the output
+  };
+  struct Original {
+    int32_t token;
+    float logit;
+  };
+  void See(int32_t token, int32_t outputs);
+  std::vector<Original> Modify(std::span<float> logits) const;
+
+  SamplingParams params_;
+  int64_t V_;
+  bool penalties_;
+  std::vector<Seen> seen_;
+  std::unordered_map<int32_t, size_t> index_;  // token -> place in seen_
+};
+
+// The n likeliest tokens under the softmax over the logits as given, likeliest first, equals by
+// lowest id; fewer where fewer than n logits are above -inf. Errors as Sampler::Sample.
+Expected<std::vector<Sampler::Choice>> TopLogprobs(std::span<const float> logits, int n);
+
+// The oracle: the steps above with full sorts, in fp64 from step 4 on. margin, where not null, is
+// how far (as a share of the probability) the nearest decision was from falling the other way.
+Expected<Sampler::Choice> SampleRef(const SamplingParams& params, std::span<const int32_t> prompt,
+                                    std::span<const int32_t> output, std::span<const float> logits,
+                                    int64_t position, double* margin = nullptr);
+
+}  // namespace dsla
