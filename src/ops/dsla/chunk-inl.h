@@ -1,0 +1,260 @@
+// Load, prepare and scan of the chunked form (cpu_wave.h). Included once per Highway target.
+
+#if defined(DSLA_OPS_DSLA_CHUNK_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef DSLA_OPS_DSLA_CHUNK_INL_H_
+#undef DSLA_OPS_DSLA_CHUNK_INL_H_
+#else
+#define DSLA_OPS_DSLA_CHUNK_INL_H_
+#endif
+
+#include <algorithm>
+#include <cstring>
+
+#include "hwy/highway.h"
+#include "ops/dsla/cpu_wave.h"
+#include "ops/dsla/features-inl.h"
+#include "ops/dsla/slot.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace dsla {
+namespace HWY_NAMESPACE {
+namespace {  // of the one file that includes this
+
+template <class T>
+HWY_INLINE const T* Elements(const void* data, int64_t index) {
+  return static_cast<const T*>(data) + index;
+}
+
+// Tokens [first, first + count) before the segment, out of the ring, to stream position `token`.
+template <class T>
+void LoadRing(const DslaWave& wave, const DslaSlot& slot, int h, int64_t first, int count,
+              int64_t token) {
+  const int D = wave.shape.D, W = wave.shape.window;
+  for (int x = 0; x < count; ++x) {
+    const int64_t to = (h * wave.tokens + token + x) * D;
+    if (first + x < 0) {  // zeros: a weight of zero must not meet a NaN
+      std::memset(wave.k + to, 0, sizeof(float) * static_cast<size_t>(D));
+      std::memset(wave.v + to, 0, sizeof(float) * static_cast<size_t>(D));
+      continue;
+    }
+    const int64_t at = (static_cast<int64_t>(h) * W + (first + x) % W) * D;
+    ConvertRow(Elements<T>(slot.ring_k, at), wave.k + to, static_cast<size_t>(D));
+    ConvertRow(Elements<T>(slot.ring_v, at), wave.v + to, static_cast<size_t>(D));
+  }
+}
+
+// The sinks that exist at the segment's end.
+template <class T>
+void LoadSinks(const DslaWave& wave, const DslaSlot& slot, int segment, int h) {
+  const DslaSegment& seg = wave.segments[segment];
+  const DslaArgs& args = *wave.forward;
+  const int D = wave.shape.D, S = wave.shape.sinks, Hkv = wave.shape.Hkv, P = wave.padded_sinks;
+  const int64_t block = (static_cast<int64_t>(segment) * Hkv + h) * P * D;
+  float* k = wave.sink_kt + block;
+  float* v = wave.sink_v + block;
+  std::memset(k, 0, sizeof(float) * static_cast<size_t>(P * D));
+  std::memset(v, 0, sizeof(float) * static_cast<size_t>(P * D));
+  float row[256];
+  for (int64_t s = 0; s < std::min<int64_t>(S, seg.begin + seg.count); ++s) {
+    const bool old = s < seg.begin;
+    const int64_t at =
+        old ? (static_cast<int64_t>(h) * S + s) * D : ((seg.row + s - seg.begin) * Hkv + h) * D;
+    ConvertRow(Elements<T>(old ? slot.sink_k : args.k, at), row, static_cast<size_t>(D));
+    for (int d = 0; d < D; ++d) k[d * P + s] = row[d];
+    ConvertRow(Elements<T>(old ? slot.sink_v : args.v, at), v + s * D, static_cast<size_t>(D));
+  }
+}
+
+template <class T>
+void LoadForward(const DslaWave& wave, int chunk, int h) {
+  const DslaChunk& ck = wave.chunks[chunk];
+  const DslaSegment& seg = wave.segments[ck.segment];
+  const DslaArgs& args = *wave.forward;
+  const int D = wave.shape.D, W = wave.shape.window, Hkv = wave.shape.Hkv;
+  int64_t token = seg.token + W + ck.offset;
+  int rows = ck.rows;
+  for (int x = 0; x < rows; ++x) {
+    const int64_t at = ((seg.row + ck.offset + x) * Hkv + h) * D;
+    const int64_t to = (h * wave.tokens + token + x) * D;
+    ConvertRow(Elements<T>(args.k, at), wave.k + to, static_cast<size_t>(D));
+    ConvertRow(Elements<T>(args.v, at), wave.v + to, static_cast<size_t>(D));
+  }
+  if (W == 0) return;
+  if (ck.offset == 0) {
+    const DslaSlot slot = SlotAt(wave.layout, wave.states, wave.slots[seg.n]);
+    LoadRing<T>(wave, slot, h, seg.begin - W, W, seg.token);
+    if (wave.shape.sinks > 0) LoadSinks<T>(wave, slot, ck.segment, h);
+    token -= W;
+    rows += W;
+  }
+  Transpose(wave.k + (h * wave.tokens + token) * D, D, rows, D,
+            wave.kt + static_cast<int64_t>(h) * D * wave.kt_row + token, wave.kt_row);
+}
+
+template <class T>
+void LoadFold(const DslaWave& wave, int chunk, int h) {
+  const DslaChunk& ck = wave.chunks[chunk];
+  const DslaSegment& seg = wave.segments[ck.segment];
+  const DslaFoldArgs& args = *wave.fold;
+  const int D = wave.shape.D, page_size = args.kv.page_size;
+  const int32_t* pages = args.tables.pages + args.tables.page_start[seg.n];
+  for (int x = ck.offset; x < ck.offset + ck.rows; ++x) {
+    const int64_t s = seg.begin - wave.shape.window + x;
+    const int64_t at = pages[s / page_size] * args.kv.page_stride +
+                       (static_cast<int64_t>(h) * page_size + s % page_size) * D;
+    const int64_t to = (h * wave.tokens + seg.token + x) * D;
+    ConvertRow(Elements<T>(args.kv.k, at), wave.k + to, static_cast<size_t>(D));
+    ConvertRow(Elements<T>(args.kv.v, at), wave.v + to, static_cast<size_t>(D));
+  }
+}
+
+void LoadTokens(const DslaWave& wave, int chunk, int h) {
+  const bool f32 = wave.shape.kv_dtype == DType::kF32;
+  if (wave.forward)
+    f32 ? LoadForward<float>(wave, chunk, h) : LoadForward<bf16>(wave, chunk, h);
+  else
+    f32 ? LoadFold<float>(wave, chunk, h) : LoadFold<bf16>(wave, chunk, h);
+}
+
+// Where the results of one vector of channels of a chunk go.
+struct ChannelSinks {
+  float* decay;  // [rows, SF] or null
+  float* keys;   // [lanes, kCpuChunk]
+  float* norm;
+  float* scale_in;
+  float* scale_out;
+};
+
+// One vector of channels over a chunk's n rows. The sums of gates run outwards from the anchor row,
+// so that they are small next to it and at most half a chunk long: G - R without a subtraction.
+void PrepareChannels(const float* HWY_RESTRICT logit, const float* HWY_RESTRICT bias, int SF,
+                     const float* HWY_RESTRICT phi, int F, float floor, int n,
+                     const ChannelSinks& to) {
+  const F32 d;
+  HWY_ALIGN float gate[kCpuChunk * kTileLanes];  // a, then G - R
+  HWY_ALIGN float key[kCpuChunk * kTileLanes];   // k', then K~
+  const V32 b = hn::LoadU(d, bias), low = hn::Set(d, floor);
+  for (int j = 0; j < n; ++j) {
+    const V32 a = LogGate(d, hn::LoadU(d, logit + j * SF), b, low);
+    hn::Store(a, d, gate + j * kTileLanes);
+    hn::Store(hn::Mul(hn::Neg(Expm1(d, a)), hn::LoadU(d, phi + j * F)), d, key + j * kTileLanes);
+  }
+  const int anchor = n / 2;
+  const V32 first = hn::Load(d, gate);
+  V32 next = hn::Load(d, gate + anchor * kTileLanes);
+  V32 g = hn::Zero(d);
+  hn::Store(g, d, gate + anchor * kTileLanes);
+  for (int j = anchor + 1; j < n; ++j) {
+    g = hn::Add(g, hn::Load(d, gate + j * kTileLanes));
+    hn::Store(g, d, gate + j * kTileLanes);
+  }
+  hn::StoreU(Exp(d, g), d, to.scale_out);
+  g = hn::Zero(d);
+  for (int j = anchor - 1; j >= 0; --j) {
+    g = hn::Sub(g, next);
+    next = hn::Load(d, gate + j * kTileLanes);
+    hn::Store(g, d, gate + j * kTileLanes);
+  }
+  hn::StoreU(Exp(d, hn::Sub(first, g)), d, to.scale_in);  // R = G[0] + (R - G[0])
+  V32 sum = hn::Zero(d);
+  for (int j = 0; j < n; ++j) {
+    const V32 e = Exp(d, hn::Load(d, gate + j * kTileLanes));
+    // Within e^+-80 by the gate's floor, so that the quotient is as good as a second exp.
+    const V32 k = hn::Div(hn::Load(d, key + j * kTileLanes), e);
+    if (to.decay) hn::StoreU(e, d, to.decay + j * SF);
+    hn::Store(k, d, key + j * kTileLanes);
+    sum = hn::Add(sum, k);
+  }
+  hn::StoreU(sum, d, to.norm);
+  Transpose(key, kTileLanes, n, kTileLanes, to.keys, kCpuChunk);
+}
+
+void PrepareChunk(const DslaWave& wave, int chunk, int h, float* scratch) {
+  const DslaShape& shape = wave.shape;
+  const DslaParams& params = wave.params;
+  const DslaChunk& ck = wave.chunks[chunk];
+  const DslaSegment& seg = wave.segments[ck.segment];
+  const int D = shape.D, F = shape.F, SF = shape.SF(), n = ck.rows - ck.idle;
+  if (n == 0) return;
+  float* unrotated = scratch;             // [n, D]
+  float* y = unrotated + kCpuChunk * D;   // [n, D]
+  float* logits = y + kCpuChunk * D;      // [n, SF]
+  float* phi = logits + kCpuChunk * SF;   // [n, F]
+  float* own_keys = phi + kCpuChunk * F;  // [SF, kCpuChunk]
+
+  const int64_t token = seg.token + ck.offset + ck.idle;
+  const int64_t position = seg.begin - shape.window + ck.offset + ck.idle;
+  const float* k = wave.k + (h * wave.tokens + token) * D;
+  for (int j = 0; j < n; ++j)
+    Unrotate(k + j * D, params.rope_cos + (position + j) * (D / 2),
+             params.rope_sin + (position + j) * (D / 2), D, unrotated + j * D);
+  for (int i = 0; i < shape.states; ++i)
+    GemmTile(unrotated, D, 1,
+             params.gate_weight + (static_cast<int64_t>(i) * shape.Hkv + h) * D * F, F,
+             logits + i * F, SF, n, F, D, false);
+  GemmTile(k, D, 1, params.phi_k + static_cast<int64_t>(h) * D * D, D, y, D, n, D, D, false);
+  for (int j = 0; j < n; ++j) {
+    const F32 d;
+    float inverse[2];
+    ExpFeatures(y + j * D, D, F, phi + j * F, inverse);
+    for (int f = 0; f < F; f += kTileLanes)
+      hn::StoreU(hn::Mul(hn::LoadU(d, phi + j * F + f), hn::Set(d, inverse[f / D])), d,
+                 phi + j * F + f);
+  }
+
+  const int64_t at = wave.At(chunk, h);
+  float* keys = wave.keys ? wave.keys + at * SF * kCpuChunk : own_keys;
+  float* decay = wave.decay ? wave.decay + at * kCpuChunk * SF : nullptr;
+  if (decay && ck.idle > 0) {  // zero decay: the outputs of idle rows are zero
+    std::memset(decay, 0, sizeof(float) * static_cast<size_t>(ck.idle * SF));
+    for (int f = 0; f < SF; ++f)
+      std::memset(keys + f * kCpuChunk, 0, sizeof(float) * static_cast<size_t>(ck.idle));
+  }
+  for (int f = 0; f < SF; f += kTileLanes) {
+    const float* bias = params.gate_bias + (static_cast<int64_t>(f / F) * shape.Hkv + h) * F;
+    PrepareChannels(
+        logits + f, bias + f % F, SF, phi + f % F, F, shape.gate_floor, n,
+        {decay ? decay + ck.idle * SF + f : nullptr, keys + f * kCpuChunk + ck.idle,
+         wave.norm + at * SF + f, wave.scale_in + at * SF + f, wave.scale_out + at * SF + f});
+  }
+  GemmTile(keys + ck.idle, kCpuChunk, 1, wave.v + (h * wave.tokens + token) * D, D,
+           wave.state + at * SF * D, D, SF, D, n, false);
+}
+
+void ScanStates(const DslaWave& wave, int segment, int h, int begin, int end) {
+  const F32 d;
+  const DslaSegment& seg = wave.segments[segment];
+  const int D = wave.shape.D, SF = wave.shape.SF();
+  const DslaSlot slot = SlotAt(wave.layout, wave.states, wave.slots[seg.n]);
+  float* state = slot.state + static_cast<int64_t>(h) * SF * D;
+  float* norm = slot.norm + static_cast<int64_t>(h) * SF;
+  const bool keep = wave.forward != nullptr;
+  for (int c = seg.first_chunk; c < seg.first_chunk + seg.chunks; ++c) {
+    if (wave.chunks[c].idle == wave.chunks[c].rows) continue;
+    const int64_t at = wave.At(c, h) * SF;
+    for (int f = begin; f < end; f += kTileLanes) {
+      const V32 entry = hn::Mul(hn::LoadU(d, wave.scale_in + at + f), hn::LoadU(d, norm + f));
+      const V32 added = hn::Add(entry, hn::LoadU(d, wave.norm + at + f));
+      if (keep) hn::StoreU(entry, d, wave.norm + at + f);
+      hn::StoreU(hn::Mul(hn::LoadU(d, wave.scale_out + at + f), added), d, norm + f);
+    }
+    for (int f = begin; f < end; ++f) {
+      const V32 in = hn::Set(d, wave.scale_in[at + f]), out = hn::Set(d, wave.scale_out[at + f]);
+      float* HWY_RESTRICT s = state + static_cast<int64_t>(f) * D;
+      float* HWY_RESTRICT p = wave.state + (at + f) * D;
+      for (int i = 0; i < D; i += kTileLanes) {
+        const V32 entry = hn::Mul(in, hn::LoadU(d, s + i));
+        const V32 added = hn::Add(entry, hn::LoadU(d, p + i));
+        if (keep) hn::StoreU(entry, d, p + i);
+        hn::StoreU(hn::Mul(out, added), d, s + i);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace HWY_NAMESPACE
+}  // namespace dsla
+HWY_AFTER_NAMESPACE();
+
+#endif  // DSLA_OPS_DSLA_CHUNK_INL_H_

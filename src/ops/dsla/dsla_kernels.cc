@@ -1,0 +1,69 @@
+// Compiles the kernels for every target and picks one at run time.
+#include "ops/dsla/cpu_decode.h"
+#include "ops/dsla/cpu_wave.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "ops/dsla/dsla_kernels.cc"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+// After foreach_target.h.
+#include "hwy/highway.h"
+#include "ops/dsla/chunk-inl.h"
+#include "ops/dsla/decode-inl.h"
+#include "ops/dsla/query-inl.h"
+
+#if HWY_ONCE
+namespace dsla {
+
+HWY_EXPORT(LoadTokens);
+HWY_EXPORT(PrepareChunk);
+HWY_EXPORT(ScanStates);
+HWY_EXPORT(QueryChunk);
+HWY_EXPORT(DecodeKeys);
+HWY_EXPORT(DecodeQueries);
+HWY_EXPORT(DecodeStates);
+HWY_EXPORT(DecodeWindow);
+HWY_EXPORT(DecodeMerge);
+
+int64_t DslaPrepareScratch(const DslaShape& shape) {
+  return static_cast<int64_t>(kCpuChunk) * (2 * shape.D + 2 * shape.SF() + shape.F);
+}
+int64_t DslaQueryScratch(const DslaShape& shape, int heads) {
+  return static_cast<int64_t>(heads) *
+         (kCpuChunk * (3 * shape.D + shape.SF() + 3) + kQueryBlock * DslaScoreRow(shape));
+}
+int64_t DslaDecodeScratch(const DslaShape& shape) {
+  const int64_t project = int64_t{kDecodeRows} * (3 * shape.D + shape.SF());
+  const int64_t lanes = (shape.G() + 15) / 16 * 16, keys = shape.window + shape.sinks;
+  return std::max(project, keys * (2 * shape.D + lanes) + shape.D * lanes);
+}
+
+void DslaLoadTokens(const DslaWave& wave, int chunk, int h) {
+  HWY_DYNAMIC_DISPATCH(LoadTokens)(wave, chunk, h);
+}
+void DslaPrepareChunk(const DslaWave& wave, int chunk, int h, float* scratch) {
+  HWY_DYNAMIC_DISPATCH(PrepareChunk)(wave, chunk, h, scratch);
+}
+void DslaScanStates(const DslaWave& wave, int segment, int h, int begin, int end) {
+  HWY_DYNAMIC_DISPATCH(ScanStates)(wave, segment, h, begin, end);
+}
+void DslaQueryChunk(const DslaWave& wave, int chunk, int first_head, int heads, float* scratch) {
+  HWY_DYNAMIC_DISPATCH(QueryChunk)(wave, chunk, first_head, heads, scratch);
+}
+void DslaDecodeKeys(const DslaDecode& batch, int h, int begin, int end, float* scratch) {
+  HWY_DYNAMIC_DISPATCH(DecodeKeys)(batch, h, begin, end, scratch);
+}
+void DslaDecodeQueries(const DslaDecode& batch, int h, int begin, int end, float* scratch) {
+  HWY_DYNAMIC_DISPATCH(DecodeQueries)(batch, h, begin, end, scratch);
+}
+void DslaDecodeStates(const DslaDecode& batch, int row, int h, int block) {
+  HWY_DYNAMIC_DISPATCH(DecodeStates)(batch, row, h, block);
+}
+void DslaDecodeWindow(const DslaDecode& batch, int row, int h, float* scratch) {
+  HWY_DYNAMIC_DISPATCH(DecodeWindow)(batch, row, h, scratch);
+}
+void DslaDecodeMerge(const DslaDecode& batch, int row) {
+  HWY_DYNAMIC_DISPATCH(DecodeMerge)(batch, row);
+}
+
+}  // namespace dsla
+#endif  // HWY_ONCE

@@ -1,0 +1,112 @@
+// Feature maps, gates and small layout changes shared by the chunked and the recurrent form.
+// Included once per Highway target.
+
+#if defined(DSLA_OPS_DSLA_FEATURES_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef DSLA_OPS_DSLA_FEATURES_INL_H_
+#undef DSLA_OPS_DSLA_FEATURES_INL_H_
+#else
+#define DSLA_OPS_DSLA_FEATURES_INL_H_
+#endif
+
+#include <cstdint>
+
+#include "hwy/highway.h"
+#include "ops/dsla/dsla.h"
+#include "ops/simd/math-inl.h"
+#include "ops/simd/tile-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace dsla {
+namespace HWY_NAMESPACE {
+namespace {  // of the one file that includes this
+
+namespace hn = hwy::HWY_NAMESPACE;
+using F32 = hn::ScalableTag<float>;
+using V32 = hn::Vec<F32>;
+
+HWY_INLINE float Sum(F32 d, V32 v) { return hn::GetLane(hn::SumOfLanes(d, v)); }
+
+// y [D] -> e [F] = exp(y - max y), then exp(min y - y) if F = 2D, not normalized; inverse[0..1] are
+// 1 / their sums.
+HWY_INLINE void ExpFeatures(const float* HWY_RESTRICT y, int D, int F, float* HWY_RESTRICT e,
+                            float* HWY_RESTRICT inverse) {
+  const F32 d;
+  const int lanes = kTileLanes;
+  V32 high = hn::LoadU(d, y), low = high;
+  for (int i = lanes; i < D; i += lanes) {
+    const V32 x = hn::LoadU(d, y + i);
+    high = hn::Max(high, x);
+    low = hn::Min(low, x);
+  }
+  high = hn::MaxOfLanes(d, high);
+  V32 sum = hn::Zero(d);
+  for (int i = 0; i < D; i += lanes) {
+    const V32 x = Exp(d, hn::Sub(hn::LoadU(d, y + i), high));
+    hn::StoreU(x, d, e + i);
+    sum = hn::Add(sum, x);
+  }
+  inverse[0] = 1.f / Sum(d, sum);
+  if (F == D) return;
+  low = hn::MinOfLanes(d, low);
+  sum = hn::Zero(d);
+  for (int i = 0; i < D; i += lanes) {
+    const V32 x = Exp(d, hn::Sub(low, hn::LoadU(d, y + i)));
+    hn::StoreU(x, d, e + D + i);
+    sum = hn::Add(sum, x);
+  }
+  inverse[1] = 1.f / Sum(d, sum);
+}
+
+// k~: undoes the rotation of one key [D] at the position of the cos and sin rows [D/2].
+HWY_INLINE void Unrotate(const float* HWY_RESTRICT k, const float* HWY_RESTRICT cos,
+                         const float* HWY_RESTRICT sin, int D, float* HWY_RESTRICT out) {
+  const hn::CappedTag<float, 8> d;  // D / 2 is a multiple of 8
+  const int half = D / 2;
+  for (int i = 0; i < half; i += static_cast<int>(hn::Lanes(d))) {
+    const auto lo = hn::LoadU(d, k + i), hi = hn::LoadU(d, k + half + i);
+    const auto c = hn::LoadU(d, cos + i), s = hn::LoadU(d, sin + i);
+    hn::StoreU(hn::MulAdd(lo, c, hn::Mul(hi, s)), d, out + i);
+    hn::StoreU(hn::NegMulAdd(lo, s, hn::Mul(hi, c)), d, out + half + i);
+  }
+}
+
+// a from the gate's logit without its bias.
+HWY_INLINE V32 LogGate(F32 d, V32 logit, V32 bias, V32 floor) {
+  const V32 a = hn::Mul(LogSigmoid(d, hn::Add(logit, bias)), hn::Set(d, 1.f / kDslaGateDivisor));
+  return hn::Max(floor, a);
+}
+
+// to[c * to_row + r] = from[r * from_row + c]; rows need not be a multiple of 4, cols is one.
+HWY_INLINE void Transpose(const float* HWY_RESTRICT from, int64_t from_row, int rows, int cols,
+                          float* HWY_RESTRICT to, int64_t to_row) {
+  int r = 0;
+#if HWY_TARGET != HWY_SCALAR  // has no vectors of 4
+  const hn::FixedTag<float, 4> d;
+  const hn::Repartition<double, decltype(d)> dd;
+  for (; r + 4 <= rows; r += 4) {
+    const float* p = from + r * from_row;
+    for (int c = 0; c < cols; c += 4) {
+      const auto r0 = hn::LoadU(d, p + c), r1 = hn::LoadU(d, p + from_row + c);
+      const auto r2 = hn::LoadU(d, p + 2 * from_row + c), r3 = hn::LoadU(d, p + 3 * from_row + c);
+      const auto a = hn::BitCast(dd, hn::InterleaveLower(d, r0, r1));
+      const auto b = hn::BitCast(dd, hn::InterleaveLower(d, r2, r3));
+      const auto e = hn::BitCast(dd, hn::InterleaveUpper(d, r0, r1));
+      const auto f = hn::BitCast(dd, hn::InterleaveUpper(d, r2, r3));
+      float* q = to + c * to_row + r;
+      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(dd, a, b)), d, q);
+      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(dd, a, b)), d, q + to_row);
+      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(dd, e, f)), d, q + 2 * to_row);
+      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(dd, e, f)), d, q + 3 * to_row);
+    }
+  }
+#endif
+  for (; r < rows; ++r)
+    for (int c = 0; c < cols; ++c) to[c * to_row + r] = from[r * from_row + c];
+}
+
+}  // namespace
+}  // namespace HWY_NAMESPACE
+}  // namespace dsla
+HWY_AFTER_NAMESPACE();
+
+#endif  // DSLA_OPS_DSLA_FEATURES_INL_H_
