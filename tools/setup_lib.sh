@@ -17,7 +17,7 @@ test_packages=(clang libclang-rt-dev libomp-dev git)
 die() {
   printf '\n%s: %s\n' "$log_prefix" "$1" >&2
   shift
-  printf '  %s\n' "$@" >&2
+  (($# == 0)) || printf '  %s\n' "$@" >&2
   exit 1
 }
 
@@ -88,6 +88,14 @@ note_of_step() {
 
 # --- The machine -----------------------------------------------------------------------------------------------------
 
+# The first step: its messages need no log.
+machine_step() {
+  local found
+  found=$(check_machine)
+  step_index=1
+  printf '[1/%d] The machine: %s\n' "$steps_total" "$found"
+}
+
 check_machine() {
   local id='' version='' name='' like='' disk
   [[ $(uname -sm) == 'Linux x86_64' ]] ||
@@ -115,8 +123,8 @@ check_machine() {
     *) ;;
   esac
   case "$id:$version" in
-    debian:12 | ubuntu:24.04) echo "note: $name, $(nproc) cores" ;;
-    *) echo "note: ${name:-unknown system}${like:+ (like $like)}, not tested (Debian 12 and Ubuntu 24.04 are), $(nproc) cores" ;;
+    debian:12 | ubuntu:24.04) echo "$name, $(nproc) cores" ;;
+    *) echo "${name:-unknown system}${like:+ (like $like)}, not tested (Debian 12 and Ubuntu 24.04 are), $(nproc) cores" ;;
   esac
   disk=$(df -Pk "$root" | awk 'NR == 2 { print int($4 / 1048576) }')
   [[ -x $root/.venv/bin/python ]] || ((disk >= 5)) ||
