@@ -56,7 +56,7 @@ void BlockSumTarget(const float* logits, int64_t n, int64_t block, float max, fl
     Vec sum = hn::Zero(d);
     Vectors(logits + b * block, std::min(block, n - b * block), [&](Vec l) {
       const Vec e = Exp(d, hn::Mul(hn::Sub(l, vmax), vinverse));
-      sum = hn::Add(sum, hn::IfThenElseZero(hn::Ge(l, vthreshold), e));
+      sum = hn::Add(sum, hn::IfThenElseZero(hn::Gt(l, vthreshold), e));
     });
     // The few lanes are added in fp64, so that what rounds in fp32 is a sum of block / lanes terms.
     HWY_ALIGN float lanes[kLanes];
@@ -65,6 +65,21 @@ void BlockSumTarget(const float* logits, int64_t n, int64_t block, float max, fl
     for (const float lane : lanes) total += lane;
     sums[b] = total;
   }
+}
+
+void BucketSumTarget(const float* logits, int64_t n, float max, float inverse, double* mass) {
+  const Tag d;
+  const hn::RebindToSigned<Tag> di;
+  const Vec vmax = hn::Set(d, max), vinverse = hn::Set(d, inverse),
+            per_bucket = hn::Set(d, inverse * kBucketsPerUnit), last = hn::Set(d, kBuckets - 1);
+  Vectors(logits, n, [&](Vec l) {
+    HWY_ALIGN float terms[kLanes];
+    HWY_ALIGN int32_t buckets[kLanes];
+    hn::Store(Exp(d, hn::Mul(hn::Sub(l, vmax), vinverse)), d, terms);
+    const Vec distance = hn::Mul(hn::Sub(vmax, l), per_bucket);
+    hn::Store(hn::ConvertTo(di, hn::Min(distance, last)), di, buckets);
+    for (int64_t i = 0; i < kLanes; ++i) mass[buckets[i]] += terms[i];
+  });
 }
 
 }  // namespace HWY_NAMESPACE
@@ -76,6 +91,7 @@ namespace dsla {
 
 HWY_EXPORT(BlockMaxTarget);
 HWY_EXPORT(BlockSumTarget);
+HWY_EXPORT(BucketSumTarget);
 
 void FindBlocks(std::span<const float> logits, LogitBlocks& blocks) {
   const int64_t n = static_cast<int64_t>(logits.size());
@@ -95,6 +111,13 @@ double SumExp(std::span<const float> logits, const LogitBlocks& blocks, float in
   double total = 0;
   for (int b = 0; b < blocks.count; ++b) total += sums[b];
   return total;
+}
+
+void SumExpByBucket(std::span<const float> logits, const LogitBlocks& blocks,
+                    float inverse_temperature, double* mass) {
+  std::fill(mass, mass + kBuckets, 0.);
+  HWY_DYNAMIC_DISPATCH(BucketSumTarget)
+  (logits.data(), static_cast<int64_t>(logits.size()), blocks.max, inverse_temperature, mass);
 }
 
 }  // namespace dsla

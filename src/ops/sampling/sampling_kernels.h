@@ -22,9 +22,22 @@ struct LogitBlocks {
 
 void FindBlocks(std::span<const float> logits, LogitBlocks& blocks);
 
-// sums[b] = sum over block b of exp((l - max) * inverse_temperature) where l >= threshold. Returns
+// sums[b] = sum over block b of exp((l - max) * inverse_temperature) where l > threshold. Returns
 // their sum. The terms are fp32, the sums fp64.
 double SumExp(std::span<const float> logits, const LogitBlocks& blocks, float inverse_temperature,
               float threshold, double* sums);
+
+// The same terms by distance from the largest logit: bucket i holds those with (max - l) /
+// temperature in [i, i + 1) / kBucketsPerUnit, the last one all beyond. 32 units below the largest
+// a token has 1e-14 of its probability.
+inline constexpr int kBuckets = 1024, kBucketsPerUnit = 32;
+void SumExpByBucket(std::span<const float> logits, const LogitBlocks& blocks,
+                    float inverse_temperature, double* mass);
+
+// The bucket of a logit, by the same fp32 operations as SumExpByBucket; never grows with the logit.
+inline int BucketOf(float logit, float max, float inverse_temperature) {
+  const float distance = (max - logit) * (inverse_temperature * kBucketsPerUnit);
+  return distance < kBuckets - 1 ? static_cast<int>(distance) : kBuckets - 1;
+}
 
 }  // namespace dsla

@@ -263,8 +263,10 @@ TEST(SamplerTest, EqualsReference) {
   ForEachTarget([] {
     std::mt19937 random(kSeed);
     int compared = 0, skipped = 0;
-    for (int trial = 0; trial < 1500; ++trial) {
-      const int64_t V = trial % 10 == 0 ? 20000 : 11 + static_cast<int64_t>(random() % 700);
+    for (int trial = 0; trial < 1000; ++trial) {
+      const int64_t V = trial % 100 == 0  ? 70000  // more than 64 logits per block
+                        : trial % 20 == 0 ? 5000
+                                          : 11 + static_cast<int64_t>(random() % 700);
       std::vector<float> logits = RandomLogits(V, trial % 3 == 0 ? 0.3f : 3.f, random);
       if (trial % 4 == 0)  // many equals
         for (float &l : logits) l = std::round(l * 2) / 2;
@@ -296,8 +298,8 @@ TEST(SamplerTest, EqualsReference) {
       ASSERT_EQ(got->token, want->token) << "trial " << trial << ", margin " << margin;
       EXPECT_NEAR(got->logprob, want->logprob, 2e-6 * (1 + std::abs(want->logprob)));
     }
-    EXPECT_LT(skipped, 30);
-    EXPECT_GT(compared, 1400);
+    EXPECT_LT(skipped, 10);
+    EXPECT_GT(compared, 900);
   });
 }
 
