@@ -9,13 +9,11 @@
 // or EOS); a plain piece holds everything between two control pieces: template text and message
 // text together, so that "user\n" and the content after it are tokenised as one run. No byte of a
 // message, its role included, is ever in a control piece. To tokenise:
-//   1. MergePlainPieces with "is this text one of the model's added tokens": not every model has
-//   every marker as a token
-//      (TinyLlama spells <|user|>, Llama 2 spells [INST]); those that are none join the plain text
-//      around them.
-//   2. A control piece becomes that token's id. A plain piece is encoded with added tokens not
-//   recognised in it.
-//   3. Nothing is added: no BOS or EOS, as the template wrote its own.
+//   1. MergePlainPieces with "is this text one of the model's added tokens": a marker may be none
+//      (TinyLlama spells <|user|>, Llama 2 spells [INST]) and then joins the plain text around it.
+//   2. A control piece becomes that token's id.
+//   3. A plain piece is encoded with no added token recognised in it.
+//   4. Nothing is added: no BOS or EOS, as the template wrote its own.
 // The plain pieces are then the very segments that the `tokenizers` library makes by splitting at
 // added tokens, so byte-level merges and SentencePiece's space rules ("add a prefix space to the
 // first segment only", "to each") hold by applying them per piece, and the ids equal tokenising the
@@ -55,7 +53,7 @@ struct ChatTemplate {
 
   // ChatML, and Qwen with it
   std::optional<std::string>
-      default_system;    // stands in where the conversation does not begin with a system message
+      default_system;    // for a conversation that begins with no system message
   bool any_role = true;  // false: system, user and assistant only
   bool begins_with_bos = false;
   bool trims = false;
@@ -65,14 +63,13 @@ struct ChatTemplate {
   bool trims_system = false;
 
   // Llama 3
-  bool always_prompts =
-      false;  // the first release asked for an answer whatever add_generation_prompt says
+  bool always_prompts = false;      // as first published: whatever add_generation_prompt says
   std::optional<std::string> date;  // 3.1 and later: the template's own date_string, "26 Jul 2024"
 
   // Mistral
   System system = System::kRefused;
-  std::string before_inst, after_inst, before_end_inst, before_answer,
-      after_answer;  // spaces or nothing
+  // Spaces or nothing.
+  std::string before_inst, after_inst, before_end_inst, before_answer, after_answer;
   bool trims_answer = false;
 };
 
