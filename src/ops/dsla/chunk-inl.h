@@ -233,9 +233,9 @@ void ScanStates(const DslaWave& wave, int segment, int h, int begin, int end) {
     if (wave.chunks[c].idle == wave.chunks[c].rows) continue;
     const int64_t at = wave.At(c, h) * SF;
     for (int f = begin; f < end; f += kTileLanes) {
-      const V32 entry = hn::Mul(hn::LoadU(d, wave.scale_in + at + f), hn::LoadU(d, norm + f));
-      const V32 added = hn::Add(entry, hn::LoadU(d, wave.norm + at + f));
-      if (keep) hn::StoreU(entry, d, wave.norm + at + f);
+      const V32 in = hn::LoadU(d, wave.scale_in + at + f), s = hn::LoadU(d, norm + f);
+      const V32 added = hn::MulAdd(in, s, hn::LoadU(d, wave.norm + at + f));
+      if (keep) hn::StoreU(hn::Mul(in, s), d, wave.norm + at + f);
       hn::StoreU(hn::Mul(hn::LoadU(d, wave.scale_out + at + f), added), d, norm + f);
     }
     for (int f = begin; f < end; ++f) {
@@ -243,9 +243,10 @@ void ScanStates(const DslaWave& wave, int segment, int h, int begin, int end) {
       float* HWY_RESTRICT s = state + static_cast<int64_t>(f) * D;
       float* HWY_RESTRICT p = wave.state + (at + f) * D;
       for (int i = 0; i < D; i += kTileLanes) {
-        const V32 entry = hn::Mul(in, hn::LoadU(d, s + i));
-        const V32 added = hn::Add(entry, hn::LoadU(d, p + i));
-        if (keep) hn::StoreU(entry, d, p + i);
+        // MulAdd in both cases: left to the compiler, a fold and a prompt would round differently.
+        const V32 x = hn::LoadU(d, s + i);
+        const V32 added = hn::MulAdd(in, x, hn::LoadU(d, p + i));
+        if (keep) hn::StoreU(hn::Mul(in, x), d, p + i);
         hn::StoreU(hn::Mul(out, added), d, s + i);
       }
     }
