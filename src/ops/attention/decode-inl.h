@@ -76,32 +76,61 @@ HWY_INLINE void StoreSums4(VF a, VF b, VF c, VF e, float* to) {
 }
 #endif
 
-// scores[r * kDecodeKeys + s] = q_r . k_s for R rows and `keys` keys, rounded up to a multiple of
-// four: what follows the last key repeats it.
+// One vector of channels of Scores: sum_{r,j} += q_r k_j, lane by lane. The queries and one key at
+// a time, so that with the sums they just fit 16 registers: a spilled sum would be a chain through
+// memory.
+template <int R, int kKeys, typename T>
+HWY_INLINE void ScoreStep(const float* q, int Dp, const T* const (&row)[kKeys], int i,
+                          VF (&sum)[R][kKeys]) {
+  const DF d;
+  VF qv[R];
+  for (int r = 0; r < R; ++r) qv[r] = hn::Load(d, q + r * Dp + i);
+  for (int j = 0; j < kKeys; ++j) {
+    const VF k = LoadF32(d, row[j] + i);
+    for (int r = 0; r < R; ++r) sum[r][j] = hn::MulAdd(qv[r], k, sum[r][j]);
+  }
+}
+
+// scores[r * kDecodeKeys + s] = q_r . k_s for R rows and `keys` keys, rounded up to whole steps. k
+// goes on past the last key: see RowsAndAhead.
 template <int R, typename T>
 void Scores(const float* q, int Dp, const T* const* k, int keys, float* scores) {
   const DF d;
-  constexpr int kKeys = 4;
+  constexpr int kKeys = R <= 3 ? 4 : 2;
   for (int s = 0; s < keys; s += kKeys) {
+    for (int j = 0; j < kKeys; ++j) PrefetchRow(k[s + j + kAhead], Dp);
     const T* row[kKeys];
-    for (int j = 0; j < kKeys; ++j) {
-      row[j] = k[std::min(s + j, keys - 1)];
-      PrefetchRow(k[std::min(s + j + kAhead, keys - 1)], Dp);
-    }
+    for (int j = 0; j < kKeys; ++j) row[j] = k[s + j];
     VF sum[R][kKeys];
     for (int r = 0; r < R; ++r)
       for (int j = 0; j < kKeys; ++j) sum[r][j] = hn::Zero(d);
-    for (int i = 0; i < Dp; i += kLanes) {
-      VF kv[kKeys];
-      for (int j = 0; j < kKeys; ++j) kv[j] = LoadF32(d, row[j] + i);
-      for (int r = 0; r < R; ++r) {
-        const VF qv = hn::Load(d, q + r * Dp + i);
-        for (int j = 0; j < kKeys; ++j) sum[r][j] = hn::MulAdd(qv, kv[j], sum[r][j]);
+    for (int i = 0; i < Dp; i += kLanes) ScoreStep(q, Dp, row, i, sum);
+    if constexpr (kKeys == 4) {
+      for (int r = 0; r < R; ++r)
+        StoreSums4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], scores + r * kDecodeKeys + s);
+    } else {
+      for (int j = 0; j < kKeys; ++j) {
+        float of_row[4];
+        StoreSums4(sum[0][j], sum[1][j], sum[2][j], sum[3][j], of_row);
+        for (int r = 0; r < 4; ++r) scores[r * kDecodeKeys + s + j] = of_row[r];
       }
     }
-    for (int r = 0; r < R; ++r)
-      StoreSums4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], scores + r * kDecodeKeys + s);
   }
+}
+
+// One vector of channels of Accumulate: out_r += sum_j weight_{r,j} v_j.
+template <int R, int kKeys, typename T>
+HWY_INLINE void AccumulateStep(const VF (&weight)[R][kKeys], const T* const (&row)[kKeys], int i,
+                               float* out, int64_t out_stride) {
+  const DF d;
+  VF sum[R];
+  float* to = out + i;
+  for (int r = 0; r < R; ++r) sum[r] = hn::Load(d, to + r * out_stride);
+  for (int j = 0; j < kKeys; ++j) {
+    const VF v = LoadF32(d, row[j] + i);
+    for (int r = 0; r < R; ++r) sum[r] = hn::MulAdd(weight[r][j], v, sum[r]);
+  }
+  for (int r = 0; r < R; ++r) hn::Store(sum[r], d, to + r * out_stride);
 }
 
 // out_r += sum_s p_{r,s} v_s, s ascending. The probabilities of what follows the last key are 0.
@@ -111,22 +140,14 @@ void Accumulate(const float* p, const T* const* v, int keys, int Dp, float* out,
   const DF d;
   constexpr int kKeys = R <= 3 ? 4 : 2;
   for (int s = 0; s < keys; s += kKeys) {
+    for (int j = 0; j < kKeys; ++j) PrefetchRow(v[s + j + kAhead], Dp);
     const T* row[kKeys];
     VF weight[R][kKeys];
     for (int j = 0; j < kKeys; ++j) {
-      row[j] = v[std::min(s + j, keys - 1)];
-      PrefetchRow(v[std::min(s + j + kAhead, keys - 1)], Dp);
+      row[j] = v[s + j];
       for (int r = 0; r < R; ++r) weight[r][j] = hn::Set(d, p[r * kDecodeKeys + s + j]);
     }
-    for (int i = 0; i < Dp; i += kLanes) {
-      VF sum[R];
-      for (int r = 0; r < R; ++r) sum[r] = hn::Load(d, out + r * out_stride + i);
-      for (int j = 0; j < kKeys; ++j) {
-        const VF vv = LoadF32(d, row[j] + i);
-        for (int r = 0; r < R; ++r) sum[r] = hn::MulAdd(weight[r][j], vv, sum[r]);
-      }
-      for (int r = 0; r < R; ++r) hn::Store(sum[r], d, out + r * out_stride + i);
-    }
+    for (int i = 0; i < Dp; i += kLanes) AccumulateStep(weight, row, i, out, out_stride);
   }
 }
 
@@ -182,7 +203,8 @@ inline void SoftmaxRow(float* scores, int keys, int low, int high, float* max_ou
   *sum_out = hn::GetLane(hn::SumOfLanes(d, sum));
 }
 
-// Row addresses of keys [begin, end).
+constexpr int kMaxRows = kDecodeKeys + 4 + kAhead;
+
 template <typename T>
 void RowsOf(const void* base, const PagedAttentionArgs& a, int n, int head, int begin, int end,
             const T** rows) {
@@ -190,6 +212,18 @@ void RowsOf(const void* base, const PagedAttentionArgs& a, int n, int head, int 
     const T* at = static_cast<const T*>(base) + offset;
     for (int j = 0; j < count; ++j) rows[s - begin + j] = at + int64_t{j} * a.kv.D;
   });
+}
+
+// The addresses of the rows of keys [begin, end); the last one again up to a multiple of four; then
+// kAhead rows that will be read next, [next_begin, next_end) of `next` as far as they go.
+template <typename T>
+void RowsAndAhead(const void* base, const void* next, const PagedAttentionArgs& a, int n, int head,
+                  int begin, int end, int next_begin, int next_end, const T** rows) {
+  RowsOf(base, a, n, head, begin, end, rows);
+  const int keys = end - begin, padded = RoundUp(keys, 4);
+  std::fill(rows + keys, rows + padded + kAhead, rows[keys - 1]);
+  next_end = std::min(next_end, next_begin + kAhead);
+  if (next_begin < next_end) RowsOf(next, a, n, head, next_begin, next_end, rows + padded);
 }
 
 // Copies `keys` rows to dense fp32 ones, padded with zeros to Dp, and points `wide` at them.
@@ -201,54 +235,84 @@ void Widen(const T* const* rows, int keys, int D, int Dp, float* panel, const fl
     std::fill(to + D, to + Dp, 0.f);
     wide[s] = to;
   }
+  std::fill(wide + keys, wide + RoundUp(keys, 4) + kAhead, wide[keys - 1]);
+}
+
+// A task's rows and scratch memory.
+struct Range {
+  int n, head, begin, end;
+  int D, Dp, G, R;
+  float *q, *scores, *panel;  // [R, Dp], [R, kDecodeKeys], [kDecodeKeys, Dp]
+  float* partial;             // [R, stride]
+  int64_t stride;
+  int keys() const { return end - begin; }
+};
+
+inline void LoadQueries(const PagedAttentionArgs& a, const Range& t) {
+  for (int r = 0; r < t.R; ++r) {
+    const float* from = a.q + (a.rows.row_start[t.n] + r / t.G) * a.q_stride +
+                        (int64_t{t.head} * t.G + r % t.G) * t.D;
+    float* to = t.q + int64_t{r} * t.Dp;
+    for (int d = 0; d < t.D; ++d) to[d] = a.scale * from[d];
+    std::fill(to + t.D, to + t.Dp, 0.f);
+  }
+}
+
+template <typename T>
+void AllScores(const Range& t, const T* const* k) {
+  for (int r = 0; r < t.R; r += kGroup)
+    ScoresOf(std::min(kGroup, t.R - r), t.q + int64_t{r} * t.Dp, t.Dp, k, t.keys(),
+             t.scores + int64_t{r} * kDecodeKeys);
+}
+template <typename T>
+void AllAccumulate(const Range& t, const T* const* v) {
+  for (int r = 0; r < t.R; r += kGroup)
+    AccumulateOf(std::min(kGroup, t.R - r), t.scores + int64_t{r} * kDecodeKeys, v, t.keys(), t.Dp,
+                 t.partial + r * t.stride, t.stride);
+}
+inline void AllSoftmax(const PagedAttentionArgs& a, const Range& t) {
+  for (int r = 0; r < t.R; ++r) {
+    const int pos = a.rows.pos[t.n] + r / t.G;
+    float* out = t.partial + r * t.stride;
+    std::fill_n(out, t.Dp, 0.f);
+    SoftmaxRow(t.scores + int64_t{r} * kDecodeKeys, t.keys(),
+               FirstVisibleKey(pos, a.sliding_window) - t.begin, pos + 1 - t.begin, out + t.Dp,
+               out + t.Dp + 1);
+  }
 }
 
 template <typename T>
 void Attend(const PagedAttentionArgs& a, int n, int head, int begin, int end, float* partial,
             float* scratch) {
-  const int D = a.kv.D, Dp = RoundUp(D, kPartialPad), G = a.H / a.kv.Hkv;
-  const int R = a.rows.count(n) * G, keys = end - begin;
-  const int64_t stride = PartialRow(D);
-  float* q = scratch;                                // [R, Dp]
-  float* scores = q + int64_t{R} * Dp;               // [R, kDecodeKeys]
-  float* panel = scores + int64_t{R} * kDecodeKeys;  // [kDecodeKeys, Dp]
-  for (int r = 0; r < R; ++r) {
-    const float* from = a.q + (a.rows.row_start[n] + r / G) * a.q_stride +
-                        (static_cast<int64_t>(head) * G + r % G) * D;
-    for (int d = 0; d < Dp; ++d) q[int64_t{r} * Dp + d] = d < D ? a.scale * from[d] : 0.f;
-  }
+  Range t;
+  t.n = n, t.head = head, t.begin = begin, t.end = end;
+  t.D = a.kv.D, t.Dp = RoundUp(t.D, kPartialPad), t.G = a.H / a.kv.Hkv;
+  t.R = a.rows.count(n) * t.G;
+  t.q = scratch;
+  t.scores = t.q + int64_t{t.R} * t.Dp;
+  t.panel = t.scores + int64_t{t.R} * kDecodeKeys;
+  t.partial = partial, t.stride = PartialRow(t.D);
 
-  const T* rows[kDecodeKeys];
-  const float* wide[kDecodeKeys];
+  // V follows K, and the next range's K is likely this thread's next.
+  const int tokens = a.rows.pos[n] + a.rows.count(n);
+  const T* k[kMaxRows];
+  const T* v[kMaxRows];
+  RowsAndAhead(a.kv.k, a.kv.v, a, n, head, begin, end, begin, end, k);
+  RowsAndAhead(a.kv.v, a.kv.k, a, n, head, begin, end, end, tokens, v);
+  LoadQueries(a, t);
   // Straight from the cache if one pass serves all rows and D is whole vectors, else through a
   // dense fp32 copy, so that each row is converted once.
-  const bool direct = R <= kGroup && D == Dp;
-  RowsOf(a.kv.k, a, n, head, begin, end, rows);
-  if (!direct) Widen(rows, keys, D, Dp, panel, wide);
-  for (int r = 0; r < R; r += kGroup) {
-    const int group = std::min(kGroup, R - r);
-    float* to = scores + int64_t{r} * kDecodeKeys;
-    if (direct)
-      ScoresOf(group, q + int64_t{r} * Dp, Dp, rows, keys, to);
-    else
-      ScoresOf(group, q + int64_t{r} * Dp, Dp, wide, keys, to);
-  }
-  for (int r = 0; r < R; ++r) {
-    const int t = a.rows.pos[n] + r / G;
-    float* out = partial + r * stride;
-    std::fill_n(out, Dp, 0.f);
-    SoftmaxRow(scores + int64_t{r} * kDecodeKeys, keys,
-               FirstVisibleKey(t, a.sliding_window) - begin, t + 1 - begin, out + Dp, out + Dp + 1);
-  }
-  RowsOf(a.kv.v, a, n, head, begin, end, rows);
-  if (!direct) Widen(rows, keys, D, Dp, panel, wide);
-  for (int r = 0; r < R; r += kGroup) {
-    const int group = std::min(kGroup, R - r);
-    const float* p = scores + int64_t{r} * kDecodeKeys;
-    if (direct)
-      AccumulateOf(group, p, rows, keys, Dp, partial + r * stride, stride);
-    else
-      AccumulateOf(group, p, wide, keys, Dp, partial + r * stride, stride);
+  if (t.R <= kGroup && t.D == t.Dp) {
+    AllScores(t, k);
+    AllSoftmax(a, t);
+    AllAccumulate(t, v);
+  } else {
+    const float* wide[kMaxRows];
+    Widen(k, t.keys(), t.D, t.Dp, t.panel, wide);
+    AllScores(t, wide);
+    AllSoftmax(a, t);
+    Widen(v, t.keys(), t.D, t.Dp, t.panel, wide);
+    AllAccumulate(t, wide);
   }
 }
 

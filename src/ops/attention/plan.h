@@ -20,7 +20,8 @@ inline constexpr int kDecodeKeys = 256;
 inline constexpr int kPrefillRows = 192;
 inline constexpr int kPrefillKeys = 128;
 inline constexpr int kPrefillRowPad = 32;  // a whole number of register blocks on every target
-inline constexpr int kPartialPad = 16;     // D of a partial result is padded to whole vectors
+inline constexpr int kPartialPad =
+    32;  // D in the decode form is padded to two vectors of any target
 
 constexpr int RoundUp(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
 constexpr int64_t RoundUp64(int64_t x, int64_t multiple) {
