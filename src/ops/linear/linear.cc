@@ -15,16 +15,19 @@ namespace {
 
 enum class Path { kRows, kGemmF32, kGemmBf16 };
 
-// How T rows are multiplied.
-// Up to kMaxRows our own loop: measured in linear_bench.
-constexpr int64_t kMaxRows = 8;
-// oneDNN's bf16 GEMM rounds its result to bf16 and reorders operands first; it pays from here.
-constexpr int64_t kMinRowsBf16 = 32;
+// On AVX2 our own loop takes less CPU time than the conversion of a panel and the fp32 GEMM up to
+// about 100 rows of every shape in linear_bench (16 rows: half, 64 rows: 10 to 25% less), and it
+// keeps the batch out of a row's result; beyond, the GEMM's packing pays.
+constexpr int64_t kMaxRows = 64;
+static_assert(kMaxRows >= kLinearInvariantRows);
 
+// How T rows are multiplied. A CPU with bf16 dot products (AVX512_BF16, AMX) has several times the
+// fp32 rate in them, worth rounding the activations to bf16 once T is a prefill's, not a batch of
+// decodes. On other CPUs libtorch's bf16 product is far slower than fp32, hence the panels.
 Path ChoosePath(int64_t T, DType dtype) {
-  if (T <= kMaxRows) return Path::kRows;
-  if (dtype == DType::kBF16 && T >= kMinRowsBf16 && CpuMultipliesBf16()) return Path::kGemmBf16;
-  return Path::kGemmF32;
+  if (T <= kLinearInvariantRows) return Path::kRows;
+  if (dtype == DType::kBF16 && CpuMultipliesBf16()) return Path::kGemmBf16;
+  return T <= kMaxRows ? Path::kRows : Path::kGemmF32;
 }
 
 // Below this many bytes of weights times rows, starting threads costs more than they save.

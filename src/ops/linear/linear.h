@@ -14,6 +14,12 @@ namespace dsla {
 
 enum class Accumulate { kNo, kYes };
 
+// Up to this many rows, a row's result is the same bits however many others it is batched with, on
+// any number of threads. More rows may go through a GEMM, which sums in another order (and on CPUs
+// with bf16 dot products rounds activations and result to bf16), so that near-ties may fall the
+// other way.
+inline constexpr int64_t kLinearInvariantRows = 32;
+
 class Linear {
  public:
   Linear();
@@ -30,6 +36,7 @@ class Linear {
   int64_t bytes() const;  // of the stored weight and bias
 
   // y[t] (+)= W x[t] + b for T rows; strides in floats between rows. x and y do not overlap.
+  // Sets libtorch's thread count to ctx.threads where it takes the GEMM.
   void Forward(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T, float* y,
                int64_t y_stride, Accumulate accumulate = Accumulate::kNo) const;
 

@@ -32,7 +32,7 @@ std::vector<float> Random(int64_t n, uint32_t seed) {
 // fp32 sums; where the CPU multiplies bf16 itself many rows round the activations and the result to
 // bf16: one rounding of the result and the random sum of those of the terms, under 4 deviations.
 Tolerance ToleranceOf(int64_t T, int64_t in, DType dtype) {
-  if (dtype == DType::kBF16 && T >= 32 && CpuMultipliesBf16())
+  if (dtype == DType::kBF16 && T > kLinearInvariantRows && CpuMultipliesBf16())
     return RoundingTolerance(5, DType::kBF16);
   return SumTolerance(in);
 }
@@ -98,7 +98,7 @@ TEST(LinearTest, EqualsReferenceOnEveryPath) {
   for (const DType dtype : {DType::kBF16, DType::kF32})
     for (const bool bias : {false, true})
       for (const bool accumulate : {false, true})
-        for (const int64_t T : {1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 70})
+        for (const int64_t T : {1, 2, 3, 4, 7, 32, 33, 64, 65, 90})
           CheckCase({T, 129, 96, dtype, bias, accumulate}, 2);
 }
 
@@ -106,11 +106,11 @@ TEST(LinearTest, OddShapes) {
   for (const DType dtype : {DType::kBF16, DType::kF32})
     for (const int64_t in : {1, 2, 3, 15, 16, 17, 31, 32, 33, 577})
       for (const int64_t out : {1, 2, 3, 4, 5, 67})
-        for (const int64_t T : {1, 5, 40}) CheckCase({T, out, in, dtype, true, false}, 2);
+        for (const int64_t T : {1, 5, 70}) CheckCase({T, out, in, dtype, true, false}, 2);
 }
 
 TEST(LinearTest, MoreFeaturesThanOnePanelOrTask) {
-  for (const int64_t T : {1, 6, 20, 40})
+  for (const int64_t T : {1, 6, 33, 70})
     for (const int threads : {1, 2, 3})
       CheckCase({T, 1300, 160, DType::kBF16, true, true}, threads);
 }
@@ -124,7 +124,7 @@ TEST(LinearTest, EveryTargetEqualsReference) {
 
 // Decoding a token alone or with others gives the same bits.
 TEST(LinearTest, RowsDoNotDependOnTheBatch) {
-  const int64_t out = 515, in = 200, T = 8;
+  const int64_t out = 515, in = 200, T = kLinearInvariantRows;
   const std::vector<float> weight = Random(out * in, 1), x = Random(T * in, 3);
   Workspace workspace;
   ForEachTarget([&] {
@@ -133,7 +133,7 @@ TEST(LinearTest, RowsDoNotDependOnTheBatch) {
       std::vector<float> alone(static_cast<size_t>(T * out));
       for (int64_t t = 0; t < T; ++t)
         linear.Forward({1, &workspace}, x.data() + t * in, in, 1, alone.data() + t * out, out);
-      for (int64_t rows = 2; rows <= T; ++rows) {
+      for (const int64_t rows : {int64_t{2}, int64_t{3}, int64_t{4}, int64_t{5}, int64_t{11}, T}) {
         std::vector<float> batched(static_cast<size_t>(rows * out));
         linear.Forward({2, &workspace}, x.data(), in, rows, batched.data(), out);
         EXPECT_EQ(std::memcmp(alone.data(), batched.data(), batched.size() * sizeof(float)), 0)
@@ -164,7 +164,7 @@ TEST(LinearTest, NonFiniteValuesStayInTheirRowAndFeature) {
   const int64_t out = 9, in = 50;
   std::vector<float> weight = Random(out * in, 1);
   weight[static_cast<size_t>(4 * in + 49)] = std::numeric_limits<float>::infinity();
-  for (const int64_t T : {3, 20}) {
+  for (const int64_t T : {3, 70}) {
     std::vector<float> x = Random(T * in, 3), y(static_cast<size_t>(T * out));
     x[static_cast<size_t>(in + 7)] = kNaN;  // row 1
     Workspace workspace;
@@ -201,7 +201,7 @@ TEST(LowRankDeltaTest, EqualsReference) {
   const std::vector<float> a = Random(rank * in, 1), b = Random(out * rank, 2);
   EXPECT_TRUE(LowRankDelta().empty());
   EXPECT_EQ(LowRankDelta().bytes(), 0);
-  for (const int64_t T : {0, 1, 3, 20}) {
+  for (const int64_t T : {0, 1, 3, 70}) {
     const int64_t x_stride = in + 1, y_stride = out + 2;
     const std::vector<float> x = Random(T * x_stride, 3), old = Random(T * y_stride, 4);
     std::vector<float> hidden(static_cast<size_t>(T * rank)), want(static_cast<size_t>(T * out)),
@@ -219,7 +219,10 @@ TEST(LowRankDeltaTest, EqualsReference) {
         got.push_back(y[i]);
       }
     }
-    ExpectClose(got, want, SumTolerance(in + rank));
+    ExpectClose(got, want,
+                T > kLinearInvariantRows && CpuMultipliesBf16()
+                    ? RoundingTolerance(10, DType::kBF16)  // two roundings in a row
+                    : SumTolerance(in + rank));
   }
 }
 
