@@ -215,15 +215,22 @@ class AdapterReader {
 
 }  // namespace
 
-Expected<std::shared_ptr<const Adapter>> Adapter::Open(const std::string& path,
-                                                       const ModelConfig& base) {
-  DSLA_ASSIGN_OR_RETURN(const SafetensorsFile file, SafetensorsFile::Open(path));
+Expected<std::shared_ptr<const Adapter>> ParseAdapter(std::span<const std::byte> bytes,
+                                                      const std::string& path,
+                                                      const ModelConfig& base) {
+  DSLA_ASSIGN_OR_RETURN(const SafetensorsFile file, SafetensorsFile::Parse(bytes, path));
   auto adapter = std::make_shared<Adapter>();
   DSLA_RETURN_IF_ERROR(AdapterReader(file, base).Run(adapter.get()));
   Sha256 hash;
-  hash.Update(file.bytes());
+  hash.Update(bytes);
   adapter->id = hash.HexDigest().substr(0, 16);
   return std::shared_ptr<const Adapter>(std::move(adapter));
+}
+
+Expected<std::shared_ptr<const Adapter>> Adapter::Open(const std::string& path,
+                                                       const ModelConfig& base) {
+  DSLA_ASSIGN_OR_RETURN(const MappedFile file, MappedFile::Open(path));
+  return ParseAdapter(file.bytes(), path, base);
 }
 
 Status Adapter::CheckBase(const std::string& fingerprint, const std::string& model_path) const {

@@ -2,6 +2,9 @@
 // rules for its settings. Only adapter*.cc include it.
 #pragma once
 
+#include <cstddef>
+#include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -28,6 +31,11 @@ Status CheckAdapterSettings(const AdapterLayer& layer, const AdapterDims& dims,
 
 // The ladder is a permutation of 0 .. L-1 and top_level is one of its rungs.
 Status CheckLadder(const std::vector<int>& ladder, int top_level, int L, const std::string& where);
+
+// Adapter::Open without the file: also sets the id.
+Expected<std::shared_ptr<const Adapter>> ParseAdapter(std::span<const std::byte> bytes,
+                                                      const std::string& path,
+                                                      const ModelConfig& base);
 
 constexpr const char* kAdapterFormat = "dsla-adapter";
 constexpr int kAdapterVersion = 1;

@@ -40,9 +40,9 @@ std::string GgufName(const std::string& name) {
 
 class GgufModel final : public StoredModel {
  public:
-  static Expected<std::unique_ptr<ModelFile>> Open(const std::string& path) {
+  static Expected<std::unique_ptr<ModelFile>> Make(GgufFile gguf) {
     auto model = std::make_unique<GgufModel>();
-    DSLA_ASSIGN_OR_RETURN(model->gguf_, GgufFile::Open(path));
+    model->gguf_ = std::move(gguf);
     DSLA_RETURN_IF_ERROR(model->Init());
     return std::unique_ptr<ModelFile>(std::move(model));
   }
@@ -115,7 +115,12 @@ class GgufModel final : public StoredModel {
 }  // namespace
 
 Expected<std::unique_ptr<ModelFile>> OpenGgufModel(const std::string& path) {
-  return GgufModel::Open(path);
+  DSLA_ASSIGN_OR_RETURN(GgufFile gguf, GgufFile::Open(path));
+  return MakeGgufModel(std::move(gguf));
+}
+
+Expected<std::unique_ptr<ModelFile>> MakeGgufModel(GgufFile gguf) {
+  return GgufModel::Make(std::move(gguf));
 }
 
 }  // namespace dsla

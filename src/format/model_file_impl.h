@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "format/dequant.h"
+#include "format/gguf.h"
 #include "format/model_file.h"
 
 namespace dsla {
@@ -62,6 +63,7 @@ class StoredModel : public ModelFile {
 };
 
 Expected<std::unique_ptr<ModelFile>> OpenGgufModel(const std::string& path);
+Expected<std::unique_ptr<ModelFile>> MakeGgufModel(GgufFile gguf);
 Expected<std::unique_ptr<ModelFile>> OpenHfModel(const std::string& directory);
 
 }  // namespace dsla

@@ -30,7 +30,6 @@ class SafetensorsFile {
   static Expected<SafetensorsFile> Parse(std::span<const std::byte> bytes, const std::string& path);
 
   const std::string& path() const { return path_; }
-  std::span<const std::byte> bytes() const { return file_.bytes(); }          // after Open
   const std::vector<SafetensorsTensor>& tensors() const { return tensors_; }  // by offset
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
 
