@@ -38,8 +38,7 @@ if(DSLA_TORCH)
   # By flags, not by path: CMake would warn that the wheel's libgomp.so.1 hides the system's. That it does is wanted:
   # the RUNPATH comes first, so that a program holds one OpenMP runtime, which our loops and libtorch's share.
   target_link_libraries(torch_cpu INTERFACE -l:libtorch_cpu.so -l:libc10.so)
-  target_link_directories(torch_cpu INTERFACE ${DSLA_TORCH_DIR}/lib)
-  target_link_options(torch_cpu INTERFACE
+  target_link_options(torch_cpu INTERFACE -L${DSLA_TORCH_DIR}/lib
     -Wl,-rpath,${DSLA_TORCH_DIR}/lib
     -Wl,-rpath-link,${dsla_site_packages}/nvidia/cu13/lib -Wl,--allow-shlib-undefined)
 endif()

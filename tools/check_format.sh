@@ -45,14 +45,17 @@ fi
 if $fix; then
   "$format" -i "${files[@]}"
 else
-  bad=0
-  for file in "${files[@]}"; do
-    if ! "$format" "$file" | cmp -s - "$file"; then
-      echo "$file: not formatted (tools/check_format.sh --fix)"
-      "$format" "$file" | diff -u "$file" - | sed -n '3,12p' || true
-      bad=$((bad + 1))
-    fi
+  rc=0
+  found=$("$format" --dry-run --Werror "${files[@]}" 2>&1) || rc=$?
+  mapfile -t bad < <(sed -nE 's/^([^:]+):[0-9]+:[0-9]+: error: code should be .*/\1/p' <<<"$found" | sort -u)
+  if ((rc != 0 && ${#bad[@]} == 0)); then
+    echo "check_format: $format failed: $found" >&2
+    exit 2
+  fi
+  for file in "${bad[@]}"; do
+    echo "$file: not formatted (tools/check_format.sh --fix)"
+    "$format" "$file" | diff -u "$file" - | sed -n '3,12p' || true
   done
-  echo "check_format: ${#files[@]} files, $bad errors"
-  ((bad == 0))
+  echo "check_format: ${#files[@]} files, ${#bad[@]} errors"
+  ((${#bad[@]} == 0))
 fi
