@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cctype>
 #include <new>
 
 #include "base/check.h"
@@ -68,12 +69,8 @@ class Translator {
         pos_ += 2;
         return Status::Ok();
       case 'p':
-      case 'P': {
-        const size_t close = in_.find('}', pos_);
-        if (in_.substr(pos_ + 2, 1) != "{" || close == in_.npos) return Refuse(2);
-        Copy(close + 1 - pos_);
-        return Status::Ok();
-      }
+      case 'P':
+        return Property();
       case 'u':
       case 'x':
         return HexEscape(c);
@@ -91,6 +88,26 @@ class Translator {
         Copy(2);
         return Status::Ok();
     }
+  }
+
+  // \p{L}, \p{Lu}, \p{Han}. A longer name is a script, which PCRE2 would also find in a character's
+  // script extensions.
+  Status Property() {
+    const size_t close = in_.find('}', pos_);
+    if (in_.substr(pos_ + 2, 1) != "{" || close == in_.npos) return Refuse(2);
+    std::string_view name = in_.substr(pos_ + 3, close - pos_ - 3);
+    const bool negated = name.starts_with('^');
+    if (negated) name.remove_prefix(1);
+    const bool plain = std::all_of(name.begin(), name.end(), [](char c) {
+      return c == '_' || std::isalpha(static_cast<unsigned char>(c));
+    });
+    if (name.empty() || !plain) return Refuse(close + 1 - pos_);
+    out_.append(in_.substr(pos_, 3))
+        .append(negated ? "^" : "")
+        .append(name.size() > 2 && name != "Any" ? "sc:" : "");
+    out_.append(name).append("}");
+    pos_ = close + 1;
+    return Status::Ok();
   }
 
   Status HexEscape(char kind) {

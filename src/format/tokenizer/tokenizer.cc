@@ -48,16 +48,17 @@ class ScratchPool {
   std::vector<std::unique_ptr<Scratch>> free_;
 };
 
-std::pair<std::vector<AddedToken>, std::vector<AddedToken>> SplitAdded(
-    const std::vector<AddedToken>& added, std::span<const NormalizerStep> normalizer) {
-  std::pair<std::vector<AddedToken>, std::vector<AddedToken>> result;
-  for (const AddedToken& token : added) {
-    AddedToken copy = token;
-    if (copy.normalized) Normalize(normalizer, &copy.text);
-    if (!copy.text.empty())
-      (copy.normalized ? result.second : result.first).push_back(std::move(copy));
+// The added tokens that are looked for in the text as it is, or in the normalized text by their own
+// normalized form.
+std::vector<AddedToken> Pick(const std::vector<AddedToken>& added, bool normalized,
+                             const Normalizer& normalizer) {
+  std::vector<AddedToken> picked;
+  for (AddedToken token : added) {
+    if (token.normalized != normalized) continue;
+    if (normalized) normalizer.Apply(&token.text);
+    if (!token.text.empty()) picked.push_back(std::move(token));
   }
-  return result;
+  return picked;
 }
 
 }  // namespace
@@ -68,11 +69,10 @@ struct Tokenizer::Impl {
         vocabulary(std::move(checked)),
         bpe(std::move(built.bpe)),
         cut_at_spaces(built.cut_at_spaces),
-        pre_tokenizer(std::move(cutter)) {
-    auto [as_is, by_normal_form] = SplitAdded(vocabulary.added(), data.normalizer);
-    raw_added = AddedTokenMatcher(std::move(as_is));
-    normalized_added = AddedTokenMatcher(std::move(by_normal_form));
-  }
+        normalizer(std::move(data.normalizer)),
+        pre_tokenizer(std::move(cutter)),
+        raw_added(Pick(vocabulary.added(), false, normalizer)),
+        normalized_added(Pick(vocabulary.added(), true, normalizer)) {}
 
   Status EncodeText(std::string_view text, bool parse_special, Scratch* s,
                     std::vector<int32_t>* out) const;
@@ -84,8 +84,9 @@ struct Tokenizer::Impl {
   Vocabulary vocabulary;
   Bpe bpe;
   bool cut_at_spaces;
+  Normalizer normalizer;
   PreTokenizer pre_tokenizer;
-  AddedTokenMatcher raw_added{{}}, normalized_added{{}};
+  AddedTokenMatcher raw_added, normalized_added;
   mutable ScratchPool scratches;
 };
 
@@ -154,7 +155,7 @@ Status Tokenizer::Impl::EncodeText(std::string_view text, bool parse_special, Sc
       continue;
     }
     s->chunk.assign(text.substr(outer.begin, outer.end - outer.begin));
-    Normalize(data.normalizer, &s->chunk);
+    normalizer.Apply(&s->chunk);
     normalized_added.Cut(s->chunk, parse_special, &s->normalized);
     for (const auto& inner : s->normalized) {
       if (inner.id >= 0) {

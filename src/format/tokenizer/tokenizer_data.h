@@ -65,7 +65,7 @@ struct PreTokenizerStep {
   enum class Prepend { kAlways, kFirst, kNever };
   Kind kind = Kind::kSplit;
   bool individual = false;                  // kDigits
-  std::string pattern = {};  // kSplit
+  std::string pattern = {};                 // kSplit
   bool literal = false;                     // kSplit: the pattern is text, not an expression
   Behavior behavior = Behavior::kIsolated;  // kSplit
   bool invert = false;  // kSplit: matches are the pieces, what lies between is the delimiter

@@ -46,6 +46,7 @@ class Reader {
         return Refuse(Unsupported("{}: model.{} is not supported", path_, affix));
     }
     if (!file_.has_vocab) return model.Fail("vocab", "an object");
+    if (model.Has("merges")) return model.Fail("merges", "an array");
     data_.byte_fallback = model.Bool("byte_fallback", false);
     data_.fuse_unk = model.Bool("fuse_unk", false);
     data_.ignore_merges = model.Bool("ignore_merges", false);
