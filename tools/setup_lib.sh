@@ -233,13 +233,11 @@ build() {
   NINJA_STATUS='[%f/%t] ' ninja -C "$root/build/$preset" -j "$(build_jobs)" "$@"
 }
 
-# run_ctest <preset> <jobs> [ctest arguments]: leaves its counts in a JUnit file beside the log.
+# run_ctest <preset> <jobs> [ctest arguments]
 run_ctest() {
   local preset=$1 jobs=$2 wrap=()
   shift 2
-  rm -f "$log_dir/junit-$preset.xml"
   # ThreadSanitizer's address layout does not hold under the wide address randomisation of newer kernels.
   if [[ $preset == tsan ]] && setarch -R true; then wrap=(setarch -R); fi
-  "${wrap[@]}" ctest --test-dir "$root/build/$preset" -j "$jobs" --output-on-failure --no-tests=ignore \
-    --output-junit "$log_dir/junit-$preset.xml" "$@"
+  "${wrap[@]}" ctest --test-dir "$root/build/$preset" -j "$jobs" --output-on-failure --no-tests=ignore "$@"
 }
