@@ -177,8 +177,17 @@ void Linear::Storage::ForwardGemm(const ExecContext& ctx, GemmArgs args, Path pa
     });
     args.accumulate = true;
   }
+  const Workspace::Scope scope(*ctx.workspace);
   if (path == Path::kGemmBf16) {
-    GemmBf16(ctx.threads, args, w16.data());
+    bf16* x16 = ctx.workspace->Take<bf16>(args.T * stride);
+    ParallelRanges(ctx, args.T, 1, [&](int64_t begin, int64_t end, int) {
+      for (int64_t t = begin; t < end; ++t) {
+        NarrowBf16(args.x + t * args.x_stride, x16 + t * stride, args.in);
+        std::fill(x16 + t * stride + args.in, x16 + (t + 1) * stride, bf16{0});
+      }
+    });
+    args.in = stride;
+    GemmBf16(ctx.threads, args, x16, w16.data());
     return;
   }
   if (dtype == DType::kF32) {
@@ -186,7 +195,6 @@ void Linear::Storage::ForwardGemm(const ExecContext& ctx, GemmArgs args, Path pa
     GemmF32(ctx.threads, args);
     return;
   }
-  const Workspace::Scope scope(*ctx.workspace);
   const int64_t out = args.out;
   float* panel = ctx.workspace->Take<float>(std::min(kPanelRows, out) * stride);
   float* y = args.y;

@@ -21,9 +21,12 @@ struct GemmArgs {
 };
 void GemmF32(int threads, const GemmArgs& args);
 
-// The same with a bf16 weight in its stored form and x rounded to bf16 (nearest even); oneDNN sums
-// in fp32 and rounds the product to bf16. Only fast where the CPU multiplies bf16 itself.
-void GemmBf16(int threads, const GemmArgs& args, const bf16* w);
+// y (+)= x w^T with x [T, in] and w [out, in] in bf16, dense; args.x and args.w are not read.
+// oneDNN sums in fp32 and rounds the product to bf16. Only fast where the CPU multiplies bf16
+// itself. `in` must be a multiple of 32, AMX's depth: oneDNN reads the last partial block of a row
+// together with the start of the next row, times zeros, and so carries a NaN from one row of the
+// batch to another.
+void GemmBf16(int threads, const GemmArgs& args, const bf16* x, const bf16* w);
 
 // Does this CPU have bf16 dot products (AVX512_BF16; every CPU with AMX has it too)?
 bool CpuMultipliesBf16();

@@ -164,11 +164,12 @@ TEST(LinearTest, NonFiniteValuesStayInTheirRowAndFeature) {
   const int64_t out = 9, in = 50;
   std::vector<float> weight = Random(out * in, 1);
   weight[static_cast<size_t>(4 * in + 49)] = std::numeric_limits<float>::infinity();
-  for (const int64_t T : {3, 70}) {
+  for (const auto& [T, dtype] : {std::pair(3, DType::kBF16), std::pair(3, DType::kF32),
+                                 std::pair(70, DType::kBF16), std::pair(70, DType::kF32)}) {
     std::vector<float> x = Random(T * in, 3), y(static_cast<size_t>(T * out));
     x[static_cast<size_t>(in + 7)] = kNaN;  // row 1
     Workspace workspace;
-    Linear(weight, out, in, DType::kBF16).Forward({1, &workspace}, x.data(), in, T, y.data(), out);
+    Linear(weight, out, in, dtype).Forward({1, &workspace}, x.data(), in, T, y.data(), out);
     for (int64_t t = 0; t < T; ++t) {
       for (int64_t o = 0; o < out; ++o) {
         const float value = y[static_cast<size_t>(t * out + o)];

@@ -6,6 +6,7 @@
 #include <ATen/ops/mm.h>
 #include <c10/core/InferenceMode.h>
 
+#include "base/check.h"
 #include "ops/linear/linear_gemm.h"
 
 namespace dsla {
@@ -38,11 +39,12 @@ void GemmF32(int threads, const GemmArgs& a) {
     at::mm_out(y, x, w.t());
 }
 
-void GemmBf16(int threads, const GemmArgs& a, const bf16* weight) {
+void GemmBf16(int threads, const GemmArgs& a, const bf16* x16, const bf16* w16) {
+  DSLA_CHECK(a.in % 32 == 0);
   const c10::InferenceMode guard;
   UseThreads(threads);
-  const at::Tensor x = View(a.x, a.T, a.in, a.x_stride, at::kFloat).to(at::kBFloat16);
-  const at::Tensor w = View(weight, a.out, a.in, a.w_stride, at::kBFloat16);
+  const at::Tensor x = View(x16, a.T, a.in, a.in, at::kBFloat16);
+  const at::Tensor w = View(w16, a.out, a.in, a.in, at::kBFloat16);
   at::Tensor y = View(a.y, a.T, a.out, a.y_stride, at::kFloat);
   const at::Tensor product = at::linear(x, w);
   if (a.accumulate)
