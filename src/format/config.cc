@@ -21,8 +21,9 @@ Status CheckRope(const RopeConfig& rope, int D, const std::string& path) {
   if (!positive(rope.theta) || rope.theta < 1) {
     return DataLoss("'{}': RoPE base {} is not a number of at least 1", path, rope.theta);
   }
-  if (!positive(rope.factor)) {
-    return DataLoss("'{}': RoPE scaling factor {} is not positive", path, rope.factor);
+  if (!positive(rope.factor) || rope.factor < 1) {
+    return DataLoss("'{}': RoPE scaling factor {} is not a number of at least 1", path,
+                    rope.factor);
   }
   if (rope.scaling == RopeScaling::kLlama3) {
     if (!positive(rope.low_freq_factor) || !positive(rope.high_freq_factor) ||

@@ -189,7 +189,7 @@ TEST(HfConfig, Refused) {
       {"rope_scaling", {{"rope_type", "linear"}}, "no factor"},
       {"rope_scaling",
        {{"rope_type", "linear"}, {"factor", 0.0}},
-       "RoPE scaling factor 0 is not positive"},
+       "RoPE scaling factor 0 is not a number of at least 1"},
       {"rope_scaling", 8, "rope_scaling is not an object"},
       {"rope_scaling",
        {{"rope_type", "llama3"}, {"factor", 8}, {"low_freq_factor", 4}, {"high_freq_factor", 4}},
