@@ -33,7 +33,9 @@ if(DSLA_TORCH)
     message(FATAL_ERROR "libtorch not found (DSLA_TORCH_DIR is '${DSLA_TORCH_DIR}'): run ./quickstart, or set DSLA_TORCH_DIR to an installed torch package")
   endif()
   add_library(torch_cpu INTERFACE)
-  target_include_directories(torch_cpu SYSTEM INTERFACE ${DSLA_TORCH_DIR}/include ${DSLA_TORCH_DIR}/include/torch/csrc/api/include)
+  # After the system's folders: the wheel carries a newer fmt, which would hide the one that is linked.
+  target_compile_options(torch_cpu INTERFACE "SHELL:-idirafter ${DSLA_TORCH_DIR}/include"
+                         "SHELL:-idirafter ${DSLA_TORCH_DIR}/include/torch/csrc/api/include")
   get_filename_component(dsla_site_packages ${DSLA_TORCH_DIR} DIRECTORY)
   # By flags, not by path: CMake would warn that the wheel's libgomp.so.1 hides the system's. That it does is wanted:
   # the RUNPATH comes first, so that a program holds one OpenMP runtime, which our loops and libtorch's share.

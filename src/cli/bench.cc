@@ -204,6 +204,7 @@ void AddBench(CLI::App& app, Command& chosen) {
       .add_option("--levels", args->speed.levels,
                   "levels to compare [default: 0 and the adapter's top level]")
       ->type_name("N,N,...")
+      ->allow_extra_args(false)
       ->delimiter(',')
       ->group(group);
   command

@@ -101,6 +101,7 @@ void AddEval(CLI::App& app, Command& chosen) {
       .add_option("--levels", args->levels,
                   "levels to measure, as 8,15,22 [default: the adapter's top level]")
       ->type_name("N,N,...")
+      ->allow_extra_args(false)
       ->delimiter(',')
       ->group(group);
   command.add_option("--min-tokens", args->documents.min_tokens, "leave out shorter documents")

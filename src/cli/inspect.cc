@@ -1,5 +1,7 @@
 // dsla inspect: what a model or adapter holds, its ladder, and what a sequence costs in memory at
 // each level.
+#include <fmt/ranges.h>
+
 #include <cstdio>
 #include <nlohmann/json.hpp>
 #include <numeric>

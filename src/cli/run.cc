@@ -407,6 +407,7 @@ void AddSampling(CLI::App& command, RunArgs& args) {
       ->group(group);
   command.add_option("--logit-bias", args.logit_bias, "added to a token's logit; may be repeated")
       ->type_name("ID:BIAS")
+      ->allow_extra_args(false)
       ->group(group);
   command.add_option("--seed", sampling.seed, "draws depend on it and the position alone")
       ->capture_default_str()
@@ -462,6 +463,7 @@ void AddRun(CLI::App& app, Command& chosen) {
       .add_option("--raise-at", args->raise_at,
                   "raise to LEVEL after TOKEN generated tokens; may be repeated")
       ->type_name("TOKEN:LEVEL")
+      ->allow_extra_args(false)
       ->group(levels);
 
   const auto output = "Output";
