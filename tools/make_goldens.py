@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 ROOT = pathlib.Path(__file__).resolve().parent.parent / "tests" / "data"
 TOKENS = 48
 
-SMALL = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+SMALL = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=0, eos_token_id=1)
 
 
@@ -33,11 +33,11 @@ FAMILIES = {
     "llama3": (transformers.LlamaConfig, dict(rope_parameters=rope(
         "llama3", 500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16))),
     "llama-attention-bias": (transformers.LlamaConfig, dict(attention_bias=True, rope_parameters=rope())),
-    "smollm2": (transformers.LlamaConfig, dict(hidden_size=72, num_attention_heads=9, num_key_value_heads=3, head_dim=8,
+    "smollm2": (transformers.LlamaConfig, dict(hidden_size=144, num_attention_heads=9, num_key_value_heads=3, head_dim=16,
                                                tie_word_embeddings=True, rope_parameters=rope(theta=100000.0))),
     "mistral": (transformers.MistralConfig, dict(sliding_window=8, rope_parameters=rope())),
     "qwen2": (transformers.Qwen2Config, dict(rope_parameters=rope(theta=1000000.0))),
-    "qwen3": (transformers.Qwen3Config, dict(head_dim=16, tie_word_embeddings=True, rope_parameters=rope(theta=1000000.0))),
+    "qwen3": (transformers.Qwen3Config, dict(head_dim=32, tie_word_embeddings=True, rope_parameters=rope(theta=1000000.0))),
 }
 
 
@@ -49,7 +49,7 @@ def small_model(name, config_class, changes):
         for key, weight in model.named_parameters():
             # Wide enough that every part matters; norms near one; exact in bf16, which halves the files.
             random = torch.randn_like(weight)
-            weight.copy_((1 + 0.2 * random if "norm" in key else 0.3 * random).bfloat16().float())
+            weight.copy_((1 + 0.2 * random if "norm" in key else 0.25 * random).bfloat16().float())
     folder = ROOT / "models" / name
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().bfloat16().contiguous() for k, v in model.named_parameters()}

@@ -11,11 +11,14 @@ namespace {
 // Bytes as tokens: enough of a tokenizer to count with.
 std::unique_ptr<Tokenizer> ByteTokenizer() {
   GgufVocab vocab;
+  vocab.source = "test";
   vocab.model = "gpt2";
   vocab.pre = "gpt-2";
   for (char c = 'a'; c <= 'z'; ++c) vocab.tokens.push_back(std::string(1, c));
+  vocab.tokens.push_back("yz");
+  vocab.merges = {"y z"};
   vocab.types.assign(vocab.tokens.size(), 1);
-  auto data = FromGgufVocab(std::move(vocab), "test");
+  auto data = FromGgufVocab(std::move(vocab));
   EXPECT_TRUE(data.ok()) << data.status().message();
   auto tokenizer = Tokenizer::Create(std::move(data).value());
   EXPECT_TRUE(tokenizer.ok()) << tokenizer.status().message();
@@ -33,10 +36,12 @@ class DocumentsTest : public testing::Test {
 };
 
 TEST_F(DocumentsTest, JsonLinesInOrderFilteredAndCut) {
-  const std::string path = Write("documents.jsonl",
-                                 "{\"text\": \"abcdefgh\", \"source\": \"x\"}\n\n{\"text\": \"ab\"}\n{\"text\": "
-                                 "\"bcde\"}\n{\"text\": \"zzzzzz\"}\n");
-  const auto documents = ReadDocuments(path, *tokenizer_, {.min_tokens = 4, .max_tokens = 5, .max_docs = 2});
+  const std::string path =
+      Write("documents.jsonl",
+            "{\"text\": \"abcdefgh\", \"source\": \"x\"}\n\n{\"text\": \"ab\"}\n{\"text\": "
+            "\"bcde\"}\n{\"text\": \"zzzzzz\"}\n");
+  const auto documents =
+      ReadDocuments(path, *tokenizer_, {.min_tokens = 4, .max_tokens = 5, .max_docs = 2});
   ASSERT_TRUE(documents.ok()) << documents.status().message();
   ASSERT_EQ(documents->size(), 2u);
   EXPECT_EQ((*documents)[0].size(), 5u);

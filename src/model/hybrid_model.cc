@@ -322,6 +322,10 @@ Status HybridModel::Raise(const ExecContext& ctx, CachePool& pool, SequenceCache
     DSLA_ASSIGN_OR_RETURN(const auto conversions, cache.BeginRaise(next));
     for (const auto& [layer, slot] : conversions) {
       pool.Touch(BlockKind::kSlot, {&slot, 1});
+      if (cache.length() == 0) {
+        DslaResetSlot(adapter_.layers[layer].shape, pool.slots(), slot);
+        continue;
+      }
       const auto pages = cache.pages(layer);
       const int32_t page_start[2] = {0, static_cast<int32_t>(pages.size())};
       const int32_t row_start[2] = {0, 0};

@@ -224,7 +224,7 @@ LowRankDelta::LowRankDelta(std::span<const float> a, std::span<const float> b, i
 
 void LowRankDelta::AddTo(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T,
                          float* y, int64_t y_stride) const {
-  if (T <= 0) return;
+  if (empty() || T <= 0) return;
   DSLA_CHECK(ctx.workspace != nullptr);
   const Workspace::Scope scope(*ctx.workspace);
   const int64_t rank = a_.out();
