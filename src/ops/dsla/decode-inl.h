@@ -57,10 +57,9 @@ void DecodeKeys(const DslaDecode& batch, int h, int begin, int end, float* scrat
              unrotated + j * D);
   }
   for (int i = 0; i < shape.states; ++i)
-    GemmTile(unrotated, D, 1,
-             params.gate_weight + (static_cast<int64_t>(i) * shape.Hkv + h) * D * F, F,
-             logits + i * F, SF, n, F, D, false);
-  GemmTile(k, D, 1, params.phi_k + static_cast<int64_t>(h) * D * D, D, y, D, n, D, D, false);
+    Project(unrotated, params.gate_weight + (static_cast<int64_t>(i) * shape.Hkv + h) * D * F,
+            logits + i * F, SF, n, F, D);
+  Project(k, params.phi_k + static_cast<int64_t>(h) * D * D, y, D, n, D, D);
   HWY_ALIGN float phi[512];
   const V32 floor = hn::Set(d, shape.gate_floor);
   for (int j = 0; j < n; ++j) {
@@ -88,7 +87,7 @@ void DecodeQueries(const DslaDecode& batch, int h, int begin, int end, float* sc
   for (int j = 0; j < n; ++j)
     std::memcpy(q + j * D, args.q + batch.rows[begin + j].row * args.q_stride + h * D,
                 sizeof(float) * static_cast<size_t>(D));
-  GemmTile(q, D, 1, args.params.phi_q + static_cast<int64_t>(h) * D * D, D, y, D, n, D, D, false);
+  Project(q, args.params.phi_q + static_cast<int64_t>(h) * D * D, y, D, n, D, D);
   HWY_ALIGN float phi[512];
   for (int j = 0; j < n; ++j) {
     float inverse[2];
@@ -159,56 +158,72 @@ HWY_INLINE void StoreToken(const DslaArgs& args, const DslaSlot& slot, const Dsl
   std::memcpy(slot.sink_v + sink, v, static_cast<size_t>(bytes));
 }
 
+// Scores of one key [D] with N queries [N, D], to out[0], out[out_row], ..: the key is converted
+// once.
+template <int N, class T>
+HWY_INLINE void KeyScores(const T* HWY_RESTRICT k, const float* HWY_RESTRICT q, int D,
+                          float* HWY_RESTRICT out, int out_row) {
+  const F32 d;
+  V32 sum[N];
+  for (int g = 0; g < N; ++g) sum[g] = hn::Zero(d);
+  for (int i = 0; i < D; i += kTileLanes) {
+    const V32 x = LoadF32(d, k + i);
+    for (int g = 0; g < N; ++g) sum[g] = hn::MulAdd(x, hn::LoadU(d, q + g * D + i), sum[g]);
+  }
+  for (int g = 0; g < N; ++g) out[g * out_row] = Sum(d, sum[g]);
+}
+
+// A key and its value: scores of G queries, the value as fp32.
+template <class T>
+HWY_INLINE void VisitToken(const void* from_k, const void* from_v, int64_t at, int D, int G,
+                           const float* q, float* scores, int score_row, float* v) {
+  const T* k = static_cast<const T*>(from_k) + at;
+  ConvertRow(static_cast<const T*>(from_v) + at, v, static_cast<size_t>(D));
+  int g = 0;
+  for (; g + 3 <= G; g += 3) KeyScores<3>(k, q + g * D, D, scores + g * score_row, score_row);
+  for (; g < G; ++g) KeyScores<1>(k, q + g * D, D, scores + g * score_row, score_row);
+}
+
 void DecodeWindow(const DslaDecode& batch, int r, int h, float* scratch) {
   const F32 d;
   const DslaArgs& args = *batch.args;
   const DslaShape& shape = args.shape;
   const int D = shape.D, W = shape.window, S = shape.sinks, G = shape.G();
-  const int lanes = (G + kTileLanes - 1) / kTileLanes * kTileLanes;
+  const int score_row = (W + S + 15) / 16 * 16;
   const DslaDecodeRow& row = batch.rows[r];
   const DslaSlot slot = SlotAt(batch.layout, args.states, args.slots[row.n]);
   StoreToken(args, slot, row, h);
 
-  float* k = scratch;             // [keys, D]
-  float* v = k + (W + S) * D;     // [keys, D]
-  float* q = v + (W + S) * D;     // [D, lanes]: transposed, so that a score has no sum of lanes
-  float* scores = q + D * lanes;  // [keys, lanes]
+  float* v = scratch;                 // [keys, D]
+  float* scores = v + (W + S) * D;    // [G, score_row]
+  float* q = scores + G * score_row;  // [G, D]
+  const V32 scale = hn::Set(d, 1.f / std::sqrt(static_cast<float>(D)));
+  const float* query = args.q + row.row * args.q_stride + static_cast<int64_t>(h) * G * D;
+  for (int x = 0; x < G * D; x += kTileLanes)
+    hn::StoreU(hn::Mul(scale, hn::LoadU(d, query + x)), d, q + x);
+
   int keys = 0;
-  for (int64_t s = 0; s < std::min<int64_t>(S, row.t + 1); ++s, ++keys) {
-    const int64_t at = (static_cast<int64_t>(h) * S + s) * D;
-    ToFloats(shape.kv_dtype, slot.sink_k, at, D, k + keys * D);
-    ToFloats(shape.kv_dtype, slot.sink_v, at, D, v + keys * D);
+  const auto visit = [&](const std::byte* from_k, const std::byte* from_v, int64_t at) HWY_ATTR {
+    if (shape.kv_dtype == DType::kF32)
+      VisitToken<float>(from_k, from_v, at * D, D, G, q, scores + keys, score_row, v + keys * D);
+    else
+      VisitToken<bf16>(from_k, from_v, at * D, D, G, q, scores + keys, score_row, v + keys * D);
+    ++keys;
+  };
+  for (int64_t s = 0; s < std::min<int64_t>(S, row.t + 1); ++s)
+    visit(slot.sink_k, slot.sink_v, static_cast<int64_t>(h) * S + s);
+  const int64_t first = std::max<int64_t>(S, row.t - W + 1);
+  int64_t at = first % W;
+  for (int64_t s = first; s <= row.t; ++s) {
+    visit(slot.ring_k, slot.ring_v, static_cast<int64_t>(h) * W + at);
+    if (++at == W) at = 0;
   }
-  for (int64_t s = std::max<int64_t>(S, row.t - W + 1); s <= row.t; ++s, ++keys) {
-    const int64_t at = (static_cast<int64_t>(h) * W + s % W) * D;
-    ToFloats(shape.kv_dtype, slot.ring_k, at, D, k + keys * D);
-    ToFloats(shape.kv_dtype, slot.ring_v, at, D, v + keys * D);
-  }
-  const float scale = 1.f / std::sqrt(static_cast<float>(D));
-  std::memset(q, 0, sizeof(float) * static_cast<size_t>(D * lanes));
-  for (int g = 0; g < G; ++g) {
-    const float* from = args.q + row.row * args.q_stride + (h * G + g) * D;
-    for (int x = 0; x < D; ++x) q[x * lanes + g] = scale * from[x];
-  }
-  GemmTile(k, D, 1, q, lanes, scores, lanes, keys, lanes, D, false);
+
   const int64_t out = static_cast<int64_t>(r) * shape.H + h * G;
-  HWY_ALIGN float part[2][kTileLanes];
-  for (int g = 0; g < G; g += kTileLanes) {
-    V32 top = hn::LoadU(d, scores + g), sum = hn::Zero(d);
-    for (int j = 1; j < keys; ++j) top = hn::Max(top, hn::LoadU(d, scores + j * lanes + g));
-    for (int j = 0; j < keys; ++j) {
-      const V32 e = Exp(d, hn::Sub(hn::LoadU(d, scores + j * lanes + g), top));
-      hn::StoreU(e, d, scores + j * lanes + g);
-      sum = hn::Add(sum, e);
-    }
-    hn::Store(top, d, part[0]);
-    hn::Store(sum, d, part[1]);
-    for (int x = g; x < std::min(G, g + kTileLanes); ++x) {
-      batch.top[out + x] = part[0][x - g];
-      batch.sum[out + x] = part[1][x - g];
-    }
-  }
-  GemmTile(scores, 1, lanes, v, D, batch.window + out * D, D, G, D, keys, false);
+  for (int g = 0; g < G; ++g)
+    Softmax(scores + g * score_row, keys, 0, 0, (keys + 15) / 16 * 16, batch.top + out + g,
+            batch.sum + out + g);
+  GemmTile(scores, score_row, 1, v, D, batch.window + out * D, D, G, D, keys, false);
 }
 
 void DecodeMerge(const DslaDecode& batch, int r) {

@@ -4,18 +4,25 @@
 // 2025, with positive features and a denominator, gates computed from the cached keys (so that a
 // cache can be folded) and an exact softmax window and sinks merged in by log-sum-exp.
 //
-// Per KV head, with k~_t the cached key with RoPE undone at its absolute position, i = 0 history, 1
-// recency:
-//   a_{i,t} = max(logsigmoid(k~_t U_i + b_i) / 16, floor) [F] natural log of the gate S_{i,t} =
-//   diag(e^{a_{i,t}}) S_{i,t-1} + ((1 - e^{a_{i,t}}) * phi_k(k_t)) v_t^T               [F, D]
-//   z_{i,t} = the same with v_t replaced by 1 [F] lin_t   = sum_i g_i phi_q(q_t)^T S_{i,t} / (sum_i
-//   g_i phi_q(q_t)^T z_{i,t} + 1e-6)           per query head phi(u)  = [softmax(y), softmax(-y)]
-//   (F = 2D) or softmax(y) (F = D), y_e = sum_d u_d M[d, e]
-// With a window W > 0 token s enters the states at time s + W, if s >= S (sinks never enter);
-// (win_t, lse_t) is softmax attention with scale 1/sqrt(D) over the sinks and the tokens t-W+1 ..
-// t, each once;
-//   w = sigmoid(claim_t - lse_t), 0 while the denominator is under 1e-6;   out_t = w lin_t + (1 -
-//   w) win_t.
+// Per KV head, with k~_t the cached key with RoPE undone at its absolute position, i = 0 history,
+// 1 recency:
+//
+//   a_{i,t} = max(logsigmoid(k~_t U_i + b_i) / 16, floor)                    [F]    log of the gate
+//   S_{i,t} = diag(e^{a_{i,t}}) S_{i,t-1} + ((1 - e^{a_{i,t}}) * phi_k(k_t)) v_t^T   [F, D]
+//   z_{i,t} = the same with v_t replaced by 1                                [F]
+//
+// per query head:
+//
+//   lin_t  = sum_i g_i phi_q(q_t)^T S_{i,t} / (sum_i g_i phi_q(q_t)^T z_{i,t} + 1e-6)
+//   phi(u) = [softmax(y), softmax(-y)] if F = 2D, softmax(y) if F = D;  y_e = sum_d u_d M[d, e]
+//
+// With a window W > 0 token s enters the states at time s + W, if s >= S (sinks never enter),
+// before the output of that time; (win_t, lse_t) is softmax attention with scale 1/sqrt(D) over the
+// sinks and the tokens t-W+1 .. t, each once;
+//
+//   w = sigmoid(claim_t - lse_t), 0 while the denominator is under 1e-6
+//   out_t = w lin_t + (1 - w) win_t
+//
 // With W = 0, out_t = lin_t and every token enters the states at its own time.
 #pragma once
 
@@ -27,11 +34,13 @@
 
 namespace dsla {
 
-inline constexpr float kDslaEpsilon =
-    1e-6f;  // of the denominator, and the least one that may claim a share
-inline constexpr float kDslaGateDivisor = 16.f;  // of the logsigmoid
-inline constexpr int kDslaChunk =
-    64;  // tokens per chunk of the chunked form; what gate_floor is bounded for
+// Added to the denominator, and the least one that may claim a share.
+inline constexpr float kDslaEpsilon = 1e-6f;
+// Of the logsigmoid.
+inline constexpr float kDslaGateDivisor = 16.f;
+// Tokens per chunk that gate_floor is bounded for (half a chunk of gates at the floor must stay in
+// fp32's range); an implementation may cut finer chunks, of a length that divides it.
+inline constexpr int kDslaChunk = 64;
 
 // Dimensions of one layer's operator.
 struct DslaShape {
@@ -94,18 +103,20 @@ struct DslaArgs {
 
 // Sequences with one row take the recurrent form, longer ones the chunked form, whose chunks are
 // cut at absolute positions of the stream of entering tokens. Deterministic; a sequence's result
-// does not depend on threads or on the other sequences.
+// does not depend on threads or on the other sequences. A new sequence (pos 0) needs DslaResetSlot
+// first; D must be a multiple of 16, at most 256.
 void DslaForwardCpu(const ExecContext& ctx, const DslaArgs& args);
 // The oracle: the recurrence above in fp64, token by token, scalar, one thread (states are read and
 // written as fp32).
 void DslaForwardRef(const DslaArgs& args);
 
-// A slot as it stands before any token: zero states.
+// A slot as it stands before any token: all its bytes zero.
 void DslaResetSlot(const DslaShape& shape, const DslaStateView& states, int32_t slot);
 
 // Builds the states, rings and sinks of N sequences from the first pos[n] tokens of their paged
 // caches (rows.row_start is not read): afterwards slot n stands exactly where a DSLA layer that had
-// processed those K and V stands.
+// processed those K and V stands, on the CPU bit for bit if it took them in one call of several
+// tokens. What the slot held before is overwritten.
 struct DslaFoldArgs {
   DslaShape shape;  // kv_dtype is also the pages' dtype
   DslaParams params;

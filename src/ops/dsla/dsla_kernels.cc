@@ -33,8 +33,8 @@ int64_t DslaQueryScratch(const DslaShape& shape, int heads) {
 }
 int64_t DslaDecodeScratch(const DslaShape& shape) {
   const int64_t project = int64_t{kDecodeRows} * (3 * shape.D + shape.SF());
-  const int64_t lanes = (shape.G() + 15) / 16 * 16, keys = shape.window + shape.sinks;
-  return std::max(project, keys * (2 * shape.D + lanes) + shape.D * lanes);
+  const int64_t keys = shape.window + shape.sinks, score_row = (keys + 15) / 16 * 16;
+  return std::max(project, keys * shape.D + shape.G() * (score_row + shape.D));
 }
 
 void DslaLoadTokens(const DslaWave& wave, int chunk, int h) {

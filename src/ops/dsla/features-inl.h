@@ -26,6 +26,34 @@ using V32 = hn::Vec<F32>;
 
 HWY_INLINE float Sum(F32 d, V32 v) { return hn::GetLane(hn::SumOfLanes(d, v)); }
 
+// c [V * lanes] = a [K] B [K, V * lanes]
+template <int V>
+HWY_INLINE void RowTimesMatrix(const float* HWY_RESTRICT a, const float* HWY_RESTRICT b, int b_row,
+                               float* HWY_RESTRICT c, int K) {
+  const F32 d;
+  V32 sum[V];
+  for (int v = 0; v < V; ++v) sum[v] = hn::Zero(d);
+  for (int k = 0; k < K; ++k) {
+    const V32 x = hn::Set(d, a[k]);
+    for (int v = 0; v < V; ++v)
+      sum[v] = hn::MulAdd(x, hn::LoadU(d, b + k * b_row + v * kTileLanes), sum[v]);
+  }
+  for (int v = 0; v < V; ++v) hn::StoreU(sum[v], d, c + v * kTileLanes);
+}
+
+// C [M, N] = A [M, K] B [K, N] for dense A and weights B. A single row reads the weights once, from
+// memory as a rule, so it takes 8 vectors of a row of B at a time where GemmTile's narrow panels
+// would defeat the prefetcher. The same sums in the same order, as K <= kTileDepth.
+HWY_INLINE void Project(const float* a, const float* b, float* c, int c_row, int M, int N, int K) {
+  if (M > 1) {
+    GemmTile(a, K, 1, b, N, c, c_row, M, N, K, false);
+    return;
+  }
+  int n = 0;
+  for (; n + 8 * kTileLanes <= N; n += 8 * kTileLanes) RowTimesMatrix<8>(a, b + n, N, c + n, K);
+  for (; n < N; n += kTileLanes) RowTimesMatrix<1>(a, b + n, N, c + n, K);
+}
+
 // y [D] -> e [F] = exp(y - max y), then exp(min y - y) if F = 2D, not normalized; inverse[0..1] are
 // 1 / their sums.
 HWY_INLINE void ExpFeatures(const float* HWY_RESTRICT y, int D, int F, float* HWY_RESTRICT e,
