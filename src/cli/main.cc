@@ -23,6 +23,10 @@ int main(int argc, char** argv) {
   dsla::AddInspect(app, chosen);
   dsla::AddEval(app, chosen);
   dsla::AddBench(app, chosen);
+  if (argc > 1 && argv[1][0] != '-' && app.get_subcommand_no_throw(argv[1]) == nullptr) {
+    std::fprintf(stderr, "dsla: no command '%s' (see dsla --help)\n", argv[1]);
+    return 2;
+  }
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -1,0 +1,274 @@
+// The program as a user meets it: what it answers, and that bad input gets one clear line and exit
+// code 2.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "format/adapter.h"
+#include "format/model_file.h"
+#include "model/testing/small_models.h"
+
+namespace dsla {
+namespace {
+
+namespace fs = std::filesystem;
+using testing::HasSubstr;
+using testing_models::DataPath;
+
+struct Outcome {
+  int exit_code = -1;
+  std::string out;  // standard output
+  std::string err;  // standard error
+};
+
+std::string ReadAll(const fs::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+class CliTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    folder_ = fs::path(testing::TempDir()) /
+              testing::UnitTest::GetInstance()->current_test_info()->name();
+    fs::remove_all(folder_);
+    fs::create_directories(folder_);
+    model_ = MakeModel("model");
+    adapter_ = (folder_ / "adapter.safetensors").string();
+    auto file = ModelFile::Open(model_);
+    ASSERT_TRUE(file.ok()) << file.status().message();
+    Adapter adapter = *testing_models::RandomAdapter((*file)->config(), {}, 5);
+    adapter.base_fingerprint = (*file)->Fingerprint().value();
+    adapter.base_name = "small";
+    const Status saved = SaveAdapter(adapter, adapter_);
+    ASSERT_TRUE(saved.ok()) << saved.message();
+  }
+
+  // A small random model with a tokenizer of single printable characters.
+  std::string MakeModel(const std::string& name) {
+    const fs::path to = folder_ / name;
+    fs::create_directories(to);
+    for (const char* file : {"config.json", "model.safetensors"}) {
+      fs::copy_file(DataPath("models/smollm2/") + file, to / file);
+      fs::permissions(to / file, fs::perms::owner_write, fs::perm_options::add);
+    }
+    nlohmann::json vocabulary;
+    for (char c = '!'; c <= '~'; ++c) vocabulary[std::string(1, c)] = c - '!';
+    vocabulary["\u0120"] = 94;
+    vocabulary["th"] = 95;
+    const nlohmann::json tokenizer = {
+        {"version", "1.0"},
+        {"added_tokens", nlohmann::json::array()},
+        {"normalizer", nullptr},
+        {"pre_tokenizer",
+         {{"type", "ByteLevel"},
+          {"add_prefix_space", false},
+          {"trim_offsets", true},
+          {"use_regex", true}}},
+        {"post_processor", nullptr},
+        {"decoder",
+         {{"type", "ByteLevel"},
+          {"add_prefix_space", true},
+          {"trim_offsets", true},
+          {"use_regex", true}}},
+        {"model", {{"type", "BPE"}, {"vocab", vocabulary}, {"merges", {"t h"}}}}};
+    std::ofstream(to / "tokenizer.json") << tokenizer.dump();
+    return to.string();
+  }
+
+  Outcome Dsla(const std::string& arguments, const std::string& input = "") {
+    const fs::path out = folder_ / "out", err = folder_ / "err", in = folder_ / "in";
+    std::ofstream(in) << input;
+    const std::string command = std::string(DSLA_PROGRAM) + " " + arguments + " <" + in.string() +
+                                " >" + out.string() + " 2>" + err.string();
+    const int status = std::system(command.c_str());
+    return {.exit_code = WIFEXITED(status) ? WEXITSTATUS(status) : -1,
+            .out = ReadAll(out),
+            .err = ReadAll(err)};
+  }
+
+  std::string Model() const {
+    return "--model " + model_ + " --adapter " + adapter_ + " --threads 2 ";
+  }
+
+  // One line that contains `message`, nothing on standard output, exit code 2.
+  void ExpectRefused(const std::string& arguments, const std::string& message,
+                     const std::string& input = "") {
+    SCOPED_TRACE(arguments);
+    const Outcome outcome = Dsla(arguments, input);
+    EXPECT_EQ(outcome.exit_code, 2) << outcome.err;
+    EXPECT_EQ(outcome.out, "");
+    EXPECT_THAT(outcome.err, HasSubstr(message));
+    EXPECT_THAT(outcome.err, testing::StartsWith("dsla: "));
+    EXPECT_EQ(std::count(outcome.err.begin(), outcome.err.end(), '\n'), 1) << outcome.err;
+  }
+
+  fs::path folder_;
+  std::string model_, adapter_;
+};
+
+TEST_F(CliTest, RunsAtEveryLevelAndRaisesInMidAnswer) {
+  const Outcome zero = Dsla("run " + Model() + "--json -n 12 the_quick_brown_fox");
+  ASSERT_EQ(zero.exit_code, 0) << zero.err;
+  const auto json = nlohmann::json::parse(zero.out);
+  EXPECT_EQ(json["level"], 0);
+  EXPECT_EQ(json["usage"]["prompt_tokens"], 18);
+  EXPECT_EQ(json["stats"]["cache_bytes"]["states"], 0);
+
+  const Outcome raised =
+      Dsla("run " + Model() +
+           "--json --ignore-eos -n 12 --raise-at 4:1 --raise-at 6:2 the_quick_brown_fox");
+  ASSERT_EQ(raised.exit_code, 0) << raised.err;
+  const auto changes = nlohmann::json::parse(raised.out)["level_changes"];
+  ASSERT_EQ(changes.size(), 2u);
+  EXPECT_EQ(changes[0]["position"], 18 + 3);
+  EXPECT_EQ(changes[1]["to"], 2);
+  EXPECT_EQ(nlohmann::json::parse(raised.out)["usage"]["completion_tokens"], 12);
+
+  // A raise at the very start is the level from there on.
+  const auto tokens = [&](const std::string& arguments) {
+    const Outcome outcome =
+        Dsla("run " + Model() + "--json --ignore-eos -n 8 " + arguments + " abc");
+    EXPECT_EQ(outcome.exit_code, 0) << outcome.err;
+    return nlohmann::json::parse(outcome.out)["tokens"];
+  };
+  EXPECT_EQ(tokens("--tier economy"), tokens("--level 2"));
+}
+
+TEST_F(CliTest, SamplingIsReproducible) {
+  const auto text = [&](int seed) {
+    return Dsla("run " + Model() + "--ignore-eos -n 16 --temperature 1 --seed " +
+                std::to_string(seed) + " abc")
+        .out;
+  };
+  EXPECT_EQ(text(1), text(1));
+  EXPECT_NE(text(1), text(2));
+}
+
+TEST_F(CliTest, ReadsTextFromAFileAndFromStandardInput) {
+  std::ofstream(folder_ / "text.txt") << "hello";
+  const auto run = [&](const std::string& arguments, const std::string& input) {
+    return Dsla("run " + Model() + "-n 8 --ignore-eos " + arguments, input).out;
+  };
+  const std::string want = run("hello", "");
+  EXPECT_NE(want, "");
+  EXPECT_EQ(run("--file " + (folder_ / "text.txt").string(), ""), want);
+  EXPECT_EQ(run("--file -", "hello"), want);
+  EXPECT_EQ(run("", "hello"), want);
+}
+
+TEST_F(CliTest, InspectShowsModelAndAdapter) {
+  const Outcome outcome = Dsla("inspect --json --tensors " + model_ + " --adapter " + adapter_);
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
+  const auto json = nlohmann::json::parse(outcome.out);
+  EXPECT_EQ(json["layers"], 2);
+  EXPECT_EQ(json["levels"].size(), 3u);
+  EXPECT_EQ(json["adapter"]["ladder"], (std::vector<int>{1, 0}));
+  EXPECT_GT(json["tensors"].size(), 10u);
+  EXPECT_THAT(Dsla("inspect " + model_ + " --adapter " + adapter_).out, HasSubstr("break-even"));
+}
+
+TEST_F(CliTest, EvalAndBenchMeasure) {
+  std::ofstream data(folder_ / "data.jsonl");
+  for (int i = 0; i < 3; ++i)
+    data << nlohmann::json{{"text", std::string(100, static_cast<char>('a' + i))}}.dump() << "\n";
+  data.close();
+  const Outcome eval = Dsla("eval " + Model() + "--data " + (folder_ / "data.jsonl").string() +
+                            " --levels 0,2 --json");
+  ASSERT_EQ(eval.exit_code, 0) << eval.err;
+  const auto levels = nlohmann::json::parse(eval.out)["levels"];
+  EXPECT_NEAR(levels[0]["kl"].get<double>(), 0, 1e-6) << "level 0 against itself";
+  EXPECT_GT(levels[1]["kl"].get<double>(), 0);
+  EXPECT_EQ(levels[1]["tokens"], 300);
+  std::ofstream(folder_ / "text.txt") << std::string(200, 'x');
+  const Outcome bench = Dsla("bench " + Model() + "--text " + (folder_ / "text.txt").string() +
+                             " --decode 4 --repetitions 1 --format json --kl");
+  ASSERT_EQ(bench.exit_code, 0) << bench.err;
+  EXPECT_EQ(nlohmann::json::parse(bench.out)["levels"].size(), 2u);
+}
+
+TEST_F(CliTest, HelpNamesEveryCommandAndOption) {
+  const Outcome help = Dsla("--help");
+  EXPECT_EQ(help.exit_code, 0);
+  for (const char* command : {"run", "inspect", "eval", "bench"}) {
+    EXPECT_THAT(help.out, HasSubstr(command));
+    EXPECT_EQ(Dsla(std::string(command) + " --help").exit_code, 0);
+  }
+  EXPECT_THAT(Dsla("run --help").out, HasSubstr("--raise-at"));
+}
+
+TEST_F(CliTest, BadOptionsAreNamed) {
+  ExpectRefused("", "subcommand is required");
+  ExpectRefused("fly", "no command 'fly'");
+  ExpectRefused("run --no-such-option x", "--no-such-option");
+  ExpectRefused("run " + Model() + "--level 3 abc", "--level 3: the adapter has levels 0 to 2");
+  ExpectRefused("run " + Model() + "--level -1 abc", "--level -1: the adapter has levels 0 to 2");
+  ExpectRefused("run --model " + model_ + " --adapter none --level 1 abc",
+                "has no adapter, so only level 0");
+  ExpectRefused("run --model " + model_ + " --adapter none --tier economy abc",
+                "has no adapter, so only tier full");
+  ExpectRefused("run " + Model() + "--tier best abc",
+                "--tier: 'best' is not one of full, auto, economy");
+  ExpectRefused("run " + Model() + "--raise-at 5 abc", "--raise-at: '5' is not of the form A:B");
+  ExpectRefused("run " + Model() + "--raise-at 5:9 abc", "--raise-at 5:9: levels are 0 to 2");
+  ExpectRefused("run " + Model() + "--temperature -1 abc", "temperature");
+  ExpectRefused("run " + Model() + "--top-p 0 abc", "top_p");
+  ExpectRefused("run " + Model() + "--memory lots abc", "'lots' is not a size such as 512M or 2G");
+  ExpectRefused("run " + Model() + "--weights int3 abc",
+                "--weights: 'int3' is not one of bf16, fp32");
+  ExpectRefused("run " + Model() + "--context 100000 abc",
+                "context of 100000 tokens: the model has 512");
+  ExpectRefused("run " + Model() + "--chat-template nope abc", "nope");
+  ExpectRefused("run " + Model() + "--prefill-chunk 0 abc", "--prefill-chunk: 0 is not positive");
+  ExpectRefused("eval " + Model() + "--data " + folder_.string() + "/none.jsonl", "cannot open");
+}
+
+TEST_F(CliTest, BadPromptsAreRefused) {
+  ExpectRefused("run " + Model(), "the prompt is empty");
+  ExpectRefused("run " + Model(), "the prompt is empty", " \n\t ");
+  ExpectRefused("run " + Model() + std::string(600, 'x'),
+                "the prompt has 600 tokens; the context holds 512");
+  ExpectRefused("run " + Model() + "--memory 64K " + std::string(300, 'x'), "cache memory");
+  ExpectRefused("run " + Model() + "--file " + folder_.string() + "/none.txt", "cannot open");
+  ExpectRefused("run " + Model() + "--file " + folder_.string(), "is not a regular file");
+}
+
+TEST_F(CliTest, BadFilesAreRefused) {
+  ExpectRefused("run --model " + folder_.string() + "/none abc", "none");
+  ExpectRefused("run --model /dev/null abc", "/dev/null");
+  // An adapter of another model, and one that is damaged.
+  ExpectRefused("run --model " + model_ + " --adapter " + DSLA_SOURCE_DIR +
+                    "/models/smollm2-135m-instruct.dsla.safetensors abc",
+                "smollm2-135m-instruct.dsla.safetensors");
+  const std::string other = MakeModel("other");
+  std::fstream weights(other + "/model.safetensors",
+                       std::ios::in | std::ios::out | std::ios::binary);
+  weights.seekp(-2, std::ios::end);
+  weights.write("\x01\x3f", 2);
+  weights.close();
+  ExpectRefused("run --model " + other + " --adapter " + adapter_ + " abc", "adapter");
+  fs::resize_file(adapter_, fs::file_size(adapter_) / 2);
+  ExpectRefused("run " + Model() + "abc", "adapter.safetensors");
+  // Damaged models.
+  const std::string truncated = MakeModel("truncated");
+  fs::resize_file(truncated + "/model.safetensors",
+                  fs::file_size(truncated + "/model.safetensors") - 1000);
+  ExpectRefused("run --model " + truncated + " abc", "model.safetensors");
+  const std::string unknown = MakeModel("unknown");
+  std::string config = ReadAll(unknown + "/config.json");
+  config.replace(config.find("LlamaForCausalLM"), 16, "GizmoForCausalLM");
+  std::ofstream(unknown + "/config.json") << config;
+  ExpectRefused("run --model " + unknown + " abc", "GizmoForCausalLM");
+  fs::remove(unknown + "/tokenizer.json");
+  const std::string plain = MakeModel("no_tokenizer");
+  fs::remove(plain + "/tokenizer.json");
+  ExpectRefused("run --model " + plain + " abc", "tokenizer.json");
+}
+
+}  // namespace
+}  // namespace dsla
