@@ -8,7 +8,7 @@ export CCACHE_BASEDIR="$root" CCACHE_NOHASHDIR=1
 
 build_packages=(
   g++ cmake ninja-build ccache pkg-config python3-venv
-  libfmt-dev libspdlog-dev libcli11-dev nlohmann-json3-dev libpcre2-dev libicu-dev libssl-dev libhwy-dev
+  libfmt-dev libcli11-dev nlohmann-json3-dev libpcre2-dev libicu-dev libssl-dev libhwy-dev
   libgtest-dev libgmock-dev libbenchmark-dev
 )
 # clang with its runtime is for libFuzzer; libomp-dev lets it compile the same OpenMP code as g++.

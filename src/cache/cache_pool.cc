@@ -19,13 +19,14 @@ int64_t CacheGeometry::page_bytes() const {
   return RoundUp(int64_t{2} * Hkv * page_size * D * SizeOf(kv_dtype));
 }
 
+int64_t CacheGeometry::slot_block_bytes() const { return RoundUp(slot_bytes); }
+
 Expected<CachePool> CachePool::Create(const CacheGeometry& geometry, int64_t budget_bytes) {
   CachePool pool;
   pool.geometry_ = geometry;
-  pool.geometry_.slot_bytes = RoundUp(geometry.slot_bytes);
   pool.ledger_ = std::make_unique<Ledger>(LedgerConfig{.budget_bytes = budget_bytes,
                                                        .page_bytes = geometry.page_bytes(),
-                                                       .slot_bytes = pool.geometry_.slot_bytes});
+                                                       .slot_bytes = geometry.slot_block_bytes()});
   for (int kind = 0; kind < kBlockKinds; ++kind) {
     const int64_t blocks = pool.ledger_->capacity(static_cast<BlockKind>(kind));
     if (blocks == 0) continue;
@@ -74,7 +75,7 @@ PagedKvView CachePool::pages() const {
   return view;
 }
 
-DslaStateView CachePool::slots() const { return {arena_[1], geometry_.slot_bytes}; }
+DslaStateView CachePool::slots() const { return {arena_[1], geometry_.slot_block_bytes()}; }
 
 int64_t CachePool::resident_bytes() const {
   return resident_count_[0] * ledger_->config().page_bytes +

@@ -1,7 +1,7 @@
 // CachePool: the memory behind a Ledger. Pages and slots lie in two arenas of address space, each
-// as large as the whole budget; physical memory is only there for blocks that were touched, and the
-// free blocks' memory goes back to the system when both arenas together would hold more than the
-// budget. The engine's thread owns it.
+// as large as the whole budget; physical memory is only there for blocks that were touched (and
+// what shares a huge page with one), and the free blocks' memory goes back to the system when both
+// arenas together would hold more than the budget. The engine's thread owns it.
 #pragma once
 
 #include <cstddef>
@@ -25,8 +25,10 @@ struct CacheGeometry {
   DType kv_dtype = DType::kBF16;
   int64_t slot_bytes = 0;  // of the largest DSLA layer; 0 without an adapter
 
-  // K and V of page_size tokens of one layer, rounded up to whole memory pages.
+  // What one block takes, rounded up to whole memory pages: K and V of page_size tokens of one
+  // layer, and one slot.
   int64_t page_bytes() const;
+  int64_t slot_block_bytes() const;
 };
 
 class CachePool {

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "base/status.h"
@@ -62,8 +63,6 @@ class SequenceCache {
   }
 
  private:
-  int64_t softmax_layers() const { return static_cast<int64_t>(ladder_.size()) - level_; }
-
   Ledger* ledger_;
   std::span<const int> ladder_;
   std::vector<int> rank_;  // by layer: its place in the ladder

@@ -5,6 +5,16 @@
 
 #include "cli/commands.h"
 
+namespace {
+
+bool HasCommand(const CLI::App& app, const std::string& name) {
+  const auto commands =
+      app.get_subcommands([&](const CLI::App* command) { return command->get_name() == name; });
+  return !commands.empty();
+}
+
+}  // namespace
+
 int main(int argc, char** argv) {
   CLI::App app{
       "dsla runs Llama-family language models over long contexts, and replaces attention layers "
@@ -16,14 +26,14 @@ int main(int argc, char** argv) {
   app.footer(
       "Start with:\n"
       "  dsla run \"What is linear attention?\"\n"
-      "  dsla run --file LICENSE --level 22 --stats \"What may I do with this?\"\n"
+      "  dsla run --file report.txt --level 22 --stats \"Summarise this.\"\n"
       "  dsla COMMAND --help");
   dsla::Command chosen;
   dsla::AddRun(app, chosen);
   dsla::AddInspect(app, chosen);
   dsla::AddEval(app, chosen);
   dsla::AddBench(app, chosen);
-  if (argc > 1 && argv[1][0] != '-' && app.get_subcommand_no_throw(argv[1]) == nullptr) {
+  if (argc > 1 && argv[1][0] != '-' && !HasCommand(app, argv[1])) {
     std::fprintf(stderr, "dsla: no command '%s' (see dsla --help)\n", argv[1]);
     return 2;
   }

@@ -33,8 +33,7 @@ Expected<DType> ParseDType(const std::string& option, const std::string& value) 
 int64_t DefaultMemory(const HybridModel& model, int sequences) {
   const CacheGeometry geometry = model.cache_geometry();
   const int64_t pages = SequenceCache::PagesFor(model.max_positions(), geometry.page_size);
-  constexpr int64_t kSlotRounding = 4096;
-  const int64_t per_layer = pages * geometry.page_bytes() + geometry.slot_bytes + kSlotRounding;
+  const int64_t per_layer = pages * geometry.page_bytes() + geometry.slot_block_bytes();
   return sequences * model.config().L * per_layer;
 }
 

@@ -100,6 +100,14 @@ Expected<GenerateResult> Session::Generate(const GenerateOptions& options) {
   GenerateResult result;
   result.finish = FinishReason::kLength;
   auto next_raise = options.raises.begin();
+  const auto raise_due = [&](int generated) {
+    for (; next_raise != options.raises.end() && next_raise->after_tokens <= generated;
+         ++next_raise) {
+      if (next_raise->level > level()) DSLA_RETURN_IF_ERROR(Raise(next_raise->level));
+    }
+    return Status::Ok();
+  };
+  DSLA_RETURN_IF_ERROR(raise_due(0));
   while (static_cast<int>(result.tokens.size()) < options.max_tokens) {
     DSLA_ASSIGN_OR_RETURN(const Sampler::Choice choice, sampler.Sample(logits_.span(), length()));
     if (result.tokens.empty()) result.seconds_to_first_token = NowSeconds() - start;
@@ -120,10 +128,7 @@ Expected<GenerateResult> Session::Generate(const GenerateOptions& options) {
       result.finish = FinishReason::kContext;
       break;
     }
-    for (; next_raise != options.raises.end() && next_raise->after_tokens <= generated;
-         ++next_raise) {
-      if (next_raise->level > level()) DSLA_RETURN_IF_ERROR(Raise(next_raise->level));
-    }
+    DSLA_RETURN_IF_ERROR(raise_due(generated));
     const size_t changes = level_changes_.size();
     const double step_start = NowSeconds();
     DSLA_RETURN_IF_ERROR(Step({&choice.token, 1}));

@@ -1,5 +1,5 @@
 // Session: one sequence run step by step: prefill in chunks, decode token by token, raises between
-// steps. What `dsla run` is made of; the batching engine has a scheduler instead. Not thread-safe.
+// steps. What `dsla run` is made of. Not thread-safe.
 #pragma once
 
 #include <cstdint>

@@ -13,11 +13,6 @@ double CausalKeys(int64_t tokens, int64_t window) {
   return w * (w + 1) / 2 + (n - w) * w;
 }
 
-int64_t AlignedSlot(const HybridModel& model) {
-  constexpr int64_t kMemoryPage = 4096;
-  return (model.cache_geometry().slot_bytes + kMemoryPage - 1) / kMemoryPage * kMemoryPage;
-}
-
 // One DSLA layer, all tokens.
 double DslaFlops(const ModelConfig& c, const DslaShape& s, int rank, double tokens, int64_t count) {
   const double H = c.H, Hkv = c.Hkv, D = c.D, SF = s.SF(), C = c.C;
@@ -64,7 +59,8 @@ double PrefillFlops(const HybridModel& model, int level, int64_t tokens) {
 int64_t CacheBytesAt(const HybridModel& model, int level, int64_t length) {
   const CacheGeometry geometry = model.cache_geometry();
   const int64_t pages = SequenceCache::PagesFor(length, geometry.page_size);
-  return (model.config().L - level) * pages * geometry.page_bytes() + level * AlignedSlot(model);
+  return (model.config().L - level) * pages * geometry.page_bytes() +
+         level * geometry.slot_block_bytes();
 }
 
 int64_t BreakEvenTokens(const HybridModel& model, int layer) {

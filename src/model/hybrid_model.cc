@@ -39,6 +39,14 @@ Expected<std::unique_ptr<HybridModel>> HybridModel::Load(const ExecContext& ctx,
     return InvalidArgument("context of {} tokens: the model has {}", options.max_positions,
                            config.max_position);
   }
+  // What the operators' vector code is built for.
+  constexpr int kMaxHeadDim = 256, kHeadDimStep = 8, kDslaHeadDimStep = 16;
+  if (config.D > kMaxHeadDim ||
+      config.D % (adapter == nullptr ? kHeadDimStep : kDslaHeadDimStep) != 0) {
+    return Unsupported(
+        "head dim {}: have multiples of {} up to {}, with an adapter multiples of {}", config.D,
+        kHeadDimStep, kMaxHeadDim, kDslaHeadDimStep);
+  }
   model->config_ = config;
   model->options_ = options;
   DSLA_ASSIGN_OR_RETURN(model->weights_, LoadWeights(ctx, file, options.weight_dtype));

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <mutex>
+#include <new>
 #include <utility>
 
 namespace dsla {
@@ -80,20 +81,26 @@ Expected<ModelWeights> LoadWeights(const ExecContext& ctx, const ModelFile& file
   weights.layers.resize(config.L);
   std::mutex mutex;
   Status first_error;
+  const auto load = [&](int64_t task) -> Status {
+    if (task >= 2) {
+      const int l = static_cast<int>(task) - 2;
+      return LoadLayer(file, l, dtype, weights.layers[l]);
+    }
+    const bool head = task == 1;
+    if (head && config.tied_embeddings) return Status::Ok();
+    Buffer<float> weight(int64_t{config.V} * config.C);
+    DSLA_RETURN_IF_ERROR(
+        file.Read(head ? "lm_head.weight" : "model.embed_tokens.weight", weight.span()));
+    (head ? weights.head : weights.embedding) = Linear(weight.span(), config.V, config.C, dtype);
+    return Status::Ok();
+  };
   // One task per layer, and one each for the embedding and the head: dequantising is the slow part.
   ParallelFor(ctx, config.L + 2, [&](int64_t task, int) {
     Status status;
-    if (task < 2) {
-      const bool head = task == 1;
-      if (head && config.tied_embeddings) return;
-      Buffer<float> weight(int64_t{config.V} * config.C);
-      status = file.Read(head ? "lm_head.weight" : "model.embed_tokens.weight", weight.span());
-      if (status.ok())
-        (head ? weights.head : weights.embedding) =
-            Linear(weight.span(), config.V, config.C, dtype);
-    } else {
-      const int l = static_cast<int>(task) - 2;
-      status = LoadLayer(file, l, dtype, weights.layers[l]);
+    try {  // nothing may leave a parallel section by exception
+      status = load(task);
+    } catch (const std::bad_alloc&) {
+      status = ResourceExhausted("'{}': out of memory while its weights were read", file.path());
     }
     if (status.ok()) return;
     const std::lock_guard lock(mutex);
