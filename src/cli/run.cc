@@ -134,7 +134,10 @@ Expected<GenerateOptions> MakeGenerateOptions(const RunArgs& args, const LoadedM
   }
   DSLA_RETURN_IF_ERROR(Validate(options.sampling, loaded.model->config().V));
   options.max_tokens = args.max_tokens;
-  if (!args.ignore_eos) options.stop_ids = loaded.model->config().eos_ids;
+  if (!args.ignore_eos) {
+    options.stop_ids = loaded.model->config().eos_ids;
+    if (const auto eos = loaded.tokenizer->eos_id()) options.stop_ids.push_back(*eos);
+  }
   for (const std::string& text : args.raise_at) {
     GenerateOptions::Raise raise{};
     DSLA_RETURN_IF_ERROR(ParsePair("--raise-at", text, raise.after_tokens, raise.level));

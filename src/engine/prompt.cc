@@ -23,8 +23,10 @@ Expected<std::vector<int32_t>> EncodeChat(const Tokenizer& tokenizer,
       ids.push_back(*tokenizer.TokenToId(piece.text));
       continue;
     }
-    DSLA_ASSIGN_OR_RETURN(const auto encoded,
-                          tokenizer.Encode(piece.text, {.add_bos = false, .parse_special = false}));
+    DSLA_ASSIGN_OR_RETURN(
+        const auto encoded,
+        tokenizer.Encode(piece.text,
+                         {.add_bos = false, .parse_special = false, .continues = !ids.empty()}));
     ids.insert(ids.end(), encoded.begin(), encoded.end());
   }
   return ids;

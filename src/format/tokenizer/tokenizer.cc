@@ -74,7 +74,7 @@ struct Tokenizer::Impl {
         raw_added(Pick(vocabulary.added(), false, normalizer)),
         normalized_added(Pick(vocabulary.added(), true, normalizer)) {}
 
-  Status EncodeText(std::string_view text, bool parse_special, Scratch* s,
+  Status EncodeText(std::string_view text, const EncodeOptions& options, Scratch* s,
                     std::vector<int32_t>* out) const;
   Status EncodeChunk(std::string_view chunk, bool at_start, Scratch* s,
                      std::vector<int32_t>* out) const;
@@ -146,9 +146,9 @@ Status Tokenizer::Impl::EncodeChunk(std::string_view chunk, bool at_start, Scrat
   return Status::Ok();
 }
 
-Status Tokenizer::Impl::EncodeText(std::string_view text, bool parse_special, Scratch* s,
+Status Tokenizer::Impl::EncodeText(std::string_view text, const EncodeOptions& options, Scratch* s,
                                    std::vector<int32_t>* out) const {
-  raw_added.Cut(text, parse_special, &s->raw);
+  raw_added.Cut(text, options.parse_special, &s->raw);
   for (const auto& outer : s->raw) {
     if (outer.id >= 0) {
       out->push_back(outer.id);
@@ -156,7 +156,7 @@ Status Tokenizer::Impl::EncodeText(std::string_view text, bool parse_special, Sc
     }
     s->chunk.assign(text.substr(outer.begin, outer.end - outer.begin));
     normalizer.Apply(&s->chunk);
-    normalized_added.Cut(s->chunk, parse_special, &s->normalized);
+    normalized_added.Cut(s->chunk, options.parse_special, &s->normalized);
     for (const auto& inner : s->normalized) {
       if (inner.id >= 0) {
         out->push_back(inner.id);
@@ -164,7 +164,8 @@ Status Tokenizer::Impl::EncodeText(std::string_view text, bool parse_special, Sc
       }
       const std::string_view chunk =
           std::string_view(s->chunk).substr(inner.begin, inner.end - inner.begin);
-      DSLA_RETURN_IF_ERROR(EncodeChunk(chunk, outer.begin == 0 && inner.begin == 0, s, out));
+      DSLA_RETURN_IF_ERROR(
+          EncodeChunk(chunk, !options.continues && outer.begin == 0 && inner.begin == 0, s, out));
     }
   }
   return Status::Ok();
@@ -191,7 +192,7 @@ Expected<std::vector<int32_t>> Tokenizer::Encode(std::string_view text,
     utf8::AppendReplaced(text, &scratch->text);
     text = scratch->text;
   }
-  const Status status = impl_->EncodeText(text, options.parse_special, scratch.get(), &ids);
+  const Status status = impl_->EncodeText(text, options, scratch.get(), &ids);
   if (text.size() <= kMaxKeptBytes) impl_->scratches.Give(std::move(scratch));
   if (!status.ok()) return Error(status.code(), "{}: {}", data.source, status.message());
   if (!options.add_bos.has_value()) ids.insert(ids.end(), data.suffix.begin(), data.suffix.end());

@@ -32,6 +32,9 @@ struct EncodeOptions {
   // Whether text that spells a control token becomes that token. Never for text from users: with
   // false no input whatever gives a control token.
   bool parse_special = false;
+  // The text goes on from other tokens (a piece of a chat prompt behind a control token): no space
+  // is put before it where the tokenizer puts one before the start of a text only.
+  bool continues = false;
 };
 
 struct DecodeOptions {
