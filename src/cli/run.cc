@@ -2,20 +2,16 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <charconv>
-#include <csignal>
 #include <cstdio>
 #include <iostream>
 #include <iterator>
 #include <nlohmann/json.hpp>
 
-#include "base/clock.h"
 #include "base/mapped_file.h"
 #include "cli/commands.h"
-#include "cli/model_args.h"
+#include "cli/reply.h"
 #include "engine/prompt.h"
-#include "engine/session.h"
 
 namespace dsla {
 namespace {
@@ -39,8 +35,6 @@ struct RunArgs {
   bool stats = false;
   bool json = false;
 };
-
-std::atomic<bool> interrupted{false};
 
 // "TOKEN:LEVEL" or "ID:BIAS" -> the two numbers.
 template <typename A, typename B>
@@ -153,128 +147,6 @@ Expected<GenerateOptions> MakeGenerateOptions(const RunArgs& args, const LoadedM
   return options;
 }
 
-struct Reply {
-  std::string text;
-  GenerateResult result;
-  int prompt_tokens = 0;
-  int cached_tokens = 0;  // of the prompt, from the turns before
-  double prefill_seconds = 0;
-  double first_token_seconds = 0;
-};
-
-// Runs `prompt` (a whole conversation as ids), reusing what the session already holds of it, and
-// streams the answer.
-Expected<Reply> Answer(const LoadedModel& loaded, CachePool& pool,
-                       std::unique_ptr<Session>& session, const SessionOptions& session_options,
-                       const std::vector<int32_t>& prompt, GenerateOptions options, bool stream) {
-  Reply reply;
-  const double start = NowSeconds();
-  // States cannot be rewound: a conversation that does not continue what is cached starts over.
-  const bool continues =
-      session != nullptr && session->tokens().size() < prompt.size() &&
-      std::equal(session->tokens().begin(), session->tokens().end(), prompt.begin());
-  if (!continues) {
-    session.reset();
-    session = std::make_unique<Session>(loaded.model.get(), &pool, loaded.ctx, session_options);
-  }
-  reply.cached_tokens = static_cast<int>(session->tokens().size());
-  reply.prompt_tokens = static_cast<int>(prompt.size());
-  const int todo = reply.prompt_tokens - reply.cached_tokens;
-  const bool progress =
-      stream && ::isatty(STDERR_FILENO) != 0 && todo > session_options.prefill_chunk;
-  const Status prefilled =
-      session->Prefill(std::span(prompt).subspan(reply.cached_tokens), [&](int done) {
-        if (progress) {
-          fmt::print(stderr, "\rreading {} of {} tokens ({:.0f}/s)", done, todo,
-                     done / (NowSeconds() - start));
-          if (done == todo) fmt::print(stderr, "\r\033[K");
-          std::fflush(stderr);
-        }
-        return !interrupted.load();
-      });
-  if (!prefilled.ok()) return prefilled;
-  reply.prefill_seconds = NowSeconds() - start;
-
-  IncrementalDecoder decoder(*loaded.tokenizer, {.skip_special = true});
-  const auto emit = [&](const std::string& text) {
-    reply.text += text;
-    if (!stream) return;
-    std::fwrite(text.data(), 1, text.size(), stdout);
-    std::fflush(stdout);
-  };
-  options.on_token = [&](int32_t token, float) {
-    emit(decoder.Push(token));
-    return !interrupted.load();
-  };
-  DSLA_ASSIGN_OR_RETURN(reply.result, session->Generate(options));
-  emit(decoder.Finish());
-  if (stream) std::fputs("\n", stdout);
-  reply.first_token_seconds = reply.prefill_seconds + reply.result.seconds_to_first_token;
-  return reply;
-}
-
-double PerSecond(double count, double seconds) { return seconds > 0 ? count / seconds : 0; }
-
-// What the same tokens take with every layer softmax.
-int64_t LevelZeroBytes(const LoadedModel& loaded, int tokens) {
-  const CacheGeometry geometry = loaded.model->cache_geometry();
-  return loaded.model->config().L * SequenceCache::PagesFor(tokens, geometry.page_size) *
-         geometry.page_bytes();
-}
-
-void PrintStats(const LoadedModel& loaded, const Session& session, const Reply& reply) {
-  const GenerateResult& result = reply.result;
-  const int read = reply.prompt_tokens - reply.cached_tokens;
-  const CacheBytes cache = session.cache_bytes();
-  fmt::print(stderr, "\nprompt  {} tokens", reply.prompt_tokens);
-  if (reply.cached_tokens > 0) fmt::print(stderr, " ({} cached)", reply.cached_tokens);
-  fmt::print(stderr, ", read in {:.2f} s ({:.0f} tokens/s); first token after {:.2f} s\n",
-             reply.prefill_seconds, PerSecond(read, reply.prefill_seconds),
-             reply.first_token_seconds);
-  fmt::print(stderr, "reply   {} tokens, {:.1f} tokens/s; ended by {}\n", result.tokens.size(),
-             PerSecond(result.decode_steps, result.decode_seconds), Name(result.finish));
-  fmt::print(stderr, "cache   {} = KV pages {} + states {}; level 0 would hold {}\n",
-             FormatBytes(cache.total()), FormatBytes(cache.pages), FormatBytes(cache.states),
-             FormatBytes(LevelZeroBytes(loaded, session.length())));
-  fmt::print(stderr, "level   {} of {}", session.level(), loaded.model->max_level());
-  for (const LevelChange& change : session.level_changes()) {
-    fmt::print(stderr, "; raised {} -> {} at token {} in {:.0f} ms", change.from, change.to,
-               change.position, change.seconds * 1e3);
-  }
-  fmt::print(stderr, "\n");
-}
-
-nlohmann::json ToJson(const LoadedModel& loaded, const Session& session, const Reply& reply) {
-  const GenerateResult& result = reply.result;
-  const CacheBytes cache = session.cache_bytes();
-  nlohmann::json changes = nlohmann::json::array();
-  for (const LevelChange& change : session.level_changes()) {
-    changes.push_back({{"position", change.position},
-                       {"from", change.from},
-                       {"to", change.to},
-                       {"fold_seconds", change.seconds}});
-  }
-  return {{"text", reply.text},
-          {"tokens", result.tokens},
-          {"finish_reason", Name(result.finish)},
-          {"usage",
-           {{"prompt_tokens", reply.prompt_tokens},
-            {"cached_tokens", reply.cached_tokens},
-            {"completion_tokens", result.tokens.size()}}},
-          {"level", session.level()},
-          {"level_changes", std::move(changes)},
-          {"stats",
-           {{"load_seconds", loaded.load_seconds},
-            {"prefill_seconds", reply.prefill_seconds},
-            {"prefill_tokens_per_second",
-             PerSecond(reply.prompt_tokens - reply.cached_tokens, reply.prefill_seconds)},
-            {"first_token_seconds", reply.first_token_seconds},
-            {"decode_tokens_per_second", PerSecond(result.decode_steps, result.decode_seconds)},
-            {"cache_bytes",
-             {{"pages", cache.pages}, {"states", cache.states}, {"total", cache.total()}}},
-            {"level0_cache_bytes", LevelZeroBytes(loaded, session.length())}}}};
-}
-
 Expected<std::vector<int32_t>> EncodePrompt(const LoadedModel& loaded,
                                             const std::optional<ChatTemplate>& chat_template,
                                             const std::vector<ChatMessage>& messages) {
@@ -308,7 +180,7 @@ Status Chat(const RunArgs& args, const LoadedModel& loaded, const SessionOptions
   for (std::string line;;) {
     fmt::print(stderr, "> ");
     if (!std::getline(std::cin, line)) break;
-    interrupted = false;
+    ForgetInterrupt();
     if (line.empty()) continue;
     if (line == "/quit") break;
     if (line == "/help") {
@@ -364,7 +236,7 @@ Status Run(const RunArgs& args) {
   DSLA_ASSIGN_OR_RETURN(const Reply reply, Answer(loaded, pool, session, session_options, prompt,
                                                   generate_options, /*stream=*/!args.json));
   if (args.json) {
-    fmt::print("{}\n", ToJson(loaded, *session, reply)
+    fmt::print("{}\n", ReplyJson(loaded, *session, reply)
                            .dump(2, ' ', false, nlohmann::json::error_handler_t::replace));
   } else if (args.stats) {
     PrintStats(loaded, *session, reply);
@@ -491,7 +363,7 @@ void AddRun(CLI::App& app, Command& chosen) {
 
   command.callback([args, &chosen] {
     chosen = [args] {
-      std::signal(SIGINT, [](int) { interrupted = true; });
+      CatchInterrupts();
       const Status status = Run(*args);
       return status.ok() ? 0 : Fail(status);
     };
