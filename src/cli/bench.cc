@@ -123,11 +123,17 @@ void PrintTable(const std::vector<Row>& rows, bool kl, bool markdown) {
 Status MeasureKl(const LoadedModel& loaded, CachePool& pool,
                  const std::vector<std::vector<int32_t>>& text, std::vector<Row>& rows) {
   DivergenceOptions options;
-  for (const Row& row : rows) options.levels.push_back(row.speed.level);
   options.measure_switched = false;
+  for (const Row& row : rows) {
+    if (row.speed.level > 0)
+      options.levels.push_back(row.speed.level);  // level 0 is the reference: 0
+  }
   DSLA_ASSIGN_OR_RETURN(const DivergenceReport report,
                         MeasureDivergence(loaded.ctx, *loaded.model, pool, text, options));
-  for (size_t i = 0; i < rows.size(); ++i) rows[i].kl = report.levels[i].kl;
+  auto measured = report.levels.begin();
+  for (Row& row : rows) {
+    if (row.speed.level > 0) row.kl = (measured++)->kl;
+  }
   return Status::Ok();
 }
 
