@@ -8,6 +8,7 @@
 #include <cstdio>
 
 #include "base/clock.h"
+#include "eval/cost.h"
 
 namespace dsla {
 namespace {
@@ -15,13 +16,6 @@ namespace {
 std::atomic<bool> interrupted{false};
 
 double PerSecond(double count, double seconds) { return seconds > 0 ? count / seconds : 0; }
-
-// What the same tokens take with every layer softmax.
-int64_t LevelZeroBytes(const LoadedModel& loaded, int tokens) {
-  const CacheGeometry geometry = loaded.model->cache_geometry();
-  return loaded.model->config().L * SequenceCache::PagesFor(tokens, geometry.page_size) *
-         geometry.page_bytes();
-}
 
 }  // namespace
 
@@ -92,7 +86,7 @@ void PrintStats(const LoadedModel& loaded, const Session& session, const Reply& 
              PerSecond(result.decode_steps, result.decode_seconds), Name(result.finish));
   fmt::print(stderr, "cache   {} = KV pages {} + states {}; level 0 would hold {}\n",
              FormatBytes(cache.total()), FormatBytes(cache.pages), FormatBytes(cache.states),
-             FormatBytes(LevelZeroBytes(loaded, session.length())));
+             FormatBytes(CacheBytesAt(*loaded.model, 0, session.length())));
   fmt::print(stderr, "level   {} of {}", session.level(), loaded.model->max_level());
   for (const LevelChange& change : session.level_changes()) {
     fmt::print(stderr, "; raised {} -> {} at token {} in {:.0f} ms", change.from, change.to,
@@ -129,7 +123,7 @@ nlohmann::json ReplyJson(const LoadedModel& loaded, const Session& session, cons
             {"decode_tokens_per_second", PerSecond(result.decode_steps, result.decode_seconds)},
             {"cache_bytes",
              {{"pages", cache.pages}, {"states", cache.states}, {"total", cache.total()}}},
-            {"level0_cache_bytes", LevelZeroBytes(loaded, session.length())}}}};
+            {"level0_cache_bytes", CacheBytesAt(*loaded.model, 0, session.length())}}}};
 }
 
 }  // namespace dsla

@@ -63,10 +63,4 @@ int64_t CacheBytesAt(const HybridModel& model, int level, int64_t length) {
          level * geometry.slot_block_bytes();
 }
 
-int64_t BreakEvenTokens(const HybridModel& model, int layer) {
-  const ModelConfig& c = model.config();
-  const int64_t kv_token = int64_t{2} * c.Hkv * c.D * SizeOf(model.options().kv_dtype);
-  return (MakeSlotLayout(model.dsla_shape(layer)).bytes + kv_token - 1) / kv_token;
-}
-
 }  // namespace dsla

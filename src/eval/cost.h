@@ -21,7 +21,4 @@ double PrefillFlops(const HybridModel& model, int level, int64_t tokens);
 // Cache bytes of one sequence of `length` tokens, whole pages and slots as the pool hands them out.
 int64_t CacheBytesAt(const HybridModel& model, int level, int64_t length);
 
-// Tokens above which a layer's slot is smaller than its pages would be.
-int64_t BreakEvenTokens(const HybridModel& model, int layer);
-
 }  // namespace dsla
