@@ -20,6 +20,8 @@ enum class StatusCode {
   kDataLoss,           // a file is malformed or lies about its contents
   kUnsupported,        // well-formed, but not something this build can do
   kResourceExhausted,  // a budget or the memory is used up
+  kUnavailable,        // not now: loading, draining; the same may work later
+  kDeadlineExceeded,   // its time was up
   kCancelled,
   kInternal,
 };

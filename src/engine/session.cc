@@ -7,20 +7,6 @@
 
 namespace dsla {
 
-const char* Name(FinishReason reason) {
-  switch (reason) {
-    case FinishReason::kStop:
-      return "stop";
-    case FinishReason::kLength:
-      return "length";
-    case FinishReason::kContext:
-      return "context";
-    case FinishReason::kCancelled:
-      return "cancelled";
-  }
-  return "unknown";
-}
-
 Session::Session(const HybridModel* model, CachePool* pool, const ExecContext& ctx,
                  const SessionOptions& options)
     : model_(model),

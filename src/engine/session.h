@@ -11,6 +11,7 @@
 #include "base/exec.h"
 #include "base/status.h"
 #include "cache/cache_pool.h"
+#include "engine/request.h"
 #include "model/hybrid_model.h"
 #include "ops/sampling/sampling.h"
 
@@ -32,9 +33,6 @@ struct SessionOptions {
   bool auto_raise = false;
   int auto_top_level = 0;
 };
-
-enum class FinishReason { kStop, kLength, kContext, kCancelled };
-const char* Name(FinishReason reason);
 
 struct GenerateOptions {
   SamplingParams sampling;

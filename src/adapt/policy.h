@@ -1,0 +1,64 @@
+// A level policy: from what the engine looks like now to the level that new sequences start at and
+// the running sequences to raise. Pure: no clock, no threads, no randomness of its own; everything
+// comes in through LoadSnapshot, so that a policy can be simulated by the thousand steps.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/status.h"
+
+namespace dsla {
+
+// One running or waiting sequence.
+struct SequenceLoad {
+  int64_t id = 0;
+  int cached_tokens = 0;     // in its cache
+  int pending_tokens = 0;    // prompt tokens that are not in the cache yet
+  int remaining_tokens = 0;  // at most so many more will be generated
+  int level = 0;             // of a waiting one: the lowest it may start at
+  int max_level = 0;         // the highest its tier allows; level == max_level: not to be raised
+  double arrival = 0;        // seconds, the clock of LoadSnapshot::now
+};
+
+// Taken between two steps.
+struct LoadSnapshot {
+  double now = 0;  // seconds, monotonic
+  std::vector<SequenceLoad> running;
+  std::vector<SequenceLoad> waiting;  // in the order in which they will be admitted
+  // Cache memory, bytes. used includes what `reclaimable` names: prefix-cache blocks that no
+  // sequence holds.
+  int64_t budget_bytes = 0;
+  int64_t used_bytes = 0;
+  int64_t reclaimable_bytes = 0;
+  int64_t page_bytes = 0;  // of one layer
+  int64_t slot_bytes = 0;  // of one layer
+  int page_size = 0;       // tokens
+  // Over the last window of finished steps; 0 while there are none.
+  double ttft_p95 = 0;      // seconds
+  double tpot_p95 = 0;      // seconds per token
+  int64_t preemptions = 0;  // since the start
+};
+
+struct LevelDecision {
+  int target = 0;  // level at which auto sequences start from now on
+  struct Raise {
+    int64_t id;
+    int level;
+  };
+  std::vector<Raise> raises;  // in order; each to a higher level within its bounds
+  // Why the target or the raises changed, one line with figures ("queue delay 3.2 s over 1.0 s");
+  // empty when nothing changed.
+  std::string reason;
+};
+
+class LevelPolicy {
+ public:
+  virtual ~LevelPolicy() = default;
+  virtual const char* name() const = 0;  // "slo", "paper", "fixed"
+  virtual LevelDecision Decide(const LoadSnapshot& load) = 0;
+};
+
+}  // namespace dsla

@@ -1,0 +1,131 @@
+// Engine: continuous batching over one HybridModel. One worker thread owns the cache pool, the
+// scheduler, the prefix cache and the policy and runs step after step; everything public is
+// thread-safe and never waits for a step.
+//
+// Under pressure the engine first raises levels (the policy), then pre-empts and recomputes, then
+// refuses at Submit. Every accepted request ends with exactly one OnFinish.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "adapt/policy.h"
+#include "base/exec.h"
+#include "base/status.h"
+#include "engine/request.h"
+#include "format/tokenizer/tokenizer.h"
+#include "model/hybrid_model.h"
+
+namespace dsla {
+
+struct EngineOptions {
+  int64_t memory_bytes = 0;       // cache budget: pages, slots and prefix-cache entries together
+  int max_batch_tokens = 512;     // rows of one step; decodes first, the rest prefill
+  int max_running = 256;          // sequences in the batch
+  int max_queued = 1024;          // requests waiting
+  int64_t max_queued_tokens = 0;  // prompt tokens waiting; 0 = no bound of its own
+  int max_preemptions = 4;        // of one request, after which it is not pre-empted again
+  bool prefix_cache = true;
+  int snapshot_stride = 512;  // tokens between state snapshots; a multiple of the page size
+  // Replies do not depend on batch, chunking, pre-emption or prefix-cache hits, bit for bit.
+  bool deterministic = false;
+  int default_max_level = 0;  // highest level for Tier::kAuto
+};
+
+// Why a request was not accepted.
+struct Rejection {
+  enum class Kind {
+    kInvalid,           // a field is wrong: `param` names it
+    kContextLength,     // prompt + max_tokens exceed the context
+    kTooLargeForCache,  // can never fit the cache memory
+    kQueueFull,         // see retry_after_seconds
+    kUnavailable,       // draining
+  };
+  Kind kind = Kind::kInvalid;
+  std::string message;  // one line with the figures
+  std::string param;
+  double retry_after_seconds = 0;  // from the measured drain rate
+};
+
+// One change of level, of the target or of a running sequence, newest last.
+struct LevelEvent {
+  double time = 0;         // NowSeconds()
+  std::string request_id;  // empty: the target for new sequences
+  int position = 0;        // tokens cached when a running sequence was raised
+  int from = 0;
+  int to = 0;
+  double seconds = 0;  // spent folding
+  std::string reason;
+};
+
+// What the engine looked like after its last step. A copy.
+struct EngineState {
+  double now = 0;
+  double last_progress = 0;  // NowSeconds() of the last finished step, or of going idle
+  bool idle = true;          // nothing to do
+  bool draining = false;
+  std::string policy;
+  int target_level = 0;
+  int max_level = 0;                // of Tier::kAuto
+  std::vector<int> rows_per_level;  // [L + 1] running sequences by level
+  int running = 0;
+  int queued = 0;
+  int64_t queued_tokens = 0;
+  double oldest_wait_seconds = 0;
+  int64_t budget_bytes = 0;
+  int64_t page_bytes = 0;          // held by sequences
+  int64_t state_bytes = 0;         // held by sequences
+  int64_t prefix_cache_bytes = 0;  // held by the prefix cache alone
+  // Since the start.
+  int64_t steps = 0;
+  int64_t prompt_tokens = 0;   // asked for
+  int64_t cached_tokens = 0;   // of them, from the prefix cache
+  int64_t prefill_tokens = 0;  // computed, recomputation included
+  int64_t generated_tokens = 0;
+  int64_t finished = 0;  // whatever the end
+  int64_t preemptions = 0;
+  int64_t raises = 0;  // of running sequences
+  int64_t target_changes = 0;
+  int64_t numerical_errors = 0;
+  double busy_seconds = 0;               // in steps
+  double model_seconds = 0;              // of them, in Forward, folds and sampling
+  double prefill_tokens_per_second = 0;  // over the last seconds
+  double decode_tokens_per_second = 0;
+  std::vector<LevelEvent> events;  // the last 64
+};
+
+// A finished request's times, for histograms; called on the engine's thread, must not block.
+using FinishObserver = std::function<void(const RequestResult&)>;
+
+class Engine {
+ public:
+  // The model and the tokenizer must outlive the engine. ctx.workspace becomes the worker's alone.
+  static Expected<std::unique_ptr<Engine>> Create(const HybridModel* model,
+                                                  const Tokenizer* tokenizer,
+                                                  const ExecContext& ctx,
+                                                  const EngineOptions& options,
+                                                  std::unique_ptr<LevelPolicy> policy);
+  virtual ~Engine() = default;  // cancels what is left and joins the worker
+
+  // Takes the request or says why not; takes no work before every check has passed.
+  virtual std::optional<Rejection> Submit(Request request, std::shared_ptr<RequestSink> sink) = 0;
+
+  // Ends the request within one step; nothing if there is none of that id.
+  virtual void Cancel(const std::string& id) = 0;
+
+  virtual EngineState state() const = 0;
+  virtual void SetFinishObserver(FinishObserver observer) = 0;  // before the first Submit
+
+  // From the next step on.
+  virtual void SetPolicy(std::unique_ptr<LevelPolicy> policy) = 0;
+  virtual void SetMaxLevel(int level) = 0;  // of Tier::kAuto
+
+  // Refuses new requests from now on; those accepted go on.
+  virtual void Drain() = 0;
+};
+
+}  // namespace dsla
