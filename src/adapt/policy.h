@@ -49,10 +49,14 @@ struct LevelDecision {
     int level;
   };
   std::vector<Raise> raises;  // in order; each to a higher level within its bounds
-  // Why the target or the raises changed, one line with figures ("queue delay 3.2 s over 1.0 s");
-  // empty when nothing changed.
+  // Why the target or the raises changed, one line: a word from the list below, a colon, figures
+  // ("ttft: 12 waiting, 8.1 s at level 0, target 2.0 s"). Empty when nothing changed.
   std::string reason;
 };
+
+// The words that reasons begin with; metrics count changes by them. "admin" is the operator's.
+inline constexpr const char* kReasonWords[] = {"ttft",   "tpot", "memory", "queue",
+                                               "prompt", "calm", "fixed",  "admin"};
 
 class LevelPolicy {
  public:
