@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "cache/level_history.h"
 #include "ops/sampling/sampling.h"
 
 namespace dsla {
@@ -62,12 +63,6 @@ struct PromptLogprob {
 enum class FinishReason { kStop, kLength, kContext, kCancelled };
 const char* Name(FinishReason reason);
 
-// A level from a position of the sequence on.
-struct LevelSpan {
-  int position = 0;  // tokens cached at the switch; 0 at the start
-  int level = 0;
-};
-
 // How a request ended. On an error `status` says why and the tokens sent so far stand.
 struct RequestResult {
   Status status;
@@ -80,7 +75,7 @@ struct RequestResult {
   int cached_tokens = 0;  // prompt tokens whose keys and values came from the prefix cache
   int generated_tokens = 0;
   int preemptions = 0;
-  std::vector<LevelSpan> levels;   // the level history, at least one entry once it ran
+  LevelHistory levels;             // at least one entry once it ran
   double queue_seconds = 0;        // from Submit to its first step
   double first_token_seconds = 0;  // from Submit; 0 = none was made
   double total_seconds = 0;

@@ -1,0 +1,136 @@
+// PrefixCache: pages and states of earlier prompts and replies, shared with new sequences that
+// begin with the same tokens. Pure bookkeeping on a Ledger; the engine's thread owns it.
+//
+// A tree with one node per page of tokens. A node's key is a SHA-256 chain over the adapter's
+// identity, the salt, the level history and the tokens up to the node's end, so that entries of
+// different adapters, salts or histories never meet. A node owns references to the pages of the
+// layers that were softmax, and may own a snapshot: copies of the state slots of the layers that
+// were DSLA, as they stood at the node's end. A sequence can resume at a node of level 0, or at one
+// with a snapshot. Pages are read-only once whole, so sharing them needs no copy; states change
+// with every token, so a snapshot is copied on the way in and on the way out.
+//
+// All of it is optional memory: entries keep blocks that nobody else needs, Reclaim gives them up
+// at once (least recently used first, leaves before what they hang on), and nothing is ever copied
+// or waited for to evict. The memory that only the cache keeps is Ledger::idle_bytes().
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <set>
+#include <span>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "base/status.h"
+#include "cache/ledger.h"
+#include "cache/level_history.h"
+#include "cache/prefix_key.h"
+#include "cache/sequence_cache.h"
+
+namespace dsla {
+
+// Copies the memory of a state slot; whoever owns it implements this. `to` was just reserved.
+class SlotCopier {
+ public:
+  virtual ~SlotCopier() = default;
+  virtual void CopySlot(int32_t from, int32_t to) = 0;
+};
+
+struct PrefixCacheOptions {
+  int layers = 0;          // L
+  int page_size = 64;      // tokens per page
+  std::string adapter_id;  // identity of model and adapter
+};
+
+struct PrefixQuery {
+  std::span<const int32_t> tokens;  // at least one of them is left to compute
+  std::string_view salt;
+  // Either the level wanted: the prefix's last level is at most this, and the caller folds it up to
+  // it. With may_fold = false the prefix ran at exactly this level from the start.
+  int level = 0;
+  bool may_fold = true;
+  // Or, if not empty, a history to be met exactly: that of a sequence to be recomputed.
+  std::span<const LevelSpan> history;
+  int multiple = 0;  // the prefix's length is a multiple of this; 0 = the page size
+};
+
+class PrefixCache {
+  struct Node;
+
+ public:
+  // What was found; tokens == 0: nothing. Valid until the next call of anything but Adopt.
+  struct Hit {
+    int tokens = 0;
+    LevelHistory history;  // of those tokens
+
+   private:
+    friend class PrefixCache;
+    Node* node = nullptr;
+  };
+
+  // The ledger and the copier must outlive the cache.
+  PrefixCache(Ledger* ledger, SlotCopier* copier, const PrefixCacheOptions& options);
+  ~PrefixCache();
+  PrefixCache(const PrefixCache&) = delete;
+  PrefixCache& operator=(const PrefixCache&) = delete;
+
+  // The longest prefix that a sequence can resume from; of equally long ones that of the highest
+  // level, which leaves least to fold.
+  Hit Lookup(const PrefixQuery& query);
+
+  // Gives the hit's pages and copies of its states to an empty sequence at the hit's last level.
+  // Reclaims other entries if there is no room for the states; kResourceExhausted, the sequence
+  // untouched, if that is not enough.
+  Status Adopt(const Hit& hit, SequenceCache* sequence);
+
+  // Enters the whole pages of a sequence's first `tokens` tokens, as far as the sequence still has
+  // them, by reference: takes no memory. What is there already is kept and marked as used. With
+  // `snapshot`, which needs tokens == sequence.length(), a multiple of the page size, and level
+  // > 0, also its states, if there is room or entries of older use can be given up for it. Pages of
+  // a history above level 0 are of use only before a snapshot, and are entered only with one.
+  // `path` is the sequence's own memo of keys; empty at first.
+  void Insert(std::span<const int32_t> tokens, std::string_view salt,
+              std::span<const LevelSpan> history, const SequenceCache& sequence, bool snapshot,
+              PrefixPath* path);
+
+  // Gives up entries until `bytes` more are free, or none is left that would free anything; true if
+  // they are. Never fails while Ledger::idle_bytes() >= bytes.
+  bool Reclaim(int64_t bytes);
+  void Clear();
+
+  int64_t entries() const { return static_cast<int64_t>(nodes_.size()); }
+  int64_t snapshots() const { return snapshots_; }
+
+  // Everything it holds, for checks: every page and slot once.
+  std::vector<std::pair<BlockKind, int32_t>> Blocks() const;
+
+ private:
+  struct Candidate;
+  using UseOrder = std::set<std::pair<int64_t, Node*>>;
+
+  Node* Find(const PrefixKey& key) const;
+  Node* Add(Node* parent, const PrefixKey& key, std::vector<LevelSpan> delta, int level);
+  void Touch(Node* node);
+  void FillPages(Node* node, const SequenceCache& sequence);
+  bool TakeSnapshot(Node* node, const SequenceCache& sequence);
+  bool ReclaimUsedBefore(int64_t bytes, int64_t time);
+  int64_t Gain(const Node& node) const;
+  void Drop(Node* leaf);
+  bool Useful(const Node& node) const;
+  LevelHistory HistoryOf(const Node& node) const;
+
+  Ledger* ledger_;
+  SlotCopier* copier_;
+  PrefixCacheOptions options_;
+  int64_t time_ = 0;  // counts uses
+  int64_t snapshots_ = 0;
+  std::unordered_map<PrefixKey, std::unique_ptr<Node>, PrefixKeyHash> nodes_;
+  UseOrder leaves_;  // by last use
+};
+
+}  // namespace dsla

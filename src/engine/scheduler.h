@@ -1,0 +1,220 @@
+// Scheduler: which rows the next step runs, out of which memory, and whom it costs. The pure host
+// side of continuous batching: no clock, no threads, no torch; the engine's worker owns it, and
+// fakes of CacheOps and of the model simulate it by the thousand steps. The contract in full is
+// engine/README.md.
+//
+// One step:
+//   for (raise : policy.Decide(snapshot)) scheduler.Raise(id, level);   // between steps only
+//   plan = scheduler.Plan(now);          // reserves all memory that the rows need
+//   run the model on plan.rows, sample a token where a row's logits are wanted
+//   ended = scheduler.Commit(results);   // cannot fail
+// Add, Cancel and the setters may be called at any time between Plan/Commit pairs; Cancel and Add
+// also between Plan and Commit (Cancel then takes effect at the Commit).
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "adapt/policy.h"
+#include "base/status.h"
+#include "cache/ledger.h"
+#include "cache/level_history.h"
+#include "cache/prefix_cache.h"
+#include "cache/sequence_cache.h"
+#include "engine/request.h"
+
+namespace dsla {
+
+// What the scheduler needs done to cache memory, at once and in the order asked; the worker
+// implements it over CachePool and HybridModel.
+class CacheOps : public SlotCopier {
+ public:
+  // An empty sequence at `level` (HybridModel::NewSequence).
+  virtual SequenceCache NewSequence(int level) = 0;
+  // HybridModel::Raise: folds layer after layer. The scheduler has made room for it.
+  virtual Status Raise(SequenceCache& cache, int level) = 0;
+  // CopySlot(from, to): touch `to`, then copy the whole block.
+};
+
+struct SchedulerOptions {
+  int layers = 0;              // L
+  int max_level = 0;           // of the model: 0 without an adapter
+  int top_level = 0;           // Tier::kEconomy's (Adapter::top_level)
+  int page_size = 64;          // tokens
+  int max_batch_tokens = 512;  // rows of a step; at least twice the page size
+  int max_running = 256;       // clamped so that decodes leave rows for one prefill chunk
+  int max_preemptions = 4;     // of one request
+  bool prefix_cache = true;
+  int snapshot_stride = 512;  // tokens; a multiple of the page size
+  bool deterministic = false;
+  int deterministic_chunk =
+      0;                   // a multiple of the page size; 0 = max_batch_tokens / 2, at most 256
+  int max_overtakes = 16;  // of one waiting request by shorter ones
+  std::string adapter_id;  // identity of model and adapter, for the prefix cache
+};
+
+// What the scheduler must know of a request. Its fields were checked.
+struct ScheduledRequest {
+  std::vector<int32_t> prompt;  // at least one token
+  int max_tokens = 0;
+  Tier tier = Tier::kAuto;
+  int level = 0;  // with Tier::kExact
+  bool prompt_logprobs = false;
+  std::string cache_salt;
+  double arrival = 0;
+  double deadline = 0;  // 0 = none
+};
+
+enum class Phase { kPrefill, kDecode };
+enum class RowLogits { kNone, kLast, kAll };
+
+// One sequence's rows in a step. Pointers and spans are valid until Commit.
+struct PlannedRows {
+  int64_t id = 0;
+  Phase phase = Phase::kPrefill;    // kDecode: one row, the recurrent form; never told by shape
+  SequenceCache* cache = nullptr;   // room for the tokens is reserved
+  std::span<const int32_t> tokens;  // at positions cache->length(), ...
+  RowLogits logits = RowLogits::kNone;
+  // With kLast and kAll of a sequence's last known token the result carries the next token. kAll
+  // without it: rows of the prompt whose log-probabilities are asked for.
+  bool samples = false;
+};
+
+// A request that is over: everything RequestResult wants to know from the scheduler.
+struct EndedSequence {
+  int64_t id = 0;
+  Status status;  // kDeadlineExceeded, kResourceExhausted, kCancelled; ok where the caller ended it
+  int prompt_tokens = 0;
+  int cached_tokens = 0;
+  int generated_tokens = 0;
+  int preemptions = 0;
+  LevelHistory levels;
+};
+
+struct StepPlan {
+  std::vector<PlannedRows> rows;  // decodes first, each group oldest first; empty: nothing to do
+  std::vector<EndedSequence> ended;
+  std::vector<int64_t> started;    // requests whose first step this is
+  std::vector<int64_t> preempted;  // pre-empted to make room for it
+  int prefill_rows = 0;            // recomputation included
+  int decode_rows = 0;
+};
+
+// Of each of plan.rows, in their order.
+struct RowResult {
+  int32_t token = -1;   // the next token where rows.samples and the request goes on; it is run next
+  bool finish = false;  // the request is over (stop, length, context, error)
+};
+
+class Scheduler {
+ public:
+  // The ledger and ops must outlive the scheduler.
+  Scheduler(Ledger* ledger, CacheOps* ops, const SchedulerOptions& options);
+  ~Scheduler();
+  Scheduler(const Scheduler&) = delete;
+  Scheduler& operator=(const Scheduler&) = delete;
+
+  // Whether prompt and reply fit the cache memory, with nothing else there, at some level of the
+  // tier's bounds. kResourceExhausted with the figures. Pure arithmetic: safe from any thread.
+  Status CanEverFit(int64_t prompt_tokens, int64_t max_tokens, Tier tier, int level) const;
+
+  // Queues it; ids rise with every call and tell age. Needs CanEverFit.
+  int64_t Add(ScheduledRequest request);
+
+  // Ends it: at once, or at the Commit if a step is in flight (which then returns it). Nothing if
+  // there is none of that id.
+  std::optional<EndedSequence> Cancel(int64_t id);
+
+  // The next step. Requests that ended on the way are in plan.ended. Without rows there is nothing
+  // to run, and nothing to commit, before Add.
+  StepPlan Plan(double now);
+
+  // The plan's rows are in the caches. Returns the requests that finished or were cancelled.
+  std::vector<EndedSequence> Commit(std::span<const RowResult> results);
+
+  // Raises a running sequence by folding, after reclaiming what that takes. kResourceExhausted: no
+  // room, or the sequence could never finish at that level; kInvalidArgument: not running, or the
+  // level is not above its own or above its tier's bound. Recorded in its history, even where it
+  // got only part of the way.
+  Status Raise(int64_t id, int level);
+
+  void set_target_level(int level) { target_level_ = level; }  // new sequences start at, in bounds
+  void set_auto_max_level(int level);                          // Tier::kAuto's highest
+  int target_level() const { return target_level_; }
+  int auto_max_level() const { return auto_max_level_; }
+
+  // Fills everything but `now` and the times.
+  LoadSnapshot Snapshot() const;
+
+  int running() const { return static_cast<int>(running_.size()); }
+  int waiting() const { return static_cast<int>(waiting_.size()); }
+  int64_t waiting_tokens() const;  // prompt tokens
+  bool idle() const { return running_.empty() && waiting_.empty(); }
+  int level(int64_t id) const;  // of a running sequence, 0 for any other
+  int64_t preemptions() const { return preemptions_; }
+  std::vector<int> rows_per_level() const;  // [L + 1] running sequences
+
+  PrefixCache* prefix_cache() { return prefix_cache_.get(); }  // null when off
+
+  // Ends everything without a status; for shutdown. Returns what was cut off.
+  std::vector<EndedSequence> Clear();
+
+ private:
+  struct Sequence;
+  struct Bounds {
+    int min = 0, max = 0;
+  };
+  friend class SchedulerPeer;  // of the simulation: looks at what is held
+
+  Bounds BoundsOf(Tier tier, int level) const;
+  int64_t BytesAt(int64_t tokens, int level) const;
+  Status Fits(int64_t tokens, Bounds bounds) const;
+  int StartLevel(const Sequence& sequence) const;
+
+  // scheduler_plan.cc
+  struct Grant;
+  void Expire(double now);
+  void PlanDecodes();
+  void PlanPrefills();
+  bool ReplayRaise(Sequence& sequence);
+  bool PlanRows(Sequence& sequence, int end);
+  int ChunkEnd(const Sequence& sequence, int from, int rows) const;
+  bool IsDecode(const Sequence& sequence) const;
+  void FailOldest();
+
+  // scheduler_memory.cc
+  bool TryAdmit(Sequence& sequence);
+  bool Resume(Sequence& sequence);
+  bool MakeRoom(const Sequence& sequence, int64_t bytes);
+  bool MakeRaiseRoom(const Sequence& sequence, int level, bool may_preempt);
+  int64_t RaisePeak(const SequenceCache& cache, int level) const;
+  int64_t PromisedBytes() const;
+  Sequence* Victim(const Sequence& in_need);
+  void Preempt(Sequence& victim);
+
+  void RecordInPrefixCache(Sequence& sequence);
+  void NoteLevel(Sequence& sequence);
+  EndedSequence End(Sequence& sequence, Status status);
+  Sequence* FindRunning(int64_t id) const;
+
+  Ledger* ledger_;
+  CacheOps* ops_;
+  SchedulerOptions options_;
+  std::unique_ptr<PrefixCache> prefix_cache_;
+  int64_t next_id_ = 1;
+  int target_level_ = 0;
+  int auto_max_level_ = 0;
+  int64_t preemptions_ = 0;
+  std::map<int64_t, std::unique_ptr<Sequence>> running_;  // oldest first
+  std::map<int64_t, std::unique_ptr<Sequence>> waiting_;  // oldest first
+  StepPlan plan_;                                         // being built
+  bool in_step_ = false;
+};
+
+}  // namespace dsla
