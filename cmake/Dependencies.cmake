@@ -4,7 +4,11 @@ find_package(OpenMP REQUIRED COMPONENTS CXX)
 find_package(nlohmann_json REQUIRED)
 find_package(PkgConfig REQUIRED)
 pkg_check_modules(PCRE2 REQUIRED IMPORTED_TARGET libpcre2-8)
-find_package(OpenSSL REQUIRED COMPONENTS Crypto)
+find_package(OpenSSL REQUIRED COMPONENTS Crypto SSL)
+find_package(Boost 1.81 CONFIG REQUIRED)  # headers: Asio and Beast
+find_package(spdlog REQUIRED)
+find_package(simdjson REQUIRED)
+pkg_check_modules(TOMLPLUSPLUS REQUIRED IMPORTED_TARGET tomlplusplus)
 find_package(ICU REQUIRED COMPONENTS uc)
 find_package(CLI11 REQUIRED)
 pkg_check_modules(HWY REQUIRED IMPORTED_TARGET libhwy)
@@ -47,7 +51,8 @@ endif()
 
 # Everything that a header of the project may include, for header_alone.
 set(DSLA_EXTERNAL_LIBRARIES fmt::fmt OpenMP::OpenMP_CXX nlohmann_json::nlohmann_json PkgConfig::PCRE2
-    OpenSSL::Crypto ICU::uc CLI11::CLI11 PkgConfig::HWY)
+    OpenSSL::Crypto OpenSSL::SSL ICU::uc CLI11::CLI11 PkgConfig::HWY Boost::headers spdlog::spdlog simdjson::simdjson
+    PkgConfig::TOMLPLUSPLUS)
 if(DSLA_TESTS)
   list(APPEND DSLA_EXTERNAL_LIBRARIES GTest::gmock)
 endif()

@@ -6,9 +6,14 @@ log_dir="$root/build/logs"
 # Objects in the compiler cache serve every checkout on this machine, whatever its path.
 export CCACHE_BASEDIR="$root" CCACHE_NOHASHDIR=1
 
+# Boost of at least 1.81: Debian 12's own is older, and has 1.81 beside it.
+boost_package=libboost-dev
+if grep -qsx 'VERSION_CODENAME=bookworm' /etc/os-release; then boost_package=libboost1.81-dev; fi
+
 build_packages=(
   g++ cmake ninja-build ccache pkg-config python3-venv
   libfmt-dev libcli11-dev nlohmann-json3-dev libpcre2-dev libicu-dev libssl-dev libhwy-dev
+  "$boost_package" libspdlog-dev libsimdjson-dev libtomlplusplus-dev
   libgtest-dev libgmock-dev libbenchmark-dev
 )
 # clang with its runtime is for libFuzzer; libomp-dev lets it compile the same OpenMP code as g++.
