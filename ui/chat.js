@@ -1,0 +1,335 @@
+// The conversation: what is sent, the streaming reply, and what it cost.
+
+import { ApiError, call, events } from './api.js';
+import { Markdown } from './markdown.js';
+
+const $ = (id) => document.getElementById(id);
+const FILE_LIMIT = 1 << 20;
+
+const HINTS = {
+  auto: 'The server sets the level by its load.',
+  full: 'Every layer stays softmax attention.',
+  economy: 'The top rung of the ladder from the start.',
+  exact: 'This many layers are DSLA, throughout.',
+};
+
+const view = { model: '', levels: 0, top: 0 };
+let conversation = [];  // {role, content}, as the API takes them
+let attached = null;    // {name, text}
+let running = null;     // AbortController of the reply being written
+let askForKey = () => {};
+
+function node(name, className, text) {
+  const made = document.createElement(name);
+  if (className) made.className = className;
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+function announce(text) {
+  $('announce').textContent = text;
+}
+
+// --- The log --------------------------------------------------------------------------------------------------------
+
+function atBottom() {
+  const log = $('log');
+  return log.scrollHeight - log.scrollTop - log.clientHeight < 48;
+}
+
+function toBottom() {
+  $('log').scrollTop = $('log').scrollHeight;
+}
+
+function addMessage(role, label) {
+  const article = node('article', `message ${role}`);
+  article.setAttribute('aria-label', label);
+  $('messages').append(article);
+  $('welcome').hidden = true;
+  $('clear').disabled = false;
+  return article;
+}
+
+function showUser(text, file) {
+  const article = addMessage('user', 'You');
+  if (file) article.append(node('p', 'file', `${file.name}, ${file.text.length.toLocaleString('en')} characters`));
+  article.append(node('p', 'said', text));
+  toBottom();
+}
+
+// --- What the reply cost ---------------------------------------------------------------------------------------------
+
+function seconds(value) {
+  return value < 10 ? `${value.toFixed(1)} s` : `${Math.round(value)} s`;
+}
+
+// One bar, cut where the level changed, each piece as much DSLA as its level.
+function levelTrack(levels, total) {
+  const track = node('div', 'track');
+  levels.forEach((span, index) => {
+    const end = index + 1 < levels.length ? levels[index + 1].at : total;
+    const piece = node('i');
+    piece.style.flexGrow = Math.max(end - span.at, 1);
+    piece.style.setProperty('--share', `${view.levels ? (100 * span.level) / view.levels : 0}%`);
+    piece.title = `Level ${span.level}`;
+    track.append(piece);
+  });
+  return track;
+}
+
+function describeLevels(levels) {
+  return levels
+    .map((span, index) => (index ? `level ${span.level} from token ${span.at}` : `Level ${span.level}`))
+    .join(', then ');
+}
+
+function showCost(article, reply) {
+  const cost = node('footer', 'cost');
+  if (reply.levels.length) cost.append(levelTrack(reply.levels, Math.max(reply.tokens, 1)));
+  const facts = [];
+  if (reply.levels.length) facts.push(describeLevels(reply.levels));
+  facts.push(`${reply.tokens} token${reply.tokens === 1 ? '' : 's'}`);
+  if (reply.first) facts.push(`first after ${seconds((reply.first - reply.start) / 1000)}`);
+  if (reply.tokens > 1 && reply.last > reply.first) {
+    facts.push(`${(((reply.tokens - 1) * 1000) / (reply.last - reply.first)).toFixed(1)} tokens/s`);
+  }
+  if (reply.usage) {
+    const cached = reply.usage.prompt_tokens_details?.cached_tokens ?? 0;
+    facts.push(`${reply.usage.prompt_tokens} tokens read${cached ? `, ${cached} of them from the cache` : ''}`);
+  }
+  if (reply.finish === 'length') facts.push('cut at the longest reply');
+  if (reply.stopped) facts.push('stopped');
+  cost.append(node('p', '', facts.join(' · ')));
+  article.append(cost);
+}
+
+// --- One reply -------------------------------------------------------------------------------------------------------
+
+function requestBody(messages) {
+  const tier = document.querySelector('input[name=tier]:checked').value;
+  const body = {
+    model: view.model,
+    messages,
+    stream: true,
+    stream_options: { include_usage: true },
+    max_tokens: Math.max(1, Number($('max-tokens').value) || 400),
+    temperature: Math.min(2, Math.max(0, Number($('temperature').value) || 0)),
+  };
+  if (tier === 'exact') body.dsla = { level: Number($('level').value) };
+  else body.service_tier = { auto: 'auto', full: 'priority', economy: 'flex' }[tier];
+  return body;
+}
+
+// The level of a chunk or of the usage at its end, wherever it says one.
+function takeLevels(reply, event) {
+  const level = event.dsla?.level;
+  if (Number.isInteger(level)) {
+    const last = reply.levels[reply.levels.length - 1];
+    if (!last || last.level !== level) reply.levels.push({ at: reply.tokens, level });
+  }
+  const spans = event.dsla?.levels ?? event.usage?.dsla?.levels;
+  if (Array.isArray(spans) && spans.length) {
+    const read = event.usage?.prompt_tokens ?? reply.usage?.prompt_tokens ?? 0;
+    // Positions count the prompt too, and what happened while it was read is part of the start.
+    const found = [];
+    for (const span of spans) {
+      const at = Math.max(0, span.position - read);
+      if (at === 0) found.length = 0;
+      found.push({ at, level: span.level });
+    }
+    reply.levels = found;
+  }
+}
+
+async function stream(reply, body, render) {
+  const response = await call('/v1/chat/completions', { body, signal: running.signal });
+  for await (const event of events(response)) {
+    if (event.usage) reply.usage = event.usage;
+    takeLevels(reply, event);
+    const choice = event.choices?.[0];
+    if (!choice) continue;
+    if (choice.finish_reason) reply.finish = choice.finish_reason;
+    const text = choice.delta?.content;
+    if (text) {
+      reply.last = performance.now();
+      reply.first ||= reply.last;
+      reply.tokens += 1;
+      reply.text += text;
+      render();
+    }
+  }
+  if (reply.usage) reply.tokens = reply.usage.completion_tokens;
+}
+
+function showFailure(article, error, retry) {
+  const box = node('div', 'failure');
+  box.setAttribute('role', 'alert');
+  let text = error instanceof ApiError ? error.message : `The page failed: ${error.message}`;
+  if (error.retryAfter) text += ` Try again in ${Math.ceil(error.retryAfter)} s.`;
+  box.append(node('p', '', text));
+  const again = node('button', 'quiet', 'Try again');
+  again.type = 'button';
+  again.addEventListener('click', () => {
+    article.remove();
+    retry();
+  });
+  box.append(again);
+  article.append(box);
+}
+
+async function answer() {
+  const article = addMessage('assistant', 'Model');
+  const body = node('div', 'body');
+  const wait = node('p', 'wait', 'Reading');
+  article.append(body, wait);
+  toBottom();
+  const markdown = new Markdown(body);
+  const reply = { text: '', tokens: 0, start: performance.now(), first: 0, last: 0, levels: [], usage: null, finish: '', stopped: false };
+  let scheduled = false;
+  const paint = () => {
+    scheduled = false;
+    const follow = atBottom();
+    wait.remove();
+    markdown.update(reply.text);
+    if (follow) toBottom();
+  };
+  const render = () => {
+    if (!scheduled) requestAnimationFrame(paint);
+    scheduled = true;
+  };
+  running = new AbortController();
+  busy(true);
+  announce('The model is reading.');
+  const system = $('system').value.trim();
+  const messages = system ? [{ role: 'system', content: system }, ...conversation] : conversation;
+  let failed = null;
+  try {
+    await stream(reply, requestBody(messages), render);
+  } catch (error) {
+    if (error.name === 'AbortError') reply.stopped = true;
+    else failed = error;
+  }
+  running = null;
+  busy(false);
+  paint();
+  article.dataset.done = 'true';
+  if (reply.text || !failed) {
+    conversation.push({ role: 'assistant', content: reply.text });
+    showCost(article, reply);
+    announce(reply.stopped ? 'Stopped.' : reply.text);
+  }
+  if (failed) {
+    if (reply.text) conversation.pop();
+    showFailure(article, failed, answer);
+    if (failed.status === 401) askForKey(failed.message);
+  }
+  toBottom();
+}
+
+// --- The form --------------------------------------------------------------------------------------------------------
+
+function busy(on) {
+  const focused = document.activeElement;
+  $('send').hidden = on;
+  $('stop').hidden = !on;
+  // A button that vanishes must not take the focus with it. On a touch screen the prompt would bring up the keyboard.
+  if (on && focused === $('send')) $('stop').focus({ preventScroll: true });
+  if (!on && focused === $('stop')) {
+    (matchMedia('(pointer: coarse)').matches ? $('send') : $('prompt')).focus({ preventScroll: true });
+  }
+}
+
+function fit() {
+  const prompt = $('prompt');
+  prompt.style.height = 'auto';
+  prompt.style.height = `${Math.min(prompt.scrollHeight, window.innerHeight * 0.35)}px`;
+}
+
+function attach(file) {
+  attached = file;
+  $('attached').hidden = !file;
+  $('attached-name').textContent = file ? `${file.name}, ${Math.ceil(file.text.length / 1024)} KB` : '';
+}
+
+async function readFile(file) {
+  if (!file) return;
+  if (file.size > FILE_LIMIT) {
+    announce(`${file.name} is larger than 1 MB.`);
+    $('tier-hint').textContent = `${file.name} is larger than 1 MB.`;
+    return;
+  }
+  attach({ name: file.name, text: await file.text() });
+  $('prompt').focus();
+}
+
+function send(text) {
+  if (running || (!text && !attached)) return;
+  const question = text || 'Summarise this text.';
+  conversation.push({ role: 'user', content: attached ? `${attached.text}\n\n${question}` : question });
+  showUser(question, attached);
+  attach(null);
+  $('prompt').value = '';
+  fit();
+  answer();
+}
+
+function clear() {
+  running?.abort();
+  conversation = [];
+  $('messages').replaceChildren();
+  $('welcome').hidden = false;
+  $('clear').disabled = true;
+  announce('The conversation is cleared.');
+  $('prompt').focus();
+}
+
+function showTier() {
+  const tier = document.querySelector('input[name=tier]:checked').value;
+  $('exact').hidden = tier !== 'exact';
+  $('tier-hint').textContent = HINTS[tier];
+  $('level-out').textContent = $('level').value;
+}
+
+// What the server says of itself, as it becomes known.
+export function setModel(model) {
+  view.model = model;
+}
+
+export function setLadder(levels, top) {
+  if (view.levels === levels && view.top === top) return;
+  view.levels = levels;
+  view.top = top;
+  $('level').max = levels;
+  if (!Number($('level').value)) $('level').value = top;
+  showTier();
+}
+
+export function startChat(onKeyNeeded) {
+  askForKey = onKeyNeeded;
+  $('composer').addEventListener('submit', (event) => {
+    event.preventDefault();
+    send($('prompt').value.trim());
+  });
+  $('prompt').addEventListener('keydown', (event) => {
+    if (event.key === 'Enter' && !event.shiftKey && !event.isComposing) {
+      event.preventDefault();
+      send($('prompt').value.trim());
+    }
+  });
+  $('prompt').addEventListener('input', fit);
+  document.addEventListener('keydown', (event) => {
+    if (event.key === 'Escape' && running && !$('key-dialog').open) running.abort();
+  });
+  $('stop').addEventListener('click', () => running?.abort());
+  $('clear').addEventListener('click', clear);
+  $('attach').addEventListener('click', () => $('file').click());
+  $('detach').addEventListener('click', () => attach(null));
+  $('file').addEventListener('change', () => {
+    readFile($('file').files[0]);
+    $('file').value = '';
+  });
+  $('tiers').addEventListener('change', showTier);
+  $('level').addEventListener('input', showTier);
+  for (const idea of $('ideas').children) idea.addEventListener('click', () => send(idea.textContent));
+  showTier();
+}
