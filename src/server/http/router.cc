@@ -52,6 +52,7 @@ void Router::Add(std::string method, std::string_view pattern, Handler handler,
   DSLA_CHECK(pattern.starts_with('/'));
   auto route = std::make_unique<Route>();
   route->method = std::move(method);
+  route->pattern = pattern;
   route->segments = Split(pattern);
   route->handler = std::move(handler);
   route->options = options;

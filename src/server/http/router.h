@@ -22,6 +22,7 @@ struct RouteOptions {
 
 struct Route {
   std::string method;
+  std::string pattern;                // as it was added
   std::vector<std::string> segments;  // of the pattern
   Handler handler;
   RouteOptions options;

@@ -1,0 +1,321 @@
+#include "server/http/connection.h"
+
+#include <openssl/rand.h>
+
+#include <algorithm>
+#include <boost/asio/post.hpp>
+
+#include "base/clock.h"
+#include "server/http/errors.h"
+
+namespace dsla {
+namespace {
+
+namespace asio = boost::asio;
+using boost::system::error_code;
+
+constexpr size_t kMaxReadAhead = 64 << 10;  // bytes of pipelined requests
+constexpr double kLingerSeconds = 2;
+constexpr int64_t kLingerBytes = 8 << 20;
+constexpr double kBodyBytesPerSecond = 16 << 10;
+
+// A client's id goes into logs and headers, so only what is harmless there.
+bool SoundRequestId(std::string_view id) {
+  return !id.empty() && id.size() <= 128 && std::all_of(id.begin(), id.end(), [](char c) {
+    return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '-' ||
+           c == '_' || c == '.' || c == ':';
+  });
+}
+
+std::string NewRequestId() {
+  static constexpr char kHex[] = "0123456789abcdef";
+  std::array<unsigned char, 16> bytes{};
+  RAND_bytes(bytes.data(), static_cast<int>(bytes.size()));
+  std::string id = "req-";
+  for (const unsigned char byte : bytes) {
+    id += kHex[byte >> 4];
+    id += kHex[byte & 15];
+  }
+  return id;
+}
+
+}  // namespace
+
+Connection::Connection(ConnectionHost* host, std::unique_ptr<Stream> stream,
+                       std::string remote_address)
+    : host_(host),
+      stream_(std::move(stream)),
+      remote_address_(std::move(remote_address)),
+      timer_(stream_->socket().get_executor()),
+      reader_(host->options().limits) {}
+
+void Connection::Start() {
+  asio::post(timer_.get_executor(), [self = shared_from_this()] {
+    if (self->closed_) return;
+    self->SetDeadline(Waiting::kHandshake, self->host_->options().read_timeout);
+    self->stream_->Handshake([self](error_code code) {
+      if (self->closed_) return;
+      if (code) return self->Close();
+      self->SetDeadline(Waiting::kIdle, self->host_->options().idle_timeout);
+      self->ReadMore();
+    });
+  });
+}
+
+void Connection::Stop() {
+  asio::post(timer_.get_executor(), [self = shared_from_this()] { self->Close(); });
+}
+
+void Connection::Wake() {
+  asio::post(timer_.get_executor(), [self = shared_from_this()] { self->Send(); });
+}
+
+void Connection::Drop() { Stop(); }
+
+// --- Reading -------------------------------------------------------------------------------------
+
+// Also while a request is being handled: an end of the stream then means that nobody waits for the
+// answer.
+void Connection::ReadMore() {
+  if (reading_ || closed_ || saw_end_ || in_.size() >= kMaxReadAhead) return;
+  reading_ = true;
+  stream_->ReadSome(
+      asio::buffer(chunk_),
+      [self = shared_from_this()](error_code code, size_t bytes) { self->OnRead(code, bytes); });
+}
+
+void Connection::OnRead(error_code code, size_t bytes) {
+  reading_ = false;
+  if (closed_) return;
+  if (code) return OnReadEnd(code);
+  if (waiting_ == Waiting::kLinger) {
+    lingered_ += static_cast<int64_t>(bytes);
+    if (lingered_ > kLingerBytes) return Close();
+    return ReadMore();
+  }
+  in_.append(chunk_.data(), bytes);
+  if (exchange_) return ReadMore();
+  Parse();
+}
+
+void Connection::OnReadEnd(error_code code) {
+  saw_end_ = true;
+  // One that has shut down its sending side may still read an answer that is on its way, but nobody
+  // waits for one that is being made.
+  const bool orderly = code == asio::error::eof;
+  if (orderly && exchange_ && exchange_->answered()) return;
+  Close();
+}
+
+void Connection::Parse() {
+  while (!exchange_ && !closed_) {
+    size_t used = 0;
+    const bool had_started = reader_.started();
+    const RequestReader::Event event = reader_.Feed(in_, &used);
+    in_.erase(0, used);
+    if (reader_.started() && !had_started) {
+      arrival_ = NowSeconds();
+      SetDeadline(Waiting::kHead, host_->options().read_timeout);
+    }
+    switch (event) {
+      case RequestReader::Event::kNeedMore:
+        if (reader_.head_done()) {
+          const double allowance =
+              static_cast<double>(reader_.body_received()) / kBodyBytesPerSecond;
+          SetDeadline(Waiting::kBody,
+                      arrival_ + 2 * host_->options().read_timeout + allowance - NowSeconds());
+        }
+        if (saw_end_) return Close();
+        return ReadMore();
+      case RequestReader::Event::kHead:
+        if (!OnHead()) return;
+        break;
+      case RequestReader::Event::kDone:
+        OnRequest();
+        return;
+      case RequestReader::Event::kError:
+        FillRequest();
+        return Refuse(ErrorResponse(reader_.error()), /*close=*/true);
+    }
+  }
+}
+
+void Connection::FillRequest() {
+  HttpRequest& request = reader_.request();
+  const std::string_view id = request.headers.Get("X-Request-Id");
+  request.request_id = SoundRequestId(id) ? std::string(id) : NewRequestId();
+  request.remote_address = remote_address_;
+  request.arrival = arrival_;
+}
+
+bool Connection::OnHead() {
+  FillRequest();
+  dispatched_ = host_->dispatcher().Dispatch(reader_.request(), reader_.has_body());
+  if (dispatched_.refusal) {
+    HttpResponse refusal = std::move(*dispatched_.refusal);
+    Refuse(std::move(refusal), /*close=*/reader_.has_body());
+    return false;
+  }
+  if (reader_.expects_continue() && reader_.has_body() && in_.empty()) SendContinue();
+  return true;
+}
+
+void Connection::SendContinue() {
+  continue_ = "HTTP/1.1 100 Continue\r\n\r\n";
+  Send();
+}
+
+std::shared_ptr<Exchange> Connection::NewExchange(bool keep_alive) {
+  ExchangeOptions options;
+  options.stream_buffer = host_->options().stream_buffer;
+  options.keep_alive = keep_alive && reader_.keep_alive();
+  options.http10 = reader_.http10();
+  options.extra = std::move(dispatched_.extra);
+  if (dispatched_.route) options.route = dispatched_.route->pattern;
+  HttpRequest request = std::move(reader_.request());
+  request.admin = dispatched_.admin;
+  request.path_params = std::move(dispatched_.params);
+  host_->RequestStarted();
+  SetDeadline(Waiting::kHandler, 0);
+  exchange_ = std::make_shared<Exchange>(std::make_shared<const HttpRequest>(std::move(request)),
+                                         weak_from_this(), host_->closing(), std::move(options));
+  return exchange_;
+}
+
+void Connection::Refuse(HttpResponse response, bool close) {
+  Exchange::NewResponder(NewExchange(!close))->Respond(std::move(response));
+  if (!close) ReadMore();
+}
+
+void Connection::OnRequest() {
+  const std::shared_ptr<Exchange> exchange = NewExchange(true);
+  const std::shared_ptr<Responder> responder = Exchange::NewResponder(exchange);
+  const Dispatched dispatched = std::move(dispatched_);
+  dispatched_ = Dispatched();
+  try {
+    dispatched.route->handler(exchange->request(), responder);
+  } catch (const std::bad_alloc&) {
+    host_->observer().OnTrouble("out of memory in a request's handler");
+    responder->Respond(ErrorResponse(OutOfMemoryError()));
+  } catch (const std::exception& error) {
+    host_->observer().OnTrouble(std::string("a request's handler failed: ") + error.what());
+    responder->Respond(ErrorResponse(InternalError()));
+  }
+  ReadMore();
+}
+
+// --- Writing -------------------------------------------------------------------------------------
+
+void Connection::Send() {
+  if (writing_ || closed_) return;
+  if (!continue_.empty()) {
+    write_.swap(continue_);
+    continue_.clear();
+  } else if (exchange_) {
+    write_ = exchange_->Take();
+    if (write_.empty()) {
+      if (exchange_->complete()) FinishExchange();
+      return;
+    }
+  } else {
+    return;
+  }
+  written_ = 0;
+  writing_ = true;
+  WriteSome();
+}
+
+void Connection::WriteSome() {
+  if (exchange_) SetDeadline(Waiting::kHandler, host_->options().write_timeout);
+  stream_->WriteSome(
+      asio::buffer(write_) + written_,
+      [self = shared_from_this()](error_code code, size_t bytes) { self->OnWritten(code, bytes); });
+}
+
+void Connection::OnWritten(error_code code, size_t bytes) {
+  if (closed_) return;
+  if (code) {
+    writing_ = false;
+    return Close();
+  }
+  written_ += bytes;
+  if (written_ < write_.size()) return WriteSome();
+  writing_ = false;
+  write_.clear();
+  if (exchange_) {
+    exchange_->Sent();
+    SetDeadline(Waiting::kHandler, 0);
+  }
+  Send();
+}
+
+void Connection::FinishExchange() {
+  host_->RequestFinished(exchange_->Record());
+  const bool keep = exchange_->keep_alive() && !saw_end_;
+  exchange_.reset();
+  dispatched_ = Dispatched();
+  if (!keep) return Linger();
+  reader_.Reset();
+  SetDeadline(Waiting::kIdle, host_->options().idle_timeout);
+  Parse();
+}
+
+// --- Ends ----------------------------------------------------------------------------------------
+
+// The timer is only set anew where it would fire too late, so that a deadline that moves on with
+// every token costs nothing.
+void Connection::SetDeadline(Waiting waiting, double seconds) {
+  waiting_ = waiting;
+  deadline_ = waiting == Waiting::kHandler && seconds <= 0 ? 0 : NowSeconds() + seconds;
+  if (deadline_ > 0 && (armed_for_ == 0 || deadline_ < armed_for_)) ArmTimer();
+}
+
+void Connection::ArmTimer() {
+  armed_for_ = deadline_;
+  timer_.expires_after(std::chrono::duration_cast<std::chrono::steady_clock::duration>(
+      std::chrono::duration<double>(std::max(0.0, deadline_ - NowSeconds()))));
+  timer_.async_wait([self = shared_from_this()](error_code code) {
+    if (!code && !self->closed_) self->OnTimer();
+  });
+}
+
+void Connection::OnTimer() {
+  armed_for_ = 0;
+  if (deadline_ == 0) return;
+  if (deadline_ > NowSeconds()) return ArmTimer();
+  OnTimeout();
+}
+
+void Connection::OnTimeout() {
+  if (exchange_ || (waiting_ != Waiting::kHead && waiting_ != Waiting::kBody)) return Close();
+  FillRequest();
+  Refuse(ErrorResponse(RequestTimeoutError()), /*close=*/true);
+}
+
+// Closing with unread bytes would reset the connection and might destroy the response before the
+// client has read it, so what still comes is thrown away for a while.
+void Connection::Linger() {
+  SetDeadline(Waiting::kLinger, kLingerSeconds);
+  in_.clear();
+  const bool client_done = saw_end_;
+  stream_->ShutdownSend([self = shared_from_this(), client_done](error_code) {
+    if (client_done && !self->closed_) self->Close();
+  });
+  ReadMore();
+}
+
+void Connection::Close() {
+  if (closed_) return;
+  closed_ = true;
+  if (exchange_) {
+    exchange_->Disconnect();
+    host_->RequestFinished(exchange_->Record());
+    exchange_.reset();
+  }
+  error_code ignored;
+  stream_->socket().close(ignored);
+  timer_.cancel();
+  host_->Remove(shared_from_this());
+}
+
+}  // namespace dsla

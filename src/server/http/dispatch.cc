@@ -1,0 +1,120 @@
+#include "server/http/dispatch.h"
+
+#include <algorithm>
+
+#include "server/http/errors.h"
+
+namespace dsla {
+namespace {
+
+// "application/json; charset=utf-8" and "application/problem+json", in any case.
+bool IsJson(std::string_view content_type) {
+  std::string_view type = content_type.substr(0, content_type.find(';'));
+  while (!type.empty() && (type.back() == ' ' || type.back() == '\t')) type.remove_suffix(1);
+  if (EqualsIgnoreCase(type, "application/json")) return true;
+  return type.size() > 17 && EqualsIgnoreCase(type.substr(0, 12), "application/") &&
+         EqualsIgnoreCase(type.substr(type.size() - 5), "+json");
+}
+
+bool TakesBody(std::string_view method) {
+  return method == "POST" || method == "PUT" || method == "PATCH";
+}
+
+}  // namespace
+
+Dispatcher::Dispatcher(std::shared_ptr<const Router> router, KeyRing keys,
+                       std::vector<std::string> cors_origins)
+    : keys_(std::move(keys)), cors_origins_(std::move(cors_origins)), router_(std::move(router)) {}
+
+void Dispatcher::SetRouter(std::shared_ptr<const Router> router) {
+  const std::lock_guard lock(mutex_);
+  router_ = std::move(router);
+}
+
+void Dispatcher::SetPhase(Phase phase) {
+  const std::lock_guard lock(mutex_);
+  phase_ = phase;
+}
+
+Phase Dispatcher::phase() const {
+  const std::lock_guard lock(mutex_);
+  return phase_;
+}
+
+HttpHeaders Dispatcher::CorsHeaders(const HttpRequest& head) const {
+  HttpHeaders headers;
+  const std::string_view origin = head.headers.Get("Origin");
+  if (origin.empty() || cors_origins_.empty()) return headers;
+  const bool any =
+      std::find(cors_origins_.begin(), cors_origins_.end(), "*") != cors_origins_.end();
+  if (!any) {
+    headers.Add("Vary", "Origin");
+    if (std::find(cors_origins_.begin(), cors_origins_.end(), origin) == cors_origins_.end())
+      return headers;
+  }
+  headers.Add("Access-Control-Allow-Origin", any ? "*" : std::string(origin));
+  headers.Add("Access-Control-Expose-Headers", "X-Request-Id, Retry-After");
+  return headers;
+}
+
+Dispatched Dispatcher::Dispatch(const HttpRequest& head, bool has_body) const {
+  Dispatched dispatched;
+  Phase phase;
+  {
+    const std::lock_guard lock(mutex_);
+    dispatched.router = router_;
+    phase = phase_;
+  }
+  dispatched.extra = CorsHeaders(head);
+  Router::Match match = dispatched.router->Find(head.method, head.path);
+  dispatched.route = match.route;
+  dispatched.params = std::move(match.params);
+  dispatched.refusal = Refusal(head, has_body, match, phase, dispatched);
+  return dispatched;
+}
+
+std::optional<HttpResponse> Dispatcher::Refusal(const HttpRequest& head, bool has_body,
+                                                const Router::Match& match, Phase phase,
+                                                Dispatched& dispatched) const {
+  const auto refuse = [](const HttpError& error) { return ErrorResponse(error); };
+  if (head.method == "OPTIONS" && (!match.allow.empty() || head.path == "*")) {
+    HttpResponse response;
+    response.status = 204;
+    response.headers.Add("Allow", match.allow.empty() ? "GET, HEAD, POST, OPTIONS" : match.allow);
+    if (dispatched.extra.Find("Access-Control-Allow-Origin")) {
+      response.headers.Add("Access-Control-Allow-Methods", match.allow);
+      response.headers.Add("Access-Control-Allow-Headers",
+                           "Authorization, Content-Type, X-Request-Id");
+      response.headers.Add("Access-Control-Max-Age", "600");
+    }
+    return response;
+  }
+  if (!match.route) {
+    if (phase == Phase::kLoading) return refuse(LoadingError());
+    if (match.allow.empty()) return refuse(UnknownPathError(head.method, head.path));
+    HttpResponse response = refuse(MethodNotAllowedError(head.method, head.path));
+    response.headers.Add("Allow", match.allow);
+    return response;
+  }
+  const RouteOptions& options = match.route->options;
+  const KeyRing::Grant grant = keys_.Check(head.headers.Get("Authorization"));
+  dispatched.admin = grant == KeyRing::Grant::kAdmin;
+  const bool user = grant == KeyRing::Grant::kUser || dispatched.admin;
+  if (options.access == Access::kKey && keys_.needs_key() && !user)
+    return refuse(grant == KeyRing::Grant::kNone ? MissingKeyError() : InvalidKeyError());
+  if (options.access == Access::kAdmin && !dispatched.admin) {
+    if (!keys_.has_admin() || user) return refuse(AdminKeyError());
+    return refuse(grant == KeyRing::Grant::kNone ? MissingKeyError() : InvalidKeyError());
+  }
+  if (phase == Phase::kDraining && !options.while_draining) return refuse(ShuttingDownError());
+  if (has_body) {
+    const std::string_view encoding = head.headers.Get("Content-Encoding");
+    if (!encoding.empty() && !EqualsIgnoreCase(encoding, "identity"))
+      return refuse(UnsupportedMediaTypeError());
+  }
+  if (options.json_body && TakesBody(head.method) && !IsJson(head.headers.Get("Content-Type")))
+    return refuse(UnsupportedMediaTypeError());
+  return std::nullopt;
+}
+
+}  // namespace dsla

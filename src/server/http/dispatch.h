@@ -1,0 +1,58 @@
+// What becomes of a request once its head is read: its route, or the refusal that goes out before
+// the body is taken. Pure but for the phase, which the server's owner sets.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "server/auth.h"
+#include "server/http/http.h"
+#include "server/http/router.h"
+
+namespace dsla {
+
+enum class Phase {
+  kLoading,  // routes that are not there yet answer 503 loading
+  kServing,
+  kDraining,  // all but routes with while_draining answer 503 shutting_down
+};
+
+struct Dispatched {
+  std::shared_ptr<const Router> router;  // keeps `route` alive
+  const Route* route = nullptr;
+  std::vector<std::pair<std::string, std::string>> params;
+  std::optional<HttpResponse> refusal;  // sent instead of calling the route
+  bool admin = false;
+  HttpHeaders extra;  // of every response to this request (CORS)
+};
+
+class Dispatcher {
+ public:
+  // cors_origins: empty = off; "*" or the origins, as a browser sends them.
+  Dispatcher(std::shared_ptr<const Router> router, KeyRing keys,
+             std::vector<std::string> cors_origins);
+
+  Dispatched Dispatch(const HttpRequest& head, bool has_body) const;
+
+  void SetRouter(std::shared_ptr<const Router> router);
+  void SetPhase(Phase phase);
+  Phase phase() const;
+
+ private:
+  HttpHeaders CorsHeaders(const HttpRequest& head) const;
+  std::optional<HttpResponse> Refusal(const HttpRequest& head, bool has_body,
+                                      const Router::Match& match, Phase phase,
+                                      Dispatched& dispatched) const;
+
+  const KeyRing keys_;
+  const std::vector<std::string> cors_origins_;
+  mutable std::mutex mutex_;
+  std::shared_ptr<const Router> router_;  // guarded by mutex_
+  Phase phase_ = Phase::kLoading;         // guarded by mutex_
+};
+
+}  // namespace dsla
