@@ -1,0 +1,128 @@
+#!/usr/bin/env python3
+"""The requests of a burst and the calm after it, as a JSON trace. The same arguments give the same bytes."""
+
+import argparse
+import hashlib
+import json
+import pathlib
+import random
+import sys
+
+LICENSES = pathlib.Path("/usr/share/common-licenses")
+# Of 4,000 to 7,600 tokens each with the vocabularies of Llama's family, in Debian 12 and in Ubuntu 24.04.
+DOCUMENTS = ("GPL-3", "LGPL-2.1", "GFDL-1.3", "MPL-1.1", "LGPL-2", "GFDL-1.2", "GPL-2")
+SHORT = ("Artistic", "BSD")  # short chats quote paragraphs of these
+QUESTIONS = (
+    "Summarise the text above in a few sentences.",
+    "What must somebody do who passes the work on?",
+    "Which sentence of the text above matters most to a user, and why?",
+    "What does the text above say about warranty?",
+)
+CHATS = (
+    "Explain how a rainbow forms.",
+    "Write a short story about a lighthouse.",
+    "List five uses of a paper clip.",
+    "How do I boil an egg?",
+    "What is the difference between a lake and a pond?",
+    "Give me three names for a sailing boat.",
+)
+
+
+def load(name):
+    """The text of a licence; SystemExit names the file when it cannot be read."""
+    try:
+        return (LICENSES / name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"trace: cannot read {LICENSES / name}: {error}") from None
+
+
+def paragraphs(names):
+    found = []
+    for name in names:
+        found += [" ".join(part.split()) for part in load(name).split("\n\n")]
+    return [part for part in found if 80 <= len(part) <= 1200]
+
+
+def document_request(name, question, at, tokens):
+    return {"at": round(at, 3), "kind": "document", "text": name, "question": question, "max_tokens": tokens}
+
+
+def chat_request(rng, parts, at, tokens):
+    request = {"at": round(at, 3), "kind": "chat", "question": rng.choice(CHATS), "max_tokens": tokens}
+    if rng.random() < 0.5:
+        request["quote"] = rng.choice(parts)
+        request["question"] = "Say this in simpler words."
+    return request
+
+
+def make_trace(seed=1, documents=4, questions=2, chats=16, burst=40.0, calm=60.0, calm_gap=4.0, document_tokens=128, chat_tokens=48):
+    """`documents` texts with `questions` each and `chats` short ones within `burst` seconds, then short ones every
+    `calm_gap` seconds for `calm` seconds, counted from the end of the burst's work."""
+    rng = random.Random(seed)
+    names = [DOCUMENTS[i % len(DOCUMENTS)] for i in range(documents)]
+    parts = paragraphs(SHORT)
+    work = [(name, QUESTIONS[(i + q) % len(QUESTIONS)]) for i, name in enumerate(names) for q in range(questions)]
+    rng.shuffle(work)
+    jobs = [("document", item) for item in work] + [("chat", None)] * chats
+    rng.shuffle(jobs)
+    # Points of a Poisson process, given how many there are, are uniform.
+    times = sorted(rng.uniform(0, burst) for _ in jobs)
+    first = times[0] if times else 0.0
+    requests = []
+    for at, (kind, item) in zip(times, jobs):
+        if kind == "document":
+            requests.append(document_request(*item, at - first, document_tokens))
+        else:
+            requests.append(chat_request(rng, parts, at - first, chat_tokens))
+    after = [chat_request(rng, parts, calm_gap * i, chat_tokens) for i in range(int(calm / calm_gap))]
+    used = sorted({r["text"] for r in requests if "text" in r})
+    return {
+        "seed": seed,
+        "files": {name: hashlib.sha256(load(name).encode()).hexdigest() for name in used},
+        "burst": requests,
+        "calm": after,
+        "calm_seconds": calm,
+    }
+
+
+def check_files(trace):
+    """SystemExit if a text is not the one that the trace was made with."""
+    for name, digest in trace["files"].items():
+        if hashlib.sha256(load(name).encode()).hexdigest() != digest:
+            raise SystemExit(f"trace: {LICENSES / name} is not the text that the trace was made with")
+
+
+def messages_of(request):
+    """The chat messages of a request."""
+    head = load(request["text"]) if "text" in request else request.get("quote", "")
+    content = f"{head}\n\n{request['question']}" if head else request["question"]
+    return [{"role": "user", "content": content}]
+
+
+def dump(trace):
+    return json.dumps(trace, indent=1, ensure_ascii=False) + "\n"
+
+
+def scaled(scale, **arguments):
+    """The default trace with `scale` times the requests, at the same rate."""
+    return make_trace(
+        documents=max(1, round(4 * scale)), chats=max(1, round(16 * scale)), burst=max(5.0, 40.0 * scale), **arguments
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--scale", type=float, default=1.0, help="times the requests of the burst, at the same rate")
+    parser.add_argument("--calm", type=float, default=60.0, help="seconds of calm after it")
+    parser.add_argument("--out", type=pathlib.Path, help="file to write; without it, to standard output")
+    args = parser.parse_args()
+    text = dump(scaled(args.scale, seed=args.seed, calm=args.calm))
+    if args.out:
+        args.out.write_text(text, encoding="utf-8")
+    else:
+        sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()
