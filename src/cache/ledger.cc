@@ -43,9 +43,40 @@ int64_t Ledger::capacity(BlockKind kind) const {
   return bytes == 0 ? 0 : config_.budget_bytes / bytes;
 }
 
-bool Ledger::is_free(BlockKind kind, int32_t id) const {
+int64_t Ledger::idle_bytes() const {
+  return idle_[0] * config_.page_bytes + idle_[1] * config_.slot_bytes;
+}
+
+int32_t Ledger::references(BlockKind kind, int32_t id) const {
   const int k = static_cast<int>(kind);
-  return id >= next_[k] || !taken_[k][id];
+  return id >= next_[k] ? 0 : blocks_[k][id].references;
+}
+
+bool Ledger::is_retained(BlockKind kind, int32_t id) const {
+  const int k = static_cast<int>(kind);
+  return id < next_[k] && blocks_[k][id].retained;
+}
+
+template <typename F>
+Ledger::Block& Ledger::Change(BlockKind kind, int32_t id, F change) {
+  const int k = static_cast<int>(kind);
+  DSLA_CHECK(id >= 0 && id < next_[k] && blocks_[k][id].references > 0);
+  Block& block = blocks_[k][id];
+  idle_[k] -= block.idle();
+  change(block);
+  idle_[k] += block.idle();
+  return block;
+}
+
+void Ledger::Share(BlockKind kind, int32_t id) {
+  Change(kind, id, [](Block& block) { ++block.references; });
+}
+
+void Ledger::SetRetained(BlockKind kind, int32_t id, bool retained) {
+  Change(kind, id, [&](Block& block) {
+    DSLA_CHECK(block.retained != retained);  // one cache, which knows what it holds
+    block.retained = retained;
+  });
 }
 
 Expected<Reservation> Ledger::Reserve(int64_t pages, int64_t slots) {
@@ -70,9 +101,9 @@ Expected<Reservation> Ledger::Reserve(int64_t pages, int64_t slots) {
         free_[kind].pop_back();
       } else {
         id = next_[kind]++;
-        taken_[kind].push_back(false);
+        blocks_[kind].emplace_back();
       }
-      taken_[kind][id] = true;
+      blocks_[kind][id].references = 1;
       ids.push_back(id);
     }
     used_[kind] += counts[kind];
@@ -81,9 +112,10 @@ Expected<Reservation> Ledger::Reserve(int64_t pages, int64_t slots) {
 }
 
 void Ledger::Free(BlockKind kind, int32_t id) {
+  const Block& block = Change(kind, id, [](Block& b) { --b.references; });
+  if (block.references > 0) return;
+  DSLA_CHECK(!block.retained);
   const int k = static_cast<int>(kind);
-  DSLA_CHECK(id >= 0 && id < next_[k] && taken_[k][id]);
-  taken_[k][id] = false;
   --used_[k];
   free_[k].push_back(id);
   std::push_heap(free_[k].begin(), free_[k].end(), std::greater<>());

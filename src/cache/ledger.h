@@ -3,6 +3,10 @@
 // slot holds one DSLA layer's states, ring and sinks of one sequence. Both draw on the same budget,
 // so neither kind can starve the other by a fixed split.
 //
+// A block may have several holders: Share adds a reference, Free drops one, and the block is free
+// when none is left. At most one of them is the prefix cache's (SetRetained): blocks that it alone
+// holds are idle, memory that can be had at once by giving entries up.
+//
 // Changes are transactions: Reserve takes all it was asked for or nothing and leaves no trace when
 // it fails; the Reservation gives everything back unless it is committed; Commit cannot fail. Not
 // thread-safe: the engine's thread owns it.
@@ -59,23 +63,40 @@ class Ledger {
   // Lowest free ids first, so that the touched part of the arena stays small. kResourceExhausted,
   // with the figures, when the budget does not hold them.
   Expected<Reservation> Reserve(int64_t pages, int64_t slots);
-  void Free(BlockKind kind, int32_t id);
+  void Share(BlockKind kind, int32_t id);  // one more reference to a block that has one
+  void Free(BlockKind kind, int32_t id);   // one less
+  // Says that one of the references is, or no longer is, the prefix cache's.
+  void SetRetained(BlockKind kind, int32_t id, bool retained);
 
   const LedgerConfig& config() const { return config_; }
   int64_t used(BlockKind kind) const { return used_[static_cast<int>(kind)]; }
   int64_t used_bytes() const;
   int64_t free_bytes() const { return config_.budget_bytes - used_bytes(); }
+  int64_t idle(BlockKind kind) const { return idle_[static_cast<int>(kind)]; }
+  int64_t idle_bytes() const;              // of used_bytes: held by the prefix cache alone
   int64_t capacity(BlockKind kind) const;  // blocks of one kind that the whole budget could hold
-  bool is_free(BlockKind kind, int32_t id) const;
+  int32_t references(BlockKind kind, int32_t id) const;
+  bool is_free(BlockKind kind, int32_t id) const { return references(kind, id) == 0; }
+  bool is_retained(BlockKind kind, int32_t id) const;
 
  private:
   friend class Reservation;
+  struct Block {
+    int32_t references = 0;
+    bool retained = false;
+
+    bool idle() const { return retained && references == 1; }
+  };
+  // The block, which must be taken, changed by `change`, and the idle ones counted anew.
+  template <typename F>
+  Block& Change(BlockKind kind, int32_t id, F change);
 
   LedgerConfig config_;
   int64_t used_[kBlockKinds] = {0, 0};
+  int64_t idle_[kBlockKinds] = {0, 0};
   std::vector<int32_t> free_[kBlockKinds];  // min-heaps of ids that were used and given back
   int32_t next_[kBlockKinds] = {0, 0};      // every id from here on was never used
-  std::vector<bool> taken_[kBlockKinds];    // by id, below next_
+  std::vector<Block> blocks_[kBlockKinds];  // by id, below next_
 };
 
 }  // namespace dsla

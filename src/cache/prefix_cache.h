@@ -14,9 +14,7 @@
 // or waited for to evict. The memory that only the cache keeps is Ledger::idle_bytes().
 #pragma once
 
-#include <array>
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <set>
 #include <span>
@@ -48,14 +46,14 @@ struct PrefixCacheOptions {
 };
 
 struct PrefixQuery {
-  std::span<const int32_t> tokens;  // at least one of them is left to compute
-  std::string_view salt;
+  std::span<const int32_t> tokens = {};  // at least one of them is left to compute
+  std::string_view salt = {};
   // Either the level wanted: the prefix's last level is at most this, and the caller folds it up to
   // it. With may_fold = false the prefix ran at exactly this level from the start.
   int level = 0;
   bool may_fold = true;
   // Or, if not empty, a history to be met exactly: that of a sequence to be recomputed.
-  std::span<const LevelSpan> history;
+  std::span<const LevelSpan> history = {};
   int multiple = 0;  // the prefix's length is a multiple of this; 0 = the page size
 };
 
@@ -98,8 +96,8 @@ class PrefixCache {
               std::span<const LevelSpan> history, const SequenceCache& sequence, bool snapshot,
               PrefixPath* path);
 
-  // Gives up entries until `bytes` more are free, or none is left that would free anything; true if
-  // they are. Never fails while Ledger::idle_bytes() >= bytes.
+  // Gives up entries until `bytes` bytes of the ledger's budget are free; false, with nothing given
+  // up, if free and idle memory together are less than that.
   bool Reclaim(int64_t bytes);
   void Clear();
 
@@ -110,18 +108,15 @@ class PrefixCache {
   std::vector<std::pair<BlockKind, int32_t>> Blocks() const;
 
  private:
-  struct Candidate;
-  using UseOrder = std::set<std::pair<int64_t, Node*>>;
-
   Node* Find(const PrefixKey& key) const;
-  Node* Add(Node* parent, const PrefixKey& key, std::vector<LevelSpan> delta, int level);
-  void Touch(Node* node);
+  Node* Add(Node* parent, const PrefixKey& key, LevelHistory raises, int level);
+  void Touch(Node* node);  // and all before it
   void FillPages(Node* node, const SequenceCache& sequence);
-  bool TakeSnapshot(Node* node, const SequenceCache& sequence);
+  Expected<Reservation> ReserveSnapshot(int level);
+  void TakeSnapshot(Node* node, Reservation slots, const SequenceCache& sequence);
+  int64_t Gain(const Node& node) const;  // bytes that dropping it would free
   bool ReclaimUsedBefore(int64_t bytes, int64_t time);
-  int64_t Gain(const Node& node) const;
   void Drop(Node* leaf);
-  bool Useful(const Node& node) const;
   LevelHistory HistoryOf(const Node& node) const;
 
   Ledger* ledger_;
@@ -130,7 +125,7 @@ class PrefixCache {
   int64_t time_ = 0;  // counts uses
   int64_t snapshots_ = 0;
   std::unordered_map<PrefixKey, std::unique_ptr<Node>, PrefixKeyHash> nodes_;
-  UseOrder leaves_;  // by last use
+  std::set<std::pair<int64_t, Node*>> leaves_;  // by last use
 };
 
 }  // namespace dsla

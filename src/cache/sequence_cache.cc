@@ -30,18 +30,30 @@ SequenceCache::SequenceCache(SequenceCache&& other) noexcept
       raise_to_(std::exchange(other.raise_to_, -1)),
       raise_slots_(std::move(other.raise_slots_)) {}
 
+SequenceCache::Blocks SequenceCache::MissingFor(int count) const {
+  const int64_t wanted = PagesFor(int64_t{length_} + count, page_size_);
+  Blocks missing;
+  for (int layer = 0; layer < layers(); ++layer) {
+    if (is_dsla(layer)) {
+      missing.slots += slots_[layer] < 0 ? 1 : 0;
+    } else {
+      missing.pages += std::max<int64_t>(0, wanted - static_cast<int64_t>(pages_[layer].size()));
+    }
+  }
+  return missing;
+}
+
+int64_t SequenceCache::BytesToReserve(int count) const {
+  const Blocks missing = MissingFor(count);
+  return missing.pages * ledger_->config().page_bytes +
+         missing.slots * ledger_->config().slot_bytes;
+}
+
 Status SequenceCache::Reserve(int count) {
   DSLA_CHECK(count >= 0 && raise_to_ < 0);
   const int64_t wanted = PagesFor(int64_t{length_} + count, page_size_);
-  int64_t pages = 0, slots = 0;
-  for (size_t layer = 0; layer < ladder_.size(); ++layer) {
-    if (is_dsla(static_cast<int>(layer))) {
-      slots += slots_[layer] < 0 ? 1 : 0;
-    } else {
-      pages += std::max<int64_t>(0, wanted - static_cast<int64_t>(pages_[layer].size()));
-    }
-  }
-  DSLA_ASSIGN_OR_RETURN(Reservation reservation, ledger_->Reserve(pages, slots));
+  const Blocks missing = MissingFor(count);
+  DSLA_ASSIGN_OR_RETURN(Reservation reservation, ledger_->Reserve(missing.pages, missing.slots));
   auto page = reservation.pages().begin();
   auto slot = reservation.slots().begin();
   for (size_t layer = 0; layer < ladder_.size(); ++layer) {
@@ -78,6 +90,25 @@ void SequenceCache::Abort() {
     if (slot >= 0) ledger_->Free(BlockKind::kSlot, std::exchange(slot, -1));
   }
   fresh_slots_.clear();
+}
+
+Status SequenceCache::Adopt(int tokens, std::vector<std::vector<int32_t>> pages) {
+  DSLA_CHECK(length_ == 0 && page_count() == 0 && slot_count() == 0);
+  DSLA_CHECK(tokens % page_size_ == 0 && pages.size() == pages_.size());
+  DSLA_ASSIGN_OR_RETURN(Reservation reservation, ledger_->Reserve(0, level_));
+  for (int layer = 0; layer < layers(); ++layer) {
+    if (is_dsla(layer)) {
+      DSLA_CHECK(pages[layer].empty());
+      slots_[layer] = reservation.slots()[rank_[layer]];
+      continue;
+    }
+    DSLA_CHECK(static_cast<int>(pages[layer].size()) * page_size_ == tokens);
+    for (int32_t page : pages[layer]) ledger_->Share(BlockKind::kPage, page);
+    pages_[layer] = std::move(pages[layer]);
+  }
+  reservation.Commit();
+  length_ = tokens;
+  return Status::Ok();
 }
 
 Expected<std::vector<SequenceCache::Conversion>> SequenceCache::BeginRaise(int level) {

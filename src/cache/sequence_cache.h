@@ -24,8 +24,10 @@ class SequenceCache {
   SequenceCache& operator=(SequenceCache&&) = delete;
   ~SequenceCache() { Release(); }
 
+  int layers() const { return static_cast<int>(ladder_.size()); }
   int length() const { return length_; }  // tokens cached
   int level() const { return level_; }
+  int layer_of_rank(int rank) const { return ladder_[rank]; }
   bool is_dsla(int layer) const { return rank_[layer] < level_; }
   std::span<const int32_t> pages(int layer) const { return pages_[layer]; }
   int32_t slot(int layer) const { return slots_[layer]; }  // -1 while softmax
@@ -33,12 +35,20 @@ class SequenceCache {
   // Makes room for `count` more tokens, all layers or none. Slots handed out here hold rubbish: see
   // TakeFreshSlots.
   Status Reserve(int count);
+  int64_t BytesToReserve(int count) const;  // what that would take
   // The reserved tokens are in the cache. Cannot fail.
   void Commit(int count);
   // Gives back what was reserved and not committed.
   void Abort();
   // Slots handed out since the last call; whoever owns the memory must reset them before use.
   std::vector<int32_t> TakeFreshSlots() { return std::exchange(fresh_slots_, {}); }
+
+  // Starts an empty sequence with the first `tokens` tokens of another, a multiple of the page
+  // size: shares pages[layer] for each softmax layer, and takes a slot per DSLA layer, which the
+  // caller fills with the states at that point (they are not among TakeFreshSlots). All or nothing.
+  // Whole pages are never written again, so sharing them is safe; a raise or Release drops this
+  // sequence's references alone.
+  Status Adopt(int tokens, std::vector<std::vector<int32_t>> pages);
 
   // A raise to `level`: BeginRaise reserves a slot for each layer that converts and names them;
   // after the caller folded those layers' pages into the slots, CommitRaise frees the pages.
@@ -63,6 +73,11 @@ class SequenceCache {
   }
 
  private:
+  struct Blocks {
+    int64_t pages = 0, slots = 0;
+  };
+  Blocks MissingFor(int count) const;
+
   Ledger* ledger_;
   std::span<const int> ladder_;
   std::vector<int> rank_;  // by layer: its place in the ladder

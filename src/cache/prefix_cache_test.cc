@@ -1,0 +1,232 @@
+#include "cache/prefix_cache.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <map>
+#include <numeric>
+
+namespace dsla {
+namespace {
+
+constexpr int kPage = 4;
+constexpr int kLayers = 4;
+const std::vector<int> kLadder = {2, 0, 3, 1};
+
+class PrefixCacheTest : public testing::Test, public SlotCopier {
+ protected:
+  void CopySlot(int32_t from, int32_t to) override { copies_.emplace_back(from, to); }
+
+  SequenceCache Run(std::span<const int32_t> tokens, int level) {
+    SequenceCache sequence(&ledger_, kLadder, kPage, level);
+    EXPECT_TRUE(sequence.Reserve(static_cast<int>(tokens.size())).ok());
+    sequence.Commit(static_cast<int>(tokens.size()));
+    return sequence;
+  }
+
+  void Raise(SequenceCache* sequence, int level) {
+    ASSERT_TRUE(sequence->BeginRaise(level).ok());
+    sequence->CommitRaise();
+  }
+
+  void Insert(std::span<const int32_t> tokens, const LevelHistory& history,
+              const SequenceCache& sequence, bool snapshot = false, std::string_view salt = "") {
+    PrefixPath path;
+    cache_.Insert(tokens, salt, history, sequence, snapshot, &path);
+  }
+
+  std::vector<int32_t> Tokens(int count, int first = 0) {
+    std::vector<int32_t> tokens(count);
+    std::iota(tokens.begin(), tokens.end(), first);
+    return tokens;
+  }
+
+  Ledger ledger_{{.budget_bytes = 10000, .page_bytes = 100, .slot_bytes = 150}};
+  std::vector<std::pair<int32_t, int32_t>> copies_;
+  PrefixCache cache_{&ledger_, this, {.layers = kLayers, .page_size = kPage, .adapter_id = "a"}};
+};
+
+TEST_F(PrefixCacheTest, AHitSharesWholePagesAndLeavesATokenToCompute) {
+  const auto tokens = Tokens(10);
+  SequenceCache first = Run(tokens, 0);
+  Insert(tokens, {{0, 0}}, first);
+  EXPECT_EQ(cache_.Lookup({.tokens = tokens}).tokens, 8);
+  EXPECT_EQ(cache_.Lookup({.tokens = std::span(tokens).first(9)}).tokens, 8);
+  const auto hit = cache_.Lookup({.tokens = std::span(tokens).first(8)});
+  EXPECT_EQ(hit.tokens, 4) << "the last prompt token is computed for its logits";
+  EXPECT_EQ(hit.history, (LevelHistory{{0, 0}}));
+  SequenceCache second(&ledger_, kLadder, kPage, 0);
+  ASSERT_TRUE(cache_.Adopt(hit, &second).ok());
+  EXPECT_EQ(second.length(), 4);
+  for (int layer = 0; layer < kLayers; ++layer) {
+    ASSERT_EQ(second.pages(layer).size(), 1u);
+    EXPECT_EQ(second.pages(layer)[0], first.pages(layer)[0]);
+    EXPECT_EQ(ledger_.references(BlockKind::kPage, second.pages(layer)[0]), 3);
+  }
+  EXPECT_EQ(ledger_.used(BlockKind::kPage), 12);
+  EXPECT_TRUE(copies_.empty());
+}
+
+TEST_F(PrefixCacheTest, OtherTokensSaltsAndLevelsDoNotMeet) {
+  const auto tokens = Tokens(9);
+  SequenceCache sequence = Run(tokens, 0);
+  Insert(tokens, {{0, 0}}, sequence, false, "salt");
+  EXPECT_EQ(cache_.Lookup({.tokens = tokens}).tokens, 0);
+  EXPECT_EQ(cache_.Lookup({.tokens = tokens, .salt = "salt"}).tokens, 8);
+  auto other = tokens;
+  other[5] = 99;
+  EXPECT_EQ(cache_.Lookup({.tokens = other, .salt = "salt"}).tokens, 4);
+  EXPECT_EQ(cache_.Lookup({.tokens = tokens, .salt = "salt", .level = 2, .may_fold = false}).tokens,
+            0);
+  EXPECT_NE(RootKey("ab", "c"), RootKey("a", "bc"));
+}
+
+TEST_F(PrefixCacheTest, AboveLevelZeroASequenceResumesOnlyAtASnapshot) {
+  const auto tokens = Tokens(13);
+  SequenceCache sequence = Run(std::span(tokens).first(8), 2);
+  Insert(std::span(tokens).first(8), {{0, 2}}, sequence);
+  EXPECT_EQ(cache_.entries(), 0) << "pages alone would serve nobody";
+  Insert(std::span(tokens).first(8), {{0, 2}}, sequence, true);
+  EXPECT_EQ(cache_.snapshots(), 1);
+  ASSERT_EQ(copies_.size(), 2u);
+  const auto hit = cache_.Lookup({.tokens = tokens, .level = 2, .may_fold = false});
+  EXPECT_EQ(hit.tokens, 8);
+  EXPECT_EQ(cache_.Lookup({.tokens = std::span(tokens).first(8), .level = 2}).tokens, 0);
+  EXPECT_EQ(cache_.Lookup({.tokens = tokens, .level = 1}).tokens, 0) << "levels only rise";
+  copies_.clear();
+  SequenceCache second(&ledger_, kLadder, kPage, 2);
+  ASSERT_TRUE(cache_.Adopt(hit, &second).ok());
+  EXPECT_TRUE(second.TakeFreshSlots().empty()) << "a reset would wipe the restored states";
+  ASSERT_EQ(copies_.size(), 2u);
+  EXPECT_NE(second.slot(2), sequence.slot(2));
+  EXPECT_EQ(second.pages(1).size(), 2u);
+  EXPECT_TRUE(second.pages(2).empty());
+}
+
+TEST_F(PrefixCacheTest, ALevelZeroPrefixServesAHigherLevelByFolding) {
+  const auto tokens = Tokens(9);
+  SequenceCache sequence = Run(tokens, 0);
+  Insert(tokens, {{0, 0}}, sequence);
+  const auto hit = cache_.Lookup({.tokens = tokens, .level = 3});
+  EXPECT_EQ(hit.tokens, 8);
+  EXPECT_EQ(hit.history, (LevelHistory{{0, 0}}));
+  SequenceCache second(&ledger_, kLadder, kPage, 0);
+  ASSERT_TRUE(cache_.Adopt(hit, &second).ok());
+  Raise(&second, 3);
+  second.Release();
+  EXPECT_EQ(cache_.Lookup({.tokens = tokens}).tokens, 8) << "it dropped its own references alone";
+  for (int layer = 0; layer < kLayers; ++layer)
+    EXPECT_EQ(ledger_.references(BlockKind::kPage, sequence.pages(layer)[0]), 2);
+}
+
+TEST_F(PrefixCacheTest, HistoriesAreKeptApartAndReplayed) {
+  const auto tokens = Tokens(17);
+  SequenceCache raised = Run(std::span(tokens).first(6), 0);
+  Insert(std::span(tokens).first(4), {{0, 0}}, raised);
+  Raise(&raised, 2);
+  ASSERT_TRUE(raised.Reserve(6).ok());
+  raised.Commit(6);
+  const LevelHistory history = {{0, 0}, {6, 2}};
+  Insert(std::span(tokens).first(12), history, raised, true);
+  // A replay meets it exactly; another history only the part before the raise.
+  auto hit = cache_.Lookup({.tokens = tokens, .history = history});
+  EXPECT_EQ(hit.tokens, 12);
+  EXPECT_EQ(hit.history, history);
+  EXPECT_EQ(cache_.Lookup({.tokens = tokens, .history = LevelHistory{{0, 0}, {7, 2}}}).tokens, 4);
+  // A new sequence takes it at that level or above, never below, and not where levels are exact.
+  EXPECT_EQ(cache_.Lookup({.tokens = tokens, .level = 2}).tokens, 12);
+  EXPECT_EQ(cache_.Lookup({.tokens = tokens, .level = 4}).tokens, 12);
+  EXPECT_EQ(cache_.Lookup({.tokens = tokens, .level = 1}).tokens, 4);
+  EXPECT_EQ(cache_.Lookup({.tokens = tokens, .level = 2, .may_fold = false}).tokens, 0);
+}
+
+// The raised sequence has lost the pages of the layers that converted, so the nodes it enters for
+// the time before are no place to resume at level 0.
+TEST_F(PrefixCacheTest, AnIncompleteNodeIsNotResumedAt) {
+  const auto tokens = Tokens(13);
+  SequenceCache raised = Run(std::span(tokens).first(4), 0);
+  Raise(&raised, 2);
+  ASSERT_TRUE(raised.Reserve(4).ok());
+  raised.Commit(4);
+  Insert(std::span(tokens).first(8), {{0, 0}, {4, 2}}, raised, true);
+  EXPECT_EQ(cache_.entries(), 3);
+  EXPECT_EQ(cache_.Lookup({.tokens = tokens, .level = 0}).tokens, 0);
+  EXPECT_EQ(cache_.Lookup({.tokens = tokens, .level = 2}).tokens, 8);
+  // A sequence that has them all completes the node.
+  SequenceCache full = Run(std::span(tokens).first(4), 0);
+  Insert(std::span(tokens).first(4), {{0, 0}}, full);
+  const auto hit = cache_.Lookup({.tokens = tokens, .level = 0});
+  EXPECT_EQ(hit.tokens, 4);
+  SequenceCache second(&ledger_, kLadder, kPage, 0);
+  ASSERT_TRUE(cache_.Adopt(hit, &second).ok());
+  EXPECT_EQ(second.pages(2)[0], full.pages(2)[0]);
+  EXPECT_EQ(second.pages(1)[0], raised.pages(1)[0]);
+}
+
+TEST_F(PrefixCacheTest, ReclaimTakesTheLeastRecentlyUsedLeavesFirst) {
+  const auto old_tokens = Tokens(8), new_tokens = Tokens(8, 100);
+  Insert(old_tokens, {{0, 0}}, Run(old_tokens, 0));
+  Insert(new_tokens, {{0, 0}}, Run(new_tokens, 0));
+  EXPECT_EQ(ledger_.idle_bytes(), 1600);
+  EXPECT_EQ(ledger_.used_bytes(), 1600);
+  ASSERT_TRUE(cache_.Reclaim(10000 - 1600 + 1));
+  EXPECT_EQ(ledger_.idle_bytes(), 1200);
+  const auto longer = Tokens(9), newer = Tokens(9, 100);
+  EXPECT_EQ(cache_.Lookup({.tokens = longer}).tokens, 4);
+  EXPECT_EQ(cache_.Lookup({.tokens = newer}).tokens, 8);
+  EXPECT_FALSE(cache_.Reclaim(10001));
+  EXPECT_EQ(ledger_.idle_bytes(), 1200) << "nothing is given up in vain";
+  ASSERT_TRUE(cache_.Reclaim(10000));
+  EXPECT_EQ(cache_.entries(), 0);
+  EXPECT_EQ(ledger_.used_bytes(), 0);
+}
+
+TEST_F(PrefixCacheTest, ReclaimLeavesWhatASequenceHoldsAndTakesAllThatIsIdle) {
+  const auto tokens = Tokens(12), other = Tokens(4, 50);
+  SequenceCache held = Run(tokens, 0);
+  Insert(tokens, {{0, 0}}, held);
+  Insert(other, {{0, 0}}, Run(other, 0));  // newer, but idle
+  EXPECT_EQ(ledger_.idle_bytes(), 400);
+  ASSERT_TRUE(cache_.Reclaim(10000 - 1200));
+  const auto longer = Tokens(13);
+  EXPECT_EQ(cache_.Lookup({.tokens = longer}).tokens, 12);
+  // After a raise the pages of the layer that converted are the cache's alone.
+  Raise(&held, 1);
+  EXPECT_EQ(ledger_.idle_bytes(), 300);
+  ASSERT_TRUE(cache_.Reclaim(ledger_.free_bytes() + 300));
+  EXPECT_EQ(ledger_.idle_bytes(), 0);
+  EXPECT_EQ(held.page_count(), 9);
+  EXPECT_EQ(ledger_.used(BlockKind::kPage), 9);
+}
+
+TEST_F(PrefixCacheTest, ASnapshotTakesIdleMemoryOnly) {
+  const auto tokens = Tokens(8);
+  SequenceCache sequence = Run(tokens, 2);  // 4 pages, 2 slots
+  auto rest = ledger_.Reserve(90, 2);       // 10000 - 700 - 9300 = 0 free
+  ASSERT_TRUE(rest.ok());
+  Insert(tokens, {{0, 2}}, sequence, true);
+  EXPECT_EQ(cache_.entries(), 0);
+  EXPECT_TRUE(copies_.empty());
+  rest->Abort();
+  Insert(tokens, {{0, 2}}, sequence, true);
+  EXPECT_EQ(cache_.snapshots(), 1);
+  EXPECT_EQ(ledger_.idle_bytes(), 300);
+  EXPECT_EQ(cache_.Blocks().size(), 6u);
+}
+
+TEST_F(PrefixCacheTest, ClearGivesEverythingBack) {
+  const auto tokens = Tokens(8);
+  {
+    SequenceCache sequence = Run(tokens, 2);
+    Insert(tokens, {{0, 2}}, sequence, true);
+    SequenceCache zero = Run(tokens, 0);
+    Insert(tokens, {{0, 0}}, zero);
+  }
+  EXPECT_EQ(ledger_.idle_bytes(), ledger_.used_bytes());
+  cache_.Clear();
+  EXPECT_EQ(ledger_.used_bytes(), 0);
+  EXPECT_EQ(cache_.entries(), 0);
+}
+
+}  // namespace
+}  // namespace dsla

@@ -1,0 +1,154 @@
+// Growing, touching and giving up the nodes of the tree.
+#include <algorithm>
+#include <utility>
+
+#include "base/check.h"
+#include "cache/prefix_cache.h"
+#include "cache/prefix_cache_node.h"
+
+namespace dsla {
+
+PrefixCache::Node* PrefixCache::Find(const PrefixKey& key) const {
+  const auto found = nodes_.find(key);
+  return found == nodes_.end() ? nullptr : found->second.get();
+}
+
+PrefixCache::Node* PrefixCache::Add(Node* parent, const PrefixKey& key, LevelHistory raises,
+                                    int level) {
+  auto owned = std::make_unique<Node>();
+  Node* node = owned.get();
+  node->key = key;
+  node->parent = parent;
+  node->last_use = time_;
+  if (parent != nullptr) {
+    node->tokens = parent->tokens + options_.page_size;
+    node->level = level;
+    node->pages.assign(options_.layers, -1);
+    leaves_.erase({parent->last_use, parent});
+    ++parent->children;
+    const auto same = std::find_if(parent->child_raises.begin(), parent->child_raises.end(),
+                                   [&](const auto& entry) { return entry.first == raises; });
+    if (same != parent->child_raises.end()) {
+      ++same->second;
+    } else {
+      parent->child_raises.emplace_back(raises, 1);
+    }
+    node->raises = std::move(raises);
+  }
+  leaves_.emplace(node->last_use, node);
+  nodes_.emplace(key, std::move(owned));
+  return node;
+}
+
+void PrefixCache::Touch(Node* node) {
+  ++time_;
+  for (; node != nullptr; node = node->parent) {
+    const bool leaf = leaves_.erase({node->last_use, node}) > 0;
+    node->last_use = time_;
+    if (leaf) leaves_.emplace(time_, node);
+  }
+}
+
+void PrefixCache::FillPages(Node* node, const SequenceCache& sequence) {
+  if (node->covers <= sequence.level()) return;
+  const int index = node->tokens / options_.page_size - 1;
+  for (int layer = 0; layer < options_.layers; ++layer) {
+    if (sequence.is_dsla(layer) || node->pages[layer] >= 0) continue;
+    const int32_t page = sequence.pages(layer)[index];
+    ledger_->Share(BlockKind::kPage, page);
+    ledger_->SetRetained(BlockKind::kPage, page, true);
+    node->pages[layer] = page;
+  }
+  node->covers = sequence.level();
+}
+
+Expected<Reservation> PrefixCache::ReserveSnapshot(int level) {
+  ReclaimUsedBefore(level * ledger_->config().slot_bytes, time_);
+  return ledger_->Reserve(0, level);
+}
+
+void PrefixCache::TakeSnapshot(Node* node, Reservation slots, const SequenceCache& sequence) {
+  node->snapshot.assign(options_.layers, -1);
+  auto slot = slots.slots().begin();
+  for (int layer = 0; layer < options_.layers; ++layer) {
+    if (!sequence.is_dsla(layer)) continue;
+    node->snapshot[layer] = *slot++;
+    ledger_->SetRetained(BlockKind::kSlot, node->snapshot[layer], true);
+    copier_->CopySlot(sequence.slot(layer), node->snapshot[layer]);
+  }
+  slots.Commit();
+  ++snapshots_;
+}
+
+int64_t PrefixCache::Gain(const Node& node) const {
+  int64_t bytes = 0;
+  for (int32_t page : node.pages) {
+    if (page >= 0 && ledger_->references(BlockKind::kPage, page) == 1)
+      bytes += ledger_->config().page_bytes;
+  }
+  for (int32_t slot : node.snapshot) {
+    if (slot >= 0) bytes += ledger_->config().slot_bytes;
+  }
+  return bytes;
+}
+
+// Leaves in order of use: first those that free something, then, as they may stand before others
+// that do, all.
+bool PrefixCache::ReclaimUsedBefore(int64_t bytes, int64_t time) {
+  for (const bool all : {false, true}) {
+    for (auto it = leaves_.begin(); it != leaves_.end() && it->first < time;) {
+      if (ledger_->free_bytes() >= bytes) return true;
+      Node* node = it->second;
+      if (!all && Gain(*node) == 0) {
+        ++it;
+        continue;
+      }
+      const int64_t last_use = node->last_use;
+      Drop(node);
+      it = leaves_.lower_bound({last_use, nullptr});
+    }
+  }
+  return ledger_->free_bytes() >= bytes;
+}
+
+void PrefixCache::Drop(Node* node) {
+  // And the parents that were only steps on the way to it.
+  while (node != nullptr && node->children == 0) {
+    for (int32_t page : node->pages) {
+      if (page < 0) continue;
+      ledger_->SetRetained(BlockKind::kPage, page, false);
+      ledger_->Free(BlockKind::kPage, page);
+    }
+    for (int32_t slot : node->snapshot) {
+      if (slot < 0) continue;
+      ledger_->SetRetained(BlockKind::kSlot, slot, false);
+      ledger_->Free(BlockKind::kSlot, slot);
+    }
+    if (!node->snapshot.empty()) --snapshots_;
+    Node* parent = node->parent;
+    if (parent != nullptr) {
+      --parent->children;
+      const auto entry = std::find_if(parent->child_raises.begin(), parent->child_raises.end(),
+                                      [&](const auto& e) { return e.first == node->raises; });
+      if (--entry->second == 0) parent->child_raises.erase(entry);
+    }
+    leaves_.erase({node->last_use, node});
+    nodes_.erase(PrefixKey(node->key));
+    if (parent != nullptr && parent->children == 0 && parent->useful()) {
+      leaves_.emplace(parent->last_use, parent);
+      return;
+    }
+    node = parent;
+  }
+}
+
+LevelHistory PrefixCache::HistoryOf(const Node& node) const {
+  std::vector<const Node*> path;
+  for (const Node* n = &node; n != nullptr; n = n->parent) path.push_back(n);
+  LevelHistory history;
+  for (auto n = path.rbegin(); n != path.rend(); ++n)
+    history.insert(history.end(), (*n)->raises.begin(), (*n)->raises.end());
+  return history;
+}
+
+}  // namespace dsla
