@@ -12,8 +12,8 @@
 // also between Plan and Commit (Cancel then takes effect at the Commit).
 #pragma once
 
+#include <atomic>
 #include <cstdint>
-#include <deque>
 #include <map>
 #include <memory>
 #include <optional>
@@ -92,7 +92,6 @@ struct EndedSequence {
   Status status;  // kDeadlineExceeded, kResourceExhausted, kCancelled; ok where the caller ended it
   int prompt_tokens = 0;
   int cached_tokens = 0;
-  int generated_tokens = 0;
   int preemptions = 0;
   LevelHistory levels;
 };
@@ -110,6 +109,8 @@ struct StepPlan {
 struct RowResult {
   int32_t token = -1;   // the next token where rows.samples and the request goes on; it is run next
   bool finish = false;  // the request is over (stop, length, context, error)
+  bool failed = false;  // with finish: what the step left in the caches is not to be trusted, so
+                        // nothing of the sequence is entered in the prefix cache
 };
 
 class Scheduler {
@@ -145,7 +146,7 @@ class Scheduler {
   Status Raise(int64_t id, int level);
 
   void set_target_level(int level) { target_level_ = level; }  // new sequences start at, in bounds
-  void set_auto_max_level(int level);                          // Tier::kAuto's highest
+  void set_auto_max_level(int level) { auto_max_level_ = level; }  // Tier::kAuto's highest
   int target_level() const { return target_level_; }
   int auto_max_level() const { return auto_max_level_; }
 
@@ -154,7 +155,8 @@ class Scheduler {
 
   int running() const { return static_cast<int>(running_.size()); }
   int waiting() const { return static_cast<int>(waiting_.size()); }
-  int64_t waiting_tokens() const;  // prompt tokens
+  int64_t waiting_tokens() const;                    // prompt tokens
+  std::vector<const SequenceCache*> caches() const;  // of the running sequences, for checks
   bool idle() const { return running_.empty() && waiting_.empty(); }
   int level(int64_t id) const;  // of a running sequence, 0 for any other
   int64_t preemptions() const { return preemptions_; }
@@ -167,22 +169,29 @@ class Scheduler {
 
  private:
   struct Sequence;
+  struct Grant;
   struct Bounds {
     int min = 0, max = 0;
   };
-  friend class SchedulerPeer;  // of the simulation: looks at what is held
+  using Sequences = std::map<int64_t, std::unique_ptr<Sequence>>;  // oldest first
 
+  // scheduler.cc
   Bounds BoundsOf(Tier tier, int level) const;
   int64_t BytesAt(int64_t tokens, int level) const;
-  Status Fits(int64_t tokens, Bounds bounds) const;
   int StartLevel(const Sequence& sequence) const;
+  void RecordInPrefixCache(Sequence& sequence);
+  void NoteLevel(Sequence& sequence);
+  EndedSequence End(Sequence& sequence, Status status);
+  Sequence* FindRunning(int64_t id) const;
 
   // scheduler_plan.cc
-  struct Grant;
   void Expire(double now);
   void PlanDecodes();
   void PlanPrefills();
-  bool ReplayRaise(Sequence& sequence);
+  bool GrantInOrder(std::span<Sequence* const> order, int rows, bool may_admit, int* left,
+                    std::vector<Grant>* grants);
+  int PrefillUnit() const;
+  bool MayOvertake(const Sequence& sequence) const;
   bool PlanRows(Sequence& sequence, int end);
   int ChunkEnd(const Sequence& sequence, int from, int rows) const;
   bool IsDecode(const Sequence& sequence) const;
@@ -190,18 +199,16 @@ class Scheduler {
 
   // scheduler_memory.cc
   bool TryAdmit(Sequence& sequence);
-  bool Resume(Sequence& sequence);
-  bool MakeRoom(const Sequence& sequence, int64_t bytes);
-  bool MakeRaiseRoom(const Sequence& sequence, int level, bool may_preempt);
-  int64_t RaisePeak(const SequenceCache& cache, int level) const;
+  bool Start(Sequence& sequence, int level, const PrefixCache::Hit& hit);
+  PrefixCache::Hit LookUp(const Sequence& sequence, int level);
+  bool ReplayRaises(Sequence& sequence, bool may_preempt);
+  bool MakeRoom(const Sequence& in_need, int64_t bytes, bool may_preempt);
+  bool MakeRaiseRoom(const Sequence& in_need, int level, bool may_preempt);
+  int64_t RaisePeak(const SequenceCache& cache, int level, bool count_retained) const;
   int64_t PromisedBytes() const;
-  Sequence* Victim(const Sequence& in_need);
+  int64_t ObtainableBytes() const { return ledger_->free_bytes() + ledger_->idle_bytes(); }
+  Sequence* Victim(const Sequence& in_need) const;
   void Preempt(Sequence& victim);
-
-  void RecordInPrefixCache(Sequence& sequence);
-  void NoteLevel(Sequence& sequence);
-  EndedSequence End(Sequence& sequence, Status status);
-  Sequence* FindRunning(int64_t id) const;
 
   Ledger* ledger_;
   CacheOps* ops_;
@@ -209,11 +216,11 @@ class Scheduler {
   std::unique_ptr<PrefixCache> prefix_cache_;
   int64_t next_id_ = 1;
   int target_level_ = 0;
-  int auto_max_level_ = 0;
+  std::atomic<int> auto_max_level_ = 0;  // CanEverFit reads it from other threads
   int64_t preemptions_ = 0;
-  std::map<int64_t, std::unique_ptr<Sequence>> running_;  // oldest first
-  std::map<int64_t, std::unique_ptr<Sequence>> waiting_;  // oldest first
-  StepPlan plan_;                                         // being built
+  Sequences running_;
+  Sequences waiting_;
+  StepPlan plan_;  // of this step
   bool in_step_ = false;
 };
 

@@ -1,0 +1,281 @@
+#include "engine/scheduler.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/check.h"
+#include "engine/scheduler_sequence.h"
+
+namespace dsla {
+
+Scheduler::Scheduler(Ledger* ledger, CacheOps* ops, const SchedulerOptions& options)
+    : ledger_(ledger), ops_(ops), options_(options) {
+  const int page = options.page_size;
+  DSLA_CHECK(options.layers > 0 && page > 0 && options.max_batch_tokens >= 2 * page);
+  DSLA_CHECK(options.max_running > 0 && options.snapshot_stride % page == 0);
+  DSLA_CHECK(options.top_level <= options.max_level && options.max_level <= options.layers);
+  int chunk = page;
+  if (options.deterministic) {
+    chunk = options.deterministic_chunk;
+    if (chunk == 0) chunk = std::max(page, std::min(256, options.max_batch_tokens / 2));
+    chunk -= chunk % page;
+    DSLA_CHECK(chunk > 0 && chunk < options.max_batch_tokens);
+    options_.deterministic_chunk = chunk;
+  }
+  // Decodes go first; the rows they leave hold a chunk, so that prompts always go on too.
+  options_.max_running = std::min(options.max_running, options.max_batch_tokens - chunk);
+  if (options.prefix_cache) {
+    prefix_cache_ = std::make_unique<PrefixCache>(
+        ledger, ops,
+        PrefixCacheOptions{
+            .layers = options.layers, .page_size = page, .adapter_id = options.adapter_id});
+  }
+}
+
+Scheduler::~Scheduler() = default;
+
+Scheduler::Bounds Scheduler::BoundsOf(Tier tier, int level) const {
+  switch (tier) {
+    case Tier::kFull:
+      return {0, 0};
+    case Tier::kEconomy:
+      return {options_.top_level, options_.top_level};
+    case Tier::kExact:
+      return {level, level};
+    case Tier::kAuto:
+      break;
+  }
+  return {0, std::min(auto_max_level_.load(), options_.max_level)};
+}
+
+int64_t Scheduler::BytesAt(int64_t tokens, int level) const {
+  const LedgerConfig& config = ledger_->config();
+  return (options_.layers - level) * SequenceCache::PagesFor(tokens, options_.page_size) *
+             config.page_bytes +
+         level * config.slot_bytes;
+}
+
+Status Scheduler::CanEverFit(int64_t prompt_tokens, int64_t max_tokens, Tier tier,
+                             int level) const {
+  const int64_t tokens = prompt_tokens + std::max<int64_t>(0, max_tokens - 1);
+  const Bounds bounds = BoundsOf(tier, level);
+  // Bytes are linear in the level, so the least is at one of the ends.
+  const int64_t needed = std::min(BytesAt(tokens, bounds.min), BytesAt(tokens, bounds.max));
+  const int64_t budget = ledger_->config().budget_bytes;
+  if (needed <= budget) return Status::Ok();
+  return ResourceExhausted(
+      "{} prompt tokens and {} new ones need at least {} bytes of cache at levels {} to {}; the "
+      "whole cache has {}",
+      prompt_tokens, max_tokens, needed, bounds.min, bounds.max, budget);
+}
+
+// The policy's target within the tier's bounds, and not below the lowest level at which the whole
+// request fits the cache.
+int Scheduler::StartLevel(const Sequence& sequence) const {
+  const Bounds bounds = BoundsOf(sequence.request.tier, sequence.request.level);
+  const int64_t budget = ledger_->config().budget_bytes;
+  const auto fits = [&](int level) { return BytesAt(sequence.final_length(), level) <= budget; };
+  const int target = std::clamp(target_level_, bounds.min, bounds.max);
+  for (int level = target; level <= bounds.max; ++level) {
+    if (fits(level)) return level;
+  }
+  // Below the break-even length a higher level takes more.
+  for (int level = target; level >= bounds.min; --level) {
+    if (fits(level)) return level;
+  }
+  return target;
+}
+
+int64_t Scheduler::Add(ScheduledRequest request) {
+  DSLA_CHECK(!request.prompt.empty() && request.max_tokens >= 0);
+  auto sequence = std::make_unique<Sequence>();
+  sequence->id = next_id_++;
+  sequence->tokens = std::move(request.prompt);
+  sequence->prompt_tokens = sequence->size();
+  sequence->request = std::move(request);
+  const int64_t id = sequence->id;
+  waiting_.emplace(id, std::move(sequence));
+  return id;
+}
+
+std::optional<EndedSequence> Scheduler::Cancel(int64_t id) {
+  if (const auto found = waiting_.find(id); found != waiting_.end())
+    return End(*found->second, Status(StatusCode::kCancelled, "cancelled"));
+  Sequence* sequence = FindRunning(id);
+  if (sequence == nullptr) return std::nullopt;
+  if (in_step_) {
+    sequence->cancelled = true;
+    return std::nullopt;
+  }
+  return End(*sequence, Status(StatusCode::kCancelled, "cancelled"));
+}
+
+Scheduler::Sequence* Scheduler::FindRunning(int64_t id) const {
+  const auto found = running_.find(id);
+  return found == running_.end() ? nullptr : found->second.get();
+}
+
+EndedSequence Scheduler::End(Sequence& sequence, Status status) {
+  EndedSequence ended{.id = sequence.id,
+                      .status = std::move(status),
+                      .prompt_tokens = sequence.prompt_tokens,
+                      .cached_tokens = sequence.cached_tokens,
+                      .preemptions = sequence.preemptions,
+                      .levels = {}};
+  ended.levels = sequence.history.size() < sequence.preempted_history.size()
+                     ? sequence.preempted_history
+                     : sequence.history;
+  if (running_.erase(ended.id) == 0) waiting_.erase(ended.id);
+  return ended;
+}
+
+std::vector<EndedSequence> Scheduler::Commit(std::span<const RowResult> results) {
+  DSLA_CHECK(in_step_ && results.size() == plan_.rows.size());
+  in_step_ = false;
+  std::vector<EndedSequence> ended;
+  for (size_t i = 0; i < results.size(); ++i) {
+    const PlannedRows& rows = plan_.rows[i];
+    Sequence& sequence = *FindRunning(rows.id);
+    sequence.cache->Commit(static_cast<int>(rows.tokens.size()));
+    sequence.ran = true;
+    if (rows.logits == RowLogits::kAll)
+      sequence.logits_done = std::max(sequence.logits_done, sequence.length());
+    RecordInPrefixCache(sequence);
+    if (sequence.cancelled) continue;
+    if (results[i].finish) {
+      ended.push_back(End(sequence, Status::Ok()));
+    } else if (rows.samples) {
+      DSLA_CHECK(results[i].token >= 0);
+      sequence.tokens.push_back(results[i].token);
+    }
+  }
+  for (auto it = running_.begin(); it != running_.end();) {
+    Sequence& sequence = *(it++)->second;
+    if (sequence.cancelled)
+      ended.push_back(End(sequence, Status(StatusCode::kCancelled, "cancelled")));
+  }
+  plan_ = {};
+  return ended;
+}
+
+void Scheduler::RecordInPrefixCache(Sequence& sequence) {
+  if (prefix_cache_ == nullptr) return;
+  const int length = sequence.length();
+  // Deterministic: what a prefill in fixed chunks would compute, so not the rows of the reply.
+  const int unit = options_.deterministic ? options_.deterministic_chunk : options_.page_size;
+  const int end = sequence.prompt_tokens / unit * unit;
+  const int usable = options_.deterministic ? std::min(length, end) : length / unit * unit;
+  if (usable == 0 || (options_.deterministic && length > sequence.prompt_tokens)) return;
+  const bool snapshot = sequence.cache->level() > 0 && length == usable &&
+                        (length % options_.snapshot_stride == 0 || length == end);
+  prefix_cache_->Insert(std::span(sequence.tokens).first(usable / unit * unit),
+                        sequence.request.cache_salt, sequence.history, *sequence.cache, snapshot,
+                        &sequence.path);
+}
+
+void Scheduler::NoteLevel(Sequence& sequence) {
+  const LevelSpan now{sequence.length(), sequence.cache->level()};
+  if (now.level == sequence.history.back().level) return;
+  // Two raises at one position are one.
+  if (sequence.history.back().position == now.position) {
+    sequence.history.back() = now;
+  } else {
+    sequence.history.push_back(now);
+  }
+}
+
+Status Scheduler::Raise(int64_t id, int level) {
+  DSLA_CHECK(!in_step_);
+  Sequence* sequence = FindRunning(id);
+  if (sequence == nullptr) return InvalidArgument("request {} is not running", id);
+  const int from = sequence->cache->level();
+  const int highest = BoundsOf(sequence->request.tier, sequence->request.level).max;
+  if (level <= from || level > highest || sequence->replaying()) {
+    return InvalidArgument("request {} cannot be raised from level {} to {}: {}", id, from, level,
+                           sequence->replaying() ? std::string("it is being recomputed")
+                                                 : fmt::format("its highest is {}", highest));
+  }
+  const int64_t final_bytes = BytesAt(sequence->final_length(), level);
+  if (final_bytes > ledger_->config().budget_bytes) {
+    return ResourceExhausted("request {} would need {} bytes at level {}; the cache has {}", id,
+                             final_bytes, level, ledger_->config().budget_bytes);
+  }
+  if (!MakeRaiseRoom(*sequence, level, false)) {
+    return ResourceExhausted("no room to raise request {} from level {} to {}: {} bytes are free",
+                             id, from, level, ObtainableBytes());
+  }
+  const Status status = ops_->Raise(*sequence->cache, level);
+  NoteLevel(*sequence);
+  return status;
+}
+
+LoadSnapshot Scheduler::Snapshot() const {
+  LoadSnapshot load;
+  const auto add = [&](const Sequence& sequence, std::vector<SequenceLoad>* list) {
+    const Bounds bounds = BoundsOf(sequence.request.tier, sequence.request.level);
+    SequenceLoad entry{.id = sequence.id,
+                       .cached_tokens = sequence.length(),
+                       .pending_tokens = sequence.size() - sequence.length(),
+                       .remaining_tokens = 0,
+                       .level = bounds.min,
+                       .max_level = bounds.max,
+                       .arrival = sequence.request.arrival};
+    entry.remaining_tokens =
+        sequence.request.max_tokens - (sequence.size() - sequence.prompt_tokens);
+    if (sequence.cache) {
+      if (IsDecode(sequence)) entry.pending_tokens = 0;
+      entry.level = sequence.cache->level();
+      entry.max_level = std::max(bounds.max, entry.level);
+      if (sequence.replaying()) entry.level = entry.max_level = sequence.recorded.back().level;
+    } else if (!sequence.preempted_history.empty()) {
+      entry.level = entry.max_level = sequence.preempted_history.back().level;
+    }
+    list->push_back(entry);
+  };
+  for (const auto& [id, sequence] : running_) add(*sequence, &load.running);
+  for (const auto& [id, sequence] : waiting_) add(*sequence, &load.waiting);
+  load.budget_bytes = ledger_->config().budget_bytes;
+  load.used_bytes = ledger_->used_bytes();
+  load.reclaimable_bytes = ledger_->idle_bytes();
+  load.page_bytes = ledger_->config().page_bytes;
+  load.slot_bytes = ledger_->config().slot_bytes;
+  load.page_size = options_.page_size;
+  load.preemptions = preemptions_;
+  return load;
+}
+
+int64_t Scheduler::waiting_tokens() const {
+  int64_t tokens = 0;
+  for (const auto& [id, sequence] : waiting_) tokens += sequence->size();
+  return tokens;
+}
+
+int Scheduler::level(int64_t id) const {
+  const Sequence* sequence = FindRunning(id);
+  return sequence == nullptr ? 0 : sequence->cache->level();
+}
+
+std::vector<int> Scheduler::rows_per_level() const {
+  std::vector<int> rows(options_.layers + 1, 0);
+  for (const auto& [id, sequence] : running_) ++rows[sequence->cache->level()];
+  return rows;
+}
+
+std::vector<const SequenceCache*> Scheduler::caches() const {
+  std::vector<const SequenceCache*> caches;
+  for (const auto& [id, sequence] : running_) caches.push_back(&*sequence->cache);
+  return caches;
+}
+
+std::vector<EndedSequence> Scheduler::Clear() {
+  std::vector<EndedSequence> ended;
+  for (Sequences* all : {&running_, &waiting_}) {
+    while (!all->empty()) ended.push_back(End(*all->begin()->second, Status::Ok()));
+  }
+  if (prefix_cache_ != nullptr) prefix_cache_->Clear();
+  in_step_ = false;
+  plan_ = {};
+  return ended;
+}
+
+}  // namespace dsla

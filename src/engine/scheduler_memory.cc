@@ -1,0 +1,206 @@
+// Who gets memory: admission, pre-emption, and room for rows and raises.
+#include <algorithm>
+#include <utility>
+
+#include "base/check.h"
+#include "engine/scheduler.h"
+#include "engine/scheduler_sequence.h"
+
+namespace dsla {
+namespace {
+
+// Who is pre-empted first.
+int RankOf(Tier tier) {
+  switch (tier) {
+    case Tier::kEconomy:
+      return 0;
+    case Tier::kAuto:
+      return 1;
+    case Tier::kFull:
+    case Tier::kExact:
+      break;
+  }
+  return 2;
+}
+
+}  // namespace
+
+// The newest of the lowest tier, never one older than the one in need: so the oldest of all is
+// never pre-empted.
+Scheduler::Sequence* Scheduler::Victim(const Sequence& in_need) const {
+  Sequence* victim = nullptr;
+  for (const auto& [id, sequence] : running_) {
+    if (id <= in_need.id || sequence->preemptions >= options_.max_preemptions) continue;
+    if (victim == nullptr || RankOf(sequence->request.tier) <= RankOf(victim->request.tier))
+      victim = sequence.get();
+  }
+  return victim;
+}
+
+void Scheduler::Preempt(Sequence& victim) {
+  std::erase_if(plan_.rows, [&](const PlannedRows& rows) {
+    if (rows.id != victim.id) return false;
+    (rows.phase == Phase::kDecode ? plan_.decode_rows : plan_.prefill_rows) -=
+        static_cast<int>(rows.tokens.size());
+    return true;
+  });
+  if (victim.ran) {
+    if (!victim.replaying()) {
+      victim.preempted_history = victim.history;
+      victim.replay_until = victim.length();
+    }
+    ++victim.preemptions;
+    ++preemptions_;
+    plan_.preempted.push_back(victim.id);
+  }
+  victim.cache.reset();
+  victim.history.clear();
+  victim.recorded.clear();
+  victim.ran = false;
+  auto node = running_.extract(victim.id);
+  waiting_.insert(std::move(node));
+}
+
+bool Scheduler::MakeRoom(const Sequence& in_need, int64_t bytes, bool may_preempt) {
+  while (ledger_->free_bytes() < bytes) {
+    if (prefix_cache_ != nullptr && prefix_cache_->Reclaim(bytes)) break;
+    Sequence* victim = may_preempt ? Victim(in_need) : nullptr;
+    if (victim == nullptr) return false;
+    Preempt(*victim);
+  }
+  return true;
+}
+
+// The most that must be free while a raise goes layer by layer: a slot is taken before the pages
+// are given back, and pages that others hold, too, do not come free. count_retained: pages that
+// only the prefix cache holds besides do, because it is emptied first.
+int64_t Scheduler::RaisePeak(const SequenceCache& cache, int level, bool count_retained) const {
+  int64_t balance = 0, peak = 0;
+  for (int rank = cache.level(); rank < level; ++rank) {
+    balance += ledger_->config().slot_bytes;
+    peak = std::max(peak, balance);
+    for (const int32_t page : cache.pages(cache.layer_of_rank(rank))) {
+      int holders = ledger_->references(BlockKind::kPage, page);
+      if (count_retained && ledger_->is_retained(BlockKind::kPage, page)) --holders;
+      if (holders == 1) balance -= ledger_->config().page_bytes;
+    }
+  }
+  return peak;
+}
+
+bool Scheduler::MakeRaiseRoom(const Sequence& in_need, int level, bool may_preempt) {
+  while (true) {
+    if (MakeRoom(in_need, RaisePeak(*in_need.cache, level, false), false)) return true;
+    if (prefix_cache_ != nullptr && RaisePeak(*in_need.cache, level, true) <= ObtainableBytes()) {
+      prefix_cache_->Clear();
+      continue;
+    }
+    Sequence* victim = may_preempt ? Victim(in_need) : nullptr;
+    if (victim == nullptr) return false;
+    Preempt(*victim);
+  }
+}
+
+bool Scheduler::ReplayRaises(Sequence& sequence, bool may_preempt) {
+  while (sequence.history.size() < sequence.recorded.size()) {
+    const LevelSpan& next = sequence.recorded[sequence.history.size()];
+    if (next.position > sequence.length()) return true;
+    DSLA_CHECK(next.position == sequence.length());
+    if (!MakeRaiseRoom(sequence, next.level, may_preempt)) return false;
+    const Status status = ops_->Raise(*sequence.cache, next.level);
+    DSLA_CHECK(status.ok());  // there is room
+    sequence.history.push_back(next);
+  }
+  return true;
+}
+
+PrefixCache::Hit Scheduler::LookUp(const Sequence& sequence, int level) {
+  if (prefix_cache_ == nullptr) return {};
+  // The logits of every prompt row are wanted, so every one is computed.
+  if (sequence.request.prompt_logprobs && sequence.logits_done < sequence.prompt_tokens) return {};
+  std::span<const int32_t> tokens = sequence.tokens;
+  // Of the reply only what a prefill would compute may be had, see RecordInPrefixCache.
+  if (options_.deterministic) tokens = tokens.first(sequence.prompt_tokens);
+  return prefix_cache_->Lookup(
+      {.tokens = tokens,
+       .salt = sequence.request.cache_salt,
+       .level = level,
+       .may_fold = sequence.request.tier != Tier::kExact && !options_.deterministic,
+       .history = sequence.preempted_history,
+       .multiple = options_.deterministic ? options_.deterministic_chunk : 0});
+}
+
+// Puts the sequence where it goes on from: at the start, or behind a prefix.
+bool Scheduler::Start(Sequence& sequence, int level, const PrefixCache::Hit& hit) {
+  sequence.recorded = sequence.preempted_history;
+  if (hit.tokens > 0) {
+    const int at = hit.history.back().level;
+    sequence.cache.emplace(ops_->NewSequence(at));
+    sequence.history = hit.history;
+    if (sequence.recorded.empty() && at < level) {
+      sequence.recorded = hit.history;
+      sequence.recorded.push_back({hit.tokens, level});
+    }
+    if (!prefix_cache_->Adopt(hit, &*sequence.cache).ok() || !ReplayRaises(sequence, false)) {
+      sequence.cache.reset();
+      sequence.history.clear();
+      sequence.recorded.clear();
+      return false;
+    }
+  } else {
+    sequence.cache.emplace(ops_->NewSequence(level));
+    sequence.history = {{0, level}};
+  }
+  if (!sequence.started) sequence.cached_tokens = hit.tokens;
+  return true;
+}
+
+// What the running sequences will still take: the rest of their prompts, and for each the page
+// after.
+int64_t Scheduler::PromisedBytes() const {
+  int64_t bytes = 0;
+  for (const auto& [id, sequence] : running_) {
+    bytes += sequence->cache->BytesToReserve(sequence->size() - sequence->length());
+    bytes += (options_.layers - sequence->cache->level()) * ledger_->config().page_bytes;
+  }
+  return bytes;
+}
+
+// Admits a waiting sequence if its whole prompt fits beside what the running ones were promised; a
+// first one always, because it was checked to fit alone.
+bool Scheduler::TryAdmit(Sequence& sequence) {
+  if (running() >= options_.max_running) return false;
+  const bool first = running_.empty();
+  const int level = sequence.preempted_history.empty() ? StartLevel(sequence)
+                                                       : sequence.preempted_history.front().level;
+  const PrefixCache::Hit hit = LookUp(sequence, level);
+  const int64_t promised = PromisedBytes();
+  if (!first) {
+    const int last_level =
+        sequence.preempted_history.empty() ? level : sequence.preempted_history.back().level;
+    const int64_t shared = (options_.layers - last_level) * int64_t{hit.tokens} /
+                           options_.page_size * ledger_->config().page_bytes;
+    if (BytesAt(sequence.size(), last_level) - shared + promised > ObtainableBytes()) return false;
+  }
+  if (!Start(sequence, level, hit)) {
+    if (!first) return false;
+    // Beside the prefix there is no room for the states; without it there is.
+    if (!Start(sequence, level, {})) return false;
+  }
+  const int64_t rest = sequence.cache->BytesToReserve(sequence.size() - sequence.length());
+  if (!first && rest + promised > ObtainableBytes()) {
+    sequence.cache.reset();
+    sequence.history.clear();
+    sequence.recorded.clear();
+    return false;
+  }
+  for (auto& [id, other] : waiting_) {
+    if (id >= sequence.id) break;
+    ++other->overtaken;
+  }
+  auto node = waiting_.extract(sequence.id);
+  running_.insert(std::move(node));
+  return true;
+}
+
+}  // namespace dsla

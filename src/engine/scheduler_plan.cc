@@ -1,0 +1,209 @@
+// Which rows a step runs.
+#include <algorithm>
+#include <utility>
+
+#include "base/check.h"
+#include "engine/scheduler.h"
+#include "engine/scheduler_sequence.h"
+
+namespace dsla {
+
+// Rows given to a sequence's prefill: up to position `end`.
+struct Scheduler::Grant {
+  Sequence* sequence;
+  int end;
+};
+
+StepPlan Scheduler::Plan(double now) {
+  DSLA_CHECK(!in_step_);
+  plan_ = {};
+  Expire(now);
+  while (true) {
+    PlanDecodes();
+    PlanPrefills();
+    if (!plan_.rows.empty() || idle()) break;
+    FailOldest();  // nothing is in flight, so nothing would ever change
+  }
+  for (const PlannedRows& rows : plan_.rows) {
+    Sequence& sequence = *FindRunning(rows.id);
+    if (!std::exchange(sequence.started, true)) plan_.started.push_back(rows.id);
+  }
+  in_step_ = !plan_.rows.empty();
+  return plan_;
+}
+
+void Scheduler::Expire(double now) {
+  for (Sequences* all : {&running_, &waiting_}) {
+    for (auto it = all->begin(); it != all->end();) {
+      Sequence& sequence = *(it++)->second;
+      const double deadline = sequence.request.deadline;
+      if (deadline <= 0 || now < deadline) continue;
+      plan_.ended.push_back(End(
+          sequence, Error(StatusCode::kDeadlineExceeded,
+                          "the deadline passed {:.3f} s after arrival, with {} of at most {} "
+                          "tokens made",
+                          now - sequence.request.arrival, sequence.size() - sequence.prompt_tokens,
+                          sequence.request.max_tokens)));
+    }
+  }
+}
+
+// The reply's rows: one by one, but a reply that is recomputed may go in chunks, except where its
+// bits must be those of the first time.
+bool Scheduler::IsDecode(const Sequence& sequence) const {
+  return sequence.length() >= sequence.prompt_tokens &&
+         (options_.deterministic || sequence.size() - sequence.length() == 1);
+}
+
+// Where rows from the cached length on must end, given that `rows` more than `from` may be had:
+// at a page's end, or where the sequence's tokens, a recorded level or a snapshot end them.
+int Scheduler::ChunkEnd(const Sequence& sequence, int from, int rows) const {
+  const int length = sequence.length();
+  const int page = options_.page_size;
+  int last = sequence.size();
+  for (const LevelSpan& span : sequence.recorded) {
+    if (span.position > length) last = std::min(last, span.position);
+  }
+  if (options_.deterministic) {
+    const int chunk = options_.deterministic_chunk;
+    last = std::min({last, sequence.prompt_tokens, (length / chunk + 1) * chunk});
+    return from == length && last - length <= rows ? last : from;
+  }
+  if (prefix_cache_ != nullptr && sequence.cache->level() > 0) {
+    const int stride = options_.snapshot_stride;
+    last = std::min(last, (length / stride + 1) * stride);
+    const int prompt_end = sequence.prompt_tokens / page * page;
+    if (prompt_end > length) last = std::min(last, prompt_end);
+  }
+  if (from + rows >= last) return std::max(from, last);
+  return std::max(from, (from + rows) / page * page);
+}
+
+void Scheduler::PlanDecodes() {
+  std::vector<Sequence*> order;
+  for (const auto& [id, sequence] : running_) order.push_back(sequence.get());
+  for (Sequence* sequence : order) {
+    // May have been pre-empted for an older one.
+    if (!sequence->cache || !IsDecode(*sequence)) continue;
+    if (ReplayRaises(*sequence, true)) PlanRows(*sequence, sequence->length() + 1);
+  }
+}
+
+// Half of the rows goes to prompts by age, so that a long one always advances; the other half to
+// those with the least left, so that a short one does not wait for the long; what is left over, by
+// age again.
+void Scheduler::PlanPrefills() {
+  std::vector<Sequence*> prefills, by_age;
+  for (const auto& [id, sequence] : running_) {
+    if (!IsDecode(*sequence)) prefills.push_back(sequence.get());
+  }
+  for (Sequence* sequence : prefills) {
+    if (sequence->cache && ReplayRaises(*sequence, true)) by_age.push_back(sequence);
+  }
+  // An older one's raise may have pre-empted one that was looked at before.
+  std::erase_if(by_age, [](const Sequence* sequence) { return !sequence->cache; });
+  for (const auto& [id, sequence] : waiting_) {
+    // Whoever was pre-empted for this step would only take the memory back.
+    if (std::ranges::find(plan_.preempted, id) == plan_.preempted.end())
+      by_age.push_back(sequence.get());
+  }
+  std::ranges::sort(by_age, {}, &Sequence::id);
+  std::vector<Sequence*> by_rest = by_age;
+  std::ranges::stable_sort(by_rest, {}, [](const Sequence* s) { return s->size() - s->length(); });
+
+  int left = options_.max_batch_tokens - plan_.decode_rows;
+  std::vector<Grant> grants;
+  const bool may_admit =
+      GrantInOrder(by_age, std::max(left / 2, PrefillUnit()), true, &left, &grants);
+  GrantInOrder(by_rest, left, true, &left, &grants);
+  GrantInOrder(by_age, left, may_admit, &left, &grants);
+  std::ranges::sort(grants, {}, [](const Grant& grant) { return grant.sequence->id; });
+  for (const Grant& grant : grants) {
+    if (grant.sequence->cache) PlanRows(*grant.sequence, grant.end);
+  }
+}
+
+int Scheduler::PrefillUnit() const {
+  return options_.deterministic ? options_.deterministic_chunk : options_.page_size;
+}
+
+// False once an admission failed: then nobody later in that order was admitted either.
+bool Scheduler::GrantInOrder(std::span<Sequence* const> order, int rows, bool may_admit, int* left,
+                             std::vector<Grant>* grants) {
+  rows = std::min(rows, *left);
+  for (Sequence* sequence : order) {
+    if (rows <= 0) break;
+    if (!sequence->cache) {
+      if (!may_admit || rows < std::min(PrefillUnit(), sequence->size())) continue;
+      if (!MayOvertake(*sequence)) continue;
+      if (!TryAdmit(*sequence)) {
+        may_admit = false;
+        continue;
+      }
+    }
+    auto grant = std::ranges::find(*grants, sequence, &Grant::sequence);
+    const int from = grant == grants->end() ? sequence->length() : grant->end;
+    const int end = ChunkEnd(*sequence, from, rows);
+    if (end == from) continue;
+    if (grant == grants->end()) {
+      grants->push_back({sequence, end});
+    } else {
+      grant->end = end;
+    }
+    rows -= end - from;
+    *left -= end - from;
+  }
+  return may_admit;
+}
+
+bool Scheduler::MayOvertake(const Sequence& sequence) const {
+  return std::ranges::all_of(waiting_, [&](const auto& entry) {
+    return entry.first >= sequence.id || entry.second->overtaken < options_.max_overtakes;
+  });
+}
+
+// Plans the rows up to `end`, or up to an earlier page's end where memory does not reach; false if
+// there is none for a single page.
+bool Scheduler::PlanRows(Sequence& sequence, int end) {
+  SequenceCache& cache = *sequence.cache;
+  const int length = cache.length();
+  const bool decode = IsDecode(sequence);
+  if (!decode && !options_.deterministic) {
+    while (cache.BytesToReserve(end - length) > ObtainableBytes()) {
+      const int shorter = (end - 1) / options_.page_size * options_.page_size;
+      if (shorter <= length) break;
+      end = shorter;
+    }
+  }
+  const int count = end - length;
+  if (!MakeRoom(sequence, cache.BytesToReserve(count), true)) return false;
+  const Status reserved = cache.Reserve(count);
+  DSLA_CHECK(reserved.ok());
+  PlannedRows rows{.id = sequence.id,
+                   .phase = decode ? Phase::kDecode : Phase::kPrefill,
+                   .cache = &cache,
+                   .tokens = std::span(sequence.tokens).subspan(length, count),
+                   .samples = end == sequence.size()};
+  if (rows.samples) rows.logits = RowLogits::kLast;
+  if (sequence.request.prompt_logprobs && length < sequence.prompt_tokens &&
+      end > sequence.logits_done) {
+    rows.logits = RowLogits::kAll;
+  }
+  (decode ? plan_.decode_rows : plan_.prefill_rows) += count;
+  plan_.rows.push_back(rows);
+  return true;
+}
+
+void Scheduler::FailOldest() {
+  const bool waits =
+      running_.empty() || (!waiting_.empty() && waiting_.begin()->first < running_.begin()->first);
+  Sequence& oldest = *(waits ? waiting_ : running_).begin()->second;
+  const LedgerConfig& config = ledger_->config();
+  Status status = ResourceExhausted(
+      "cache memory: no room to go on from token {} of {}: {} of {} bytes can be had, {} requests "
+      "hold the rest and none of them can be pre-empted",
+      oldest.length(), oldest.size(), ObtainableBytes(), config.budget_bytes, running_.size());
+  plan_.ended.push_back(End(oldest, std::move(status)));
+}
+
+}  // namespace dsla

@@ -1,0 +1,45 @@
+// One request inside the scheduler; included by its implementation alone.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "engine/scheduler.h"
+
+namespace dsla {
+
+struct Scheduler::Sequence {
+  int64_t id = 0;
+  ScheduledRequest request;  // its prompt moved to tokens
+  int prompt_tokens = 0;
+  std::vector<int32_t> tokens;         // prompt and reply as far as known
+  std::optional<SequenceCache> cache;  // while running
+  PrefixPath path;
+
+  // Levels of what is cached, and those to be repeated, of which history is a beginning: after a
+  // pre-emption what was recorded; with a prefix of lower level the fold at its end.
+  LevelHistory history;
+  LevelHistory recorded;
+  LevelHistory preempted_history;
+  int replay_until = 0;  // tokens that were cached when it was pre-empted
+
+  bool started = false;    // ran a step
+  bool ran = false;        // since it was last admitted
+  bool cancelled = false;  // takes effect at the commit
+  int preemptions = 0;
+  int overtaken = 0;
+  int cached_tokens = 0;
+  int logits_done = 0;  // prompt rows whose logits were handed out
+
+  int size() const { return static_cast<int>(tokens.size()); }
+  int length() const { return cache ? cache->length() : 0; }
+  // Most tokens that will ever be cached: the last one of the reply is not run.
+  int64_t final_length() const {
+    return prompt_tokens + std::max<int64_t>(0, int64_t{request.max_tokens} - 1);
+  }
+  // Its levels are given: what it generated at them is being recomputed.
+  bool replaying() const { return history.size() < recorded.size() || length() < replay_until; }
+};
+
+}  // namespace dsla
