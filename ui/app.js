@@ -11,7 +11,7 @@ const THEMES = ['system', 'light', 'dark'];
 function setTheme(theme) {
   if (theme === 'system') delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = theme;
-  $('theme').textContent = `Theme: ${theme}`;
+  $('theme-name').textContent = theme;
   localStorage.setItem('dsla-theme', theme);
 }
 

@@ -295,12 +295,16 @@ export function setModel(model) {
   view.model = model;
 }
 
-export function setLadder(levels, top) {
-  if (view.levels === levels && view.top === top) return;
-  view.levels = levels;
+export function setLadder(layers, top, highest) {
+  if (view.levels === layers && view.top === top) return;
+  view.levels = layers;
   view.top = top;
-  $('level').max = levels;
+  $('level').max = highest;
   if (!Number($('level').value)) $('level').value = top;
+  // Without an adapter there is one level.
+  for (const radio of document.querySelectorAll('input[name=tier]')) {
+    radio.disabled = highest === 0 && (radio.value === 'economy' || radio.value === 'exact');
+  }
   showTier();
 }
 

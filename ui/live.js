@@ -207,6 +207,7 @@ function read(json, time) {
     ladder: ladder.layers,
     layers: ladder.layers.length,
     top: ladder.top_level,
+    highest: ladder.max_level,
     target: controller.target_level,
     maxLevel: controller.max_level,
     policy: controller.policy,
@@ -239,7 +240,7 @@ export function startLive({ setStatus, setLadder, askForKey }) {
   let timer = 0;
 
   const draw = (state) => {
-    setLadder(state.layers, state.top);
+    setLadder(state.layers, state.top, state.highest);
     drawLayers(state);
     drawRows(state);
     drawEvents(state);

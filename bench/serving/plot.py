@@ -9,6 +9,7 @@ STYLE = (
 )
 WIDTH, HEIGHT = 760, 300
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 44, 44
+LEGEND = 124  # width of one entry
 
 
 def nice_step(span, steps=6):
@@ -70,9 +71,9 @@ class Plot:
 
     def svg(self):
         legend = []
-        x = WIDTH - RIGHT - 150 * len(self.names)
+        x = WIDTH - RIGHT - LEGEND * len(self.names)
         for index, name in enumerate(self.names):
-            at = x + 150 * index
+            at = x + LEGEND * index
             legend.append(f'<rect x="{at}" y="9" width="14" height="10" rx="2" fill="{COLOURS[index % len(COLOURS)]}"/>')
             legend.append(f'<text x="{at + 20}" y="18">{escape(name)}</text>')
         head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">'
@@ -89,8 +90,8 @@ def level_plot(runs, layers):
 
 
 def ttft_plot(runs):
-    """runs: [(name, [ttft])]. The share of the burst's requests whose first token had come after so many seconds."""
-    longest = max((max(values) for _, values in runs if values), default=1.0)
+    """runs: [(name, [ttft, None where there was no reply])]. The share of the burst's requests whose first token had come after so many seconds."""
+    longest = max((v for _, values in runs for v in values if v is not None), default=1.0)
     plot = Plot("Time to first token in the burst", "seconds", "% of requests sent", longest * 1.02, 100)
     for name, values, sent in ((name, sorted(v for v in ttfts if v is not None), len(ttfts)) for name, ttfts in runs):
         points = [(0.0, 0.0)]

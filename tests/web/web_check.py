@@ -1,0 +1,198 @@
+#!/usr/bin/env python3
+"""Loads the page of a running `dsla serve` in headless Chromium and uses it as a visitor does: gives the key, chats,
+stops, watches the level change, on a desktop and on a phone. Exit code 77 (skipped) where there is no Chromium."""
+
+import argparse
+import base64
+import json
+import pathlib
+import sys
+import tempfile
+import urllib.request
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent.parent / "bench/serving")]
+
+import devtools
+import server
+
+KEY, ADMIN_KEY = "web-check-key", "web-check-admin-key"
+SIZE_LIMIT = 100_000  # bytes of the whole page as sent
+SKIPPED = 77
+LEVEL = 7
+
+failures = []
+
+
+def check(condition, what):
+    print(f"{'ok  ' if condition else 'FAIL'}  {what}", flush=True)
+    if not condition:
+        failures.append(what)
+
+
+def set_level(url, level):
+    request = urllib.request.Request(
+        f"{url}/v1/dsla",
+        data=json.dumps({"policy": "fixed", "level": level}).encode(),
+        headers={"Authorization": f"Bearer {ADMIN_KEY}", "Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as reply:
+        reply.read()
+
+
+def emulate(page, width, height, scheme, reduced_motion=False):
+    page.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    if reduced_motion:
+        features.append({"name": "prefers-reduced-motion", "value": "reduce"})
+    page.call("Emulation.setEmulatedMedia", features=features)
+
+
+def screenshot(page, folder, name):
+    if folder:
+        shot = page.call("Page.captureScreenshot", format="png")
+        (folder / f"{name}.png").write_bytes(base64.b64decode(shot["data"]))
+
+
+def say(page, text):
+    page.evaluate("document.getElementById('prompt').focus()")
+    page.call("Input.insertText", text=text)
+    page.key("Enter", "\r")
+
+
+def check_key(page):
+    page.wait("document.getElementById('key-dialog').open")
+    check(True, "without a key the page asks for one")
+    page.evaluate("document.getElementById('key').focus()")
+    page.call("Input.insertText", text=KEY)
+    page.evaluate("document.querySelector('#key-dialog [value=save]').click()")
+    page.wait("document.getElementById('status').dataset.state === 'live'")
+    check(page.evaluate("sessionStorage.getItem('dsla-api-key')") == KEY, "with the key the page is live, and keeps it for the tab")
+    # Refusals before the key are what was asked for.
+    page.errors[:] = [error for error in page.errors if "401" not in error]
+
+
+def check_load(page, url):
+    own = {name: size for name, size in page.received.items() if name.startswith(url) and "/v1/" not in name}
+    check(0 < sum(own.values()) < SIZE_LIMIT, f"the page is {sum(own.values())} bytes in {len(own)} files, under {SIZE_LIMIT}")
+    check(all(name.startswith((url, "data:")) for name in page.urls.values()), "nothing comes from elsewhere")
+    model = page.evaluate("fetch('/v1/models', {headers: {Authorization: 'Bearer ' + sessionStorage.getItem('dsla-api-key')}}).then(r => r.json()).then(m => m.data[0].id)")
+    page.wait("document.getElementById('model').textContent !== ''")
+    check(page.evaluate("document.getElementById('model').textContent") == model, f"the model is named: {model}")
+
+
+def check_chat(page):
+    page.evaluate(
+        """window.lengths = new Set();
+        new MutationObserver(() => window.lengths.add(document.querySelector('.body')?.textContent.length ?? 0))
+          .observe(document.getElementById('messages'), {subtree: true, childList: true, characterData: true})"""
+    )
+    say(page, "Name <img src=x onerror=alert(1)> three colours.")
+    page.wait("document.querySelector('.message.assistant[data-done]')", 120)
+    check(page.evaluate("window.lengths.size") >= 4, "the reply grows piece by piece")
+    check(page.evaluate("document.querySelectorAll('.failure').length") == 0, "it ends without an error")
+    check("token" in page.evaluate("document.querySelector('.cost').textContent"), "its cost is shown: " + page.evaluate("document.querySelector('.cost').textContent"))
+    check(page.evaluate("document.querySelectorAll('#messages img').length") == 0, "markup in a message stays text")
+    check(page.evaluate("document.getElementById('announce').textContent.length") > 0, "screen readers are told the reply")
+
+
+def check_stop(page):
+    page.evaluate("document.getElementById('max-tokens').value = 2000")
+    say(page, "Write a very long story about a river.")
+    page.wait("document.querySelectorAll('.message.assistant').length === 2 && document.querySelectorAll('.body')[1].textContent.length > 10", 120)
+    page.evaluate("document.getElementById('stop').click()")
+    page.wait("document.querySelectorAll('.message.assistant[data-done]').length === 2")
+    check("stopped" in page.evaluate("document.querySelectorAll('.cost')[1].textContent"), "Stop ends a reply")
+    page.wait("document.getElementById('facts').querySelector('dd').textContent === '0'")
+    check(True, "and the server runs nothing any more")
+
+
+def check_levels(page, url):
+    layers = page.evaluate("document.querySelectorAll('#cells i').length")
+    check(layers > 0, f"{layers} layers are shown")
+    for level in (LEVEL, 0):
+        set_level(url, level)
+        page.wait(f"document.querySelectorAll('#cells i.dsla').length === {level}", 30)
+        check(page.evaluate("document.getElementById('target').textContent") == f"Level {level}", f"level {level} is set: as many cells are DSLA")
+    events = page.evaluate("document.getElementById('events').textContent")
+    check(f"0 → {LEVEL}" in events, "the change is listed")
+    check(page.evaluate("document.querySelectorAll('#chart .event').length") >= 2, "and marked in the chart")
+
+
+def check_access(page):
+    unnamed = page.evaluate(
+        """[...document.querySelectorAll('button, input:not([hidden]), textarea, summary')].filter(e =>
+          !(e.getAttribute('aria-label') || e.textContent.trim() || e.labels?.length)).map(e => e.outerHTML)"""
+    )
+    check(unnamed == [], f"every control has a name {unnamed}")
+    page.evaluate("document.activeElement.blur(); document.getElementById('clear').click()")
+    page.evaluate("document.activeElement.blur()")
+    reached = []
+    for _ in range(30):
+        page.key("Tab")
+        reached.append(page.evaluate("document.activeElement.id || document.activeElement.name || document.activeElement.tagName"))
+    missing = {"theme", "log", "prompt", "attach", "send", "tier", "burst"} - set(reached)
+    check(not missing, f"the keyboard reaches what there is {missing or ''}")
+
+
+def check_phone(page, folder):
+    for scheme in ("light", "dark"):
+        emulate(page, 390, 844, scheme, reduced_motion=True)
+        for name in ("chat", "live"):
+            page.evaluate(f"document.querySelector('[data-show={name}]').click()")
+            wide = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+            shown = page.evaluate(f"getComputedStyle(document.querySelector('.{name}')).display !== 'none'")
+            check(wide <= 0 and shown, f"phone, {scheme}, {name}: shown, and nothing is cut off sideways")
+            screenshot(page, folder, f"phone-{scheme}-{name}")
+        page.evaluate("document.querySelector('[data-show=chat]').click()")
+    colours = []
+    for theme in ("light", "dark"):
+        while theme not in page.evaluate("document.getElementById('theme-name').textContent"):
+            page.evaluate("document.getElementById('theme').click()")
+        colours.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    check(colours[0] != colours[1], "the theme button overrides the system")
+
+
+def use_page(url, folder):
+    with devtools.Browser() as browser:
+        page = browser.page()
+        emulate(page, 1440, 900, "light")
+        page.open(f"{url}/")
+        check_key(page)
+        check_load(page, url)
+        check_chat(page)
+        check_levels(page, url)
+        screenshot(page, folder, "desktop-light")
+        emulate(page, 1440, 900, "dark")
+        screenshot(page, folder, "desktop-dark")
+        check_stop(page)
+        check_access(page)
+        check_phone(page, folder)
+        page.evaluate("1")  # takes in what is still under way
+        check(page.errors == [], f"no errors in the console {page.errors or ''}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--program", type=pathlib.Path, default=server.PROGRAM)
+    parser.add_argument("--url", help="a server that runs already, with the keys of this file")
+    parser.add_argument("--screenshots", type=pathlib.Path, help="folder for pictures of the page")
+    args = parser.parse_args()
+    if not devtools.find_chromium():
+        print("web_check: skipped: no Chromium is installed (Debian's package chromium, or DSLA_CHROMIUM=PROGRAM)")
+        return SKIPPED
+    if args.screenshots:
+        args.screenshots.mkdir(parents=True, exist_ok=True)
+    if args.url:
+        use_page(args.url, args.screenshots)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            keys = ["--api-key", KEY, "--admin-key", ADMIN_KEY, "--memory", "256M"]
+            with server.Server(keys, pathlib.Path(folder) / "serve.log", program=args.program) as running:
+                use_page(running.url, args.screenshots)
+    print(f"web_check: {len(failures)} failures")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
