@@ -19,7 +19,7 @@ struct SloOptions {
   double up_cooldown = 5.0;         // seconds between two rises of the target
   double calm_seconds = 10.0;       // a lower target must have sufficed for so long
   double down_margin = 0.7;         // "sufficed": with so much of targets and memory
-  double raise_share = 0.25;        // of time that may go into folds
+  double raise_share = 0.5;         // of time that may go into folds
   double raise_seconds = 0.25;      // the longest pause by folds between two steps
   double evaluate_interval = 0.05;  // seconds between two looks at the load
 };
@@ -37,6 +37,7 @@ struct PaperOptions {
 
 struct PolicyOptions {
   std::string policy = "slo";  // "slo", "paper", "fixed"
+  int layers = 0;              // of the model
   int max_level = 0;           // of tier auto
   int fixed_level = 0;         // of "fixed"
   CostModel cost;              // "slo" needs it

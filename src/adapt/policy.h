@@ -62,6 +62,8 @@ class LevelPolicy {
  public:
   virtual ~LevelPolicy() = default;
   virtual const char* name() const = 0;  // "slo", "paper", "fixed"
+  // To be called before each step and, with nothing to do, about once a second, so that the target
+  // goes back when the load is gone. Cheap enough for that: most calls change nothing.
   virtual LevelDecision Decide(const LoadSnapshot& load) = 0;
 };
 

@@ -84,7 +84,8 @@ class ServerMetrics {
   void RenderVllm(const EngineState& state, std::string& out) const;
 
   const MetricsOptions options_;
-  Histogram ttft_, tpot_, e2e_, queue_time_, prefill_time_, decode_time_;  // seconds
+  Histogram ttft_, tpot_, e2e_, queue_time_, prefill_time_, decode_time_,
+      inference_time_;  // seconds
   Histogram prompt_tokens_, generated_tokens_;
   Histogram http_seconds_;
   std::atomic<int64_t> http_in_flight_{0}, connections_{0};

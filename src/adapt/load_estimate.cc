@@ -1,0 +1,90 @@
+#include "adapt/load_estimate.h"
+
+#include <algorithm>
+
+namespace dsla {
+namespace {
+
+// Sums over the sequences in the order in which they are served.
+class Estimator {
+ public:
+  Estimator(const LoadSnapshot& load, const CostModel& cost, const EstimateOptions& options)
+      : load_(load), cost_(cost), options_(options) {}
+
+  void Add(const SequenceLoad& s, int level) {
+    rows_ += cost_.RowSeconds(level, s.cached_tokens + s.pending_tokens);
+    remaining_ += s.remaining_tokens;
+    ++sequences_;
+    const int growth = std::min(s.remaining_tokens, options_.growth_tokens);
+    bytes_ += BytesAt(load_, cost_.layers(), level, s.cached_tokens + s.pending_tokens + growth);
+    if (s.pending_tokens == 0) {
+      decoding_ += cost_.RowSeconds(level, s.cached_tokens);
+      return;
+    }
+    const int chunk = options_.prefill_chunk;
+    prefill_ += cost_.PromptSeconds(level, s.pending_tokens, s.cached_tokens, chunk);
+    steps_ += (s.pending_tokens + chunk - 1) / chunk;
+    const double alone = cost_.PromptSeconds(0, s.pending_tokens, s.cached_tokens, chunk);
+    first_token_.push_back({load_.now - s.arrival + prefill_ - alone, steps_});
+  }
+
+  LoadEstimate Finish() {
+    LoadEstimate estimate;
+    estimate.memory_bytes = bytes_;
+    if (sequences_ == 0) return estimate;
+    // Prefill steps carry the decode rows along.
+    std::vector<double> ttft;
+    ttft.reserve(first_token_.size());
+    for (const auto& [seconds, steps] : first_token_) ttft.push_back(seconds + steps * decoding_);
+    if (!ttft.empty()) {
+      const auto p95 = ttft.begin() + static_cast<int64_t>((ttft.size() - 1) * 95 / 100);
+      std::nth_element(ttft.begin(), p95, ttft.end());
+      estimate.ttft = *p95;
+    }
+    estimate.tpot = cost_.step_seconds() + rows_;
+    if (steps_ > 0) {
+      // A reply of average length shares so many of its steps with prefill chunks.
+      const double length = std::max(1.0, remaining_ / sequences_);
+      const double per_step = std::max(0.0, prefill_ / steps_ - cost_.step_seconds());
+      estimate.tpot += std::min(1.0, steps_ / length) * per_step;
+    }
+    return estimate;
+  }
+
+ private:
+  struct FirstToken {
+    double seconds;  // without the decode rows beside the chunks
+    double steps;
+  };
+
+  const LoadSnapshot& load_;
+  const CostModel& cost_;
+  const EstimateOptions& options_;
+  double rows_ = 0, decoding_ = 0, prefill_ = 0, steps_ = 0, remaining_ = 0;
+  int64_t bytes_ = 0;
+  int sequences_ = 0;
+  std::vector<FirstToken> first_token_;
+};
+
+}  // namespace
+
+int LevelAt(const SequenceLoad& sequence, int target) {
+  return std::max(sequence.level, std::min(target, sequence.max_level));
+}
+
+int64_t BytesAt(const LoadSnapshot& load, int layers, int level, int64_t tokens) {
+  const int64_t pages = load.page_size == 0 ? 0 : (tokens + load.page_size - 1) / load.page_size;
+  return (layers - level) * pages * load.page_bytes + level * load.slot_bytes;
+}
+
+LoadEstimate EstimateLoad(const LoadSnapshot& load, const CostModel& cost,
+                          const EstimateOptions& options, int target, bool raise_running) {
+  Estimator estimator(load, cost, options);
+  for (const SequenceLoad& s : load.running) {
+    estimator.Add(s, raise_running ? LevelAt(s, target) : s.level);
+  }
+  for (const SequenceLoad& s : load.waiting) estimator.Add(s, LevelAt(s, target));
+  return estimator.Finish();
+}
+
+}  // namespace dsla

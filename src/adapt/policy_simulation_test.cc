@@ -1,0 +1,251 @@
+// Thousands of random traces through the policies: what must hold after every decision, whatever
+// the load; and that ours beats level 0 on a burst.
+#include <gmock/gmock.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <random>
+
+#include "adapt/load_estimate.h"
+#include "adapt/make_policy.h"
+#include "adapt/testing/load_simulator.h"
+
+namespace dsla {
+namespace {
+
+constexpr int kLayers = 30;
+
+CostModel Cost(double speed = 1) {
+  return CostModel::FromCoefficients(
+      kLayers, {2e-2 / speed, 5e-5 / speed, 4.5e-5 / speed, 1.6e-8 / speed},
+      {8e-3 / speed, 4e-5 / speed, 4.5e-5 / speed, 1.8e-8 / speed}, {2e-4 / speed, 3.7e-6 / speed});
+}
+
+SimOptions Server(int64_t budget_tokens, double speed = 1) {
+  SimOptions o;
+  o.cost = Cost(speed);
+  o.page_bytes = 64 * 768;
+  o.slot_bytes = 328 * 768;
+  o.budget_bytes = budget_tokens * 768 * kLayers;
+  return o;
+}
+
+PolicyOptions Policy(const std::string& name, const SimOptions& server, int max_level) {
+  PolicyOptions p;
+  p.policy = name;
+  p.layers = kLayers;
+  p.max_level = max_level;
+  p.cost = server.cost;
+  p.slo.prefill_chunk = server.chunk;
+  return p;
+}
+
+std::unique_ptr<LevelPolicy> Make(const PolicyOptions& options) {
+  auto policy = MakePolicy(options);
+  EXPECT_TRUE(policy.ok()) << policy.status().message();
+  return std::move(policy).value();
+}
+
+// Bursts of short chats and documents with quiet between them.
+std::vector<SimRequest> RandomTrace(std::mt19937& random, int requests, int max_level) {
+  std::uniform_real_distribution<double> u(0, 1);
+  std::vector<SimRequest> trace;
+  double now = 0;
+  while (static_cast<int>(trace.size()) < requests) {
+    const int burst = 1 + static_cast<int>(u(random) * u(random) * 20);
+    for (int i = 0; i < burst; ++i) {
+      const bool document = u(random) < 0.3;
+      SimRequest r;
+      r.arrival = now;
+      r.prompt = document ? 1000 + static_cast<int>(u(random) * 6000)
+                          : 1 + static_cast<int>(u(random) * 300);
+      r.reply = 1 + static_cast<int>(u(random) * u(random) * 150);
+      r.max_level = u(random) < 0.15 ? 0 : max_level;
+      trace.push_back(r);
+      now += u(random) * u(random) * 0.5;
+    }
+    now += u(random) < 0.2 ? 60 * u(random) : 5 * u(random);
+  }
+  return trace;
+}
+
+// What every decision must keep to.
+class Invariants {
+ public:
+  Invariants(const PolicyOptions& options, int most_per_minute)
+      : options_(options), most_per_minute_(most_per_minute) {}
+
+  void operator()(const LoadSnapshot& load, const LevelDecision& decision) {
+    ASSERT_GE(decision.target, 0);
+    ASSERT_LE(decision.target, options_.max_level);
+    ASSERT_EQ(decision.reason.find('\n'), std::string::npos);
+    if (decision.target != target_ || !decision.raises.empty()) {
+      const std::string word = decision.reason.substr(0, decision.reason.find(':'));
+      ASSERT_NE(std::find(std::begin(kReasonWords), std::end(kReasonWords), word),
+                std::end(kReasonWords))
+          << decision.reason;
+    }
+    double folds = 0;
+    for (const LevelDecision::Raise& raise : decision.raises) {
+      const auto s = std::find_if(load.running.begin(), load.running.end(),
+                                  [&](const SequenceLoad& q) { return q.id == raise.id; });
+      ASSERT_NE(s, load.running.end());
+      ASSERT_GT(raise.level, s->level);
+      ASSERT_LE(raise.level, s->max_level);
+      ASSERT_LE(raise.level, decision.target);
+      if (options_.policy == "slo") {
+        const int64_t before =
+            BytesAt(load, kLayers, s->level, s->cached_tokens + s->pending_tokens);
+        const int64_t after =
+            BytesAt(load, kLayers, raise.level, s->cached_tokens + s->pending_tokens);
+        ASSERT_LT(after, before);
+        longest_fold_ = std::max(longest_fold_, options_.cost.FoldSeconds(0, 1, s->cached_tokens));
+      }
+      folds += options_.cost.FoldSeconds(s->level, raise.level, s->cached_tokens);
+    }
+    if (options_.policy == "slo") {
+      ASSERT_LE(folds, options_.slo.raise_seconds + longest_fold_);
+    }
+    if (decision.target != target_) changes_.push_back(load.now);
+    target_ = decision.target;
+    std::erase_if(changes_, [&](double time) { return time < load.now - 60; });
+    ASSERT_LE(static_cast<int>(changes_.size()), most_per_minute_) << "flapping";
+    // Nothing to do for a minute: level 0.
+    if (!load.running.empty() || !load.waiting.empty()) calm_since_ = load.now;
+    if (options_.policy == "slo" && load.now - calm_since_ > 60) ASSERT_EQ(decision.target, 0);
+  }
+
+ private:
+  const PolicyOptions options_;
+  const int most_per_minute_;
+  int target_ = 0;
+  double longest_fold_ = 0;
+  double calm_since_ = 0;
+  std::vector<double> changes_;
+};
+
+void RunTraces(const std::string& name, int traces, int most_per_minute) {
+  for (int i = 0; i < traces && !testing::Test::HasFatalFailure(); ++i) {
+    const unsigned seed = 1000 + i;
+    SCOPED_TRACE(fmt::format("policy {} seed {}", name, seed));
+    std::mt19937 random(seed);
+    const int max_level = std::vector<int>{0, 5, 22, 30}[random() % 4];
+    SimOptions server = Server(8000 + random() % 60000, 1 + random() % 8);
+    const std::vector<SimRequest> trace = RandomTrace(random, 10 + random() % 20, max_level);
+    server.end = trace.back().arrival + 200;
+    PolicyOptions options = Policy(name, server, max_level);
+    options.slo.ttft = std::vector<double>{0.2, 2, 20}[random() % 3];
+    options.slo.tpot = std::vector<double>{0.02, 0.2, 2}[random() % 3];
+    options.paper.raise_running = random() % 2 == 0;
+    const auto policy = Make(options);
+    Invariants invariants(options, most_per_minute);
+    const SimResult result =
+        Simulate(server, trace, *policy,
+                 [&](const LoadSnapshot& l, const LevelDecision& d) { invariants(l, d); });
+    ASSERT_TRUE(result.finished);
+    if (name == "slo") ASSERT_EQ(result.targets.back().second, 0);
+    for (size_t r = 0; r < trace.size(); ++r) {
+      ASSERT_LE(result.requests[r].level, trace[r].max_level);
+      ASSERT_GT(result.requests[r].ttft, 0);
+    }
+  }
+  std::printf("%s: %d traces, seeds 1000 to %d\n", name.c_str(), traces, 1000 + traces - 1);
+}
+
+// A change needs up_cooldown (5 s) since the last one: 12 a minute and the one that opens it.
+TEST(PolicySimulation, SloOnRandomTraces) { RunTraces("slo", 2000, 13); }
+TEST(PolicySimulation, PaperOnRandomTraces) { RunTraces("paper", 500, 2); }
+
+double P95(const SimResult& result) {
+  std::vector<double> ttft;
+  for (const SimResult::Done& r : result.requests) ttft.push_back(r.ttft);
+  std::sort(ttft.begin(), ttft.end());
+  return ttft[ttft.size() * 95 / 100];
+}
+double Mean(const SimResult& result) {
+  double sum = 0;
+  for (const SimResult::Done& r : result.requests) sum += r.ttft;
+  return sum / static_cast<double>(result.requests.size());
+}
+double LastEnd(const SimResult& result) {
+  double end = 0;
+  for (const SimResult::Done& r : result.requests) end = std::max(end, r.end);
+  return end;
+}
+
+// Documents and chats at once, and memory for few of the documents at level 0.
+std::vector<SimRequest> BurstTrace(unsigned seed) {
+  std::mt19937 random(seed);
+  std::uniform_real_distribution<double> u(0, 1);
+  std::vector<SimRequest> trace;
+  for (int i = 0; i < 48; ++i) {
+    const bool document = i % 2 == 0;
+    trace.push_back({.arrival = 0.1 * i,
+                     .prompt = document ? 4000 + static_cast<int>(4000 * u(random)) : 60,
+                     .reply = document ? 200 : 100,
+                     .max_level = 22});
+  }
+  return trace;
+}
+
+TEST(PolicySimulation, SloBeatsLevelZeroOnABurst) {
+  constexpr unsigned kSeed = 42;
+  const SimOptions server = Server(30000);
+  const std::vector<SimRequest> trace = BurstTrace(kSeed);
+  const auto run = [&](const std::string& name) {
+    const auto policy = Make(Policy(name, server, 22));
+    const SimResult result = Simulate(server, trace, *policy);
+    EXPECT_TRUE(result.finished);
+    std::printf(
+        "seed %u %-5s: done after %.1f s, TTFT mean %.1f s, p95 %.1f s, %ld pre-emptions, "
+        "%ld raises (%.1f s), %zu target changes\n",
+        kSeed, name.c_str(), LastEnd(result), Mean(result), P95(result),
+        static_cast<long>(result.preemptions), static_cast<long>(result.raises),
+        result.fold_seconds, result.targets.size() - 1);
+    return result;
+  };
+  const SimResult zero = run("fixed"), paper = run("paper"), slo = run("slo");
+  EXPECT_LT(LastEnd(slo), 0.8 * LastEnd(zero));
+  EXPECT_LT(Mean(slo), 0.8 * Mean(zero));
+  EXPECT_LT(P95(slo), 0.8 * P95(zero));
+  EXPECT_LT(LastEnd(slo), LastEnd(paper));
+  EXPECT_LE(slo.preemptions, zero.preemptions);
+}
+
+TEST(PolicySimulation, BackAtZeroWithinAMinuteOfCalm) {
+  SimOptions server = Server(30000);
+  const std::vector<SimRequest> burst = BurstTrace(3);
+  std::vector<SimRequest> trace = burst;
+  const auto busy = Make(Policy("slo", server, 22));
+  const double end = LastEnd(Simulate(server, burst, *busy));
+  // Then a chat every ten seconds: calm, not idle.
+  for (int i = 0; i < 12; ++i) {
+    trace.push_back({.arrival = end + 10.0 * i, .prompt = 60, .reply = 50, .max_level = 22});
+  }
+  server.end = end + 120;
+  const auto policy = Make(Policy("slo", server, 22));
+  const SimResult result = Simulate(server, trace, *policy);
+  ASSERT_TRUE(result.finished);
+  int highest = 0;
+  for (const auto& [time, target] : result.targets) highest = std::max(highest, target);
+  EXPECT_GT(highest, 0);
+  EXPECT_EQ(result.targets.back().second, 0);
+  EXPECT_LT(result.targets.back().first, end + 60);
+  EXPECT_EQ(result.requests.back().level, 0);
+}
+
+TEST(PolicySimulation, WithoutLoadNobodyIsConverted) {
+  SimOptions server = Server(60000);
+  std::vector<SimRequest> trace;
+  for (int i = 0; i < 40; ++i) {
+    trace.push_back(
+        {.arrival = 60.0 * i, .prompt = i % 4 == 0 ? 6000 : 80, .reply = 60, .max_level = 22});
+  }
+  const auto policy = Make(Policy("slo", server, 22));
+  const SimResult result = Simulate(server, trace, *policy);
+  for (const SimResult::Done& r : result.requests) EXPECT_EQ(r.level, 0);
+  EXPECT_EQ(result.raises, 0);
+}
+
+}  // namespace
+}  // namespace dsla

@@ -1,0 +1,252 @@
+#include "adapt/slo_policy.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace dsla {
+namespace {
+
+// What levels can gain must be at least this share of the figure, or quality is not spent on it.
+constexpr double kWorthwhile = 0.05;
+// Of what levels can gain, so much is enough where the target itself is out of reach.
+constexpr double kMostOfGain = 0.9;
+// A fold must save at least this multiple of its own time.
+constexpr double kPayback = 1.2;
+// Estimates this near a target defer to what was measured.
+constexpr double kNearTarget = 0.5;
+// Steps from 0 to the top when measurements, not estimates, drive the target.
+constexpr int kFeedbackSteps = 8;
+
+constexpr double kNever = -std::numeric_limits<double>::infinity();
+
+// The lowest level whose figure is within `limit`; where there is none, the lowest that takes most
+// of the gain that levels offer, or 0 where that is not worth it.
+template <typename Figure>
+int LowestMeeting(int levels, double limit, Figure figure) {
+  double best = figure(0);
+  for (int k = 0; k < levels; ++k) {
+    if (figure(k) <= limit) return k;
+    best = std::min(best, figure(k));
+  }
+  const double gain = figure(0) - best;
+  if (gain < kWorthwhile * figure(0)) return 0;
+  for (int k = 0; k < levels; ++k) {
+    if (figure(k) <= figure(0) - kMostOfGain * gain) return k;
+  }
+  return levels - 1;
+}
+
+}  // namespace
+
+SloPolicy::SloPolicy(const SloOptions& options, CostModel cost, int max_level)
+    : options_(options),
+      cost_(std::move(cost)),
+      max_level_(max_level),
+      last_look_(kNever),
+      last_change_(kNever) {}
+
+LevelDecision SloPolicy::Decide(const LoadSnapshot& load) {
+  LevelDecision decision;
+  decision.target = target_;
+  const double elapsed = load.now - last_look_;
+  if (elapsed < options_.evaluate_interval) return decision;
+  // Not asked for so long: there was nothing to do.
+  if (elapsed >= options_.calm_seconds) {
+    calm_ = true;
+    calm_since_ = last_look_;
+    calm_level_ = 0;
+  }
+  fold_credit_ = std::min(options_.raise_seconds, fold_credit_ + options_.raise_share * elapsed);
+  preempted_ = std::isfinite(last_look_) && load.preemptions > preemptions_;
+  preemptions_ = load.preemptions;
+  last_look_ = load.now;
+
+  estimates_.resize(max_level_ + 1);
+  const EstimateOptions options{options_.prefill_chunk, options_.growth_tokens};
+  for (int k = 0; k <= max_level_; ++k) {
+    estimates_[k] = EstimateLoad(load, cost_, options, k, /*raise_running=*/true);
+  }
+  Want want = WantedLevel(load, 1.0);
+  ApplyFeedback(load, want);
+  MoveTarget(load, want, decision);
+  ChooseRaises(load, want, decision);
+  return decision;
+}
+
+SloPolicy::Want SloPolicy::WantedLevel(const LoadSnapshot& load, double margin) const {
+  const int levels = max_level_ + 1;
+  const double room = static_cast<double>(load.budget_bytes) * options_.memory_share * margin;
+  const auto bytes = [&](int k) { return static_cast<double>(estimates_[k].memory_bytes); };
+  Want want;
+  want.ttft =
+      LowestMeeting(levels, options_.ttft * margin, [&](int k) { return estimates_[k].ttft; });
+  want.tpot =
+      LowestMeeting(levels, options_.tpot * margin, [&](int k) { return estimates_[k].tpot; });
+  const int time = std::max(want.ttft, want.tpot);
+  want.word = want.ttft >= want.tpot ? "ttft" : "tpot";
+
+  // Where nothing fits, what comes close to the least that there is.
+  double allowed = bytes(0);
+  for (int k = 0; k < levels; ++k) allowed = std::min(allowed, bytes(k));
+  allowed = std::max(room, allowed * (1 + kWorthwhile));
+  int below = -1;
+  for (int k = 0; k < levels; ++k) {
+    if (bytes(k) > allowed) continue;
+    if (k >= time) {
+      if (k > time) want.word = "memory";
+      want.level = k;
+      return want;
+    }
+    below = k;
+  }
+  want.level = below;  // what the times ask for does not fit: some level does
+  return want;
+}
+
+// Estimates may be wrong. Where one is near its target and the measurement is over it, the target
+// goes up a step, provided that levels help at all; so it does when sequences were pre-empted.
+void SloPolicy::ApplyFeedback(const LoadSnapshot& load, Want& want) const {
+  const int step = std::max(1, max_level_ / kFeedbackSteps);
+  const int next = std::min(max_level_, target_ + step);
+  if (next <= want.level) return;
+  const LoadEstimate &here = estimates_[target_], &there = estimates_[next];
+  const auto missed = [&](double measured, double goal, double now, double then) {
+    return measured > goal && now > kNearTarget * goal && then < (1 - kWorthwhile) * now;
+  };
+  if (preempted_ && there.memory_bytes < here.memory_bytes) {
+    want.level = next;
+    want.word = "memory";
+  } else if (!load.waiting.empty() && missed(load.ttft_p95, options_.ttft, here.ttft, there.ttft)) {
+    want.level = want.ttft = next;
+    want.word = "ttft";
+  } else if (!load.running.empty() && missed(load.tpot_p95, options_.tpot, here.tpot, there.tpot)) {
+    want.level = want.tpot = next;
+    want.word = "tpot";
+  }
+}
+
+std::string SloPolicy::UpReason(const LoadSnapshot& load, const Want& want) const {
+  const LoadEstimate &from = estimates_[target_], &to = estimates_[want.level];
+  const std::string word = want.word;
+  if (word == "memory") {
+    constexpr double kMB = 1e6;
+    return fmt::format(
+        "memory: {} running, {} waiting need {:.0f} MB at level {}, {:.0f} MB at {}, budget {:.0f} "
+        "MB{}",
+        load.running.size(), load.waiting.size(), from.memory_bytes / kMB, target_,
+        to.memory_bytes / kMB, want.level, load.budget_bytes / kMB,
+        preempted_ ? ", sequences were pre-empted" : "");
+  }
+  if (word == "tpot") {
+    return fmt::format(
+        "tpot: {} running, {} waiting, {:.3f} s a token at level {}, {:.3f} s at {}, target {:.3f} "
+        "s, measured p95 {:.3f} s",
+        load.running.size(), load.waiting.size(), from.tpot, target_, to.tpot, want.level,
+        options_.tpot, load.tpot_p95);
+  }
+  return fmt::format(
+      "ttft: {} running, {} waiting, delay {:.1f} s at level {}, {:.1f} s at {}, target {:.1f} s, "
+      "measured p95 {:.1f} s",
+      load.running.size(), load.waiting.size(), from.ttft, target_, to.ttft, want.level,
+      options_.ttft, load.ttft_p95);
+}
+
+void SloPolicy::MoveTarget(const LoadSnapshot& load, const Want& want, LevelDecision& decision) {
+  const bool cool = load.now - last_change_ >= options_.up_cooldown;
+  if (want.level > target_) {
+    calm_ = false;
+    if (!cool) return;
+    decision.reason = UpReason(load, want);
+    target_ = want.level;
+  } else {
+    const int low = std::max(want.level, WantedLevel(load, options_.down_margin).level);
+    if (low >= target_) {
+      calm_ = false;
+      return;
+    }
+    if (!calm_) {
+      calm_ = true;
+      calm_since_ = load.now;
+      calm_level_ = low;
+    }
+    calm_level_ = std::max(calm_level_, low);
+    if (!cool || load.now - calm_since_ < options_.calm_seconds) return;
+    decision.reason =
+        fmt::format("calm: level {} has sufficed for {:.0f} s; {} running, {} waiting", calm_level_,
+                    load.now - calm_since_, load.running.size(), load.waiting.size());
+    target_ = calm_level_;
+    calm_ = false;
+  }
+  last_change_ = load.now;
+  decision.target = target_;
+}
+
+// The raises to the target that pay: in bytes while memory is short, otherwise in seconds.
+std::vector<SloPolicy::Candidate> SloPolicy::Candidates(const LoadSnapshot& load,
+                                                        bool memory) const {
+  std::vector<Candidate> candidates;
+  for (const SequenceLoad& s : load.running) {
+    const int to = LevelAt(s, target_);
+    if (to <= s.level || s.cached_tokens <= 0) continue;
+    const int length = s.cached_tokens + s.pending_tokens;
+    const int64_t bytes =
+        BytesAt(load, cost_.layers(), s.level, length) - BytesAt(load, cost_.layers(), to, length);
+    if (bytes <= 0) continue;  // short of its break-even length: a raise would cost memory
+    const double fold = std::max(1e-9, cost_.FoldSeconds(s.level, to, s.cached_tokens));
+    Candidate candidate{.id = s.id,
+                        .from = s.level,
+                        .to = to,
+                        .layer_seconds = fold / (to - s.level),
+                        .bytes = static_cast<double>(bytes),
+                        .value = static_cast<double>(bytes) / fold};
+    if (!memory) {
+      const int chunk = options_.prefill_chunk;
+      const int more = std::min(s.remaining_tokens, options_.growth_tokens);
+      const double saved =
+          cost_.PromptSeconds(s.level, s.pending_tokens, s.cached_tokens, chunk) -
+          cost_.PromptSeconds(to, s.pending_tokens, s.cached_tokens, chunk) +
+          more * (cost_.RowSeconds(s.level, length) - cost_.RowSeconds(to, length));
+      if (saved < kPayback * fold) continue;
+      candidate.value = saved / fold;
+    }
+    candidates.push_back(candidate);
+  }
+  std::sort(candidates.begin(), candidates.end(), [](const Candidate& a, const Candidate& b) {
+    return a.value != b.value ? a.value > b.value : a.id < b.id;
+  });
+  return candidates;
+}
+
+void SloPolicy::ChooseRaises(const LoadSnapshot& load, const Want& want, LevelDecision& decision) {
+  if (target_ == 0 || fold_credit_ <= 0) return;
+  const LoadEstimate unraised =
+      EstimateLoad(load, cost_, {options_.prefill_chunk, options_.growth_tokens}, target_,
+                   /*raise_running=*/false);
+  double excess = static_cast<double>(unraised.memory_bytes) -
+                  static_cast<double>(load.budget_bytes) * options_.memory_share;
+  const bool memory = excess > 0;
+  if (!memory && want.ttft == 0 && want.tpot == 0) return;
+  double seconds = 0, freed = 0;
+  for (const Candidate& c : Candidates(load, memory)) {
+    if (fold_credit_ <= 0 || (memory && excess <= 0)) break;
+    // As many layers as the credit pays for, one at least: a long sequence rises in several steps.
+    const int rungs = static_cast<int>(
+        std::clamp(fold_credit_ / c.layer_seconds, 1.0, static_cast<double>(c.to - c.from)));
+    const double share = static_cast<double>(rungs) / (c.to - c.from);
+    decision.raises.push_back({c.id, c.from + rungs});
+    fold_credit_ -= rungs * c.layer_seconds;
+    seconds += rungs * c.layer_seconds;
+    freed += share * c.bytes;
+    excess -= share * c.bytes;
+  }
+  if (decision.raises.empty() || !decision.reason.empty()) return;
+  decision.reason =
+      memory ? fmt::format("memory: folding {} running for {:.1f} MB, {:.0f} ms",
+                           decision.raises.size(), freed / 1e6, 1e3 * seconds)
+             : fmt::format("{}: folding {} running that save more than {:.1f} times the {:.0f} ms",
+                           want.ttft >= want.tpot ? "ttft" : "tpot", decision.raises.size(),
+                           kPayback, 1e3 * seconds);
+}
+
+}  // namespace dsla

@@ -1,0 +1,221 @@
+#include "adapt/testing/load_simulator.h"
+
+#include <algorithm>
+#include <deque>
+
+#include "adapt/load_estimate.h"
+#include "base/check.h"
+
+namespace dsla {
+namespace {
+
+constexpr double kWindow = 10;  // seconds of finished requests that the measured times cover
+constexpr double kIdleTick = 0.5;
+
+struct Sequence {
+  SequenceLoad load;
+  int reply_done = 0;
+  double first_token = -1;
+  double last_token = 0;
+};
+
+double Percentile95(std::vector<double> values) {
+  if (values.empty()) return 0;
+  std::sort(values.begin(), values.end());
+  return values[(values.size() - 1) * 95 / 100];
+}
+
+class Simulator {
+ public:
+  Simulator(const SimOptions& options, const std::vector<SimRequest>& trace, LevelPolicy& policy,
+            const SimObserver& observer)
+      : o_(options), trace_(trace), policy_(policy), observer_(observer) {
+    result_.requests.resize(trace.size());
+  }
+
+  SimResult Run() {
+    for (int64_t step = 0; step < o_.max_steps; ++step) {
+      Arrive();
+      const LoadSnapshot snapshot = Snapshot();
+      const LevelDecision decision = policy_.Decide(snapshot);
+      if (observer_) observer_(snapshot, decision);
+      if (result_.targets.empty() || decision.target != result_.targets.back().second) {
+        result_.targets.push_back({now_, decision.target});
+      }
+      target_ = decision.target;
+      Raise(decision);
+      Admit();
+      if (running_.empty()) {
+        DSLA_CHECK(waiting_.empty());  // an empty server admits any request that fits alone
+        if (next_ == trace_.size() && now_ >= o_.end) break;
+        const double tick = now_ + kIdleTick;
+        now_ = next_ < trace_.size() ? std::min(tick, std::max(now_, trace_[next_].arrival)) : tick;
+        continue;
+      }
+      Step();
+    }
+    result_.finished = done_ == trace_.size();
+    result_.end = now_;
+    return result_;
+  }
+
+ private:
+  int layers() const { return o_.cost.layers(); }
+
+  int64_t Bytes(const SequenceLoad& s, int64_t tokens) const {
+    return BytesAt(Geometry(), layers(), s.level, tokens);
+  }
+  LoadSnapshot Geometry() const {
+    LoadSnapshot g;
+    g.page_bytes = o_.page_bytes;
+    g.slot_bytes = o_.slot_bytes;
+    g.page_size = o_.page_size;
+    return g;
+  }
+  int64_t Used() const {
+    int64_t bytes = 0;
+    for (const Sequence& s : running_) bytes += Bytes(s.load, s.load.cached_tokens + 1);
+    return bytes;
+  }
+
+  void Arrive() {
+    for (; next_ < trace_.size() && trace_[next_].arrival <= now_; ++next_) {
+      const SimRequest& r = trace_[next_];
+      waiting_.push_back({.load = {.id = static_cast<int64_t>(next_),
+                                   .cached_tokens = 0,
+                                   .pending_tokens = r.prompt,
+                                   .remaining_tokens = r.reply,
+                                   .level = 0,
+                                   .max_level = r.max_level,
+                                   .arrival = r.arrival}});
+    }
+  }
+
+  LoadSnapshot Snapshot() {
+    LoadSnapshot s = Geometry();
+    s.now = now_;
+    for (const Sequence& q : running_) s.running.push_back(q.load);
+    for (const Sequence& q : waiting_) s.waiting.push_back(q.load);
+    s.budget_bytes = o_.budget_bytes;
+    s.used_bytes = Used();
+    const auto recent = [&](std::deque<std::pair<double, double>>& values) {
+      while (!values.empty() && values.front().first < now_ - kWindow) values.pop_front();
+      std::vector<double> out;
+      for (const auto& [time, value] : values) out.push_back(value);
+      return Percentile95(std::move(out));
+    };
+    s.ttft_p95 = recent(ttft_);
+    s.tpot_p95 = recent(tpot_);
+    s.preemptions = result_.preemptions;
+    return s;
+  }
+
+  void Raise(const LevelDecision& decision) {
+    for (const LevelDecision::Raise& raise : decision.raises) {
+      const auto s = std::find_if(running_.begin(), running_.end(),
+                                  [&](const Sequence& q) { return q.load.id == raise.id; });
+      DSLA_CHECK(s != running_.end());
+      const double seconds = o_.cost.FoldSeconds(s->load.level, raise.level, s->load.cached_tokens);
+      now_ += seconds;
+      result_.fold_seconds += seconds;
+      ++result_.raises;
+      s->load.level = raise.level;
+    }
+  }
+
+  void Admit() {
+    while (!waiting_.empty() && static_cast<int>(running_.size()) < o_.max_running) {
+      Sequence s = waiting_.front();
+      s.load.level = LevelAt(s.load, target_);
+      const int64_t need = Bytes(s.load, s.load.pending_tokens + 1);
+      if (!running_.empty() && Committed() + need > o_.budget_bytes) return;
+      waiting_.pop_front();
+      running_.push_back(s);
+    }
+  }
+
+  // What those running hold once their prompts are through.
+  int64_t Committed() const {
+    int64_t bytes = 0;
+    for (const Sequence& s : running_) {
+      bytes += Bytes(s.load, s.load.cached_tokens + s.load.pending_tokens + 1);
+    }
+    return bytes;
+  }
+
+  // One decode row for each that can, prompt tokens up to the chunk, oldest first.
+  void Step() {
+    // The newest goes back to the queue while the step does not fit.
+    while (running_.size() > 1 && Used() > o_.budget_bytes) {
+      Sequence s = running_.back();
+      running_.pop_back();
+      s.load.pending_tokens += s.load.cached_tokens;
+      s.load.cached_tokens = 0;
+      waiting_.push_front(s);
+      ++result_.preemptions;
+    }
+    double seconds = o_.cost.step_seconds();
+    int left = o_.chunk;
+    std::vector<int> takes(running_.size(), 0);
+    for (size_t i = 0; i < running_.size(); ++i) {
+      const SequenceLoad& s = running_[i].load;
+      if (s.pending_tokens == 0) {
+        seconds += o_.cost.RowSeconds(s.level, s.cached_tokens);
+      } else if (left > 0) {
+        takes[i] = std::min(left, s.pending_tokens);
+        left -= takes[i];
+        seconds += o_.cost.PrefillSeconds(s.level, takes[i], s.cached_tokens) -
+                   o_.cost.PrefillSeconds(s.level, 0, 0);
+      }
+    }
+    now_ += std::max(seconds, 1e-6);
+    for (size_t i = 0; i < running_.size(); ++i) Advance(running_[i], takes[i]);
+    std::erase_if(running_, [&](const Sequence& s) {
+      return s.first_token >= 0 && s.load.remaining_tokens == 0;
+    });
+  }
+
+  void Advance(Sequence& s, int take) {
+    if (s.load.pending_tokens > 0) {
+      s.load.pending_tokens -= take;
+      s.load.cached_tokens += take;
+      if (s.load.pending_tokens > 0) return;
+    } else {
+      ++s.load.cached_tokens;
+    }
+    SimResult::Done& done = result_.requests[s.load.id];
+    if (s.first_token < 0) {
+      s.first_token = now_;
+      done.ttft = now_ - s.load.arrival;
+      ttft_.push_back({now_, done.ttft});
+    } else {
+      tpot_.push_back({now_, now_ - s.last_token});
+    }
+    s.last_token = now_;
+    if (--s.load.remaining_tokens > 0) return;
+    done.end = now_;
+    done.level = s.load.level;
+    ++done_;
+  }
+
+  const SimOptions& o_;
+  const std::vector<SimRequest>& trace_;
+  LevelPolicy& policy_;
+  const SimObserver& observer_;
+  SimResult result_;
+  double now_ = 0;
+  int target_ = 0;
+  size_t next_ = 0, done_ = 0;
+  std::deque<Sequence> waiting_;
+  std::vector<Sequence> running_;
+  std::deque<std::pair<double, double>> ttft_, tpot_;
+};
+
+}  // namespace
+
+SimResult Simulate(const SimOptions& options, const std::vector<SimRequest>& trace,
+                   LevelPolicy& policy, const SimObserver& observer) {
+  return Simulator(options, trace, policy, observer).Run();
+}
+
+}  // namespace dsla

@@ -1,0 +1,178 @@
+#include "server/dsla_state.h"
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+
+#include "format/json.h"
+
+namespace dsla {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+constexpr int kMaxDepth = 4;
+
+Expected<int> ParseLevel(const nlohmann::json& value, const char* field, int highest) {
+  if (!value.is_number_integer() || value < 0 || value > highest) {
+    return InvalidArgument("'{}' must be a whole number from 0 to {}", field, highest);
+  }
+  return value.get<int>();
+}
+
+// By layer: what it is for a sequence that starts at `level`.
+Json KindsAt(const LadderInfo& ladder, int level) {
+  Json kinds(std::vector<std::string>(ladder.ladder.size(), "softmax"));
+  for (int rank = 0; rank < std::min<int>(level, ladder.ladder.size()); ++rank) {
+    kinds[ladder.ladder[rank]] = "dsla";
+  }
+  return kinds;
+}
+
+Json ControllerJson(const EngineState& state, const PolicyOptions& options) {
+  Json json{{"policy", state.policy},
+            {"target_level", state.target_level},
+            {"max_level", state.max_level}};
+  if (state.policy == "fixed") json["fixed_level"] = options.fixed_level;
+  if (state.policy == "slo") {
+    json["slo"] = {{"ttft_seconds", options.slo.ttft},
+                   {"tpot_seconds", options.slo.tpot},
+                   {"cooldown_seconds", options.slo.up_cooldown},
+                   {"calm_seconds", options.slo.calm_seconds}};
+  }
+  if (state.policy == "paper") {
+    json["paper"] = {{"queue", options.paper.queue},
+                     {"prompt_tokens", options.paper.prompt_tokens},
+                     {"cooldown_seconds", options.paper.cooldown},
+                     {"max_share", options.paper.max_share},
+                     {"raise_running", options.paper.raise_running}};
+  }
+  return json;
+}
+
+Json EventsJson(const EngineState& state) {
+  Json events = Json::array();
+  for (const LevelEvent& event : state.events) {
+    Json json{{"age_seconds", std::max(0.0, state.now - event.time)},
+              {"scope", event.request_id.empty() ? "target" : "sequence"},
+              {"request_id", nullptr},
+              {"position", nullptr},
+              {"from", event.from},
+              {"to", event.to},
+              {"seconds", event.seconds},
+              {"reason", event.reason}};
+    if (!event.request_id.empty()) {
+      json["request_id"] = event.request_id;
+      json["position"] = event.position;
+    }
+    events.push_back(std::move(json));
+  }
+  return events;
+}
+
+}  // namespace
+
+Expected<DslaCommand> ParseDslaCommand(std::string_view body, const LadderInfo& ladder) {
+  const Expected<nlohmann::json> json = ParseJson(body, "the request's body", kMaxDepth);
+  if (!json.ok()) return InvalidArgument("{}", json.status().message());
+  if (!json->is_object()) return InvalidArgument("the request's body must be a JSON object");
+  DslaCommand command;
+  for (const auto& [key, value] : json->items()) {
+    if (key == "policy") {
+      if (value != "slo" && value != "paper" && value != "fixed") {
+        return InvalidArgument("'policy' must be \"slo\", \"paper\" or \"fixed\"");
+      }
+      command.policy = value.get<std::string>();
+    } else if (key == "level") {
+      DSLA_ASSIGN_OR_RETURN(command.level, ParseLevel(value, "level", ladder.max_level));
+    } else if (key == "max_level") {
+      DSLA_ASSIGN_OR_RETURN(command.max_level, ParseLevel(value, "max_level", ladder.max_level));
+    } else {
+      return InvalidArgument("'{}' is not known: there are 'policy', 'level' and 'max_level'",
+                             Printable(key));
+    }
+  }
+  if (!command.policy && !command.level && !command.max_level) {
+    return InvalidArgument("nothing to change: name 'policy', 'level' or 'max_level'");
+  }
+  if (command.level && command.policy && *command.policy != "fixed") {
+    return InvalidArgument("'level' goes with the policy \"fixed\", not \"{}\"", *command.policy);
+  }
+  return command;
+}
+
+DslaControl::DslaControl(Engine* engine, LadderInfo ladder, PolicyOptions options)
+    : engine_(engine), ladder_(std::move(ladder)), options_(std::move(options)) {}
+
+PolicyOptions DslaControl::options() const {
+  const std::lock_guard lock(mutex_);
+  return options_;
+}
+
+std::string DslaControl::StateJson() const {
+  return DslaStateJson(engine_->state(), ladder_, options());
+}
+
+Status DslaControl::Apply(const DslaCommand& command) {
+  const std::lock_guard lock(mutex_);
+  PolicyOptions options = options_;
+  if (command.max_level) options.max_level = *command.max_level;
+  if (command.policy || command.level) options.policy = command.policy.value_or("fixed");
+  if (command.level) {
+    options.fixed_level = *command.level;
+  } else if (options.policy == "fixed" && options_.policy != "fixed") {
+    // Stays where it is.
+    options.fixed_level = std::min(engine_->state().target_level, options.max_level);
+  }
+  DSLA_ASSIGN_OR_RETURN(std::unique_ptr<LevelPolicy> policy, MakePolicy(options));
+  engine_->SetMaxLevel(options.max_level);
+  engine_->SetPolicy(std::move(policy));
+  options_ = std::move(options);
+  return Status::Ok();
+}
+
+std::string DslaStateJson(const EngineState& state, const LadderInfo& ladder,
+                          const PolicyOptions& options) {
+  const Json json{
+      {"model", ladder.model},
+      {"adapter", ladder.adapter},
+      {"idle", state.idle},
+      {"draining", state.draining},
+      {"seconds_since_progress", state.idle ? 0 : std::max(0.0, state.now - state.last_progress)},
+      {"ladder",
+       {{"layers", ladder.ladder},
+        {"top_level", ladder.top_level},
+        {"max_level", ladder.max_level}}},
+      {"controller", ControllerJson(state, options)},
+      {"kinds_at_target", KindsAt(ladder, state.target_level)},
+      {"running", {{"count", state.running}, {"by_level", state.rows_per_level}}},
+      {"queue",
+       {{"requests", state.queued},
+        {"tokens", state.queued_tokens},
+        {"oldest_wait_seconds", state.oldest_wait_seconds}}},
+      {"memory",
+       {{"budget_bytes", state.budget_bytes},
+        {"page_bytes", state.page_bytes},
+        {"state_bytes", state.state_bytes},
+        {"prefix_cache_bytes", state.prefix_cache_bytes}}},
+      {"throughput",
+       {{"prefill_tokens_per_second", state.prefill_tokens_per_second},
+        {"decode_tokens_per_second", state.decode_tokens_per_second}}},
+      {"totals",
+       {{"steps", state.steps},
+        {"busy_seconds", state.busy_seconds},
+        {"model_seconds", state.model_seconds},
+        {"prompt_tokens", state.prompt_tokens},
+        {"cached_tokens", state.cached_tokens},
+        {"prefill_tokens", state.prefill_tokens},
+        {"generated_tokens", state.generated_tokens},
+        {"finished", state.finished},
+        {"preemptions", state.preemptions},
+        {"raises", state.raises},
+        {"target_changes", state.target_changes},
+        {"numerical_errors", state.numerical_errors}}},
+      {"events", EventsJson(state)}};
+  // A request's id comes from its client: what is not UTF-8 is replaced.
+  return json.dump(-1, ' ', false, Json::error_handler_t::replace);
+}
+
+}  // namespace dsla

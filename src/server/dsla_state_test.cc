@@ -1,0 +1,177 @@
+#include "server/dsla_state.h"
+
+#include <gmock/gmock.h>
+
+#include <nlohmann/json.hpp>
+
+namespace dsla {
+namespace {
+
+using testing::HasSubstr;
+
+class FakeEngine final : public Engine {
+ public:
+  std::optional<Rejection> Submit(Request, std::shared_ptr<RequestSink>) override { return {}; }
+  void Cancel(const std::string&) override {}
+  EngineState state() const override { return state_; }
+  void SetFinishObserver(FinishObserver) override {}
+  void SetPolicy(std::unique_ptr<LevelPolicy> policy) override { policy_ = std::move(policy); }
+  void SetMaxLevel(int level) override { state_.max_level = level; }
+  void Drain() override {}
+
+  EngineState state_;
+  std::unique_ptr<LevelPolicy> policy_;
+};
+
+LadderInfo SomeLadder() {
+  return {.model = "m", .adapter = "a", .ladder = {2, 0, 3, 1}, .top_level = 3, .max_level = 4};
+}
+
+PolicyOptions SomeOptions() {
+  PolicyOptions options;
+  options.policy = "slo";
+  options.layers = 4;
+  options.max_level = 3;
+  options.cost = CostModel::FromCoefficients(4, {1e-3, 1e-5, 1e-5, 1e-9}, {1e-3, 1e-5, 1e-5, 1e-9},
+                                             {1e-3, 1e-6});
+  return options;
+}
+
+Status ParseError(std::string_view body) { return ParseDslaCommand(body, SomeLadder()).status(); }
+
+TEST(DslaCommand, Reads) {
+  const auto all = ParseDslaCommand(R"({"policy":"fixed","level":2,"max_level":4})", SomeLadder());
+  ASSERT_TRUE(all.ok());
+  EXPECT_EQ(all->policy, "fixed");
+  EXPECT_EQ(all->level, 2);
+  EXPECT_EQ(all->max_level, 4);
+  const auto one = ParseDslaCommand(R"({"max_level":0})", SomeLadder());
+  ASSERT_TRUE(one.ok());
+  EXPECT_FALSE(one->policy || one->level);
+}
+
+TEST(DslaCommand, RefusesWithTheFieldsName) {
+  const std::pair<const char*, const char*> cases[] = {
+      {"", "request's body"},
+      {"[1]", "object"},
+      {R"({"policy":"slo")", "request's body"},
+      {"{}", "nothing to change"},
+      {R"({"policy":"best"})", "'policy' must be"},
+      {R"({"policy":1})", "'policy' must be"},
+      {R"({"level":5})", "'level' must be a whole number from 0 to 4"},
+      {R"({"level":-1})", "'level'"},
+      {R"({"level":1.5})", "'level'"},
+      {R"({"level":"2"})", "'level'"},
+      {R"({"level":18446744073709551615})", "'level'"},
+      {R"({"max_level":99999999999})", "'max_level'"},
+      {R"({"level":1,"policy":"slo"})", "'level' goes with"},
+      {R"({"levle":1})", "'levle' is not known"},
+      {R"({"level":1,"level":2})", "level"},
+  };
+  for (const auto& [body, message] : cases) {
+    const Status status = ParseError(body);
+    EXPECT_EQ(status.code(), StatusCode::kInvalidArgument) << body;
+    EXPECT_THAT(status.message(), HasSubstr(message)) << body;
+    EXPECT_EQ(status.message().find('\n'), std::string::npos) << body;
+  }
+}
+
+TEST(DslaControl, AppliesAndKeepsTheRest) {
+  FakeEngine engine;
+  PolicyOptions options = SomeOptions();
+  options.slo.ttft = 7;
+  DslaControl control(&engine, SomeLadder(), options);
+
+  ASSERT_TRUE(control.Apply({.policy = "fixed", .level = 2, .max_level = {}}).ok());
+  ASSERT_NE(engine.policy_, nullptr);
+  EXPECT_STREQ(engine.policy_->name(), "fixed");
+  EXPECT_EQ(engine.policy_->Decide({}).target, 2);
+  EXPECT_EQ(engine.state_.max_level, 3);
+
+  ASSERT_TRUE(control.Apply({.policy = "slo", .level = {}, .max_level = 4}).ok());
+  EXPECT_STREQ(engine.policy_->name(), "slo");
+  EXPECT_EQ(engine.state_.max_level, 4);
+  EXPECT_EQ(control.options().slo.ttft, 7);
+
+  engine.state_.target_level = 3;
+  ASSERT_TRUE(control.Apply({.policy = "fixed", .level = {}, .max_level = {}}).ok());
+  EXPECT_EQ(engine.policy_->Decide({}).target, 3);  // where it stood
+}
+
+TEST(DslaControl, ARefusalChangesNothing) {
+  FakeEngine engine;
+  DslaControl control(&engine, SomeLadder(), SomeOptions());
+  const Status status = control.Apply({.policy = {}, .level = 4, .max_level = {}});
+  EXPECT_THAT(status.message(), HasSubstr("fixed level 4"));
+  EXPECT_EQ(engine.policy_, nullptr);
+  EXPECT_EQ(control.options().policy, "slo");
+
+  PolicyOptions uncalibrated = SomeOptions();
+  uncalibrated.policy = "fixed";
+  uncalibrated.cost = {};
+  DslaControl other(&engine, SomeLadder(), uncalibrated);
+  EXPECT_THAT(other.Apply({.policy = "slo", .level = {}, .max_level = {}}).message(),
+              HasSubstr("no cost model"));
+}
+
+TEST(DslaState, SaysWhatTheEngineIsDoing) {
+  EngineState s;
+  s.now = 50;
+  s.last_progress = 49;
+  s.idle = false;
+  s.policy = "slo";
+  s.target_level = 2;
+  s.max_level = 3;
+  s.rows_per_level = {1, 0, 5, 0, 0};
+  s.running = 6;
+  s.queued = 9;
+  s.page_bytes = 123;
+  s.decode_tokens_per_second = 55.5;
+  LevelEvent target;
+  target.time = 40;
+  target.to = 2;
+  target.reason = "ttft: 9 waiting";
+  LevelEvent raise = target;
+  raise.request_id = "r\xff";  // not UTF-8
+  raise.position = 77;
+  raise.seconds = 0.5;
+  s.events = {target, raise};
+
+  const auto json = nlohmann::json::parse(DslaStateJson(s, SomeLadder(), SomeOptions()));
+  EXPECT_EQ(json["ladder"]["layers"], (std::vector<int>{2, 0, 3, 1}));
+  EXPECT_EQ(json["ladder"]["top_level"], 3);
+  EXPECT_EQ(json["kinds_at_target"],
+            (std::vector<std::string>{"dsla", "softmax", "dsla", "softmax"}));
+  EXPECT_EQ(json["controller"]["policy"], "slo");
+  EXPECT_EQ(json["controller"]["target_level"], 2);
+  EXPECT_EQ(json["controller"]["slo"]["ttft_seconds"], 2.0);
+  EXPECT_FALSE(json["controller"].contains("paper"));
+  EXPECT_EQ(json["running"]["by_level"], s.rows_per_level);
+  EXPECT_EQ(json["queue"]["requests"], 9);
+  EXPECT_EQ(json["memory"]["page_bytes"], 123);
+  EXPECT_EQ(json["throughput"]["decode_tokens_per_second"], 55.5);
+  EXPECT_EQ(json["seconds_since_progress"], 1.0);
+  ASSERT_EQ(json["events"].size(), 2u);
+  EXPECT_EQ(json["events"][0]["age_seconds"], 10.0);
+  EXPECT_EQ(json["events"][0]["scope"], "target");
+  EXPECT_TRUE(json["events"][0]["request_id"].is_null());
+  EXPECT_EQ(json["events"][0]["reason"], "ttft: 9 waiting");
+  EXPECT_EQ(json["events"][1]["scope"], "sequence");
+  EXPECT_EQ(json["events"][1]["request_id"], "r\xef\xbf\xbd");
+  EXPECT_EQ(json["events"][1]["position"], 77);
+}
+
+TEST(DslaState, WithoutAnAdapter) {
+  PolicyOptions options;
+  options.policy = "fixed";
+  EngineState state;
+  state.policy = "fixed";
+  LadderInfo ladder{.model = "m", .adapter = "", .ladder = {0, 1}, .top_level = 0, .max_level = 0};
+  const auto json = nlohmann::json::parse(DslaStateJson(state, ladder, options));
+  EXPECT_EQ(json["kinds_at_target"], (std::vector<std::string>{"softmax", "softmax"}));
+  EXPECT_EQ(json["controller"]["fixed_level"], 0);
+  EXPECT_TRUE(json["events"].is_array());
+}
+
+}  // namespace
+}  // namespace dsla
