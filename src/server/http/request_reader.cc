@@ -147,6 +147,9 @@ RequestReader::Event RequestReader::Impl::TakeHead() {
   const size_t lengths = headers.Count("Content-Length");
   const size_t encodings = headers.Count("Transfer-Encoding");
   if (lengths + encodings > 1 || (http10 && encodings > 0)) return Fail(MalformedRequestError());
+  const std::string_view length = headers.Get("Content-Length");
+  if (lengths == 1 && length.find_first_not_of("0123456789") != std::string_view::npos)
+    return Fail(MalformedRequestError());  // also "2, 2"
   if (encodings == 1 && !EqualsIgnoreCase(headers.Get("Transfer-Encoding"), "chunked"))
     return Fail(MalformedRequestError());
   if (headers.Count("Host") > 1 || (!http10 && headers.Count("Host") == 0))

@@ -1,0 +1,256 @@
+// Bad inputs of the transport: each gets the stated answer, and the connection an end.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+
+#include "base/clock.h"
+#include "server/http/testing/raw_client.h"
+#include "server/http/testing/test_server.h"
+
+namespace dsla {
+namespace {
+
+using testing::Get;
+using testing::PostJson;
+using testing::RawClient;
+using testing::RawResponse;
+using testing::TestServer;
+
+std::string Code(const RawResponse& response) {
+  const auto body = nlohmann::json::parse(response.body, nullptr, /*allow_exceptions=*/false);
+  if (!body.is_object() || !body.contains("error")) return "no error: " + response.body;
+  const auto& error = body["error"];
+  for (const char* field : {"message", "type", "param", "code"}) {
+    if (!error.contains(field)) return std::string("no field ") + field;
+  }
+  return error["code"].is_string() ? error["code"].get<std::string>() : "null";
+}
+
+void ExpectRefused(const RawResponse& response, int status, const std::string& code) {
+  EXPECT_EQ(response.status, status) << response.body;
+  EXPECT_TRUE(response.complete);
+  EXPECT_EQ(Code(response), code);
+  EXPECT_EQ(response.headers.Get("Content-Type"), "application/json");
+}
+
+HttpServerOptions SmallLimits() {
+  HttpServerOptions options = TestServer::DefaultOptions();
+  options.limits.body_bytes = 1000;
+  return options;
+}
+
+TEST(LimitsTest, BodyOverTheLimitByItsLength) {
+  TestServer server(SmallLimits());
+  RawClient client(server.port());
+  const RawResponse response = client.Call(
+      "POST /echo HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n"
+      "Content-Length: 1001\r\n\r\n");
+  ExpectRefused(response, 413, "request_too_large");
+  EXPECT_EQ(response.headers.Get("Connection"), "close");
+  EXPECT_TRUE(client.ClosedWithin(10));
+
+  RawClient fits(server.port());
+  EXPECT_EQ(fits.Call(PostJson("/echo", std::string(1000, ' '))).status, 200);
+}
+
+TEST(LimitsTest, BodyOverTheLimitByChunks) {
+  TestServer server(SmallLimits());
+  RawClient client(server.port());
+  client.Send(
+      "POST /echo HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n"
+      "Transfer-Encoding: chunked\r\n\r\n");
+  const std::string chunk = "100\r\n" + std::string(256, 'x') + "\r\n";
+  // The server answers at the fourth chunk and closes some time after, whatever still comes.
+  for (int i = 0; i < 4; ++i) ASSERT_TRUE(client.Send(chunk));
+  ExpectRefused(client.Read(), 413, "request_too_large");
+  EXPECT_TRUE(client.ClosedWithin(10));
+}
+
+TEST(LimitsTest, OneChunkThatClaimsTooMuch) {
+  TestServer server(SmallLimits());
+  for (const char* size : {"fffffffffffffff", "7fffffffffffffff"}) {
+    RawClient client(server.port());
+    ExpectRefused(client.Call("POST /echo HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n"
+                              "Transfer-Encoding: chunked\r\n\r\n" +
+                              std::string(size) + "\r\n"),
+                  413, "request_too_large");
+  }
+}
+
+TEST(LimitsTest, HeadersTooLarge) {
+  TestServer server;
+  RawClient client(server.port());
+  ExpectRefused(client.Call(Get("/open", "X-Long: " + std::string(17 << 10, 'a') + "\r\n")), 431,
+                "headers_too_large");
+  EXPECT_TRUE(client.ClosedWithin(10));
+
+  RawClient many(server.port());
+  std::string headers;
+  for (int i = 0; i < 3000; ++i) headers += "X: y\r\n";
+  // Without its end, as a flood would come.
+  ExpectRefused(many.Call("GET /open HTTP/1.1\r\n" + headers), 431, "headers_too_large");
+
+  RawClient fits(server.port());
+  EXPECT_EQ(fits.Call(Get("/open", "X-Long: " + std::string(15 << 10, 'a') + "\r\n")).status, 200);
+}
+
+TEST(LimitsTest, UriTooLong) {
+  TestServer server;
+  RawClient client(server.port());
+  ExpectRefused(client.Call(Get("/" + std::string(9 << 10, 'a'))), 414, "uri_too_long");
+  EXPECT_TRUE(client.ClosedWithin(10));
+
+  RawClient endless(server.port());
+  ExpectRefused(endless.Call("GET /" + std::string(12 << 10, 'a')), 414, "uri_too_long");
+
+  RawClient fits(server.port());
+  EXPECT_EQ(fits.Call(Get("/open?" + std::string(8000, 'a'))).status, 200);
+}
+
+class MalformedTest : public ::testing::TestWithParam<std::string> {};
+
+TEST_P(MalformedTest, IsRefusedAndClosed) {
+  TestServer server;
+  RawClient client(server.port());
+  ExpectRefused(client.Call(GetParam()), 400, "malformed_request");
+  EXPECT_TRUE(client.ClosedWithin(10));
+  EXPECT_EQ(server.WaitFinished(1)[0].status, 400);
+}
+
+constexpr const char* kPost =
+    "POST /echo HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n";
+
+INSTANTIATE_TEST_SUITE_P(
+    All, MalformedTest,
+    ::testing::Values(
+        // Two lengths of one body.
+        kPost + std::string(
+                    "Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"),
+        kPost + std::string(
+                    "Transfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\n2\r\n{}\r\n0\r\n\r\n"),
+        kPost + std::string("Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}"),
+        kPost + std::string("Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}"),
+        kPost + std::string("Content-Length: 2, 2\r\n\r\n{}"),
+        kPost + std::string("Content-Length: -1\r\n\r\n"),
+        kPost + std::string("Content-Length: +2\r\n\r\n{}"),
+        kPost + std::string("Content-Length: 99999999999999999999999\r\n\r\n"),
+        kPost + std::string("Transfer-Encoding: gzip, chunked\r\n\r\n"),
+        kPost + std::string("Transfer-Encoding: identity\r\n\r\n"),
+        // Chunk sizes.
+        kPost + std::string("Transfer-Encoding: chunked\r\n\r\n-2\r\n{}\r\n"),
+        kPost + std::string("Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n"),
+        kPost + std::string("Transfer-Encoding: chunked\r\n\r\n10000000000000000\r\n"),
+        kPost + std::string("Transfer-Encoding: chunked\r\n\r\n1\r\n{}}\r\n"),
+        // Versions and lines.
+        "GET /open HTTP/1.2\r\nHost: t\r\n\r\n", "GET /open HTTP/2.0\r\nHost: t\r\n\r\n",
+        "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "GET /open HTTP/9.9\r\nHost: t\r\n\r\n",
+        "GET /open\r\nHost: t\r\n\r\n", "GET  /open HTTP/1.1\r\nHost: t\r\n\r\n",
+        "GET /open HTTP/1.1\nHost: t\n\n", "GET /open HTTP/1.1\r\nHost: t\n\r\n",
+        "GET /open HTTP/1.1\r\nHost: t\r\nX: a\rb\r\n\r\n",
+        "GET /open HTTP/1.1\r\nHost: t\r\nX: a\r\n b\r\n\r\n",  // folded
+        "GET /open HTTP/1.1\r\nHost: t\r\nX : a\r\n\r\n",
+        "GET /open HTTP/1.1\r\nHost: t\r\n: a\r\n\r\n",
+        std::string("GET /open HTTP/1.1\r\nHost: t\r\nX: \0\r\n\r\n", 42),
+        "GET /open HTTP/1.1\r\nHost: t\r\nHost: u\r\n\r\n", "GET /open HTTP/1.1\r\n\r\n",
+        "GET /%zz HTTP/1.1\r\nHost: t\r\n\r\n", "GET /a%00b HTTP/1.1\r\nHost: t\r\n\r\n",
+        "GET open HTTP/1.1\r\nHost: t\r\n\r\n", "CONNECT a:443 HTTP/1.1\r\nHost: t\r\n\r\n",
+        "\x16\x03\x01\x02\r\n\r\n"));  // TLS to a plain port
+
+HttpServerOptions ShortTimes() {
+  HttpServerOptions options = TestServer::DefaultOptions();
+  options.read_timeout = 0.3;
+  options.idle_timeout = 0.3;
+  return options;
+}
+
+TEST(TimeLimitsTest, SlowHeadGets408) {
+  TestServer server(ShortTimes());
+  RawClient client(server.port());
+  client.Send("GET /open HTTP/1.1\r\nHost:");
+  ExpectRefused(client.Read(), 408, "request_timeout");
+  EXPECT_TRUE(client.ClosedWithin(10));
+}
+
+TEST(TimeLimitsTest, SlowBodyGets408) {
+  TestServer server(ShortTimes());
+  RawClient client(server.port());
+  client.Send(std::string(kPost) + "Content-Length: 10\r\n\r\n{");
+  ExpectRefused(client.Read(), 408, "request_timeout");
+  EXPECT_TRUE(client.ClosedWithin(10));
+}
+
+TEST(TimeLimitsTest, SilentAndIdleConnectionsAreClosed) {
+  TestServer server(ShortTimes());
+  RawClient silent(server.port());
+  RawClient idle(server.port());
+  EXPECT_EQ(idle.Call(Get("/open")).status, 200);
+  EXPECT_TRUE(silent.ClosedWithin(10));
+  EXPECT_TRUE(idle.ClosedWithin(10));
+}
+
+TEST(TimeLimitsTest, SlowClientsDoNotHoldUpOthers) {
+  TestServer server;
+  std::vector<std::unique_ptr<RawClient>> slow;
+  for (int i = 0; i < 100; ++i) {
+    slow.push_back(std::make_unique<RawClient>(server.port()));
+    slow.back()->Send("GET /open HT");
+  }
+  RawClient client(server.port());
+  const double start = NowSeconds();
+  EXPECT_EQ(client.Call(Get("/open")).status, 200);
+  EXPECT_LT(NowSeconds() - start, 5);  // before any of the slow ones runs out of time
+}
+
+TEST(LimitsTest, MediaTypes) {
+  TestServer server;
+  const auto post = [&](const std::string& headers) {
+    RawClient client(server.port());
+    return client.Call("POST /echo HTTP/1.1\r\nHost: t\r\nContent-Length: 2\r\n" + headers +
+                       "\r\n{}");
+  };
+  ExpectRefused(post("Content-Type: text/plain\r\n"), 415, "unsupported_media_type");
+  ExpectRefused(post(""), 415, "unsupported_media_type");
+  ExpectRefused(post("Content-Type: application/x-www-form-urlencoded\r\n"), 415,
+                "unsupported_media_type");
+  ExpectRefused(post("Content-Type: application/json\r\nContent-Encoding: gzip\r\n"), 415,
+                "unsupported_media_type");
+  EXPECT_EQ(post("content-type: Application/JSON; charset=utf-8\r\n").status, 200);
+  EXPECT_EQ(post("Content-Type: application/json\r\nContent-Encoding: identity\r\n").status, 200);
+}
+
+TEST(LimitsTest, ExpectContinue) {
+  TestServer server(SmallLimits());
+  RawClient client(server.port());
+  client.Send(std::string(kPost) + "Content-Length: 2\r\nExpect: 100-continue\r\n\r\n");
+  EXPECT_EQ(client.Read().status, 100);
+  client.Send("{}");
+  const RawResponse response = client.Read();
+  EXPECT_EQ(response.status, 200);
+  EXPECT_EQ(response.body, "{}");
+
+  // The refusal comes instead of the 100, before any of the body.
+  RawClient large(server.port());
+  ExpectRefused(
+      large.Call(std::string(kPost) + "Content-Length: 2000\r\nExpect: 100-continue\r\n\r\n"), 413,
+      "request_too_large");
+  RawClient other(server.port());
+  ExpectRefused(other.Call(std::string(kPost) + "Content-Length: 2\r\nExpect: a-pony\r\n\r\n"), 417,
+                "expectation_failed");
+}
+
+TEST(LimitsTest, UnknownPathAndWrongMethod) {
+  TestServer server;
+  RawClient client(server.port());
+  ExpectRefused(client.Call(Get("/nothing")), 404, "unknown_path");
+  const RawResponse wrong = client.Call(Get("/echo"));
+  ExpectRefused(wrong, 405, "method_not_allowed");
+  EXPECT_EQ(wrong.headers.Get("Allow"), "POST, OPTIONS");
+  const RawResponse deleted = client.Call("DELETE /open HTTP/1.1\r\nHost: t\r\n\r\n");
+  ExpectRefused(deleted, 405, "method_not_allowed");
+  EXPECT_EQ(deleted.headers.Get("Allow"), "GET, HEAD, OPTIONS");
+  EXPECT_EQ(client.Call(Get("/open")).status, 200);  // the connection lives on
+}
+
+}  // namespace
+}  // namespace dsla
