@@ -205,7 +205,7 @@ def chat_body(model, messages, max_tokens, tier="auto"):
     }
 
 
-async def play(client, model, requests, messages_of, phase, start, tier="auto", on_done=None):
+async def play(client, model, requests, messages_of, phase, start, tier="auto", salt="", on_done=None):
     """Sends each request when it is due, whatever became of the others; returns their records in order."""
     begin = time.monotonic() - start
 
@@ -213,6 +213,8 @@ async def play(client, model, requests, messages_of, phase, start, tier="auto", 
         due = begin + request["at"]
         record = Record(kind=request["kind"], due=due, phase=phase)
         body = chat_body(model, messages_of(request), request["max_tokens"], tier)
+        if salt:
+            body["cache_salt"] = salt
         await asyncio.sleep(max(0.0, due - (time.monotonic() - start)))
         await client.stream("/v1/chat/completions", body, record, start)
         if on_done:

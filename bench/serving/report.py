@@ -87,9 +87,10 @@ ROWS = (
 )
 
 
-def table(names, all_figures, markdown=False):
-    """One column per run, the first being what the others stand beside."""
-    lines = [["", *names]] + [[title, *(cell(f) for f in all_figures)] for title, cell in ROWS]
+def table(names, all_figures, markdown=False, rows=None):
+    """One column per run, the first being what the others stand beside. rows: titles, when not all."""
+    chosen = [(title, cell) for title, cell in ROWS if rows is None or title in rows]
+    lines = [["", *names]] + [[title, *(cell(f) for f in all_figures)] for title, cell in chosen]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     out = []
     for index, line in enumerate(lines):
