@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "base/arena.h"
 #include "base/buffer.h"
 #include "base/exec.h"
 #include "base/status.h"
@@ -27,9 +28,10 @@ struct LayerWeights {
 };
 
 struct ModelWeights {
-  Linear embedding;          // [V, C], rows read one by one
-  Linear head;               // [V, C], empty when tied
-  Buffer<float> final_norm;  // [C]
+  std::unique_ptr<Arena> arena;  // where the matrices lie
+  Linear embedding;              // [V, C], rows read one by one
+  Linear head;                   // [V, C], empty when tied
+  Buffer<float> final_norm;      // [C]
   std::vector<LayerWeights> layers;
 
   const Linear& output() const { return head.empty() ? embedding : head; }
@@ -54,6 +56,7 @@ struct DslaLayer {
 
 struct BoundAdapter {
   std::shared_ptr<const Adapter> adapter;
+  std::unique_ptr<Arena> arena;  // where the matrices lie
   std::vector<DslaLayer> layers;
   int64_t slot_bytes = 0;  // of the largest layer's slot
 };

@@ -34,7 +34,7 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr int kGroup = 4;
 // Rows of K or V requested ahead of their use: with pages in any order the hardware prefetcher
 // loses the stream at each page.
-constexpr int kAhead = 16;
+constexpr int kAhead = 32;
 
 template <typename T>
 HWY_INLINE void PrefetchRow(const T* row, int D) {

@@ -46,13 +46,12 @@ int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; 
 struct Linear::Storage {
   DType dtype;
   int64_t stride;  // elements between rows
-  Buffer<bf16> w16;
-  Buffer<float> w32;
+  void* weight;    // [out, stride] of dtype, in `own` or in an arena
+  Buffer<char> own;
   Buffer<float> bias;
 
-  const void* weight() const {
-    return dtype == DType::kBF16 ? static_cast<const void*>(w16.data()) : w32.data();
-  }
+  bf16* w16() const { return static_cast<bf16*>(weight); }
+  float* w32() const { return static_cast<float*>(weight); }
   const float* bias_or_null() const { return bias.size() > 0 ? bias.data() : nullptr; }
 
   void ForwardRows(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T, int64_t in,
@@ -61,7 +60,7 @@ struct Linear::Storage {
 };
 
 Linear::Linear(std::span<const float> weight, int64_t out, int64_t in, DType dtype,
-               std::span<const float> bias)
+               std::span<const float> bias, Arena* arena)
     : storage_(std::make_unique<Storage>()), in_(in), out_(out) {
   DSLA_CHECK(in > 0 && out > 0);
   DSLA_CHECK(static_cast<int64_t>(weight.size()) == out * in);
@@ -69,18 +68,17 @@ Linear::Linear(std::span<const float> weight, int64_t out, int64_t in, DType dty
   Storage& s = *storage_;
   s.dtype = dtype;
   s.stride = RoundUp(in, kLinearPad);
-  if (dtype == DType::kBF16)
-    s.w16.Resize(out * s.stride);
-  else
-    s.w32.Resize(out * s.stride);
+  const int64_t bytes = out * s.stride * SizeOf(dtype);
+  if (arena == nullptr) s.own.Resize(bytes);
+  s.weight = arena != nullptr ? arena->Take(bytes) : s.own.data();
   for (int64_t o = 0; o < out; ++o) {
     const float* from = weight.data() + o * in;
     if (dtype == DType::kBF16) {
-      bf16* to = s.w16.data() + o * s.stride;
+      bf16* to = s.w16() + o * s.stride;
       NarrowBf16(from, to, in);
       std::fill(to + in, to + s.stride, bf16{0});
     } else {
-      float* to = s.w32.data() + o * s.stride;
+      float* to = s.w32() + o * s.stride;
       std::copy(from, from + in, to);
       std::fill(to + in, to + s.stride, 0.f);
     }
@@ -111,15 +109,19 @@ int64_t Linear::bytes() const {
 }
 
 void Linear::Forward(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T, float* y,
-                     int64_t y_stride, Accumulate accumulate) const {
+                     int64_t y_stride, Accumulate accumulate, Products products) const {
   DSLA_CHECK(!empty());
   DSLA_CHECK(ctx.workspace != nullptr);
   DSLA_CHECK(T <= 1 || (x_stride >= in_ && y_stride >= out_));
   if (T <= 0) return;
   const bool add = accumulate == Accumulate::kYes;
-  const Path path = ChoosePath(T, storage_->dtype);
+  const Path path = products == Products::kInvariant ? Path::kRows : ChoosePath(T, storage_->dtype);
   if (path == Path::kRows) {
-    storage_->ForwardRows(ctx, x, x_stride, T, in_, out_, y, y_stride, add);
+    // No more rows at a time than keep the activations in the cache.
+    for (int64_t t = 0; t < T; t += kMaxRows) {
+      storage_->ForwardRows(ctx, x + t * x_stride, x_stride, std::min(kMaxRows, T - t), in_, out_,
+                            y + t * y_stride, y_stride, add);
+    }
     return;
   }
   GemmArgs args{.x = x,
@@ -140,7 +142,7 @@ void Linear::Storage::ForwardRows(const ExecContext& ctx, const float* x, int64_
   const Workspace::Scope scope(*ctx.workspace);
   float* packed = ctx.workspace->Take<float>(T * stride);
   PackActivations(x, x_stride, T, in, stride, dtype, packed);
-  const LinearRowsArgs args{.weight = weight(),
+  const LinearRowsArgs args{.weight = weight,
                             .dtype = dtype,
                             .stride = stride,
                             .bias = bias_or_null(),
@@ -187,11 +189,11 @@ void Linear::Storage::ForwardGemm(const ExecContext& ctx, GemmArgs args, Path pa
       }
     });
     args.in = stride;
-    GemmBf16(ctx.threads, args, x16, w16.data());
+    GemmBf16(ctx.threads, args, x16, w16());
     return;
   }
   if (dtype == DType::kF32) {
-    args.w = w32.data();
+    args.w = w32();
     GemmF32(ctx.threads, args);
     return;
   }
@@ -201,7 +203,7 @@ void Linear::Storage::ForwardGemm(const ExecContext& ctx, GemmArgs args, Path pa
   for (int64_t o = 0; o < out; o += kPanelRows) {
     args.out = std::min(kPanelRows, out - o);
     ParallelRanges(ctx, args.out, 32, [&](int64_t begin, int64_t end, int) {
-      WidenBf16(w16.data() + (o + begin) * stride, panel + begin * stride, (end - begin) * stride);
+      WidenBf16(w16() + (o + begin) * stride, panel + begin * stride, (end - begin) * stride);
     });
     args.w = panel;
     args.y = y + o;
@@ -213,24 +215,24 @@ void Linear::ReadRow(int64_t i, float* out) const {
   DSLA_CHECK(i >= 0 && i < out_);
   const int64_t at = i * storage_->stride;
   if (storage_->dtype == DType::kBF16)
-    WidenBf16(storage_->w16.data() + at, out, in_);
+    WidenBf16(storage_->w16() + at, out, in_);
   else
-    std::memcpy(out, storage_->w32.data() + at, static_cast<size_t>(in_) * sizeof(float));
+    std::memcpy(out, storage_->w32() + at, static_cast<size_t>(in_) * sizeof(float));
 }
 
 LowRankDelta::LowRankDelta(std::span<const float> a, std::span<const float> b, int64_t rank,
-                           int64_t in, int64_t out, DType dtype)
-    : a_(a, rank, in, dtype), b_(b, out, rank, dtype) {}
+                           int64_t in, int64_t out, DType dtype, Arena* arena)
+    : a_(a, rank, in, dtype, {}, arena), b_(b, out, rank, dtype, {}, arena) {}
 
 void LowRankDelta::AddTo(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T,
-                         float* y, int64_t y_stride) const {
+                         float* y, int64_t y_stride, Products products) const {
   if (empty() || T <= 0) return;
   DSLA_CHECK(ctx.workspace != nullptr);
   const Workspace::Scope scope(*ctx.workspace);
   const int64_t rank = a_.out();
   float* h = ctx.workspace->Take<float>(T * rank);
-  a_.Forward(ctx, x, x_stride, T, h, rank);
-  b_.Forward(ctx, h, rank, T, y, y_stride, Accumulate::kYes);
+  a_.Forward(ctx, x, x_stride, T, h, rank, Accumulate::kNo, products);
+  b_.Forward(ctx, h, rank, T, y, y_stride, Accumulate::kYes, products);
 }
 
 }  // namespace dsla

@@ -7,6 +7,7 @@
 #include <memory>
 #include <span>
 
+#include "base/arena.h"
 #include "base/dtype.h"
 #include "base/exec.h"
 
@@ -15,17 +16,19 @@ namespace dsla {
 enum class Accumulate { kNo, kYes };
 
 // Up to this many rows, a row's result is the same bits however many others it is batched with, on
-// any number of threads. More rows may go through a GEMM, which sums in another order (and on CPUs
-// with bf16 dot products rounds activations and result to bf16), so that near-ties may fall the
-// other way.
+// any number of threads. With kFastest more rows may go through a GEMM, which sums in another order
+// (and on CPUs with bf16 dot products rounds activations and result to bf16), so that near-ties may
+// fall the other way; with kInvariant the promise holds for any number of rows.
 inline constexpr int64_t kLinearInvariantRows = 32;
+enum class Products { kFastest, kInvariant };
 
 class Linear {
  public:
   Linear();
-  // weight: [out, in] row-major, rounded to `dtype` (nearest even). bias: [out] or empty.
+  // weight: [out, in] row-major, rounded to `dtype` (nearest even). bias: [out] or empty. With an
+  // arena the stored weight lies there, and the arena must outlive it.
   Linear(std::span<const float> weight, int64_t out, int64_t in, DType dtype,
-         std::span<const float> bias = {});
+         std::span<const float> bias = {}, Arena* arena = nullptr);
   Linear(Linear&&) noexcept;
   Linear& operator=(Linear&&) noexcept;
   ~Linear();
@@ -38,7 +41,8 @@ class Linear {
   // y[t] (+)= W x[t] + b for T rows; strides in floats between rows. x and y do not overlap.
   // Sets libtorch's thread count to ctx.threads where it takes the GEMM.
   void Forward(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T, float* y,
-               int64_t y_stride, Accumulate accumulate = Accumulate::kNo) const;
+               int64_t y_stride, Accumulate accumulate = Accumulate::kNo,
+               Products products = Products::kFastest) const;
 
   // Row i of the weight as fp32: the embedding of token i. out: [in].
   void ReadRow(int64_t i, float* out) const;
@@ -54,12 +58,12 @@ class LowRankDelta {
  public:
   LowRankDelta() = default;
   LowRankDelta(std::span<const float> a, std::span<const float> b, int64_t rank, int64_t in,
-               int64_t out, DType dtype);
+               int64_t out, DType dtype, Arena* arena = nullptr);
 
   bool empty() const { return a_.empty(); }
   int64_t bytes() const { return empty() ? 0 : a_.bytes() + b_.bytes(); }
   void AddTo(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T, float* y,
-             int64_t y_stride) const;
+             int64_t y_stride, Products products = Products::kFastest) const;
 
  private:
   Linear a_, b_;

@@ -143,6 +143,35 @@ TEST(LinearTest, RowsDoNotDependOnTheBatch) {
   });
 }
 
+// So does a prompt, with invariant products: more rows than any path choice or tile.
+TEST(LinearTest, InvariantProductsDoNotDependOnTheBatch) {
+  const int64_t out = 130, in = 200, T = 200, rank = 5;
+  const std::vector<float> weight = Random(out * in, 1), x = Random(T * in, 3),
+                           a = Random(rank * in, 5), b = Random(out * rank, 6);
+  Workspace workspace;
+  for (const DType dtype : {DType::kBF16, DType::kF32}) {
+    const Linear linear(weight, out, in, dtype);
+    const LowRankDelta delta(a, b, rank, in, out, dtype);
+    const auto run = [&](int threads, int64_t rows, std::vector<float>& y) {
+      for (int64_t t = 0; t < T; t += rows) {
+        const int64_t count = std::min(rows, T - t);
+        linear.Forward({threads, &workspace}, x.data() + t * in, in, count, y.data() + t * out, out,
+                       Accumulate::kNo, Products::kInvariant);
+        delta.AddTo({threads, &workspace}, x.data() + t * in, in, count, y.data() + t * out, out,
+                    Products::kInvariant);
+      }
+    };
+    std::vector<float> alone(static_cast<size_t>(T * out));
+    run(1, 1, alone);
+    for (const int64_t rows : {int64_t{33}, int64_t{65}, int64_t{127}, T}) {
+      std::vector<float> batched(static_cast<size_t>(T * out));
+      run(2, rows, batched);
+      EXPECT_EQ(std::memcmp(alone.data(), batched.data(), batched.size() * sizeof(float)), 0)
+          << Name(dtype) << ", " << rows << " rows";
+    }
+  }
+}
+
 TEST(LinearTest, ReadRowIsTheRoundedWeight) {
   const int64_t out = 7, in = 45;
   const std::vector<float> weight = Random(out * in, 1);
