@@ -173,14 +173,19 @@ bool Scheduler::TryAdmit(Sequence& sequence) {
   const bool first = running_.empty();
   const int level = sequence.preempted_history.empty() ? StartLevel(sequence)
                                                        : sequence.preempted_history.front().level;
-  const PrefixCache::Hit hit = LookUp(sequence, level);
   const int64_t promised = PromisedBytes();
+  // No use in looking again while there is no more room than when it did not fit.
+  const int64_t room = ObtainableBytes() - promised;
+  if (!first && level == sequence.blocked_level && room <= sequence.blocked_room) return false;
+  sequence.blocked_level = level;
+  sequence.blocked_room = room;
+  const PrefixCache::Hit hit = LookUp(sequence, level);
   if (!first) {
     const int last_level =
         sequence.preempted_history.empty() ? level : sequence.preempted_history.back().level;
     const int64_t shared = (options_.layers - last_level) * int64_t{hit.tokens} /
                            options_.page_size * ledger_->config().page_bytes;
-    if (BytesAt(sequence.size(), last_level) - shared + promised > ObtainableBytes()) return false;
+    if (BytesAt(sequence.size(), last_level) - shared > room) return false;
   }
   if (!Start(sequence, level, hit)) {
     if (!first) return false;
@@ -198,6 +203,7 @@ bool Scheduler::TryAdmit(Sequence& sequence) {
     if (id >= sequence.id) break;
     ++other->overtaken;
   }
+  sequence.blocked_level = -1;
   auto node = waiting_.extract(sequence.id);
   running_.insert(std::move(node));
   return true;

@@ -29,6 +29,8 @@ struct Scheduler::Sequence {
   bool cancelled = false;  // takes effect at the commit
   int preemptions = 0;
   int overtaken = 0;
+  int blocked_level = -1;  // at which it last did not fit, and the room there was
+  int64_t blocked_room = 0;
   int cached_tokens = 0;
   int logits_done = 0;  // prompt rows whose logits were handed out
 

@@ -1,0 +1,385 @@
+#include "engine/scheduler.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <map>
+#include <memory>
+#include <numeric>
+
+#include "engine/scheduler_testing.h"
+
+namespace dsla {
+namespace {
+
+constexpr int kPage = 4;
+constexpr int kLayers = 4;
+constexpr int64_t kPageBytes = 100;
+constexpr int64_t kSlotBytes = 150;
+constexpr int64_t kTokenPages = kLayers * kPageBytes;  // of one page of tokens at level 0
+
+class SchedulerTest : public testing::Test {
+ protected:
+  void Make(int64_t budget, SchedulerOptions options = {}) {
+    options.layers = options.max_level = kLayers;
+    options.page_size = kPage;
+    if (options.top_level == 0) options.top_level = 3;
+    if (options.max_batch_tokens == 512) options.max_batch_tokens = 32;
+    if (options.snapshot_stride == 512) options.snapshot_stride = 2 * kPage;
+    ledger_ = std::make_unique<Ledger>(LedgerConfig{budget, kPageBytes, kSlotBytes});
+    model_ = std::make_unique<FakeModel>(ledger_.get(), std::vector<int>{2, 0, 3, 1}, kPage,
+                                         options.deterministic);
+    scheduler_ = std::make_unique<Scheduler>(ledger_.get(), model_.get(), options);
+  }
+
+  static SchedulerOptions NoPrefixCache() {
+    SchedulerOptions options;
+    options.prefix_cache = false;
+    return options;
+  }
+
+  // Prompts of different `text` share no prefix.
+  int64_t Add(int prompt, int max_tokens, Tier tier = Tier::kAuto, int text = 0,
+              ScheduledRequest request = {}) {
+    request.prompt.resize(prompt);
+    std::iota(request.prompt.begin(), request.prompt.end(), 1000 * text);
+    request.max_tokens = max_tokens;
+    request.tier = tier;
+    const auto tokens = request.prompt;
+    const int64_t id = scheduler_->Add(std::move(request));
+    tokens_[id] = tokens;
+    left_[id] = max_tokens;
+    return id;
+  }
+
+  // One whole step; the ends are in ended_.
+  StepPlan Step(double now = 1) {
+    StepPlan plan = scheduler_->Plan(now);
+    shapes_.clear();
+    for (auto& ended : plan.ended) ended_[ended.id] = ended;
+    std::vector<RowResult> results;
+    for (const PlannedRows& rows : plan.rows) {
+      shapes_[rows.id] = {rows.cache->length(), static_cast<int>(rows.tokens.size())};
+      model_->Forward(rows, tokens_[rows.id]);
+      RowResult result;
+      if (rows.samples) {
+        result.token = 7;
+        result.finish = --left_[rows.id] <= 0;
+        tokens_[rows.id].push_back(7);
+      }
+      results.push_back(result);
+    }
+    if (!plan.rows.empty()) {
+      for (auto& ended : scheduler_->Commit(results)) ended_[ended.id] = ended;
+    }
+    ExpectExactAccounts(*ledger_, *scheduler_);
+    return plan;
+  }
+
+  void RunUntilIdle() {
+    for (int i = 0; i < 1000 && !scheduler_->idle(); ++i) Step();
+    ASSERT_TRUE(scheduler_->idle());
+  }
+
+  using Shape = std::pair<int, int>;  // position, rows
+  std::unique_ptr<Ledger> ledger_;
+  std::unique_ptr<FakeModel> model_;
+  std::unique_ptr<Scheduler> scheduler_;
+  std::map<int64_t, std::vector<int32_t>> tokens_;
+  std::map<int64_t, int> left_;
+  std::map<int64_t, Shape> shapes_;  // of the last step, by request
+  std::map<int64_t, EndedSequence> ended_;
+};
+
+TEST_F(SchedulerTest, DecodesGoFirstAndPromptsTakeTheRestInWholePages) {
+  Make(1000 * kTokenPages);
+  const int64_t first = Add(5, 8, Tier::kAuto, 1);
+  StepPlan plan = Step();
+  EXPECT_EQ(plan.started, std::vector<int64_t>{first});
+  ASSERT_EQ(plan.rows.size(), 1u);
+  EXPECT_EQ(plan.rows[0].phase, Phase::kPrefill);
+  EXPECT_EQ(plan.rows[0].logits, RowLogits::kLast);
+  EXPECT_EQ(shapes_[first], Shape(0, 5));
+  const int64_t second = Add(40, 8, Tier::kAuto, 2);
+  plan = Step();
+  ASSERT_EQ(plan.rows.size(), 2u);
+  EXPECT_EQ(plan.rows[0].id, first);
+  EXPECT_EQ(plan.rows[0].phase, Phase::kDecode);
+  EXPECT_EQ(shapes_[first], Shape(5, 1));
+  EXPECT_EQ(plan.rows[1].logits, RowLogits::kNone);
+  EXPECT_FALSE(plan.rows[1].samples);
+  EXPECT_EQ(shapes_[second], Shape(0, 28)) << "31 rows are left, 28 are whole pages";
+  EXPECT_EQ(plan.decode_rows, 1);
+  EXPECT_EQ(plan.prefill_rows, 28);
+  plan = Step();
+  EXPECT_EQ(shapes_[second], Shape(28, 12));
+  EXPECT_TRUE(plan.rows[1].samples);
+}
+
+TEST_F(SchedulerTest, AShortPromptDoesNotWaitForALongOneNorTheOtherWayRound) {
+  Make(1000 * kTokenPages);
+  const int64_t longer = Add(100, 1, Tier::kAuto, 1);
+  std::vector<int64_t> shorter;
+  for (int i = 0; i < 6; ++i) shorter.push_back(Add(8, 1, Tier::kAuto, 2 + i));
+  Step();
+  EXPECT_EQ(shapes_[longer], Shape(0, 16)) << "half of the rows by age";
+  EXPECT_EQ(shapes_[shorter[0]], Shape(0, 8));
+  EXPECT_EQ(shapes_[shorter[1]], Shape(0, 8));
+  EXPECT_EQ(scheduler_->running(), 1);
+  Step();
+  EXPECT_EQ(shapes_[longer], Shape(16, 16));
+  Step();
+  Step();
+  EXPECT_EQ(shapes_[longer], Shape(48, 32)) << "and all of them where no other is there";
+}
+
+TEST_F(SchedulerTest, OvertakingHasABound) {
+  SchedulerOptions options = NoPrefixCache();
+  options.max_overtakes = 3;
+  Make(12 * kTokenPages, options);
+  Add(16, 30, Tier::kFull, 1);  // holds 4 pages of tokens and grows
+  Step();
+  const int64_t big = Add(32, 1, Tier::kFull, 2);  // needs 8 of the 8 that are left, and 1 promised
+  for (int i = 0; i < 6; ++i) Add(4, 1, Tier::kFull, 3 + i);
+  for (int i = 0; i < 4; ++i) Step();
+  EXPECT_EQ(scheduler_->waiting(), 4) << "three small ones passed, then the queue waited";
+  EXPECT_EQ(ended_.size(), 3u);
+  RunUntilIdle();
+  EXPECT_TRUE(ended_.at(big).status.ok());
+}
+
+TEST_F(SchedulerTest, StartLevelIsTheTargetWithinTheTiersBounds) {
+  Make(1000 * kTokenPages);
+  scheduler_->set_auto_max_level(2);
+  scheduler_->set_target_level(4);
+  ScheduledRequest exact;
+  exact.level = 1;
+  const int64_t ids[] = {Add(4, 9, Tier::kAuto, 1), Add(4, 9, Tier::kFull, 2),
+                         Add(4, 9, Tier::kEconomy, 3), Add(4, 9, Tier::kExact, 4, exact)};
+  Step();
+  EXPECT_EQ(scheduler_->level(ids[0]), 2);
+  EXPECT_EQ(scheduler_->level(ids[1]), 0);
+  EXPECT_EQ(scheduler_->level(ids[2]), 3);
+  EXPECT_EQ(scheduler_->level(ids[3]), 1);
+  EXPECT_EQ(scheduler_->rows_per_level(), (std::vector<int>{1, 1, 1, 1, 0}));
+  const LoadSnapshot load = scheduler_->Snapshot();
+  EXPECT_EQ(load.running[0].max_level, 2);
+  EXPECT_EQ(load.running[1].max_level, 0);
+  EXPECT_EQ(load.running[2].max_level, 3);
+  EXPECT_EQ(load.running[0].cached_tokens, 4);
+  EXPECT_EQ(load.running[0].pending_tokens, 0);
+  EXPECT_EQ(load.running[0].remaining_tokens, 8);
+}
+
+TEST_F(SchedulerTest, ARequestThatFitsOnlyAtAHigherLevelStartsThere) {
+  // 16 tokens: 1600 bytes at level 0, 1350 at 1, 1100 at 2.
+  Make(1200);
+  scheduler_->set_auto_max_level(4);
+  EXPECT_TRUE(scheduler_->CanEverFit(12, 5, Tier::kAuto, 0).ok());
+  const Status full = scheduler_->CanEverFit(12, 5, Tier::kFull, 0);
+  EXPECT_EQ(full.code(), StatusCode::kResourceExhausted);
+  EXPECT_EQ(full.message(),
+            "12 prompt tokens and 5 new ones need at least 1600 bytes of cache at levels 0 to 0; "
+            "the whole cache has 1200");
+  const int64_t id = Add(12, 5);
+  Step();
+  EXPECT_EQ(scheduler_->level(id), 2);
+  RunUntilIdle();
+  EXPECT_TRUE(ended_.at(id).status.ok());
+}
+
+TEST_F(SchedulerTest, IdlePrefixesGoBeforeAnybodyIsPreempted) {
+  Make(10 * kTokenPages);
+  Add(24, 1, Tier::kFull, 1);
+  Step();
+  EXPECT_EQ(ledger_->idle_bytes(), 6 * kTokenPages);
+  Add(16, 9, Tier::kFull, 2);
+  Add(16, 1, Tier::kFull, 3);
+  const StepPlan plan = Step();
+  EXPECT_EQ(plan.rows.size(), 2u);
+  EXPECT_LT(ledger_->idle_bytes(), 7 * kTokenPages);
+  RunUntilIdle();
+  EXPECT_EQ(scheduler_->preemptions(), 0);
+}
+
+TEST_F(SchedulerTest, TheNewestOfTheLowestTierIsPreemptedAndRecomputed) {
+  Make(10 * kTokenPages, NoPrefixCache());
+  const int64_t oldest = Add(4, 9, Tier::kEconomy, 1);
+  const int64_t full = Add(4, 13, Tier::kFull, 2);
+  const int64_t older_auto = Add(4, 13, Tier::kAuto, 3);
+  const int64_t newer_auto = Add(4, 13, Tier::kAuto, 4);
+  const int64_t newest = Add(4, 13, Tier::kFull, 5);
+  std::vector<int64_t> preempted;
+  while (!scheduler_->idle()) {
+    const StepPlan plan = Step();
+    preempted.insert(preempted.end(), plan.preempted.begin(), plan.preempted.end());
+  }
+  ASSERT_FALSE(preempted.empty());
+  EXPECT_EQ(preempted[0], newer_auto) << "a lower tier than the newest";
+  EXPECT_EQ(ended_.at(oldest).preemptions, 0);
+  EXPECT_EQ(ended_.at(full).preemptions, 0);
+  for (int64_t id : {oldest, full, older_auto, newer_auto, newest})
+    EXPECT_TRUE(ended_.at(id).status.ok());
+  EXPECT_GT(ended_.at(newer_auto).preemptions, 0);
+}
+
+TEST_F(SchedulerTest, ARecomputationRepeatsTheLevels) {
+  Make(8 * kTokenPages, NoPrefixCache());
+  scheduler_->set_auto_max_level(4);
+  const int64_t older = Add(4, 24, Tier::kFull, 1);
+  const int64_t newer = Add(4, 24, Tier::kAuto, 2);
+  for (int i = 0; i < 3; ++i) Step();
+  ASSERT_TRUE(scheduler_->Raise(newer, 1).ok());  // at 6 cached tokens
+  bool replaying = false;
+  while (!scheduler_->idle()) {
+    const StepPlan plan = Step();
+    if (std::ranges::find(plan.preempted, newer) != plan.preempted.end()) {
+      EXPECT_EQ(scheduler_->level(newer), 0) << "it waits";
+      const LoadSnapshot load = scheduler_->Snapshot();
+      ASSERT_EQ(load.waiting.size(), 1u);
+      EXPECT_EQ(load.waiting[0].level, 1);
+      EXPECT_EQ(load.waiting[0].max_level, 1);
+      replaying = true;
+    }
+  }
+  EXPECT_TRUE(replaying);
+  EXPECT_EQ(ended_.at(newer).levels, (LevelHistory{{0, 0}, {6, 1}}));
+  EXPECT_EQ(ended_.at(older).preemptions, 0);
+}
+
+TEST_F(SchedulerTest, WithoutProgressTheOldestFailsWithFigures) {
+  SchedulerOptions options = NoPrefixCache();
+  options.max_preemptions = 0;
+  Make(4 * kTokenPages, options);
+  const int64_t older = Add(4, 12, Tier::kFull, 1);
+  const int64_t newer = Add(4, 12, Tier::kFull, 2);
+  RunUntilIdle();
+  EXPECT_EQ(ended_.at(older).status.code(), StatusCode::kResourceExhausted);
+  EXPECT_EQ(ended_.at(older).status.message(),
+            "cache memory: no room to go on from token 8 of 9: 0 of 1600 bytes can be had, 2 "
+            "requests hold the rest and none of them can be pre-empted");
+  EXPECT_TRUE(ended_.at(newer).status.ok());
+}
+
+TEST_F(SchedulerTest, RaisesAreRefusedWhereTheyCannotBe) {
+  Make(4 * kTokenPages, NoPrefixCache());
+  scheduler_->set_auto_max_level(2);
+  const int64_t id = Add(8, 5);
+  EXPECT_EQ(scheduler_->Raise(id, 1).code(), StatusCode::kInvalidArgument) << "it waits";
+  Step();
+  EXPECT_EQ(scheduler_->Raise(id, 3).message(),
+            "request 1 cannot be raised from level 0 to 3: its highest is 2");
+  EXPECT_EQ(scheduler_->Raise(id, 0).code(), StatusCode::kInvalidArgument);
+  auto hold = ledger_->Reserve(ledger_->free_bytes() / kPageBytes, 0);
+  ASSERT_TRUE(hold.ok());
+  EXPECT_EQ(scheduler_->Raise(id, 1).message(),
+            "no room to raise request 1 from level 0 to 1: 0 bytes are free");
+  hold->Abort();
+  EXPECT_TRUE(scheduler_->Raise(id, 2).ok());
+  RunUntilIdle();
+  EXPECT_EQ(ended_.at(id).levels, (LevelHistory{{0, 0}, {8, 2}}));
+}
+
+TEST_F(SchedulerTest, ACachedPrefixIsCountedHonestlyAndFoldedToTheLevel) {
+  Make(100 * kTokenPages);
+  scheduler_->set_auto_max_level(4);
+  const int64_t first = Add(14, 1);
+  RunUntilIdle();
+  EXPECT_EQ(ended_.at(first).cached_tokens, 0);
+  const int64_t same = Add(14, 1);
+  Step();
+  EXPECT_EQ(shapes_[same], Shape(12, 2));
+  EXPECT_EQ(ended_.at(same).cached_tokens, 12);
+  scheduler_->set_target_level(2);
+  const int64_t folded = Add(20, 1);
+  Step();
+  EXPECT_EQ(shapes_[folded], Shape(12, 4)) << "up to the snapshot at 16";
+  RunUntilIdle();
+  EXPECT_EQ(ended_.at(folded).cached_tokens, 12);
+  EXPECT_EQ(ended_.at(folded).levels, (LevelHistory{{0, 0}, {12, 2}}));
+  ScheduledRequest exact;
+  exact.level = 2;
+  const int64_t alone = Add(20, 1, Tier::kExact, 0, exact);
+  RunUntilIdle();
+  EXPECT_EQ(ended_.at(alone).cached_tokens, 0) << "another history";
+  EXPECT_EQ(ended_.at(alone).levels, (LevelHistory{{0, 2}}));
+  const int64_t again = Add(21, 1);
+  RunUntilIdle();
+  EXPECT_EQ(ended_.at(again).cached_tokens, 20) << "the snapshot at the prompt's end";
+}
+
+TEST_F(SchedulerTest, PromptLogprobsReadNothingFromThePrefixCache) {
+  Make(100 * kTokenPages);
+  Add(14, 1);
+  RunUntilIdle();
+  ScheduledRequest request;
+  request.prompt_logprobs = true;
+  const int64_t id = Add(14, 0, Tier::kAuto, 0, request);
+  const StepPlan plan = Step();
+  EXPECT_EQ(shapes_[id], Shape(0, 14));
+  EXPECT_EQ(plan.rows[0].logits, RowLogits::kAll);
+  EXPECT_EQ(ended_.at(id).cached_tokens, 0);
+}
+
+TEST_F(SchedulerTest, DeterministicChunksLieAtFixedPlaces) {
+  SchedulerOptions options;
+  options.deterministic = true;
+  options.deterministic_chunk = 8;
+  Make(100 * kTokenPages, options);
+  const int64_t id = Add(19, 3, Tier::kAuto, 1);
+  for (const Shape& shape : {Shape(0, 8), Shape(8, 8), Shape(16, 3), Shape(19, 1), Shape(20, 1)}) {
+    Step();
+    EXPECT_EQ(shapes_[id], shape);
+  }
+  EXPECT_TRUE(scheduler_->idle());
+  const int64_t again = Add(19, 1, Tier::kAuto, 1);
+  Step();
+  EXPECT_EQ(shapes_[again], Shape(16, 3));
+}
+
+TEST_F(SchedulerTest, DeadlinesAndCancelsEndWaitingAndRunningRequests) {
+  SchedulerOptions options;
+  options.max_running = 1;
+  Make(100 * kTokenPages, options);
+  ScheduledRequest request;
+  request.arrival = 1;
+  request.deadline = 3;
+  const int64_t running = Add(4, 20, Tier::kAuto, 1, request);
+  request.deadline = 2;
+  const int64_t waiting = Add(4, 20, Tier::kAuto, 2, request);
+  Step(1.5);
+  EXPECT_TRUE(ended_.empty());
+  Step(2);
+  EXPECT_EQ(ended_.at(waiting).status.code(), StatusCode::kDeadlineExceeded);
+  Step(3.5);
+  EXPECT_EQ(ended_.at(running).status.message(),
+            "the deadline passed 2.500 s after arrival, with 2 of at most 20 tokens made");
+  EXPECT_TRUE(scheduler_->idle());
+
+  const int64_t third = Add(4, 20, Tier::kAuto, 3), fourth = Add(4, 20, Tier::kAuto, 4);
+  const StepPlan plan = scheduler_->Plan(4);
+  EXPECT_FALSE(scheduler_->Cancel(third).has_value()) << "its rows are in flight";
+  EXPECT_TRUE(scheduler_->Cancel(fourth).has_value());
+  model_->Forward(plan.rows[0], tokens_[third]);
+  const RowResult result{.token = 5};
+  const auto ended = scheduler_->Commit({&result, 1});
+  ASSERT_EQ(ended.size(), 1u);
+  EXPECT_EQ(ended[0].id, third);
+  EXPECT_EQ(ended[0].status.code(), StatusCode::kCancelled);
+  EXPECT_TRUE(scheduler_->idle());
+  EXPECT_TRUE(Step().rows.empty());
+}
+
+TEST_F(SchedulerTest, ClearLeavesNothingBehind) {
+  Make(100 * kTokenPages);
+  Add(30, 9, Tier::kEconomy, 1);
+  Add(30, 9, Tier::kFull, 2);
+  for (int i = 0; i < 5; ++i) Step();
+  Add(30, 9, Tier::kAuto, 3);
+  EXPECT_GT(ledger_->used_bytes(), 0);
+  EXPECT_EQ(scheduler_->Clear().size(), 3u);
+  EXPECT_EQ(ledger_->used_bytes(), 0);
+}
+
+}  // namespace
+}  // namespace dsla
