@@ -1,5 +1,5 @@
 // What the adapter's reader and writer share: the names and shapes of a layer's tensors and the
-// rules for its settings. Only adapter*.cc include it.
+// rules for its settings. Included by adapter*.cc and by the trainer, which writes adapters.
 #pragma once
 
 #include <cstddef>

@@ -1,0 +1,224 @@
+#include "distill/report.h"
+
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <optional>
+
+#include "base/mapped_file.h"
+#include "distill/files.h"
+#include "distill/plot.h"
+#include "distill/run_log.h"
+#include "format/json.h"
+
+namespace dsla {
+namespace {
+
+using nlohmann::json;
+
+// A report is written twice from the same calls: as Markdown and as HTML.
+class Document {
+ public:
+  void Title(const std::string& text) {
+    markdown_ += "# " + text + "\n\n";
+    html_ += "<h1>" + EscapeHtml(text) + "</h1>\n";
+  }
+  void Section(const std::string& text) {
+    markdown_ += "## " + text + "\n\n";
+    html_ += "<h2>" + EscapeHtml(text) + "</h2>\n";
+  }
+  void Text(const std::string& text) {
+    markdown_ += text + "\n\n";
+    html_ += "<p>" + EscapeHtml(text) + "</p>\n";
+  }
+  void Table(const std::vector<std::vector<std::string>>& rows) {
+    html_ += "<table>\n";
+    for (size_t i = 0; i < rows.size(); ++i) {
+      html_ += "<tr>";
+      markdown_ += "|";
+      for (const std::string& cell : rows[i]) {
+        markdown_ += " " + cell + " |";
+        html_ += fmt::format("<{0}>{1}</{0}>", i == 0 ? "th" : "td", EscapeHtml(cell));
+      }
+      markdown_ += "\n";
+      html_ += "</tr>\n";
+      if (i > 0) continue;
+      markdown_ += "|";
+      for (size_t c = 0; c < rows[0].size(); ++c) markdown_ += " --- |";
+      markdown_ += "\n";
+    }
+    markdown_ += "\n";
+    html_ += "</table>\n";
+  }
+  void Code(const std::string& text) {
+    markdown_ += "```\n" + text + "```\n\n";
+    html_ += "<pre>" + EscapeHtml(text) + "</pre>\n";
+  }
+  void Plot(const std::vector<PlotSeries>& series, const PlotOptions& options) {
+    html_ += LinePlot(series, options);
+  }
+
+  const std::string& markdown() const { return markdown_; }
+  std::string html(const std::string& title) const {
+    return "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>" +
+           EscapeHtml(title) +
+           "</title>\n<style>body{font:15px sans-serif;max-width:900px;margin:2em auto;padding:0 "
+           "1em}table{border-collapse:collapse;margin:1em 0}th,td{border:1px solid "
+           "#ccc;padding:3px 10px;text-align:right}pre{background:#f5f5f5;padding:1em;overflow:"
+           "auto}svg{display:block;margin:1em "
+           "0;max-width:100%;height:auto}</style></head><body>\n" +
+           html_ + "</body></html>\n";
+  }
+
+ private:
+  std::string markdown_, html_;
+};
+
+Expected<std::optional<json>> ReadIfThere(const std::string& path) {
+  if (!std::filesystem::exists(path)) return std::optional<json>();
+  DSLA_ASSIGN_OR_RETURN(const std::string text, ReadTextFile(path, 64 << 20));
+  DSLA_ASSIGN_OR_RETURN(json value, ParseJson(text, path));
+  return std::optional<json>(std::move(value));
+}
+
+void AddTraining(const std::vector<json>& log, Document& document) {
+  // A resumed run logs some steps again: the last word counts.
+  std::map<std::string, std::map<int64_t, json>> steps;
+  std::map<std::string, json> done;
+  for (const json& event : log) {
+    if (event["event"] == "step") steps[event["stage"]][event["step"]] = event;
+    if (event["event"] == "done") done[event["stage"]] = event;
+  }
+  if (steps.empty()) return;
+  document.Section("Training");
+  std::vector<std::vector<std::string>> rows = {
+      {"stage", "steps", "tokens", "time", "tokens/s", "last loss"}};
+  for (const char* stage : {"align", "chain"}) {
+    if (!steps.contains(stage)) continue;
+    PlotSeries loss{"", {}, false};
+    std::vector<double> rates;
+    for (const auto& [step, event] : steps[stage]) {
+      loss.points.emplace_back(event["tokens"].get<double>(), event["loss"].get<double>());
+      rates.push_back(event["tokens_per_second"]);
+    }
+    std::nth_element(rates.begin(), rates.begin() + static_cast<ptrdiff_t>(rates.size() / 2),
+                     rates.end());
+    const json& last = steps[stage].rbegin()->second;
+    rows.push_back(
+        {stage, fmt::format("{} of {}", last["step"].get<int64_t>(), last["steps"].get<int64_t>()),
+         fmt::format("{}", last["tokens"].get<int64_t>()),
+         done.contains(stage) ? FormatDuration(done[stage]["seconds"]) : "",
+         fmt::format("{:.0f}", rates[rates.size() / 2]),
+         fmt::format("{:.4f}", last["loss"].get<double>())});
+    document.Plot({loss},
+                  {.title = fmt::format("Loss of {}", stage),
+                   .x_label = "tokens",
+                   .y_label = std::string(stage) == "align" ? "normalised error" : "nats per token",
+                   .log_y = true});
+  }
+  document.Table(rows);
+}
+
+void AddOrder(const json& order, Document& document) {
+  document.Section("Order");
+  const std::vector<int> ladder = order["ladder"];
+  document.Text(fmt::format("Method: {}. Least sensitive first: {}.",
+                            order["method"].get<std::string>(), fmt::join(ladder, " ")));
+  if (order["single"].empty()) return;
+  PlotSeries single{"one layer alone", {}, true}, together{"the first k of the order", {}, true};
+  const std::vector<double> alone = order["single"], cost = order["cost"];
+  for (size_t l = 0; l < alone.size(); ++l) single.points.emplace_back(l, alone[l]);
+  for (size_t k = 0; k < cost.size(); ++k) together.points.emplace_back(k + 1, cost[k]);
+  document.Plot({single}, {.title = "KL of each layer converted alone",
+                           .x_label = "layer",
+                           .y_label = "nats per token",
+                           .log_y = true});
+  document.Plot({together}, {.title = "KL along the order, before the chain",
+                             .x_label = "converted layers",
+                             .y_label = "nats per token",
+                             .log_y = true});
+}
+
+void AddEvaluation(const json& evaluation, Document& document) {
+  document.Section("Evaluation");
+  document.Text(fmt::format(
+      "{} {} of {} tokens{}; KL(teacher || hybrid) in nats per token with the 95% bootstrap "
+      "interval over {}; 'switched' hands over from the teacher at token {} and stands beside the "
+      "same tokens from the start.",
+      evaluation["documents"].get<int>(),
+      evaluation["packed"].get<bool>() ? "packed sequences" : "documents",
+      evaluation["length"].get<int>(),
+      evaluation["held_out"].get<bool>() ? "" : ", which were trained on too",
+      evaluation["packed"].get<bool>() ? "sequences" : "documents",
+      evaluation["switched_at"].get<int>()));
+  std::vector<std::vector<std::string>> rows = {{"converted layers", "KL", "95%", "top-1 agreement",
+                                                 "second half, from the start",
+                                                 "second half, switched"}};
+  PlotSeries kl{"from the start", {}, true}, switched{"switched half way", {}, true};
+  for (const json& row : evaluation["levels"]) {
+    rows.push_back(
+        {fmt::format("{}", row["level"].get<int>()), fmt::format("{:.4f}", row["kl"].get<double>()),
+         fmt::format("{:.4f} to {:.4f}", row["kl_low"].get<double>(), row["kl_high"].get<double>()),
+         fmt::format("{:.3f}", row["agreement"].get<double>()),
+         fmt::format("{:.4f}", row["kl_suffix"].get<double>()),
+         fmt::format("{:.4f}", row["kl_switched"].get<double>())});
+    kl.points.emplace_back(row["level"].get<double>(), row["kl"].get<double>());
+    switched.points.emplace_back(row["level"].get<double>(), row["kl_switched"].get<double>());
+  }
+  document.Table(rows);
+  document.Plot({kl, switched}, {.title = "KL against converted layers",
+                                 .x_label = "converted layers",
+                                 .y_label = "nats per token",
+                                 .log_y = true});
+  if (evaluation["recall"].empty()) return;
+  document.Text("Recall: the share of asked tokens that are the most likely one.");
+  rows = {{"what", "tokens", "teacher"}};
+  for (const json& level : evaluation["levels"])
+    rows[0].push_back(fmt::format("level {}", level["level"].get<int>()));
+  for (const json& row : evaluation["recall"]) {
+    const int gap = row["gap"];
+    rows.push_back({row["kind"].get<std::string>() + (gap > 0 ? fmt::format(", gap {}", gap) : ""),
+                    fmt::format("{}", row["length"].get<int>()),
+                    fmt::format("{:.3f}", row["teacher"].get<double>())});
+    for (const json& level : row["levels"])
+      rows.back().push_back(fmt::format("{:.3f}", level["accuracy"].get<double>()));
+  }
+  document.Table(rows);
+}
+
+}  // namespace
+
+Status WriteReport(const std::string& folder) {
+  DSLA_ASSIGN_OR_RETURN(const std::vector<json> log, ReadLog(folder + "/log.jsonl"));
+  DSLA_ASSIGN_OR_RETURN(const auto order, ReadIfThere(folder + "/order.json"));
+  DSLA_ASSIGN_OR_RETURN(const auto evaluation, ReadIfThere(folder + "/evaluate.json"));
+  Document document;
+  const std::string title = "Distillation report";
+  document.Title(title);
+  try {
+    for (const json& event : log) {
+      if (event["event"] != "run") continue;
+      document.Text(fmt::format("Model: {} (fingerprint {}); {} trained parameters.",
+                                event["model"].get<std::string>(),
+                                event["fingerprint"].get<std::string>().substr(0, 16),
+                                event["parameters"].get<int64_t>()));
+      break;
+    }
+    if (evaluation) AddEvaluation(*evaluation, document);
+    AddTraining(log, document);
+    if (order) AddOrder(*order, document);
+  } catch (const json::exception& error) {
+    return DataLoss("'{}': {}", folder, Printable(error.what()));
+  }
+  if (const auto config = ReadTextFile(folder + "/config.toml", 1 << 20); config.ok()) {
+    document.Section("Settings");
+    document.Code(*config);
+  }
+  DSLA_RETURN_IF_ERROR(WriteFileAtomically(folder + "/report.md", document.markdown()));
+  return WriteFileAtomically(folder + "/report.html", document.html(title));
+}
+
+}  // namespace dsla

@@ -1,0 +1,107 @@
+#include "distill/torch_layers.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/rms_norm.h>
+#include <ATen/ops/scaled_dot_product_attention.h>
+#include <ATen/ops/silu.h>
+
+#include <optional>
+
+namespace dsla::distill {
+namespace {
+
+std::optional<Tensor> Given(const Tensor& x) {
+  return x.defined() ? std::optional<Tensor>(x) : std::nullopt;
+}
+
+// (b a) x: two thin products instead of one wide.
+Tensor LowRank(const Tensor& x, const Tensor& a, const Tensor& b) {
+  const at::ScalarType type = x.scalar_type();
+  return at::linear(at::linear(x, a.to(type)), b.to(type));
+}
+
+Tensor Behind(const Tensor& prefix, const Tensor& x) {
+  return prefix.defined() ? at::cat({prefix, x}, 1) : x;
+}
+
+Tensor Queries(const Teacher& teacher, const TeacherLayer& layer, const Tensor& plain,
+               const Tensor& x, const RopeTables& rope, const AdapterTensors* adapter) {
+  const ModelConfig& c = teacher.config;
+  Tensor q = plain;
+  if (adapter != nullptr && adapter->q_a.defined()) q = q + LowRank(x, adapter->q_a, adapter->q_b);
+  q = q.unflatten(2, {c.H, c.D});
+  if (layer.q_norm.defined()) q = Norm(q, layer.q_norm, c.norm_eps);
+  return DslaRope(q, rope.cos, rope.sin);
+}
+
+}  // namespace
+
+Tensor Norm(const Tensor& x, const Tensor& weight, double eps) {
+  return at::rms_norm(x, {x.size(-1)}, weight, eps);
+}
+
+Heads WithDelta(const Teacher& teacher, const TeacherLayer& layer, const Heads& heads,
+                const Tensor& x, const RopeTables& rope, const AdapterTensors& adapter) {
+  Heads result = heads;
+  result.q = Queries(teacher, layer, heads.q_plain, x, rope, &adapter);
+  return result;
+}
+
+Heads Project(const Teacher& teacher, const TeacherLayer& layer, const Tensor& x,
+              const RopeTables& rope, const AdapterTensors* adapter) {
+  const ModelConfig& c = teacher.config;
+  const int64_t q_rows = int64_t{c.H} * c.D, kv_rows = int64_t{c.Hkv} * c.D;
+  const Tensor qkv = at::linear(x, layer.qkv, Given(layer.qkv_bias));
+  Heads heads;
+  heads.q_plain = qkv.narrow(2, 0, q_rows);
+  heads.k_plain = qkv.narrow(2, q_rows, kv_rows).unflatten(2, {c.Hkv, c.D});
+  heads.v = qkv.narrow(2, q_rows + kv_rows, kv_rows).unflatten(2, {c.Hkv, c.D});
+  if (layer.k_norm.defined()) heads.k_plain = Norm(heads.k_plain, layer.k_norm, c.norm_eps);
+  heads.k = DslaRope(heads.k_plain, rope.cos, rope.sin);
+  heads.q = Queries(teacher, layer, heads.q_plain, x, rope, adapter);
+  return heads;
+}
+
+Tensor SoftmaxAttention(const Heads& heads, const Prefix& prefix) {
+  const Tensor k = Behind(prefix.k, heads.k).transpose(1, 2);
+  const Tensor v = Behind(prefix.v, heads.v).transpose(1, 2);
+  const int64_t T = heads.q.size(1), before = k.size(2) - T;
+  std::optional<Tensor> mask;
+  if (before > 0)  // the causal flag would align the corner at the start
+    mask = at::ones({T, before + T}, heads.q.options().dtype(at::kBool)).tril(before);
+  const Tensor out = at::scaled_dot_product_attention(heads.q.transpose(1, 2), k, v, mask, 0.0,
+                                                      /*is_causal=*/before == 0, std::nullopt,
+                                                      /*enable_gqa=*/true);
+  return out.transpose(1, 2).flatten(2);
+}
+
+Tensor DslaAttention(const Heads& heads, const Prefix& prefix, const Tensor& x,
+                     const AdapterTensors& adapter, const DslaLayerOptions& options) {
+  Tensor claim;
+  if (adapter.claim.defined()) {
+    claim = at::linear(x, adapter.claim.to(x.scalar_type())).to(at::kFloat) + adapter.claim_bias;
+  }
+  const Tensor out =
+      DslaLayer(heads.q, Behind(prefix.k, heads.k), Behind(prefix.k_plain, heads.k_plain),
+                Behind(prefix.v, heads.v), claim, adapter.op, options);
+  return out.to(x.scalar_type()).flatten(2);
+}
+
+Tensor OutputProjection(const TeacherLayer& layer, const Tensor& out,
+                        const AdapterTensors* adapter) {
+  const Tensor y = at::linear(out, layer.o, Given(layer.o_bias));
+  if (adapter == nullptr || !adapter->o_a.defined()) return y;
+  return y + LowRank(out, adapter->o_a, adapter->o_b);
+}
+
+Tensor MlpBlock(const Teacher& teacher, const TeacherLayer& layer, const Tensor& x) {
+  const Tensor gate_up =
+      at::linear(Norm(x, layer.mlp_norm, teacher.config.norm_eps), layer.gate_up);
+  const std::vector<Tensor> parts = gate_up.chunk(2, 2);
+  return x + at::linear(at::silu(parts[0]) * parts[1], layer.down);
+}
+
+}  // namespace dsla::distill
