@@ -1,0 +1,76 @@
+#include "server/health.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "server/http/testing/raw_client.h"
+#include "server/http/testing/test_server.h"
+
+namespace dsla {
+namespace {
+
+using testing::Get;
+using ::testing::HasSubstr;
+using testing::RawClient;
+using testing::TestServer;
+
+class StillEngine : public Engine {
+ public:
+  std::optional<Rejection> Submit(Request, std::shared_ptr<RequestSink>) override { return {}; }
+  void Cancel(const std::string&) override {}
+  EngineState state() const override { return state_; }
+  void SetFinishObserver(FinishObserver) override {}
+  void SetPolicy(std::unique_ptr<LevelPolicy>) override {}
+  void SetMaxLevel(int) override {}
+  void Drain() override {}
+
+  EngineState state_;
+};
+
+TEST(HealthTest, TellsTheTruth) {
+  StillEngine engine;
+  engine.state_.idle = true;
+  double now = 1000;
+  Health health(/*stall_seconds=*/30, [&] { return now; });
+  TestServer server;
+  auto router = std::make_shared<Router>();
+  health.AddRoutes(*router, "1.2.3");
+  server.server().SetRouter(router);
+  const auto ask = [&](const std::string& path) {
+    RawClient client(server.port());
+    return client.Call(Get(path));
+  };
+  const auto ready = [&](int status) {
+    for (const char* path : {"/health", "/ready", "/ping"})
+      EXPECT_EQ(ask(path).status, status) << path;
+  };
+  ready(503);
+  EXPECT_THAT(ask("/health").body, HasSubstr("\"loading\""));
+  EXPECT_EQ(ask("/live").status, 200);
+
+  health.SetEngine(&engine);
+  health.SetPhase(Phase::kServing);
+  ready(200);
+  EXPECT_EQ(ask("/version").body, "{\"version\":\"1.2.3\"}");
+  EXPECT_EQ(ask("/live/").status, 200);
+
+  // No progress is wrong only while there is work.
+  engine.state_.last_progress = 900;
+  ready(200);
+  engine.state_.idle = false;
+  ready(503);
+  EXPECT_THAT(ask("/health").body, HasSubstr("\"stalled\""));
+  EXPECT_THAT(ask("/health").body, HasSubstr("for 100 s"));
+  EXPECT_EQ(ask("/live").status, 503);
+  now = 925;
+  ready(200);
+
+  health.SetPhase(Phase::kDraining);
+  server.server().SetPhase(Phase::kDraining);
+  ready(503);
+  EXPECT_THAT(ask("/ready").body, HasSubstr("\"shutting_down\""));
+  EXPECT_EQ(ask("/live").status, 200);
+}
+
+}  // namespace
+}  // namespace dsla
