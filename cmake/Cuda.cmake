@@ -29,3 +29,47 @@ message(STATUS "CUDA: ${dsla_cuda_status}")
 if(DSLA_CUDA AND NOT DSLA_CUDA STREQUAL "AUTO" AND NOT DSLA_HAVE_CUDA)
   message(FATAL_ERROR "DSLA_CUDA=${DSLA_CUDA}, but ${dsla_cuda_status}")
 endif()
+
+# Real code for each of these compute capabilities; 90a also knows Hopper's own instructions. 8.0 code runs on 8.6 and 8.9.
+set(DSLA_CUDA_ARCHS 80 90a CACHE STRING "Compute capabilities to build GPU code for")
+
+# dsla_cuda_library(NAME <name> SRCS <files.cu>): the shared library dsla_<name>, with a runtime of its own linked in, so
+# that nothing of CUDA is needed to link against it or to start. No CUDA language is enabled: nvcc runs by plain commands, so
+# that configuring tries no compiler. A kernel that spills registers or uses local memory fails the build, as does every other
+# warning of ptxas (serialised wgmma is one).
+function(dsla_cuda_library)
+  cmake_parse_arguments(ARG "" "NAME" "SRCS" ${ARGN})
+  cmake_path(GET DSLA_NVCC PARENT_PATH toolkit)
+  cmake_path(GET toolkit PARENT_PATH toolkit)
+  set(flags -std=c++20 -O3 -I${PROJECT_SOURCE_DIR}/src --expt-relaxed-constexpr -Xcompiler=-fPIC,-Wall,-Wextra,-Werror,-fvisibility=hidden
+      -Xptxas=--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error --Werror=all-warnings)
+  if(NOT CMAKE_BUILD_TYPE STREQUAL "Debug")
+    list(APPEND flags -DNDEBUG)
+  endif()
+  foreach(arch ${DSLA_CUDA_ARCHS})
+    list(APPEND flags -gencode=arch=compute_${arch},code=sm_${arch})
+  endforeach()
+  set(objects)
+  foreach(source ${ARG_SRCS})
+    set(object ${CMAKE_CURRENT_BINARY_DIR}/${source}.o)
+    add_custom_command(OUTPUT ${object} DEPFILE ${object}.d
+      COMMAND ${CMAKE_CXX_COMPILER_LAUNCHER} ${DSLA_NVCC} ${flags} -MD -MF ${object}.d -MT ${object} -c ${CMAKE_CURRENT_SOURCE_DIR}/${source} -o ${object}
+      DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/${source} COMMENT "nvcc ${source}" VERBATIM)
+    list(APPEND objects ${object})
+  endforeach()
+  add_library(dsla_${ARG_NAME} SHARED ${objects})
+  set_target_properties(dsla_${ARG_NAME} PROPERTIES LINKER_LANGUAGE CXX)
+  target_include_directories(dsla_${ARG_NAME} PUBLIC ${PROJECT_SOURCE_DIR}/src)
+  # Its symbols stay inside: a program may have another runtime.
+  target_link_libraries(dsla_${ARG_NAME} PRIVATE ${toolkit}/lib64/libcudart_static.a ${CMAKE_DL_LIBS} pthread rt)
+  target_link_options(dsla_${ARG_NAME} PRIVATE -Wl,--exclude-libs,ALL)
+endfunction()
+
+# What a test or benchmark that calls the CUDA runtime itself links.
+if(DSLA_HAVE_CUDA)
+  cmake_path(GET DSLA_NVCC PARENT_PATH dsla_toolkit)
+  cmake_path(GET dsla_toolkit PARENT_PATH dsla_toolkit)
+  add_library(dsla_cuda_runtime INTERFACE)
+  target_include_directories(dsla_cuda_runtime SYSTEM INTERFACE ${dsla_toolkit}/include)
+  target_link_libraries(dsla_cuda_runtime INTERFACE ${dsla_toolkit}/lib64/libcudart_static.a ${CMAKE_DL_LIBS} pthread rt)
+endif()

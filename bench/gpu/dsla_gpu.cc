@@ -1,0 +1,279 @@
+// Times the CUDA kernels of the dual-state operator: medians over CUDA events, beside a device copy
+// of the same run, with the bytes and operations that a call must move and do and the share of the
+// nearer limit that it reaches. Decode rotates over more than 200 MB of slots, so that no state is
+// found in the L2 cache, and is replayed from a CUDA graph, as a server does.
+//
+//   dsla_gpu [--tflops 780]    the rate of a large bf16 matrix product on this card, for the limit
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "ops/dsla/cuda/dsla_cuda_testing.h"
+
+namespace dsla {
+namespace {
+
+struct Machine {
+  double bytes_per_second = 0, flops = 0;
+};
+
+double MedianSeconds(cudaStream_t stream, int repeats, const std::function<void(int)>& run) {
+  cudaEvent_t begin, end;
+  CheckCuda(cudaEventCreate(&begin));
+  CheckCuda(cudaEventCreate(&end));
+  for (int i = 0; i < 3; ++i) run(i);
+  std::vector<double> seconds;
+  for (int i = 0; i < repeats; ++i) {
+    CheckCuda(cudaEventRecord(begin, stream));
+    run(i);
+    CheckCuda(cudaEventRecord(end, stream));
+    CheckCuda(cudaEventSynchronize(end));
+    float ms = 0;
+    CheckCuda(cudaEventElapsedTime(&ms, begin, end));
+    seconds.push_back(ms * 1e-3);
+  }
+  CheckCuda(cudaEventDestroy(begin));
+  CheckCuda(cudaEventDestroy(end));
+  std::sort(seconds.begin(), seconds.end());
+  return seconds[seconds.size() / 2];
+}
+
+double CopyBandwidth(cudaStream_t stream) {
+  const int64_t bytes = int64_t{2} << 30;
+  const DeviceBytes from(bytes), to(bytes);
+  const double s = MedianSeconds(stream, 10, [&](int) {
+    CheckCuda(cudaMemcpyAsync(to.as<void>(), from.as<void>(), size_t(bytes),
+                              cudaMemcpyDeviceToDevice, stream));
+  });
+  return 2.0 * static_cast<double>(bytes) / s;
+}
+
+void Report(const char* what, double seconds, double bytes, double flops, const Machine& m) {
+  const double by_bytes = bytes / m.bytes_per_second, by_flops = flops / m.flops;
+  std::printf("%-46s %9.1f us %9.1f MB %8.2f GFLOP  limit %8.1f us (%s)  share %5.1f%%\n", what,
+              seconds * 1e6, bytes * 1e-6, flops * 1e-9, std::max(by_bytes, by_flops) * 1e6,
+              by_bytes > by_flops ? "memory" : "matrix",
+              100 * std::max(by_bytes, by_flops) / seconds);
+  std::fflush(stdout);
+}
+
+std::vector<bf16> RandomBf16(int64_t n, uint32_t seed) {
+  // A short period is enough for timing and quick to make.
+  std::mt19937 rng(seed);
+  std::normal_distribution<float> normal;
+  std::vector<bf16> pool(1 << 16), x(static_cast<size_t>(n));
+  for (bf16& v : pool) v = ToBf16(normal(rng));
+  for (size_t i = 0; i < x.size(); ++i) x[i] = pool[(i * 40503 + i / 65536) % pool.size()];
+  return x;
+}
+
+struct Setup {
+  const char* name;
+  int H, Hkv, D, F, window, sinks;
+};
+DslaShape Shape(const Setup& c) {
+  DslaShape s;
+  s.H = c.H;
+  s.Hkv = c.Hkv;
+  s.D = c.D;
+  s.F = c.F;
+  s.states = 2;
+  s.window = c.window;
+  s.sinks = c.sinks;
+  s.gate_floor = -2.25f;
+  return s;
+}
+
+// Slots of zeros with the layout of `shape`.
+struct Pool {
+  Pool(const DslaShape& shape, int slots)
+      : bytes(MakeSlotLayout(shape).bytes), memory(bytes * slots) {
+    CheckCuda(cudaMemset(memory.as<void>(), 0, static_cast<size_t>(memory.bytes())));
+  }
+  DslaStateView View() const { return {memory.as<std::byte>(), bytes}; }
+  int64_t bytes;
+  DeviceBytes memory;
+};
+
+void BenchDecode(const Setup& setup, int N, cudaStream_t stream, const Machine& m) {
+  const DslaShape s = Shape(setup);
+  const GpuLayer layer(s, TestGates::kTrained, 8192, 1);
+  const int64_t slot_bytes = MakeSlotLayout(s).bytes;
+  const int sets = static_cast<int>((int64_t{400} << 20) / (slot_bytes * N)) + 2;
+  const Pool pool(s, sets * N);
+  std::vector<int32_t> slots, pos(static_cast<size_t>(N), 5000);
+  std::mt19937 rng(3);
+  for (int i = 0; i < sets * N; ++i) slots.push_back(i);
+  std::shuffle(slots.begin(), slots.end(), rng);
+  const DeviceBytes d_slots(slots), d_pos(pos);
+  const DeviceBytes q(RandomBf16(int64_t{N} * s.H * s.D, 1)),
+      k(RandomBf16(int64_t{N} * s.Hkv * s.D, 2)), v(RandomBf16(int64_t{N} * s.Hkv * s.D, 3));
+  const std::vector<float> claims(static_cast<size_t>(N * s.H), 4.f);
+  const DeviceBytes claim(claims), out(int64_t{N} * s.H * s.D * 2);
+  const DeviceBytes workspace(cuda::DecodeWorkspaceBytes(s, N));
+  cuda::DslaCudaArgs a;
+  a.shape = s;
+  a.layout = MakeSlotLayout(s);
+  a.weights = layer.weights();
+  a.rows.N = a.T = N;
+  a.rows.pos = d_pos.as<int32_t>();
+  a.states = pool.View();
+  a.q = q.as<void>();
+  a.k = k.as<void>();
+  a.v = v.as<void>();
+  a.q_stride = s.H * s.D;
+  a.k_stride = a.v_stride = s.Hkv * s.D;
+  a.claim = s.window > 0 ? claim.as<float>() : nullptr;
+  a.out = out.as<void>();
+  a.workspace = workspace.as<void>();
+  a.workspace_bytes = workspace.bytes();
+  // One graph of all sets, so that launches cost what they cost in a captured step of many layers.
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  CheckCuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  for (int i = 0; i < sets; ++i) {
+    a.slots = d_slots.as<int32_t>() + i * N;
+    CheckCuda(cuda::Decode(a, stream));
+  }
+  CheckCuda(cudaStreamEndCapture(stream, &graph));
+  CheckCuda(cudaGraphInstantiate(&exec, graph, 0));
+  const double seconds =
+      MedianSeconds(stream, 21, [&](int) { CheckCuda(cudaGraphLaunch(exec, stream)); }) / sets;
+  CheckCuda(cudaGraphExecDestroy(exec));
+  CheckCuda(cudaGraphDestroy(graph));
+  const double states = double(s.Hkv) * s.SF() * (s.D + 1) * 8,
+               window = double(s.Hkv) * (s.window + s.sinks) * s.D * 4,
+               rows = double(2 * s.H + 4 * s.Hkv) * s.D * 2,
+               weights = double(s.Hkv * s.SF() + (s.H + s.Hkv) * s.D) * s.D * 2;
+  const double flops =
+      N * (double(s.Hkv) * (4.0 * s.D * s.SF() + 2.0 * s.D * s.D) +
+           double(s.H) * (2.0 * s.D * s.D + 2.0 * s.D * s.SF() + 4.0 * s.D * (s.window + s.sinks)));
+  const std::string name = std::string("decode ") + setup.name + " N " + std::to_string(N);
+  Report(name.c_str(), seconds, N * (states + window + rows) + weights, flops, m);
+}
+
+void BenchPrefill(const Setup& setup, int T, int wave, cudaStream_t stream, const Machine& m) {
+  const DslaShape s = Shape(setup);
+  const GpuLayer layer(s, TestGates::kTrained, T, 1);
+  const Pool pool(s, 1);
+  const std::vector<int32_t> row_start{0, T}, pos{0}, slots{0};
+  const DeviceBytes d_start(row_start), d_pos(pos), d_slots(slots);
+  const DeviceBytes q(RandomBf16(int64_t{T} * s.H * s.D, 1)),
+      k(RandomBf16(int64_t{T} * s.Hkv * s.D, 2)), v(RandomBf16(int64_t{T} * s.Hkv * s.D, 3));
+  const std::vector<float> claims(static_cast<size_t>(int64_t{T} * s.H), 4.f);
+  const DeviceBytes claim(claims), out(int64_t{T} * s.H * s.D * 2);
+  const int chunks = std::min(wave, cuda::MaxChunks(1, T));
+  const DeviceBytes workspace(cuda::PrefillWorkspaceBytes(s, 1, T, chunks));
+  cuda::DslaCudaArgs a;
+  a.shape = s;
+  a.layout = MakeSlotLayout(s);
+  a.weights = layer.weights();
+  a.rows = {1, d_start.as<int32_t>(), d_pos.as<int32_t>()};
+  a.T = T;
+  a.slots = d_slots.as<int32_t>();
+  a.states = pool.View();
+  a.q = q.as<void>();
+  a.k = k.as<void>();
+  a.v = v.as<void>();
+  a.q_stride = s.H * s.D;
+  a.k_stride = a.v_stride = s.Hkv * s.D;
+  a.claim = s.window > 0 ? claim.as<float>() : nullptr;
+  a.out = out.as<void>();
+  a.workspace = workspace.as<void>();
+  a.workspace_bytes = workspace.bytes();
+  const double seconds =
+      MedianSeconds(stream, 11, [&](int) { CheckCuda(cuda::Prefill(a, stream)); });
+  const double bytes = double(T) * (2 * s.H + 2 * s.Hkv) * s.D * 2;
+  const double flops =
+      double(T) * (double(s.Hkv) * (4.0 * s.D * s.SF() + 2.0 * s.D * s.D) +
+                   double(s.H) * (2.0 * s.D * s.D + 2.0 * s.D * s.SF() + 64.0 * (s.SF() + s.D) +
+                                  4.0 * s.D * (s.window + s.sinks)));
+  const std::string name = std::string("prefill ") + setup.name + " T " + std::to_string(T) +
+                           " wave " + std::to_string(chunks);
+  Report(name.c_str(), seconds, bytes, flops, m);
+}
+
+void BenchFold(const Setup& setup, int T, int wave, cudaStream_t stream, const Machine& m) {
+  const DslaShape s = Shape(setup);
+  const GpuLayer layer(s, TestGates::kTrained, T, 1);
+  const Pool pool(s, 1);
+  const int page = 64, pages = (T + page - 1) / page;
+  std::vector<int32_t> pos{T}, start{0, pages}, table, slots{0};
+  for (int i = 0; i < pages; ++i) table.push_back(i);
+  std::mt19937 rng(4);
+  std::shuffle(table.begin(), table.end(), rng);
+  const DeviceBytes d_pos(pos), d_start(start), d_table(table), d_slots(slots);
+  const int64_t stride = int64_t{s.Hkv} * page * s.D;
+  const DeviceBytes k(RandomBf16(stride * pages, 1)), v(RandomBf16(stride * pages, 2));
+  const int chunks = std::min(wave, cuda::MaxChunks(1, T));
+  const DeviceBytes workspace(cuda::FoldWorkspaceBytes(s, 1, T, chunks));
+  cuda::DslaCudaFoldArgs a;
+  a.shape = s;
+  a.layout = MakeSlotLayout(s);
+  a.weights = layer.weights();
+  a.rows.N = 1;
+  a.rows.pos = d_pos.as<int32_t>();
+  a.T = T;
+  a.tables = {d_start.as<int32_t>(), d_table.as<int32_t>()};
+  a.kv = {k.as<void>(), v.as<void>(), stride, page, s.Hkv, s.D, DType::kBF16};
+  a.slots = d_slots.as<int32_t>();
+  a.states = pool.View();
+  a.workspace = workspace.as<void>();
+  a.workspace_bytes = workspace.bytes();
+  const double seconds = MedianSeconds(stream, 11, [&](int) { CheckCuda(cuda::Fold(a, stream)); });
+  const double bytes = double(T) * s.Hkv * s.D * 4;
+  const double flops = double(T) * s.Hkv * (4.0 * s.D * s.SF() + 2.0 * s.D * s.D);
+  const std::string name = std::string("fold ") + setup.name + " T " + std::to_string(T) +
+                           " wave " + std::to_string(chunks);
+  Report(name.c_str(), seconds, bytes, flops, m);
+}
+
+int Main(int argc, char** argv) {
+  Machine m;
+  m.flops = 780e12;
+  for (int i = 1; i + 1 < argc; ++i)
+    if (std::strcmp(argv[i], "--tflops") == 0) m.flops = std::atof(argv[i + 1]) * 1e12;
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
+    std::fprintf(stderr, "dsla_gpu: no CUDA device here\n");
+    return 1;
+  }
+  cudaDeviceProp device;
+  CheckCuda(cudaGetDeviceProperties(&device, 0));
+  cudaStream_t stream;
+  CheckCuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  m.bytes_per_second = CopyBandwidth(stream);
+  std::printf("%s: copy %.0f GB/s (read and written), matrix limit %.0f TFLOP/s\n", device.name,
+              m.bytes_per_second * 1e-9, m.flops * 1e-12);
+  const Setup wide{"H32 D128 F128x2 W256", 32, 32, 128, 128, 256, 4};
+  const Setup bare{"H32 D128 F128x2 W0", 32, 32, 128, 128, 0, 0};
+  const Setup grouped{"H32 Hkv8 D128 F128x2 W256", 32, 8, 128, 128, 256, 4};
+  const Setup small{"H9 Hkv3 D64 F128x2 W64", 9, 3, 64, 128, 64, 4};
+  for (const Setup& s : {wide, bare, grouped, small})
+    for (int N : {1, 8, 32, 128}) BenchDecode(s, N, stream, m);
+  for (const Setup& s : {wide, bare, grouped, small})
+    for (int T : {2048, 8192, 65536})
+      for (int wave : {1 << 20, 32, 128})
+        if (wave <= T / 64 || wave == 1 << 20) {
+          if (wave == 1 << 20 && T > 8192 && s.Hkv == 32)
+            continue;  // takes 8 GB: not a real choice
+          BenchPrefill(s, T, wave, stream, m);
+        }
+  for (const Setup& s : {wide, grouped, small})
+    for (int T : {8192, 65536})
+      for (int wave : {64, 256}) BenchFold(s, T, wave, stream, m);
+  return 0;
+}
+
+}  // namespace
+}  // namespace dsla
+
+int main(int argc, char** argv) { return dsla::Main(argc, argv); }

@@ -1,0 +1,354 @@
+// The CUDA operator against the fp64 recurrence, on layers, queries and keys that bf16 holds
+// exactly. All workspaces and outputs are NaN before a call.
+#include "ops/dsla/cuda/dsla_cuda.h"
+
+#include <algorithm>
+#include <memory>
+#include <random>
+#include <string>
+#include <tuple>
+
+#include "ops/dsla/cuda/dsla_cuda_testing.h"
+
+namespace dsla {
+namespace {
+
+using cuda::DslaCudaArgs;
+using cuda::DslaCudaFoldArgs;
+
+bool HaveGpu() {
+  int count = 0;
+  return cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
+}
+
+// Between the form that reads bf16 products of features and decays, and the recurrence: Q~, K~,
+// e^{G-R}, A, e^R S and the output are rounded to bf16, each to within u; and the same for the
+// window's weights. A random walk of 6 roundings stays within 4 standard deviations of sqrt(6 / 3)
+// u.
+constexpr Tolerance kChunkTolerance = RoundingTolerance(8, DType::kBF16);
+// Only K~ is rounded on the way to a state: sums over tokens of errors that are each within u of
+// their term, 4 standard deviations of a term's u / sqrt(3), per channel (features differ in
+// scale).
+constexpr Tolerance kStateTolerance = RoundingTolerance(4, DType::kBF16);
+// Decode rounds nothing but its output.
+constexpr Tolerance kDecodeTolerance = RoundingTolerance(1, DType::kBF16);
+// A slow gate's relative error is its logit's error. The key that gates read has 17 bits; logits of
+// TestGates::kMixed have an rms of 2 * 1.5 * sqrt(D) = 34 for D = 128: 4 standard deviations of
+// that.
+constexpr Tolerance kDecodeStateTolerance{4 * 34 * 0x1p-17 / 1.7};
+
+struct Case {
+  const char* name;
+  int H, Hkv, D, F, states, window, sinks;
+  TestGates gates;
+};
+
+DslaShape Shape(const Case& c) {
+  DslaShape s;
+  s.H = c.H;
+  s.Hkv = c.Hkv;
+  s.D = c.D;
+  s.F = c.F;
+  s.states = c.states;
+  s.window = c.window;
+  s.sinks = c.sinks;
+  s.gate_floor = -2.5f;
+  return s;
+}
+
+// The device's copy of a batch and of a pool.
+struct GpuCall {
+  GpuCall(const GpuLayer& layer, const TestBatch& batch, const TestPool& pool, int pool_slots)
+      : shape(layer.host.shape), slots_in_pool(pool_slots) {
+    const DslaArgs& a = batch.args();
+    const int T = a.rows.row_start[a.rows.N];
+    std::vector<bf16> q(static_cast<size_t>(T * (a.q_stride)));
+    for (size_t i = 0; i < q.size(); ++i) q[i] = ToBf16(a.q[i]);
+    const int64_t kv = int64_t{T} * shape.Hkv * shape.D;
+    const auto put = [&](const auto* data, int64_t n) {
+      using E = std::remove_cvref_t<decltype(*data)>;
+      memory.push_back(std::make_unique<DeviceBytes>(std::span<const E>(data, size_t(n))));
+      return memory.back()->template as<E>();
+    };
+    args.shape = shape;
+    args.layout = MakeSlotLayout(shape);
+    args.weights = layer.weights();
+    args.rows = {a.rows.N, put(a.rows.row_start, a.rows.N + 1), put(a.rows.pos, a.rows.N)};
+    args.T = T;
+    args.slots = put(a.slots, a.rows.N);
+    args.q = put(q.data(), static_cast<int64_t>(q.size()));
+    args.q_stride = a.q_stride;
+    args.k = put(static_cast<const bf16*>(a.k), kv);
+    args.v = put(static_cast<const bf16*>(a.v), kv);
+    args.k_stride = args.v_stride = shape.Hkv * shape.D;
+    if (a.claim) args.claim = put(a.claim, int64_t{T} * shape.H);
+    const DslaStateView view = const_cast<TestPool&>(pool).View();
+    states = std::make_unique<DeviceBytes>(view.slot_bytes * pool_slots);
+    states->Write(view.base);
+    args.states = {states->as<std::byte>(), view.slot_bytes};
+    out = std::make_unique<DeviceBytes>(int64_t{T} * shape.H * shape.D * 2);
+    args.out = out->as<void>();
+  }
+
+  void Work(int64_t bytes) {
+    workspace = std::make_unique<DeviceBytes>(bytes);
+    args.workspace = workspace->as<void>();
+    args.workspace_bytes = bytes;
+  }
+  void Decode() {
+    Work(cuda::DecodeWorkspaceBytes(shape, args.rows.N));
+    CheckCuda(cuda::Decode(args, nullptr));
+    CheckCuda(cudaDeviceSynchronize());
+  }
+  void Prefill(int chunks) {
+    Work(cuda::PrefillWorkspaceBytes(shape, args.rows.N, args.T, chunks));
+    CheckCuda(cuda::Prefill(args, nullptr));
+    CheckCuda(cudaDeviceSynchronize());
+  }
+  std::vector<float> Out() const {
+    std::vector<bf16> x(static_cast<size_t>(out->bytes() / 2));
+    out->Read(x.data());
+    std::vector<float> y(x.size());
+    for (size_t i = 0; i < x.size(); ++i) y[i] = ToFloat(x[i]);
+    return y;
+  }
+  void ReadPool(TestPool& pool) const { states->Read(pool.View().base); }
+
+  DslaShape shape;
+  int slots_in_pool;
+  DslaCudaArgs args;
+  std::vector<std::unique_ptr<DeviceBytes>> memory;
+  std::unique_ptr<DeviceBytes> states, out, workspace;
+};
+
+class DslaCudaTest : public ::testing::TestWithParam<Case> {
+ protected:
+  void SetUp() override {
+    if (!HaveGpu()) GTEST_SKIP() << "SKIPPED: no CUDA device here";
+  }
+  DslaShape shape() const { return Shape(GetParam()); }
+};
+
+std::vector<TestTokens> MakeSequences(const DslaShape& s, const std::vector<int>& lengths) {
+  std::vector<TestTokens> all;
+  for (size_t i = 0; i < lengths.size(); ++i) {
+    all.emplace_back(s, lengths[i], static_cast<uint32_t>(100 + i));
+    RoundToBf16(all.back().q);
+  }
+  return all;
+}
+
+// Slots in `pool` against those of `want`: states within a tolerance, ring and sinks exactly.
+void ExpectSlots(TestPool& got, TestPool& want, const std::vector<int>& slots,
+                 Tolerance tolerance) {
+  for (int slot : slots) {
+    SCOPED_TRACE("slot " + std::to_string(slot));
+    const auto a = got.State(slot), b = want.State(slot);
+    for (size_t channel = 0; channel < a.size() / static_cast<size_t>(D); ++channel) {
+      const auto row = static_cast<size_t>(D);
+      const auto close =
+          IsClose(a.subspan(channel * row, row), b.subspan(channel * row, row), tolerance);
+      EXPECT_TRUE(close) << "channel " << channel;
+      if (!close) break;
+    }
+    ExpectClose(got.Norm(slot), want.Norm(slot), tolerance);
+    EXPECT_EQ(got.Cache(slot), want.Cache(slot));
+  }
+  EXPECT_TRUE(got.Intact());
+}
+
+TEST_P(DslaCudaTest, PrefillThenMore) {
+  const DslaShape s = shape();
+  const GpuLayer layer(s, GetParam().gates, 512, 7);
+  // In two calls; a sequence may have no rows in one of them.
+  const std::vector<int> first{63, 0, 64, 1, 65, 190, 128}, second{1, 65, 130, 64, 3, 0, 127};
+  std::vector<int> lengths, slots;
+  for (size_t i = 0; i < first.size(); ++i) {
+    lengths.push_back(first[i] + second[i]);
+    slots.push_back(static_cast<int>((i * 3) % first.size()));
+  }
+  const auto tokens = MakeSequences(s, lengths);
+  const int N = static_cast<int>(first.size());
+  TestPool want(s, N), got(s, N);
+  for (int i = 0; i < N; ++i) {
+    want.Reset(i);
+    got.Reset(i);
+  }
+  for (int call = 0; call < 2; ++call) {
+    SCOPED_TRACE("call " + std::to_string(call));
+    std::vector<TestPart> parts;
+    for (int i = 0; i < N; ++i) {
+      const auto at = static_cast<size_t>(i);
+      parts.push_back(
+          {&tokens[at], call ? first[at] : 0, call ? second[at] : first[at], slots[at]});
+    }
+    TestBatch reference(layer.host, want, parts), input(layer.host, got, parts);
+    DslaForwardRef(reference.args());
+    GpuCall gpu(layer, input, got, N), again(layer, input, got, N);
+    gpu.Prefill(cuda::MaxChunks(N, gpu.args.T));
+    again.Prefill(call + 1);  // in waves of one or two chunks
+    const std::vector<float> out = gpu.Out();
+    EXPECT_EQ(out, again.Out()) << "results depend on the workspace's size";
+    gpu.ReadPool(got);
+    for (int i = 0; i < N; ++i) {
+      if (parts[static_cast<size_t>(i)].count == 0) continue;
+      SCOPED_TRACE("sequence " + std::to_string(i));
+      const auto row = static_cast<size_t>(s.H * s.D);
+      const auto begin = static_cast<size_t>(reference.args().rows.row_start[i]) * row;
+      ExpectClose(std::span(out).subspan(begin, reference.out(i).size()), reference.out(i),
+                  kChunkTolerance);
+    }
+    ExpectSlots(s.D, got, want, slots, kStateTolerance);
+  }
+}
+
+TEST_P(DslaCudaTest, Decode) {
+  const DslaShape s = shape();
+  const GpuLayer layer(s, GetParam().gates, 512, 8);
+  const std::vector<int> before{0,  1,  63, 64, 100, s.window, s.window + s.sinks, 3, 17, 18, 19,
+                                20, 21, 22, 23, 24,  25};
+  const int steps = 3, N = static_cast<int>(before.size());
+  std::vector<int> lengths, slots;
+  for (int n : before) lengths.push_back(n + steps);
+  for (int i = 0; i < N; ++i) slots.push_back(N - 1 - i);
+  const auto tokens = MakeSequences(s, lengths);
+  TestPool want(s, N), got(s, N);
+  std::vector<TestPart> parts;
+  for (int i = 0; i < N; ++i) {
+    want.Reset(i);
+    const auto at = static_cast<size_t>(i);
+    parts.push_back({&tokens[at], 0, before[at], slots[at]});
+  }
+  TestBatch past(layer.host, want, parts);
+  DslaForwardRef(past.args());
+  for (int i = 0; i < N; ++i) got.Write(i, want.Bytes(i));
+  for (int step = 0; step < steps; ++step) {
+    SCOPED_TRACE("step " + std::to_string(step));
+    for (int i = 0; i < N; ++i) {
+      const auto at = static_cast<size_t>(i);
+      parts[at] = {&tokens[at], before[at] + step, 1, slots[at]};
+    }
+    TestBatch reference(layer.host, want, parts), input(layer.host, got, parts);
+    DslaForwardRef(reference.args());
+    GpuCall gpu(layer, input, got, N), again(layer, input, got, N);
+    gpu.Decode();
+    again.Decode();
+    const std::vector<float> out = gpu.Out();
+    EXPECT_EQ(out, again.Out()) << "two runs differ";
+    gpu.ReadPool(got);
+    ExpectClose(out, reference.out(), kDecodeTolerance);
+    ExpectSlots(s.D, got, want, slots, kDecodeStateTolerance);
+  }
+}
+
+TEST_P(DslaCudaTest, DecodeLeavesPaddingRowsAlone) {
+  const DslaShape s = shape();
+  const GpuLayer layer(s, GetParam().gates, 64, 9);
+  const auto tokens = MakeSequences(s, {1, 1});
+  TestPool pool(s, 2);
+  pool.Reset(0);
+  pool.Reset(1);
+  const std::vector<TestPart> parts{{&tokens[0], 0, 1, 0}, {&tokens[1], 0, 1, 1}};
+  TestBatch batch(layer.host, pool, parts);
+  GpuCall gpu(layer, batch, pool, 2);
+  const std::vector<int32_t> slots{0, -1};
+  const DeviceBytes device_slots(slots);
+  gpu.args.slots = device_slots.as<int32_t>();
+  const std::vector<std::byte> untouched = pool.Bytes(1);
+  gpu.Decode();
+  gpu.ReadPool(pool);
+  EXPECT_EQ(pool.Bytes(1), untouched);
+  const std::vector<float> out = gpu.Out();
+  const size_t row = out.size() / 2;
+  for (size_t i = 0; i < row; ++i) {
+    ASSERT_FALSE(std::isnan(out[i]));
+    ASSERT_TRUE(std::isnan(out[row + i])) << "a padding row was written";
+  }
+}
+
+TEST_P(DslaCudaTest, Fold) {
+  const DslaShape s = shape();
+  const GpuLayer layer(s, GetParam().gates, 512, 10);
+  const std::vector<int> lengths{0, 1, 63, 64, 65, s.window, s.window + 1, 200, 321};
+  const int N = static_cast<int>(lengths.size()), page = 16;
+  const auto tokens = MakeSequences(s, lengths);
+  // Pages in scrambled order; what no token fills is NaN.
+  std::vector<int32_t> start{0}, pages, pos(lengths.begin(), lengths.end()), slots;
+  int total = 0;
+  for (int n : lengths) total += (n + page - 1) / page;
+  for (int n : lengths) {
+    for (int i = 0; i < (n + page - 1) / page; ++i)
+      pages.push_back(static_cast<int32_t>(pages.size()));
+    start.push_back(static_cast<int32_t>(pages.size()));
+    slots.push_back(static_cast<int32_t>(slots.size()));
+  }
+  std::shuffle(pages.begin(), pages.end(), std::mt19937(11));
+  const int64_t stride = int64_t{s.Hkv} * page * s.D;
+  std::vector<bf16> k(static_cast<size_t>(total * stride), bf16{0xFFFF}), v = k;
+  for (int n = 0; n < N; ++n)
+    for (int t = 0; t < lengths[static_cast<size_t>(n)]; ++t)
+      for (int h = 0; h < s.Hkv; ++h) {
+        const int64_t to =
+            pages[static_cast<size_t>(start[static_cast<size_t>(n)] + t / page)] * stride +
+            (int64_t{h} * page + t % page) * s.D;
+        const int64_t from = (int64_t{t} * s.Hkv + h) * s.D * 2;
+        std::memcpy(&k[static_cast<size_t>(to)], &tokens[static_cast<size_t>(n)].k[size_t(from)],
+                    static_cast<size_t>(s.D) * 2);
+        std::memcpy(&v[static_cast<size_t>(to)], &tokens[static_cast<size_t>(n)].v[size_t(from)],
+                    static_cast<size_t>(s.D) * 2);
+      }
+  TestPool want(s, N), got(s, N);
+  DslaFoldArgs ref;
+  ref.shape = s;
+  ref.params = layer.host.Params();
+  ref.rows.N = N;
+  ref.rows.pos = pos.data();
+  ref.tables = {start.data(), pages.data()};
+  ref.kv = {k.data(), v.data(), stride, page, s.Hkv, s.D, DType::kBF16};
+  ref.slots = slots.data();
+  ref.states = want.View();
+  DslaFoldRef(ref);
+
+  const DeviceBytes d_pos(pos), d_start(start), d_pages(pages), d_k(k), d_v(v), d_slots(slots);
+  DeviceBytes states(got.View().slot_bytes * N);
+  int64_t T = 0;
+  for (int n : lengths) T += n;
+  for (int chunks : {1, 5, cuda::MaxChunks(N, T)}) {
+    SCOPED_TRACE("chunks per wave " + std::to_string(chunks));
+    states.Write(TestPool(s, N).View().base);
+    const DeviceBytes workspace(cuda::FoldWorkspaceBytes(s, N, T, chunks));
+    DslaCudaFoldArgs args;
+    args.shape = s;
+    args.layout = MakeSlotLayout(s);
+    args.weights = layer.weights();
+    args.rows.N = N;
+    args.rows.pos = d_pos.as<int32_t>();
+    args.T = T;
+    args.tables = {d_start.as<int32_t>(), d_pages.as<int32_t>()};
+    args.kv = {d_k.as<void>(), d_v.as<void>(), stride, page, s.Hkv, s.D, DType::kBF16};
+    args.slots = d_slots.as<int32_t>();
+    args.states = {states.as<std::byte>(), got.View().slot_bytes};
+    args.workspace = workspace.as<void>();
+    args.workspace_bytes = workspace.bytes();
+    CheckCuda(cuda::Fold(args, nullptr));
+    CheckCuda(cudaDeviceSynchronize());
+    states.Read(got.View().base);
+    ExpectSlots(s.D, got, want, slots, kStateTolerance);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Shapes, DslaCudaTest,
+    ::testing::Values(Case{"typical", 4, 2, 64, 64, 2, 64, 4, TestGates::kTrained},
+                      Case{"typical_floor", 4, 2, 64, 64, 2, 64, 4, TestGates::kFloor},
+                      Case{"no_window", 3, 1, 64, 128, 2, 0, 0, TestGates::kTrained},
+                      Case{"no_window_floor", 3, 1, 64, 128, 2, 0, 0, TestGates::kFloor},
+                      Case{"wide", 2, 2, 128, 128, 2, 80, 4, TestGates::kTrained},
+                      Case{"wide_mixed", 2, 2, 128, 128, 2, 128, 0, TestGates::kMixed},
+                      Case{"wide_slow", 4, 1, 128, 256, 1, 64, 4, TestGates::kSlow},
+                      Case{"wide_largest", 1, 1, 128, 256, 2, 64, 1, TestGates::kTrained},
+                      Case{"sinks_over_window", 5, 1, 64, 64, 1, 16, 20, TestGates::kMixed}),
+    [](const auto& info) { return std::string(info.param.name); });
+
+}  // namespace
+}  // namespace dsla

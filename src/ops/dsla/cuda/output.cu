@@ -1,0 +1,231 @@
+// Per chunk and query head: phi_q, Q~, and
+//   O = Q~ (e^R S) + tril(Q~ K~^T) V,  denominator = Q~ (e^R z) + row sums of tril(Q~ K~^T),
+// merged with the window's result. A warp has 16 rows; all else than Q~ comes through shared
+// memory, one block of D of the SF channels at a time.
+#include "ops/dsla/cuda/prefill.cuh"
+
+namespace dsla::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+
+template <int D>
+struct OutputShared {
+  uint4 matrix[2][D * D / 8];    // phi_q in [1] at first, then blocks of e^R S
+  uint4 key[2][kChunk * D / 8];  // blocks of K~; V after the last one
+  uint4 norm[2][D / 4];          // blocks of e^R z
+};
+
+template <int D>
+__device__ __forceinline__ void FetchMatrix(uint4* to, const void* from) {
+  for (int i = threadIdx.x; i < D * D / 8; i += kThreads)
+    CopyAsync(to + i, static_cast<const uint4*>(from) + i);
+}
+template <int D>
+__device__ __forceinline__ void FetchKeys(uint4* to, const __nv_bfloat16* from) {
+  for (int i = threadIdx.x; i < kChunk * D / 8; i += kThreads)
+    CopyAsync(to + Swizzle<D / 8>(i / (D / 8), i % (D / 8)), from + 8 * i);
+}
+template <int D>
+__device__ __forceinline__ void FetchValues(const PrefillParams& p, uint4* to, const Chunk& chunk,
+                                            int h) {
+  for (int i = threadIdx.x; i < kChunk * D / 8; i += kThreads) {
+    const int row = i / (D / 8), c = i % (D / 8);
+    const bool enters = Enters(p.layer, chunk, row);
+    const __nv_bfloat16* v =
+        enters ? RowOf<D>(p.layer, p.rows, chunk.n, h, chunk.e0 + row).v : p.rows.v;
+    CopyAsync(to + Swizzle<D / 8>(row, c), v + 8 * c, enters);
+  }
+}
+
+// grid (H, chunks of a wave)
+template <int D>
+__global__ void __launch_bounds__(kThreads, 2)
+    OutputKernel(const __grid_constant__ PrefillParams p) {
+  extern __shared__ __align__(16) std::byte memory[];
+  auto& shared = *reinterpret_cast<OutputShared<D>*>(memory);
+  const Layer& l = p.layer;
+  const int index = p.first + blockIdx.y, head = blockIdx.x, h = head / l.G;
+  if (index >= p.chunk_start[l.N]) return;
+  const Chunk chunk = p.chunks[index];
+  const int64_t part = int64_t{blockIdx.y} * l.Hkv + h;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int blocks = l.SF / D;
+
+  FetchMatrix<D>(shared.matrix[1], l.weights.phi_q + int64_t{head} * D * D);
+  CommitCopies();
+  const auto fetch_block = [&](int b) {
+    FetchMatrix<D>(shared.matrix[b % 2], p.state + (part * l.SF + b * D) * D);
+    FetchKeys<D>(shared.key[b % 2], p.key + (part * l.SF + b * D) * kChunk);
+    if (threadIdx.x < D / 4)
+      CopyAsync(shared.norm[b % 2] + threadIdx.x, p.norm + part * l.SF + b * D + 4 * threadIdx.x);
+  };
+  fetch_block(0);
+  CommitCopies();
+
+  float y[D / 8][4] = {};
+  {
+    uint32_t q[D / 16][4];
+    const int64_t row0 = FirstRow(l, chunk);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int j = 16 * warp + g + 8 * i;
+      const bool valid = j >= chunk.lo && j < chunk.hi;
+      const __nv_bfloat16* from = p.q + (valid ? (row0 + j) * p.q_stride + head * D : 0);
+#pragma unroll
+      for (int c = 0; c < D / 16; ++c) {
+        q[c][i] = valid ? *reinterpret_cast<const uint32_t*>(from + 16 * c + 2 * t) : 0;
+        q[c][2 + i] = valid ? *reinterpret_cast<const uint32_t*>(from + 16 * c + 2 * t + 8) : 0;
+      }
+    }
+    WaitCopies<1>();
+    __syncthreads();
+#pragma unroll
+    for (int c = 0; c < D / 16; ++c)
+#pragma unroll
+      for (int j = 0; j < D / 16; ++j) {
+        const uint4 b = shared.matrix[1][(c * (D / 16) + j) * 32 + lane];
+        Mma(y[2 * j], q[c], b.x, b.y);
+        Mma(y[2 * j + 1], q[c], b.z, b.w);
+      }
+    __syncthreads();  // matrix[1] is free
+  }
+  // phi = e^{y - log(sum e^y)}, in base 2 from here on; so are phi(-y) and the mix of the states.
+  float log_sum[2][2];  // [sign][row]
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float high = -INFINITY, low = -INFINITY, sum = 0, sum_negative = 0;
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+      for (int c = 2 * r; c < 2 * r + 2; ++c) {
+        y[j][c] *= 1.4426950408889634f;
+        high = fmaxf(high, y[j][c]);
+        low = fmaxf(low, -y[j][c]);
+      }
+    high = QuadMax(high);
+    low = QuadMax(low);
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+      for (int c = 2 * r; c < 2 * r + 2; ++c) {
+        sum += Exp2(y[j][c] - high);
+        if (l.F > D) sum_negative += Exp2(-y[j][c] - low);
+      }
+    log_sum[0][r] = high + __log2f(QuadSum(sum));
+    log_sum[1][r] = low + __log2f(QuadSum(sum_negative));
+  }
+
+  float acc[D / 8][4] = {}, score[8][4] = {}, norm[2] = {};
+  for (int b = 0; b < blocks; ++b) {
+    if (b + 1 < blocks)
+      fetch_block(b + 1);
+    else
+      FetchValues<D>(p, shared.key[(b + 1) % 2], chunk, h);
+    CommitCopies();
+    const bool negative = b % (l.F / D) == 1;
+    const float sign = negative ? -1.f : 1.f;
+    const float mix = __log2f(l.mix[head * l.states + b * D / l.F]);
+    const float base[2] = {mix - (negative ? log_sum[1][0] : log_sum[0][0]),
+                           mix - (negative ? log_sum[1][1] : log_sum[0][1])};
+    const uint4* growth = reinterpret_cast<const uint4*>(p.growth) +
+                          ((part * blocks + b) * 4 + warp) * (D * 2) + lane;
+    const float2* z = reinterpret_cast<const float2*>(shared.norm[b % 2]) + t;
+    WaitCopies<1>();
+    __syncthreads();
+    const uint4* state = shared.matrix[b % 2];
+    const uint32_t key = SharedAddress(shared.key[b % 2]);
+#pragma unroll
+    for (int c = 0; c < D / 16; ++c) {
+      const uint4 grown = growth[c * 32];
+      const uint32_t e[4] = {grown.x, grown.y, grown.z, grown.w};
+      uint32_t a[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int r = i % 2;
+        const float(&from)[4] = y[2 * c + i / 2];
+        a[i] = Pack(Exp2(sign * from[2 * r] + base[r]) * Low(e[i]),
+                    Exp2(sign * from[2 * r + 1] + base[r]) * High(e[i]));
+        const float2 state_norm = z[8 * c + 4 * (i / 2)];
+        norm[r] += Low(a[i]) * state_norm.x + High(a[i]) * state_norm.y;
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        uint32_t k[4];
+        LoadMatrix(
+            k, key + 16 * Swizzle<D / 8>(16 * j + lane % 8 + lane / 16 * 8, 2 * c + lane / 8 % 2));
+        Mma(score[2 * j], a, k[0], k[1]);
+        Mma(score[2 * j + 1], a, k[2], k[3]);
+      }
+#pragma unroll
+      for (int j = 0; j < D / 16; ++j) {
+        const uint4 s = state[(c * (D / 16) + j) * 32 + lane];
+        Mma(acc[2 * j], a, s.x, s.y);
+        Mma(acc[2 * j + 1], a, s.z, s.w);
+      }
+    }
+    __syncthreads();  // the other half's copies of the next round may overwrite this block
+  }
+  WaitCopies<0>();
+  __syncthreads();
+  const uint32_t v = SharedAddress(shared.key[blocks % 2]);
+#pragma unroll
+  for (int c = 0; c < kChunk / 16; ++c) {
+    uint32_t a[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = i % 2, row = 16 * warp + g + 8 * r, s = 16 * c + 2 * t + 8 * (i / 2);
+      const float(&from)[4] = score[2 * c + i / 2];
+      // Selected, not multiplied: above the diagonal products may be infinite.
+      a[i] = Pack(s <= row ? from[2 * r] : 0.f, s + 1 <= row ? from[2 * r + 1] : 0.f);
+      norm[r] += Low(a[i]) + High(a[i]);
+    }
+    if (16 * c > 16 * warp + 15) continue;  // all zeros
+#pragma unroll
+    for (int j = 0; j < D / 16; ++j) {
+      uint32_t b[4];
+      LoadMatrixTransposed(b, v + 16 * Swizzle<D / 8>(16 * c + lane % 16, 2 * j + lane / 16));
+      Mma(acc[2 * j], a, b[0], b[1]);
+      Mma(acc[2 * j + 1], a, b[2], b[3]);
+    }
+  }
+  const Chunk again = p.chunks[index];  // read twice: registers are short in between
+  const int64_t row0 = FirstRow(l, again);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float denominator = QuadSum(norm[r]);
+    const int j = 16 * warp + g + 8 * r;
+    if (j < again.lo || j >= again.hi) continue;
+    const float scaled = 1 / (denominator + kDslaEpsilon);
+    uint32_t* out = reinterpret_cast<uint32_t*>(p.out + ((row0 + j) * l.H + head) * D) + t;
+    float w = 1;
+    if (l.W > 0) {
+      const float lse = p.lse[(int64_t{blockIdx.y} * l.H + head) * kChunk + j];
+      w = denominator < kDslaEpsilon ? 0.f : 1 / (1 + Exp(lse - p.claim[(row0 + j) * l.H + head]));
+    }
+#pragma unroll
+    for (int c = 0; c < D / 8; ++c) {
+      float x0 = w * (acc[c][2 * r] * scaled), x1 = w * (acc[c][2 * r + 1] * scaled);
+      if (l.W > 0) {
+        const uint32_t window = out[4 * c];
+        x0 += (1 - w) * Low(window);
+        x1 += (1 - w) * High(window);
+      }
+      out[4 * c] = Pack(x0, x1);
+    }
+  }
+}
+
+template <int D>
+void Launch(const PrefillParams& p, cudaStream_t stream) {
+  AllowShared(OutputKernel<D>, sizeof(OutputShared<D>));
+  OutputKernel<D><<<dim3(p.layer.H, p.wave_chunks), kThreads, sizeof(OutputShared<D>), stream>>>(p);
+}
+
+}  // namespace
+
+void LaunchOutput(const PrefillParams& p, int D, cudaStream_t stream) {
+  D == 64 ? Launch<64>(p, stream) : Launch<128>(p, stream);
+}
+
+}  // namespace dsla::cuda

@@ -1,0 +1,175 @@
+// Exact softmax attention of a chunk's queries over the window and the sinks: tiles of 64 keys,
+// online softmax in base 2. Leaves the result in `out` and the log-sum-exp in the workspace, for
+// the output kernel to merge with the states.
+#include "ops/dsla/cuda/prefill.cuh"
+
+namespace dsla::cuda {
+namespace {
+
+constexpr int kThreads = 128, kStages = 2;
+
+template <int D>
+struct WindowShared {
+  uint4 k[kStages][kChunk * D / 8];
+  uint4 v[kStages][kChunk * D / 8];
+};
+
+// Keys [first, first + 64), or the sinks. Only tokens that some query of the chunk sees are read;
+// the others' values are zero, since a weight of 0 times whatever lies there may be NaN.
+template <int D>
+__device__ __forceinline__ void Fetch(const PrefillParams& p, uint4* k, uint4* v,
+                                      const Chunk& chunk, int h, int first, bool sinks) {
+  constexpr int kPieces = D / 8;
+  const Layer& l = p.layer;
+  const int pos = l.pos[chunk.n];
+  const int from = sinks ? 0 : max(l.S, chunk.e0 + chunk.lo + 1);
+  const int to = min(sinks ? l.S : INT_MAX, chunk.e0 + chunk.hi + l.W);
+  for (int i = threadIdx.x; i < kChunk * kPieces; i += kThreads) {
+    const int row = i / kPieces, c = i % kPieces, s = first + row;
+    const bool valid = s >= from && s < to;
+    KvRow at{p.rows.k, p.rows.v};
+    if (valid && sinks && s < pos) {
+      const std::byte* slot = SlotBase(l, chunk.n);
+      const int64_t place = (int64_t{h} * l.S + s) * D;
+      at = {reinterpret_cast<const __nv_bfloat16*>(slot + l.at.sink_k) + place,
+            reinterpret_cast<const __nv_bfloat16*>(slot + l.at.sink_v) + place};
+    } else if (valid) {
+      at = RowOf<D>(l, p.rows, chunk.n, h, s);
+    }
+    CopyAsync(k + Swizzle<kPieces>(row, c), at.k + 8 * c, valid);
+    CopyAsync(v + Swizzle<kPieces>(row, c), at.v + 8 * c, valid);
+  }
+}
+
+// grid (H, chunks of a wave)
+template <int D>
+__global__ void __launch_bounds__(kThreads, 2)
+    WindowKernel(const __grid_constant__ PrefillParams p) {
+  extern __shared__ __align__(16) std::byte memory[];
+  auto& shared = *reinterpret_cast<WindowShared<D>*>(memory);
+  const Layer& l = p.layer;
+  const int index = p.first + blockIdx.y, head = blockIdx.x, h = head / l.G;
+  if (index >= p.chunk_start[l.N]) return;
+  const Chunk chunk = p.chunks[index];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int64_t row0 = FirstRow(l, chunk);
+  // Keys e0 + 1 .. e0 + W + 63 in tiles from e0 on, after the sinks.
+  const int tiles = (l.W + kChunk - 1) / kChunk + 1, sink_tiles = l.S > 0;
+  const auto fetch = [&](int i) {
+    const bool sinks = i < sink_tiles;
+    Fetch<D>(p, shared.k[i % kStages], shared.v[i % kStages], chunk, h,
+             sinks ? 0 : chunk.e0 + (i - sink_tiles) * kChunk, sinks);
+  };
+  fetch(0);
+  CommitCopies();
+
+  uint32_t q[D / 16][4];
+  bool valid[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int j = 16 * warp + g + 8 * i;
+    valid[i] = j >= chunk.lo && j < chunk.hi;
+    const __nv_bfloat16* from = p.q + (valid[i] ? (row0 + j) * p.q_stride + head * D : 0);
+#pragma unroll
+    for (int c = 0; c < D / 16; ++c) {
+      q[c][i] = valid[i] ? *reinterpret_cast<const uint32_t*>(from + 16 * c + 2 * t) : 0;
+      q[c][2 + i] = valid[i] ? *reinterpret_cast<const uint32_t*>(from + 16 * c + 2 * t + 8) : 0;
+    }
+  }
+  const float scale = rsqrtf(static_cast<float>(D)) * 1.4426950408889634f;
+  float acc[D / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+  for (int i = 0; i < sink_tiles + tiles; ++i) {
+    WaitCopies<0>();
+    __syncthreads();
+    if (i + 1 < sink_tiles + tiles) fetch(i + 1);
+    CommitCopies();
+    const bool sinks = i < sink_tiles;
+    const int first = sinks ? 0 : chunk.e0 + (i - sink_tiles) * kChunk;
+    const uint32_t k = SharedAddress(shared.k[i % kStages]);
+    const uint32_t v = SharedAddress(shared.v[i % kStages]);
+    float score[8][4] = {};
+#pragma unroll
+    for (int c = 0; c < D / 16; ++c)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        uint32_t b[4];
+        LoadMatrix(
+            b, k + 16 * Swizzle<D / 8>(16 * j + lane % 8 + lane / 16 * 8, 2 * c + lane / 8 % 2));
+        Mma(score[2 * j], q[c], b[0], b[1]);
+        Mma(score[2 * j + 1], q[c], b[2], b[3]);
+      }
+    float next[2] = {top[0], top[1]};
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const int s = first + 8 * j + 2 * t + c % 2;
+        const int time = chunk.e0 + l.W + 16 * warp + g + 8 * (c / 2);
+        const bool seen = s <= time && (sinks ? s < l.S : s >= l.S && s > time - l.W);
+        score[j][c] = seen ? score[j][c] * scale : -INFINITY;
+        next[c / 2] = fmaxf(next[c / 2], score[j][c]);
+      }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      next[r] = QuadMax(next[r]);
+      const float base = next[r] == -INFINITY ? 0.f : next[r];
+      const float shrink = Exp2(top[r] - base);
+      top[r] = next[r];
+      sum[r] *= shrink;
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) {
+        acc[j][2 * r] *= shrink;
+        acc[j][2 * r + 1] *= shrink;
+      }
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        score[j][2 * r] = Exp2(score[j][2 * r] - base);
+        score[j][2 * r + 1] = Exp2(score[j][2 * r + 1] - base);
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < kChunk / 16; ++c) {
+      const uint32_t a[4] = {Pack(score[2 * c][0], score[2 * c][1]),
+                             Pack(score[2 * c][2], score[2 * c][3]),
+                             Pack(score[2 * c + 1][0], score[2 * c + 1][1]),
+                             Pack(score[2 * c + 1][2], score[2 * c + 1][3])};
+      // The weights that multiply V are the rounded ones; so is their sum.
+      sum[0] += (Low(a[0]) + High(a[0])) + (Low(a[2]) + High(a[2]));
+      sum[1] += (Low(a[1]) + High(a[1])) + (Low(a[3]) + High(a[3]));
+#pragma unroll
+      for (int j = 0; j < D / 16; ++j) {
+        uint32_t b[4];
+        LoadMatrixTransposed(b, v + 16 * Swizzle<D / 8>(16 * c + lane % 16, 2 * j + lane / 16));
+        Mma(acc[2 * j], a, b[0], b[1]);
+        Mma(acc[2 * j + 1], a, b[2], b[3]);
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float all = QuadSum(sum[r]);
+    if (!valid[r]) continue;
+    const int j = 16 * warp + g + 8 * r;
+    if (t == 0)
+      p.lse[(int64_t{blockIdx.y} * l.H + head) * kChunk + j] =
+          top[r] * 0.6931471805599453f + logf(all);
+    uint32_t* out = reinterpret_cast<uint32_t*>(p.out + ((row0 + j) * l.H + head) * D);
+#pragma unroll
+    for (int c = 0; c < D / 8; ++c)
+      out[4 * c + t] = Pack(acc[c][2 * r] / all, acc[c][2 * r + 1] / all);
+  }
+}
+
+template <int D>
+void Launch(const PrefillParams& p, cudaStream_t stream) {
+  AllowShared(WindowKernel<D>, sizeof(WindowShared<D>));
+  WindowKernel<D><<<dim3(p.layer.H, p.wave_chunks), kThreads, sizeof(WindowShared<D>), stream>>>(p);
+}
+
+}  // namespace
+
+void LaunchWindow(const PrefillParams& p, int D, cudaStream_t stream) {
+  D == 64 ? Launch<64>(p, stream) : Launch<128>(p, stream);
+}
+
+}  // namespace dsla::cuda
