@@ -140,7 +140,7 @@ std::vector<EndedSequence> Scheduler::Commit(std::span<const RowResult> results)
     sequence.ran = true;
     if (rows.logits == RowLogits::kAll)
       sequence.logits_done = std::max(sequence.logits_done, sequence.length());
-    RecordInPrefixCache(sequence);
+    if (!results[i].failed) RecordInPrefixCache(sequence);
     if (sequence.cancelled) continue;
     if (results[i].finish) {
       ended.push_back(End(sequence, Status::Ok()));
@@ -248,6 +248,10 @@ int64_t Scheduler::waiting_tokens() const {
   int64_t tokens = 0;
   for (const auto& [id, sequence] : waiting_) tokens += sequence->size();
   return tokens;
+}
+
+double Scheduler::oldest_arrival() const {
+  return waiting_.empty() ? 0 : waiting_.begin()->second->request.arrival;
 }
 
 int Scheduler::level(int64_t id) const {

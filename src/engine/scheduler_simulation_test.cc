@@ -335,7 +335,7 @@ class Trace {
 
 TEST(SchedulerSimulationTest, RandomTracesKeepTheInvariants) {
   Totals totals;
-  for (uint32_t seed = 1; seed <= 3000; ++seed) {
+  for (uint32_t seed = 1; seed <= 2000; ++seed) {
     SCOPED_TRACE(testing::Message() << "seed " << seed);
     Trace trace(seed);
     trace.Run(&totals);
