@@ -1,0 +1,146 @@
+#include "engine/prompt.h"
+#include "server/openai/generation.h"
+#include "server/openai/handlers.h"
+
+namespace dsla::openai {
+namespace {
+
+HttpError TextError(const Status& status, const char* param) {
+  if (status.code() == StatusCode::kInternal) return InternalError();
+  return InvalidRequestError(status.message(), param);
+}
+
+void Refuse(Responder& responder, const HttpError& error) {
+  responder.Respond(ErrorResponse(error));
+}
+
+void Truncate(int keep, std::vector<int32_t>* tokens) {
+  if (keep > 0 && tokens->size() > static_cast<size_t>(keep)) {
+    tokens->erase(tokens->begin(), tokens->end() - keep);
+  }
+}
+
+// The tokens of a prompt, and its text where it will be echoed.
+std::optional<HttpError> AddPrompt(const Service& service, const CompletionRequest& request,
+                                   const Prompt& prompt, GenerationPlan* plan) {
+  std::vector<int32_t> tokens;
+  const auto* text = std::get_if<std::string>(&prompt);
+  if (text) {
+    EncodeOptions options;
+    if (!request.add_special_tokens) options.add_bos = false;
+    auto encoded = EncodeText(service, *text, options);
+    if (const auto* error = std::get_if<HttpError>(&encoded)) return *error;
+    tokens = std::move(std::get<std::vector<int32_t>>(encoded));
+  } else {
+    tokens = std::get<std::vector<int32_t>>(prompt);
+  }
+  if (tokens.empty()) return InvalidRequestError("'prompt' has no tokens", "prompt");
+  const size_t whole = tokens.size();
+  Truncate(request.common.truncate_prompt, &tokens);
+  if (request.echo) {
+    plan->echo_control = text == nullptr;
+    plan->echo_texts.push_back(
+        text && tokens.size() == whole
+            ? *text
+            : service.tokenizer().Decode(tokens, {.skip_special = !plan->echo_control}));
+  }
+  plan->prompts.push_back(std::move(tokens));
+  return std::nullopt;
+}
+
+// Model and permit, which both kinds of request need first.
+std::optional<HttpError> Admit(Service& service, std::string_view asked, std::string* model) {
+  auto name = service.ModelName(asked);
+  if (const auto* error = std::get_if<HttpError>(&name)) return *error;
+  *model = std::get<std::string>(std::move(name));
+  return std::nullopt;
+}
+
+}  // namespace
+
+Parsed<std::vector<int32_t>> EncodeText(const Service& service, const std::string& text,
+                                        const EncodeOptions& options) {
+  if (text.size() > service.max_text_bytes()) {
+    const auto context = service.limits().max_context;
+    return ContextLengthError(
+        fmt::format("the model's context is {} tokens; a text of {} bytes has more", context,
+                    text.size()),
+        context + 1, context);
+  }
+  auto tokens = service.tokenizer().Encode(text, options);
+  if (!tokens.ok()) return TextError(tokens.status(), "prompt");
+  return std::move(tokens).value();
+}
+
+Parsed<std::vector<int32_t>> EncodeMessages(const Service& service,
+                                            const std::vector<ChatMessage>& messages,
+                                            bool add_generation_prompt) {
+  const ApiContext& context = service.context();
+  if (!context.chat_template) {
+    return InvalidRequestError(
+        fmt::format("this server has no chat template: {}", context.no_chat_template), "messages",
+        "chat_template_error");
+  }
+  size_t bytes = 0;
+  for (const ChatMessage& message : messages) bytes += message.content.size();
+  if (bytes > service.max_text_bytes()) {
+    const auto limit = service.limits().max_context;
+    return ContextLengthError(
+        fmt::format("the model's context is {} tokens; messages of {} bytes have more", limit,
+                    bytes),
+        limit + 1, limit);
+  }
+  auto tokens =
+      EncodeChat(service.tokenizer(), *context.chat_template, messages, add_generation_prompt);
+  if (!tokens.ok()) {
+    HttpError error = TextError(tokens.status(), "messages");
+    if (error.status == 400) error.code = "chat_template_error";
+    return error;
+  }
+  return std::move(tokens).value();
+}
+
+void HandleCompletions(const ServicePtr& service, RequestPtr request, ResponderPtr responder) {
+  auto permit = service->TryPermit();
+  if (!permit) return Refuse(*responder, service->NoPermitError());
+  auto parsed = ParseCompletion(request->body, service->limits());
+  if (const auto* error = std::get_if<HttpError>(&parsed)) return Refuse(*responder, *error);
+  CompletionRequest& completion = std::get<CompletionRequest>(parsed);
+  GenerationPlan plan;
+  if (auto error = Admit(*service, completion.common.model, &plan.model)) {
+    return Refuse(*responder, *error);
+  }
+  plan.echo = completion.echo;
+  plan.logprobs = completion.logprobs;
+  for (const Prompt& prompt : completion.prompts) {
+    if (auto error = AddPrompt(*service, completion, prompt, &plan)) {
+      return Refuse(*responder, *error);
+    }
+  }
+  plan.common = std::move(completion.common);
+  Generation::Start(service, std::move(permit), std::move(plan), std::move(request),
+                    std::move(responder));
+}
+
+void HandleChat(const ServicePtr& service, RequestPtr request, ResponderPtr responder) {
+  auto permit = service->TryPermit();
+  if (!permit) return Refuse(*responder, service->NoPermitError());
+  auto parsed = ParseChat(request->body, service->limits());
+  if (const auto* error = std::get_if<HttpError>(&parsed)) return Refuse(*responder, *error);
+  ChatRequest& chat = std::get<ChatRequest>(parsed);
+  GenerationPlan plan;
+  plan.chat = true;
+  if (auto error = Admit(*service, chat.common.model, &plan.model)) {
+    return Refuse(*responder, *error);
+  }
+  auto tokens = EncodeMessages(*service, chat.messages, chat.add_generation_prompt);
+  if (const auto* error = std::get_if<HttpError>(&tokens)) return Refuse(*responder, *error);
+  plan.prompts.push_back(std::move(std::get<std::vector<int32_t>>(tokens)));
+  Truncate(chat.common.truncate_prompt, &plan.prompts[0]);
+  plan.logprobs = chat.logprobs;
+  plan.common = std::move(chat.common);
+  Generation::Start(service, std::move(permit), std::move(plan), std::move(request),
+                    std::move(responder));
+}
+
+}  // namespace dsla::openai

@@ -1,0 +1,455 @@
+#include "server/openai/generation.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/clock.h"
+#include "server/openai/requests.h"
+
+namespace dsla::openai {
+namespace {
+
+// What the tier is called in answers; an exact level has no name of OpenAI's.
+const char* ServiceTierName(Tier tier) {
+  return tier == Tier::kFull ? "priority" : tier == Tier::kEconomy ? "flex" : "default";
+}
+
+}  // namespace
+
+class Generation::Sink : public RequestSink {
+ public:
+  Sink(std::shared_ptr<Generation> generation, int index)
+      : generation_(std::move(generation)), index_(index) {}
+
+  void OnPromptLogprobs(std::vector<PromptLogprob> logprobs) override {
+    generation_->OnPromptLogprobs(index_, std::move(logprobs));
+  }
+  void OnToken(TokenOutput token) override { generation_->OnToken(index_, std::move(token)); }
+  void OnFinish(const RequestResult& result) override { generation_->OnFinish(index_, result); }
+
+ private:
+  const std::shared_ptr<Generation> generation_;
+  const int index_;
+};
+
+void Generation::Start(std::shared_ptr<Service> service, std::unique_ptr<Service::Permit> permit,
+                       GenerationPlan plan, std::shared_ptr<const HttpRequest> request,
+                       std::shared_ptr<Responder> responder) {
+  const auto generation = std::make_shared<Generation>(
+      std::move(service), std::move(permit), std::move(plan), std::move(request), responder);
+  if (auto error = generation->Prepare()) {
+    responder->Respond(ErrorResponse(*error));
+    return;
+  }
+  // Weak: the responder must not keep alive what holds it.
+  responder->OnDisconnect([weak = std::weak_ptr<Generation>(generation)] {
+    const auto generation = weak.lock();
+    if (!generation) return;
+    generation->disconnected_ = true;
+    generation->CancelAll();
+  });
+  generation->Submit();
+}
+
+Generation::Generation(std::shared_ptr<Service> service, std::unique_ptr<Service::Permit> permit,
+                       GenerationPlan plan, std::shared_ptr<const HttpRequest> request,
+                       std::shared_ptr<Responder> responder)
+    : service_(std::move(service)),
+      permit_(std::move(permit)),
+      plan_(std::move(plan)),
+      request_(std::move(request)),
+      responder_(std::move(responder)),
+      choices_(plan_.prompts.size() * plan_.common.n) {
+  const uint64_t serial = service_->Random();
+  id_ = fmt::format("{}-{:016x}", plan_.chat ? "chatcmpl" : "cmpl", serial);
+  for (size_t i = 0; i < choices_.size(); ++i) {
+    // The client's id for the log, the serial number to be unique.
+    ids_.push_back(fmt::format("{}/{:08x}.{}", request_->request_id, serial >> 32, i));
+    Choice& choice = choices_[i];
+    if (plan_.logprobs < 0) continue;
+    choice.logprobs.emplace(&service_->tokenizer(), plan_.chat, plan_.logprobs);
+    if (!plan_.chat) {
+      choice.offsets.emplace(service_->tokenizer(), !(plan_.echo && plan_.echo_control));
+    }
+  }
+  JsonWriter head(plan_.common.stream ? "data: {" : "{");
+  head.Field("id", id_);
+  const char* object = plan_.chat ? "chat.completion" : "text_completion";
+  head.Field("object", plan_.chat && plan_.common.stream ? "chat.completion.chunk" : object);
+  head.Field("created", service_->Now()).Field("model", plan_.model);
+  head.Field("service_tier", ServiceTierName(plan_.common.tier));
+  head.Key("choices").BeginArray();
+  head_ = head.Take();
+}
+
+std::optional<HttpError> Generation::Prepare() {
+  const Common& common = plan_.common;
+  const int64_t context = service_->limits().max_context;
+  for (const auto& prompt : plan_.prompts) {
+    const auto length = static_cast<int64_t>(prompt.size());
+    const int64_t reply = common.max_tokens.value_or(1);  // without a limit: at least one
+    if (length + reply > context) {
+      return ContextLengthError(
+          fmt::format("the model's context is {} tokens, but {} are asked for: {} of the prompt "
+                      "and {} of the reply",
+                      context, length + reply, length, reply),
+          length, context);
+    }
+    max_tokens_.push_back(common.max_tokens.value_or(static_cast<int>(context - length)));
+    if (common.min_tokens > max_tokens_.back()) {
+      return InvalidRequestError(fmt::format("'min_tokens' is {}, but there is room for {} tokens",
+                                             common.min_tokens, max_tokens_.back()),
+                                 "min_tokens", "integer_above_max_value");
+    }
+  }
+  double timeout = service_->context().default_timeout;
+  if (common.timeout > 0) timeout = common.timeout;
+  if (const std::string* header = request_->headers.Find(kTimeoutHeader)) {
+    const auto seconds = ParseTimeoutHeader(*header, service_->limits());
+    if (const auto* error = std::get_if<HttpError>(&seconds)) return *error;
+    const double asked = std::get<double>(seconds);
+    timeout = common.timeout > 0 ? std::min(timeout, asked) : asked;
+  }
+  if (timeout > 0) {
+    deadline_ = (request_->arrival > 0 ? request_->arrival : NowSeconds()) + timeout;
+  }
+  for (size_t i = 0; i < choices_.size(); ++i) {
+    // Replies to one prompt differ, and are the same again for the same seed.
+    const uint64_t nth = i % common.n;
+    seeds_.push_back(common.seed ? *common.seed + nth * 0x9e3779b97f4a7c15 : service_->Random());
+  }
+  return std::nullopt;
+}
+
+Request Generation::RequestOf(int index) const {
+  const Common& common = plan_.common;
+  Request request;
+  request.id = ids_[index];
+  request.prompt = plan_.prompts[prompt_of(index)];
+  request.sampling = common.sampling;
+  request.sampling.seed = seeds_[index];
+  request.max_tokens = max_tokens_[prompt_of(index)];
+  request.min_tokens = common.min_tokens;
+  // Who scores a prompt with one token to spare counts on it: an end token counts as well.
+  request.ignore_eos = common.ignore_eos || (plan_.echo && plan_.logprobs >= 0 &&
+                                             request.max_tokens == 1 && common.stop_ids.empty());
+  request.stop_ids = common.stop_ids;
+  request.stop = common.stop;
+  request.top_logprobs = plan_.logprobs;
+  // A prompt that is only to be echoed is run all the same: its reply says at which level.
+  request.prompt_logprobs = plan_.echo && (plan_.logprobs >= 0 || request.max_tokens == 0);
+  request.tier = common.tier;
+  request.level = common.level;
+  request.cache_salt = common.cache_salt;
+  request.deadline = deadline_;
+  return request;
+}
+
+void Generation::Submit() {
+  const auto self = shared_from_this();
+  for (size_t i = 0; i < ids_.size(); ++i) {
+    const int index = static_cast<int>(i);
+    const auto rejection =
+        service_->engine().Submit(RequestOf(index), std::make_shared<Sink>(self, index));
+    if (!rejection) continue;
+    const HttpError error =
+        service_->ErrorOf(*rejection, static_cast<int64_t>(plan_.prompts[prompt_of(index)].size()));
+    for (size_t k = 0; k < i; ++k) service_->engine().Cancel(ids_[k]);
+    const std::lock_guard lock(mutex_);
+    ended_ = true;
+    responder_->Respond(ErrorResponse(error));
+    return;
+  }
+  // The client may have left before all were there to be cancelled.
+  if (disconnected_) CancelAll();
+  const std::lock_guard lock(mutex_);
+  submitting_ = false;
+  Advance();
+}
+
+void Generation::CancelAll() {
+  for (const std::string& id : ids_) service_->engine().Cancel(id);
+}
+
+void Generation::OnPromptLogprobs(int index, std::vector<PromptLogprob> logprobs) {
+  const std::lock_guard lock(mutex_);
+  if (plan_.logprobs >= 0) choices_[index].prompt_logprobs = std::move(logprobs);
+}
+
+void Generation::OnToken(int index, TokenOutput token) {
+  const std::lock_guard lock(mutex_);
+  if (ended_) return;
+  Choice& choice = choices_[index];
+  if (finished_ == 0 && choice.tokens == 0) first_level_ = std::max(first_level_, token.level);
+  ++choice.tokens;
+  if (plan_.common.stream) {
+    WriteChunk(index, std::move(token.text), &token);
+  } else {
+    BeginText(index, &choice.text);
+    choice.text += token.text;
+    AddToken(choice, token);
+  }
+  Advance();
+}
+
+void Generation::OnFinish(int index, const RequestResult& result) {
+  const std::lock_guard lock(mutex_);
+  Choice& choice = choices_[index];
+  choice.done = true;
+  choice.result = result;
+  if (ended_) return;
+  if (!result.status.ok() || result.finish == FinishReason::kCancelled) {
+    if (!failure_) failure_ = ErrorOf(result);
+  } else if (plan_.common.stream) {
+    WriteChunk(index, result.tail_text, nullptr);
+  } else {
+    BeginText(index, &choice.text);
+    choice.text += result.tail_text;
+  }
+  ++finished_;
+  Advance();
+}
+
+void Generation::AddToken(Choice& choice, const TokenOutput& token) {
+  if (plan_.common.return_token_ids) choice.token_ids.push_back(token.token);
+  if (!choice.logprobs) return;
+  choice.logprobs->Add(token.token, &token.logprob, token.top,
+                       choice.offsets ? choice.offsets->Next(token.token) : 0);
+}
+
+// What precedes the reply itself: the prompt, where it is to be echoed.
+void Generation::BeginText(int index, std::string* text) {
+  Choice& choice = choices_[index];
+  if (std::exchange(choice.begun, true)) return;
+  if (!plan_.echo) return;
+  text->insert(0, plan_.echo_texts[prompt_of(index)]);
+  if (!choice.logprobs) return;
+  for (size_t i = 0; i < choice.prompt_logprobs.size(); ++i) {
+    const PromptLogprob& token = choice.prompt_logprobs[i];
+    choice.logprobs->Add(token.token, i == 0 ? nullptr : &token.logprob, token.top,
+                         choice.offsets->Next(token.token));
+  }
+  choice.prompt_logprobs = {};
+}
+
+void Generation::WriteChunk(int index, std::string text, const TokenOutput* token) {
+  Choice& choice = choices_[index];
+  const bool first = !choice.begun;
+  const bool prompt_logprobs = first && !choice.prompt_logprobs.empty();
+  BeginText(index, &text);
+  if (token) AddToken(choice, *token);
+  JsonWriter out(head_);
+  out.BeginObject().Field("index", index);
+  if (plan_.chat) {
+    out.Key("delta").BeginObject();
+    if (first) out.Field("role", "assistant");
+    if (first || token || !text.empty()) out.Field("content", text);
+    out.EndObject();
+  } else {
+    out.Field("text", text);
+  }
+  out.Key("logprobs");
+  if (choice.logprobs && (token || prompt_logprobs)) {
+    out.Raw(choice.logprobs->Take());
+  } else {
+    out.Null();
+  }
+  if (token) {
+    out.Key("finish_reason").Null();
+  } else {
+    WriteStop(choice.result, out);
+  }
+  if (plan_.common.return_token_ids) {
+    out.Key("token_ids").BeginArray();
+    for (const int32_t id : choice.token_ids) out.Int(id);
+    out.EndArray();
+    choice.token_ids.clear();
+  }
+  out.EndObject().EndArray();
+  if (plan_.common.include_usage) {
+    out.Key("usage");
+    if (plan_.common.continuous_usage) {
+      WriteContinuousUsage(index, out);
+    } else {
+      out.Null();
+    }
+  }
+  out.EndObject();
+  pending_ += out.str();
+  pending_ += "\n\n";
+}
+
+void Generation::WriteStop(const RequestResult& result, JsonWriter& out) const {
+  out.Field("finish_reason", result.finish == FinishReason::kStop ? "stop" : "length");
+  // As vLLM: which string or token of the request's own ended it.
+  out.Key("stop_reason");
+  const auto& stop_ids = plan_.common.stop_ids;
+  if (!result.stop_string.empty()) {
+    out.String(result.stop_string);
+  } else if (std::find(stop_ids.begin(), stop_ids.end(), result.stop_token) != stop_ids.end()) {
+    out.Int(result.stop_token);
+  } else {
+    out.Null();
+  }
+}
+
+void Generation::WriteChoice(int index, JsonWriter& out) {
+  Choice& choice = choices_[index];
+  out.BeginObject().Field("index", index);
+  if (plan_.chat) {
+    out.Key("message").BeginObject().Field("role", "assistant").Field("content", choice.text);
+    out.Key("refusal").Null().EndObject();
+  } else {
+    out.Field("text", choice.text);
+  }
+  out.Key("logprobs");
+  if (choice.logprobs) {
+    out.Raw(choice.logprobs->Take());
+  } else {
+    out.Null();
+  }
+  WriteStop(choice.result, out);
+  if (plan_.common.return_token_ids) {
+    out.Key("token_ids").BeginArray();
+    for (const int32_t id : choice.token_ids) out.Int(id);
+    out.EndArray().Key("prompt_token_ids").BeginArray();
+    for (const int32_t id : plan_.prompts[prompt_of(index)]) out.Int(id);
+    out.EndArray();
+  }
+  out.EndObject();
+}
+
+void Generation::WriteContinuousUsage(int index, JsonWriter& out) const {
+  const auto prompt = static_cast<int64_t>(plan_.prompts[prompt_of(index)].size());
+  const int64_t tokens = choices_[index].tokens;
+  out.BeginObject().Field("prompt_tokens", prompt).Field("completion_tokens", tokens);
+  out.Field("total_tokens", prompt + tokens).EndObject();
+}
+
+void Generation::WriteUsage(JsonWriter& out) const {
+  int64_t prompt = 0, cached = 0, tokens = 0;
+  for (size_t i = 0; i < choices_.size(); ++i) {
+    const Choice& choice = choices_[i];
+    tokens += choice.result.generated_tokens;
+    if (i % plan_.common.n != 0) continue;  // a prompt counts once
+    prompt += static_cast<int64_t>(plan_.prompts[prompt_of(static_cast<int>(i))].size());
+    cached += choice.result.cached_tokens;
+  }
+  out.BeginObject().Field("prompt_tokens", prompt).Field("completion_tokens", tokens);
+  out.Field("total_tokens", prompt + tokens);
+  out.Key("prompt_tokens_details").BeginObject().Field("cached_tokens", cached).EndObject();
+  // The levels that were really used, of each reply from which position on.
+  out.Key("dsla").BeginObject().Field("tier", Name(plan_.common.tier)).Key("levels").BeginArray();
+  for (size_t i = 0; i < choices_.size(); ++i) {
+    for (const LevelSpan& span : choices_[i].result.levels) {
+      out.BeginObject();
+      if (choices_.size() > 1) out.Field("choice", static_cast<int64_t>(i));
+      out.Field("position", span.position).Field("level", span.level).EndObject();
+    }
+  }
+  out.EndArray().EndObject().EndObject();
+}
+
+// Sends what is due and ends the answer when everything is in.
+void Generation::Advance() {
+  if (submitting_ || ended_) return;
+  if (failure_) {
+    Fail(*std::exchange(failure_, std::nullopt));
+  } else if (finished_ == static_cast<int>(choices_.size())) {
+    Complete();
+  } else {
+    Flush();
+  }
+}
+
+void Generation::Flush() {
+  if (pending_.empty()) return;
+  if (std::exchange(started_, true)) {
+    responder_->Write(pending_);
+  } else {
+    HttpResponse head = WithLevel(SseHead(), first_level_);
+    head.body = std::move(pending_);
+    responder_->StartStream(std::move(head));
+  }
+  pending_.clear();
+}
+
+void Generation::Complete() {
+  NoteUsage();
+  ended_ = true;
+  if (!plan_.common.stream) {
+    JsonWriter out(std::move(head_));
+    for (size_t i = 0; i < choices_.size(); ++i) WriteChoice(static_cast<int>(i), out);
+    out.EndArray().Key("usage");
+    WriteUsage(out);
+    const auto& levels = choices_[0].result.levels;
+    responder_->Respond(WithLevel(JsonResponse(200, out.EndObject().Take()),
+                                  levels.empty() ? 0 : levels.back().level));
+    return;
+  }
+  if (plan_.common.include_usage) {
+    JsonWriter out(head_);
+    out.EndArray().Key("usage");
+    WriteUsage(out);
+    pending_ += out.EndObject().str();
+    pending_ += "\n\n";
+  }
+  pending_ += SseEvent("[DONE]");
+  Flush();
+  responder_->End();
+}
+
+// On the engine's thread or at the end of Submit; the replies that still run are cancelled.
+void Generation::Fail(HttpError error) {
+  ended_ = true;
+  std::vector<std::string> running;
+  for (size_t i = 0; i < choices_.size(); ++i) {
+    if (!choices_[i].done) running.push_back(ids_[i]);
+  }
+  service_->canceller().Cancel(std::move(running));
+  if (!started_) {
+    responder_->Respond(ErrorResponse(error));
+    return;
+  }
+  pending_ += SseEvent(ErrorJson(error));
+  Flush();
+  responder_->End();
+}
+
+HttpError Generation::ErrorOf(const RequestResult& result) const {
+  switch (result.status.code()) {
+    case StatusCode::kDeadlineExceeded:
+      return DeadlineError();
+    case StatusCode::kOk:  // cancelled, but not by the client: the server ends
+    case StatusCode::kCancelled:
+    case StatusCode::kUnavailable:
+      return ShuttingDownError();
+    case StatusCode::kResourceExhausted:
+      return OutOfMemoryError();
+    default:
+      // How the engine marks logits that are not numbers.
+      return result.status.message().starts_with("numerical_error") ? NumericalError()
+                                                                    : InternalError();
+  }
+}
+
+HttpResponse Generation::WithLevel(HttpResponse response, int level) const {
+  response.headers.Add("X-Dsla-Tier", Name(plan_.common.tier));
+  response.headers.Add("X-Dsla-Level", fmt::format("{}", level));
+  return response;
+}
+
+void Generation::NoteUsage() const {
+  int64_t prompt = 0, tokens = 0, level = 0;
+  for (const Choice& choice : choices_) {
+    prompt += choice.result.prompt_tokens;
+    tokens += choice.result.generated_tokens;
+    for (const LevelSpan& span : choice.result.levels) level = std::max<int64_t>(level, span.level);
+  }
+  responder_->Note("prompt_tokens", fmt::format("{}", prompt));
+  responder_->Note("tokens", fmt::format("{}", tokens));
+  responder_->Note("tier", Name(plan_.common.tier));
+  responder_->Note("level", fmt::format("{}", level));
+}
+
+}  // namespace dsla::openai

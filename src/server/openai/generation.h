@@ -1,0 +1,112 @@
+// Generation: one request to completions or chat from its tokens to the last byte of its answer.
+// Every reply ("choice") is a request of its own to the engine; their events come on the engine's
+// thread and become JSON there, a microsecond or so each, and the Responder takes it from there.
+//
+// The status goes out with the first token, so that whatever fails before it keeps its own. Later
+// failures are an event {"error":...}, after which the stream ends. A client that leaves, or reads
+// too slowly, has all of its replies cancelled.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "server/http/http.h"
+#include "server/openai/logprobs.h"
+#include "server/openai/service.h"
+
+namespace dsla::openai {
+
+struct GenerationPlan {
+  bool chat = false;
+  Common common;
+  std::string model;                          // to answer with
+  std::vector<std::vector<int32_t>> prompts;  // none empty
+  bool echo = false;
+  std::vector<std::string> echo_texts;  // with echo, of each prompt
+  bool echo_control = false;            // the texts hold those of control tokens
+  int logprobs = -1;
+};
+
+class Generation : public std::enable_shared_from_this<Generation> {
+ public:
+  // Checks lengths, submits everything and returns; the answer comes later.
+  static void Start(std::shared_ptr<Service> service, std::unique_ptr<Service::Permit> permit,
+                    GenerationPlan plan, std::shared_ptr<const HttpRequest> request,
+                    std::shared_ptr<Responder> responder);
+
+  // For Start alone.
+  Generation(std::shared_ptr<Service> service, std::unique_ptr<Service::Permit> permit,
+             GenerationPlan plan, std::shared_ptr<const HttpRequest> request,
+             std::shared_ptr<Responder> responder);
+
+ private:
+  class Sink;
+
+  struct Choice {
+    std::string text;  // of the whole reply, without streaming
+    std::vector<int32_t> token_ids;
+    std::optional<Logprobs> logprobs;
+    std::optional<TextOffsets> offsets;  // completions alone
+    std::vector<PromptLogprob> prompt_logprobs;
+    int tokens = 0;
+    bool begun = false;  // role or echo are out
+    bool done = false;
+    RequestResult result;
+  };
+
+  std::optional<HttpError> Prepare();  // max_tokens, deadline
+  void Submit();
+  Request RequestOf(int index) const;
+  void CancelAll();
+
+  void OnPromptLogprobs(int index, std::vector<PromptLogprob> logprobs);
+  void OnToken(int index, TokenOutput token);
+  void OnFinish(int index, const RequestResult& result);
+
+  // All below with mutex_ held.
+  void AddToken(Choice& choice, const TokenOutput& token);
+  void BeginText(int index, std::string* text);
+  void WriteChunk(int index, std::string text, const TokenOutput* token);
+  void WriteChoice(int index, JsonWriter& out);
+  void WriteUsage(JsonWriter& out) const;
+  void WriteContinuousUsage(int index, JsonWriter& out) const;
+  void WriteStop(const RequestResult& result, JsonWriter& out) const;
+  void Advance();
+  void Flush();
+  void Complete();
+  void Fail(HttpError error);
+  void NoteUsage() const;
+  HttpResponse WithLevel(HttpResponse response, int level) const;
+  HttpError ErrorOf(const RequestResult& result) const;
+
+  int prompt_of(int index) const { return index / plan_.common.n; }
+
+  const std::shared_ptr<Service> service_;
+  const std::unique_ptr<Service::Permit> permit_;
+  const GenerationPlan plan_;
+  const std::shared_ptr<const HttpRequest> request_;
+  const std::shared_ptr<Responder> responder_;
+  double deadline_ = 0;
+  std::vector<int> max_tokens_;   // [prompts]
+  std::vector<std::string> ids_;  // [choices], of the engine's requests
+  std::vector<uint64_t> seeds_;   // [choices]
+  std::string id_;                // "cmpl-..."
+  std::string head_;              // of every chunk, or of the answer, up to the choices
+  std::atomic<bool> disconnected_{false};
+
+  std::mutex mutex_;  // of what follows
+  std::vector<Choice> choices_;
+  bool submitting_ = true;  // nothing goes out before all replies have been accepted
+  bool started_ = false;    // the status is out
+  bool ended_ = false;      // nothing more will go out
+  int finished_ = 0;
+  int first_level_ = 0;
+  std::optional<HttpError> failure_;
+  std::string pending_;  // events that are due
+};
+
+}  // namespace dsla::openai

@@ -1,0 +1,40 @@
+// The handlers behind RegisterApi. Each answers at once or hands over to a Generation.
+#pragma once
+
+#include <memory>
+
+#include "server/http/http.h"
+#include "server/openai/service.h"
+
+namespace dsla::openai {
+
+using RequestPtr = std::shared_ptr<const HttpRequest>;
+using ResponderPtr = std::shared_ptr<Responder>;
+using ServicePtr = std::shared_ptr<Service>;
+
+// generate.cc
+void HandleCompletions(const ServicePtr& service, RequestPtr request, ResponderPtr responder);
+void HandleChat(const ServicePtr& service, RequestPtr request, ResponderPtr responder);
+// The tokens of a conversation; 400 where there is no template or it refuses the messages.
+Parsed<std::vector<int32_t>> EncodeMessages(const Service& service,
+                                            const std::vector<ChatMessage>& messages,
+                                            bool add_generation_prompt);
+// Refused before it is tokenised if it cannot fit the context.
+Parsed<std::vector<int32_t>> EncodeText(const Service& service, const std::string& text,
+                                        const EncodeOptions& options);
+
+// models.cc
+void HandleModels(const ServicePtr& service, RequestPtr request, ResponderPtr responder);
+void HandleModel(const ServicePtr& service, RequestPtr request, ResponderPtr responder);
+
+// tokens.cc
+void HandleTokenize(const ServicePtr& service, RequestPtr request, ResponderPtr responder);
+void HandleDetokenize(const ServicePtr& service, RequestPtr request, ResponderPtr responder);
+void HandleTokenizerInfo(const ServicePtr& service, RequestPtr request, ResponderPtr responder);
+
+// operations.cc
+void HandleMetrics(const ServicePtr& service, RequestPtr request, ResponderPtr responder);
+void HandleDslaState(const ServicePtr& service, RequestPtr request, ResponderPtr responder);
+void HandleDslaCommand(const ServicePtr& service, RequestPtr request, ResponderPtr responder);
+
+}  // namespace dsla::openai

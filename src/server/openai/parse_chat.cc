@@ -1,0 +1,191 @@
+#include <fmt/format.h>
+
+#include "server/openai/json_doc.h"
+#include "server/openai/parse_common.h"
+
+namespace dsla::openai {
+namespace {
+
+namespace dom = simdjson::dom;
+
+HttpError UnsupportedFeature(std::string message, std::string path) {
+  return InvalidRequestError(std::move(message), std::move(path), "unsupported_feature");
+}
+
+void ParsePart(Element value, const std::string& path, bool first, FirstError* error,
+               std::string* content) {
+  dom::object object;
+  if (value.get(object) != simdjson::SUCCESS) {
+    SetTypeError(path, "an object", value, error);
+    return;
+  }
+  const Fields part(object, path + ".", error);
+  std::string type, text;
+  if (!part.String("type", kMaxNameBytes, &type)) {
+    error->Set(InvalidRequestError(fmt::format("'{}' is missing", part.Path("type")),
+                                   part.Path("type"), "missing_required_parameter"));
+    return;
+  }
+  if (type != "text") {
+    error->Set(UnsupportedFeature(fmt::format("'{}' is '{}': this server reads text alone",
+                                              part.Path("type"), type.substr(0, 64)),
+                                  part.Path("type")));
+    return;
+  }
+  if (!part.String("text", kMaxTextBytes, &text)) {
+    error->Set(InvalidRequestError(fmt::format("'{}' is missing", part.Path("text")),
+                                   part.Path("text"), "missing_required_parameter"));
+    return;
+  }
+  if (!first) *content += '\n';
+  *content += text;
+}
+
+void ParseContent(const Fields& message, std::string* content) {
+  const auto value = message.Find("content");
+  const std::string path = message.Path("content");
+  if (!value) {
+    message.error()->Set(InvalidRequestError(fmt::format("'{}' is missing", path), path,
+                                             "missing_required_parameter"));
+  } else if (value->is_string()) {
+    ReadString(*value, path, kMaxTextBytes, content, message.error());
+  } else if (value->is_array()) {
+    int index = 0;
+    for (const Element part : dom::array(*value)) {
+      ParsePart(part, fmt::format("{}[{}]", path, index), index == 0, message.error(), content);
+      if (!message.error()->ok()) return;
+      ++index;
+    }
+    if (index == 0) {
+      message.error()->Set(InvalidRequestError(fmt::format("'{}' is an empty array", path), path));
+    }
+  } else {
+    SetTypeError(path, "a string or an array of text parts", *value, message.error());
+  }
+}
+
+void ParseMessage(const Fields& message, ChatMessage* out) {
+  const std::string path = message.Path("role");
+  if (!message.String("role", kMaxNameBytes, &out->role)) {
+    message.error()->Set(InvalidRequestError(fmt::format("'{}' is missing", path), path,
+                                             "missing_required_parameter"));
+    return;
+  }
+  // OpenAI's newer name of the same role.
+  if (out->role == "developer") out->role = "system";
+  if (out->role == "tool" || out->role == "function") {
+    message.error()->Set(UnsupportedFeature(
+        fmt::format("'{}' is '{}': tools are not supported by this server", path, out->role),
+        path));
+  } else if (out->role != "system" && out->role != "user" && out->role != "assistant") {
+    message.error()->Set(InvalidRequestError(
+        fmt::format("'{}' must be one of 'system', 'developer', 'user', 'assistant', not '{}'",
+                    path, out->role.substr(0, 64)),
+        path));
+  }
+  if (const auto calls = message.Find("tool_calls")) {
+    message.RefuseUnless("tool_calls", calls->is_array() && dom::array(*calls).size() == 0);
+  }
+  message.Refuse({"function_call", "audio"});
+  ParseContent(message, &out->content);
+}
+
+bool IsEmptyArray(const Fields& fields, std::string_view name) {
+  const auto value = fields.Find(name);
+  return value && value->is_array() && dom::array(*value).size() == 0;
+}
+
+void RefuseUnsupportedChat(const Fields& fields) {
+  fields.Refuse({"audio", "prediction", "web_search_options", "chat_template", "documents",
+                 "reasoning_effort", "mm_processor_kwargs", "media_io_kwargs"});
+  for (const char* name : {"tools", "functions"}) {
+    fields.RefuseUnless(name, IsEmptyArray(fields, name));
+  }
+  for (const char* name : {"tool_choice", "function_call"}) {
+    const auto value = fields.Find(name);
+    fields.RefuseUnless(name, value && value->is_string() && std::string_view(*value) == "none");
+  }
+  if (const auto modalities = fields.Array("modalities")) {
+    bool text_alone = modalities->size() == 1;
+    for (const Element name : *modalities) {
+      text_alone = text_alone && name.is_string() && std::string_view(name) == "text";
+    }
+    fields.RefuseUnless("modalities", text_alone);
+  }
+  if (const auto kwargs = fields.Object("chat_template_kwargs")) {
+    fields.RefuseUnless("chat_template_kwargs", kwargs->size() == 0);
+  }
+  bool continues = false;
+  if (fields.Bool("continue_final_message", &continues)) {
+    fields.RefuseUnless("continue_final_message", !continues);
+  }
+}
+
+// logprobs is a boolean here, with top_logprobs beside it.
+void ParseLogprobs(const Fields& fields, const Limits& limits, int* out) {
+  bool logprobs = false;
+  fields.Bool("logprobs", &logprobs);
+  int top = 0;
+  const bool has_top = fields.Int("top_logprobs", 0, limits.max_logprobs, &top);
+  if (has_top && !logprobs) {
+    fields.error()->Set(
+        InvalidRequestError("'top_logprobs' needs 'logprobs': true", "top_logprobs"));
+  }
+  *out = logprobs ? top : -1;
+}
+
+}  // namespace
+
+void ParseMessages(const Fields& fields, const Limits& limits, std::vector<ChatMessage>* messages) {
+  const auto list = fields.Array("messages");
+  if (!list) {
+    fields.error()->Set(
+        InvalidRequestError("'messages' is missing", "messages", "missing_required_parameter"));
+    return;
+  }
+  if (list->size() == 0) {
+    fields.error()->Set(InvalidRequestError("'messages' is an empty array", "messages"));
+  }
+  for (const Element value : *list) {
+    const std::string path = fmt::format("messages[{}]", messages->size());
+    dom::object object;
+    if (messages->size() == static_cast<size_t>(limits.max_messages)) {
+      fields.error()->Set(InvalidRequestError(
+          fmt::format("'messages' has more than {} messages", limits.max_messages), "messages",
+          "array_above_max_length"));
+    } else if (value.get(object) != simdjson::SUCCESS) {
+      SetTypeError(path, "an object", value, fields.error());
+    }
+    if (!fields.error()->ok()) return;
+    ParseMessage(Fields(object, path + ".", fields.error()), &messages->emplace_back());
+  }
+}
+
+Parsed<ChatRequest> ParseChat(std::string_view body, const Limits& limits) {
+  JsonDoc doc;
+  if (auto error = doc.Parse(body)) return *error;
+  FirstError error;
+  const Fields fields(doc.object(), "", &error);
+  ChatRequest request;
+  Common& common = request.common;
+  RefuseUnsupportedChat(fields);
+  ParseCommon(fields, limits, &common);
+  ParseMessages(fields, limits, &request.messages);
+  ParseLogprobs(fields, limits, &request.logprobs);
+  fields.Bool("add_generation_prompt", &request.add_generation_prompt);
+  // The newer name wins where both are there.
+  int max_tokens = 0;
+  const char* param = "max_completion_tokens";
+  bool limited = fields.Int("max_tokens", 1, kMaxTokens, &max_tokens);
+  if (fields.Int(param, 1, kMaxTokens, &max_tokens)) {
+    limited = true;
+  } else {
+    param = "max_tokens";
+  }
+  if (limited) common.max_tokens = max_tokens;
+  CheckTotalTokens(fields, limits, common.n, param, common);
+  if (auto first = error.Take()) return *first;
+  return request;
+}
+
+}  // namespace dsla::openai

@@ -1,0 +1,26 @@
+// The parts of parsing that completions and chat share. Internal to server/openai.
+#pragma once
+
+#include <limits>
+
+#include "server/openai/fields.h"
+#include "server/openai/requests.h"
+
+namespace dsla::openai {
+
+constexpr size_t kMaxNameBytes = 512;                // model names, salts
+constexpr size_t kMaxTextBytes = size_t{256} << 20;  // prompts: the body's own limit is lower
+// Of max_tokens; whether it fits the context is seen once the prompt's tokens are counted.
+constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max();
+
+// Everything but the prompt, logprobs and max_tokens.
+void ParseCommon(const Fields& fields, const Limits& limits, Common* common);
+
+// max_tokens of each of `choices` replies: within the context and in sum within the limit.
+void CheckTotalTokens(const Fields& fields, const Limits& limits, int64_t choices,
+                      std::string_view param, const Common& common);
+
+// messages, with their text parts joined by line breaks.
+void ParseMessages(const Fields& fields, const Limits& limits, std::vector<ChatMessage>* messages);
+
+}  // namespace dsla::openai

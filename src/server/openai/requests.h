@@ -1,0 +1,104 @@
+// What clients may ask, as plain values: JSON is checked against these types and limits here, and
+// nothing behind this file sees JSON. Fields of the API that this server does not know are ignored;
+// those that it knows and cannot do are refused by name.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <variant>
+#include <vector>
+
+#include "engine/request.h"
+#include "format/chat/chat_template.h"
+#include "server/http/errors.h"
+
+namespace dsla::openai {
+
+struct Limits {
+  int64_t vocab_size = 0;
+  int max_context = 0;    // tokens of prompt and reply
+  bool adapter = false;   // whether there are levels besides 0
+  int max_level = 0;      // of an exact level
+  int max_n = 16;         // replies per prompt
+  int max_prompts = 256;  // of one completions request
+  int max_messages = 4096;
+  int max_stop = 16;             // strings
+  size_t max_stop_bytes = 1024;  // of one
+  int max_stop_ids = 64;
+  int max_logit_bias = 1024;
+  int max_logprobs = 20;
+  int64_t max_total_tokens = 1 << 20;  // prompts * n * max_tokens
+  double max_timeout = 3600;           // seconds
+  Tier default_tier = Tier::kAuto;
+};
+
+// What completions and chat have in common.
+struct Common {
+  std::string model;        // empty: the server's
+  SamplingParams sampling;  // its seed is `seed`, or to be drawn
+  std::optional<uint64_t> seed;
+  int n = 1;
+  std::optional<int> max_tokens;
+  int min_tokens = 0;
+  bool ignore_eos = false;
+  std::vector<std::string> stop;
+  std::vector<int32_t> stop_ids;
+  bool stream = false;
+  bool include_usage = false;
+  bool continuous_usage = false;
+  Tier tier = Tier::kAuto;
+  int level = 0;  // with Tier::kExact
+  std::string cache_salt;
+  double timeout = 0;       // seconds; 0 = the server's
+  int truncate_prompt = 0;  // keep so many of the last prompt tokens; 0 = all
+  bool return_token_ids = false;
+};
+
+using Prompt = std::variant<std::string, std::vector<int32_t>>;
+
+struct CompletionRequest {
+  Common common;
+  std::vector<Prompt> prompts;
+  int logprobs = -1;  // -1: none; else the chosen token's and so many of the likeliest
+  bool echo = false;
+  bool add_special_tokens = true;
+};
+
+struct ChatRequest {
+  Common common;
+  std::vector<ChatMessage> messages;
+  int logprobs = -1;
+  bool add_generation_prompt = true;
+};
+
+struct TokenizeRequest {
+  std::string model;
+  std::string text;
+  std::vector<ChatMessage> messages;  // instead of text
+  bool add_special_tokens = true;
+  bool add_generation_prompt = true;
+  bool parse_special = false;
+  bool return_token_strs = false;
+};
+
+struct DetokenizeRequest {
+  std::string model;
+  std::vector<int32_t> tokens;
+};
+
+template <typename T>
+using Parsed = std::variant<T, HttpError>;
+
+Parsed<CompletionRequest> ParseCompletion(std::string_view body, const Limits& limits);
+Parsed<ChatRequest> ParseChat(std::string_view body, const Limits& limits);
+Parsed<TokenizeRequest> ParseTokenize(std::string_view body, const Limits& limits);
+Parsed<DetokenizeRequest> ParseDetokenize(std::string_view body, const Limits& limits);
+
+// Seconds that the client will wait, in a header.
+constexpr const char* kTimeoutHeader = "X-Request-Timeout";
+// Of a value such as "2.5". Error: naming the header.
+Parsed<double> ParseTimeoutHeader(std::string_view value, const Limits& limits);
+
+}  // namespace dsla::openai

@@ -1,0 +1,437 @@
+#include "server/openai/requests.h"
+
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+
+#include "server/http/http.h"
+
+namespace dsla::openai {
+namespace {
+
+Limits TestLimits() {
+  Limits limits;
+  limits.vocab_size = 100;
+  limits.max_context = 1000;
+  limits.adapter = true;
+  limits.max_level = 4;
+  return limits;
+}
+
+template <typename T>
+T Good(Parsed<T> parsed, const std::string& body) {
+  const auto* error = std::get_if<HttpError>(&parsed);
+  EXPECT_EQ(error, nullptr) << body << ": " << (error ? error->message : "");
+  return error ? T{} : std::get<T>(std::move(parsed));
+}
+
+CompletionRequest Completion(const std::string& body) {
+  return Good(ParseCompletion(body, TestLimits()), body);
+}
+ChatRequest Chat(const std::string& body) { return Good(ParseChat(body, TestLimits()), body); }
+
+template <typename T>
+void ExpectError(const Parsed<T>& parsed, const std::string& body, const std::string& code,
+                 const std::string& param) {
+  const auto* error = std::get_if<HttpError>(&parsed);
+  ASSERT_NE(error, nullptr) << body.substr(0, 200);
+  EXPECT_EQ(error->status, 400) << body.substr(0, 200);
+  EXPECT_EQ(error->type, "invalid_request_error");
+  EXPECT_EQ(error->code, code) << body.substr(0, 200) << ": " << error->message;
+  EXPECT_EQ(error->param, param) << body.substr(0, 200) << ": " << error->message;
+  EXPECT_LT(error->message.size(), 500u);
+  EXPECT_EQ(error->message.find('\n'), std::string::npos);
+}
+
+void BadCompletion(const std::string& body, const std::string& code,
+                   const std::string& param = "") {
+  ExpectError(ParseCompletion(body, TestLimits()), body, code, param);
+}
+void BadChat(const std::string& body, const std::string& code, const std::string& param = "") {
+  ExpectError(ParseChat(body, TestLimits()), body, code, param);
+}
+// A field beside a good prompt, and beside good messages.
+void BadField(const std::string& field, const std::string& code, const std::string& param) {
+  BadCompletion(fmt::format(R"({{"prompt":"x",{}}})", field), code, param);
+  BadChat(fmt::format(R"({{"messages":[{{"role":"user","content":"x"}}],{}}})", field), code,
+          param);
+}
+CompletionRequest GoodField(const std::string& field) {
+  Chat(fmt::format(R"({{"messages":[{{"role":"user","content":"x"}}],{}}})", field));
+  return Completion(fmt::format(R"({{"prompt":"x",{}}})", field));
+}
+
+std::string Pair(std::string_view name, std::string_view value) {
+  return fmt::format("\"{}\":{}", name, value);
+}
+
+std::string Repeat(const std::string& text, int times) {
+  std::string all;
+  for (int i = 0; i < times; ++i) all += text;
+  return all;
+}
+
+TEST(RequestJson, RefusesWhatIsNotJson) {
+  for (const std::string& body : std::vector<std::string>{"",
+                                                          " ",
+                                                          "{",
+                                                          "nonsense",
+                                                          R"({"prompt":"x")",
+                                                          R"({"prompt":"x"} )"
+                                                          "x",
+                                                          R"({"prompt":"x"}{})",
+                                                          "\xef\xbb\xbf{\"prompt\":\"x\"}",
+                                                          R"({"temperature":NaN})",
+                                                          R"({"temperature":Infinity})",
+                                                          R"({"temperature":-Infinity})",
+                                                          R"({"n":01})",
+                                                          R"({"n":1.})",
+                                                          R"({"n":+1})",
+                                                          "{\"prompt\":\"\xff\"}",
+                                                          "{\"prompt\":\"\xc3\"}",
+                                                          "{\"prompt\":\"\xed\xa0\x80\"}",
+                                                          R"({"prompt":"\ud800"})",
+                                                          R"({"prompt":"\ud800x"})",
+                                                          R"({"prompt":"\udc00"})",
+                                                          R"({"prompt":"\ud800\ud800"})",
+                                                          R"({"\udfff":1})",
+                                                          R"({"prompt":"\x"})",
+                                                          "{\"prompt\":\"a\nb\"}",
+                                                          R"({'prompt':'x'})",
+                                                          R"({"prompt":"x",})",
+                                                          R"({"prompt":"x" /* no */})",
+                                                          std::string("{\"n\":1\0}", 8)}) {
+    BadCompletion(body, "invalid_json");
+  }
+}
+
+TEST(RequestJson, RefusesDuplicateKeysAnywhere) {
+  BadCompletion(R"({"prompt":"x","prompt":"y"})", "invalid_json");
+  BadCompletion(R"({"prompt":"x","\u0070rompt":"y"})", "invalid_json");
+  BadCompletion(R"({"prompt":"x","unknown":[{"a":1,"b":2,"a":3}]})", "invalid_json");
+}
+
+TEST(RequestJson, BoundsDepthAndKeys) {
+  const auto nested = [](int depth) {
+    return fmt::format(R"({{"prompt":"x","deep":{}{}}})", Repeat("[", depth), Repeat("]", depth));
+  };
+  Completion(nested(60));
+  BadCompletion(nested(65), "json_too_deep");
+  BadCompletion(nested(1000000), "json_too_deep");
+  std::string keys = R"({"prompt":"x")";
+  for (int i = 0; i < 10001; ++i) keys += fmt::format(",\"{}\":0", i);
+  BadCompletion(keys + "}", "json_too_deep");
+}
+
+TEST(RequestJson, RefusesOtherTopLevels) {
+  for (const char* body : {"[]", "1", "\"x\"", "null", "true"}) BadCompletion(body, "invalid_type");
+}
+
+TEST(RequestJson, NamesTheFieldOfAnUnholdableNumber) {
+  BadField(R"("max_tokens":1e999)", "decimal_out_of_range", "max_tokens");
+  BadField(R"("max_tokens":-1e999)", "decimal_out_of_range", "max_tokens");
+  BadField(R"("max_tokens":18446744073709551616)", "integer_out_of_range", "max_tokens");
+  BadField(R"("seed":-9223372036854775809)", "integer_out_of_range", "seed");
+  BadField(R"("logit_bias":{"\"n\":":1,"5":1e400})", "decimal_out_of_range", "logit_bias");
+}
+
+TEST(RequestTypes, NothingIsConverted) {
+  for (const std::string name : {"max_tokens", "n", "min_tokens", "top_k", "seed"}) {
+    for (const char* value : {"\"5\"", "true", "[5]", "{}", "1.5"}) {
+      BadField(Pair(name, value), "invalid_type", name);
+    }
+    BadField(Pair(name, "18446744073709551615"), "integer_out_of_range", name);
+  }
+  for (const std::string name : {"temperature", "top_p", "min_p", "presence_penalty",
+                                 "frequency_penalty", "repetition_penalty", "timeout"}) {
+    for (const char* value : {"\"1\"", "true", "[]", "{}"}) {
+      BadField(Pair(name, value), "invalid_type", name);
+    }
+  }
+  for (const std::string name : {"stream", "ignore_eos", "return_token_ids"}) {
+    for (const char* value : {"\"true\"", "1", "[]"}) {
+      BadField(Pair(name, value), "invalid_type", name);
+    }
+  }
+  BadField(R"("model":5)", "invalid_type", "model");
+  BadField(R"("stream_options":true,"stream":true)", "invalid_type", "stream_options");
+  BadField(R"("logit_bias":[1])", "invalid_type", "logit_bias");
+  BadField(R"("stop":5)", "invalid_type", "stop");
+  BadField(R"("stop":[5])", "invalid_type", "stop[0]");
+}
+
+TEST(RequestTypes, WholeDecimalsAreIntegers) {
+  EXPECT_EQ(GoodField(R"("max_tokens":5.0)").common.max_tokens, 5);
+  EXPECT_EQ(GoodField(R"("max_tokens":1e2)").common.max_tokens, 100);
+  BadField(R"("seed":1e300)", "invalid_type", "seed");
+}
+
+TEST(RequestTypes, NullIsAbsent) {
+  const auto request = GoodField(
+      R"("max_tokens":null,"stop":null,"logprobs":null,"n":null,"seed":null,"tools":null,)"
+      R"("stream_options":null,"logit_bias":null,"response_format":null,"suffix":null,"dsla":null,)"
+      R"("service_tier":null,"user":null)");
+  EXPECT_EQ(request.common.max_tokens, 16);
+  EXPECT_FALSE(request.common.seed.has_value());
+  EXPECT_EQ(request.logprobs, -1);
+}
+
+TEST(RequestRanges, Integers) {
+  BadField(R"("max_tokens":-1)", "integer_below_min_value", "max_tokens");
+  BadField(R"("max_tokens":0)", "integer_below_min_value", "max_tokens");
+  BadField(R"("max_tokens":2147483648)", "integer_above_max_value", "max_tokens");
+  BadField(R"("n":0)", "integer_below_min_value", "n");
+  BadField(R"("n":17)", "integer_above_max_value", "n");
+  BadField(R"("n":16,"max_tokens":100000)", "integer_above_max_value", "max_tokens");
+  BadField(R"("min_tokens":-1)", "integer_below_min_value", "min_tokens");
+  BadField(R"("min_tokens":6,"max_tokens":5)", "integer_above_max_value", "min_tokens");
+  BadField(R"("top_k":-2)", "integer_below_min_value", "top_k");
+  BadField(R"("stop_token_ids":[100])", "integer_above_max_value", "stop_token_ids[0]");
+  BadField(R"("truncate_prompt_tokens":0)", "integer_below_min_value", "truncate_prompt_tokens");
+  EXPECT_EQ(GoodField(R"("seed":-9223372036854775808)").common.seed, uint64_t{1} << 63);
+  EXPECT_EQ(GoodField(R"("top_k":-1)").common.sampling.top_k, 0);
+  EXPECT_EQ(GoodField(R"("n":16)").common.n, 16);
+}
+
+TEST(RequestRanges, Decimals) {
+  for (const auto& [name, low, high] :
+       std::vector<std::array<std::string, 3>>{{"temperature", "-0.1", "2.1"},
+                                               {"top_p", "0", "1.1"},
+                                               {"min_p", "-0.1", "1.1"},
+                                               {"presence_penalty", "-2.1", "2.1"},
+                                               {"frequency_penalty", "-2.1", "2.1"},
+                                               {"repetition_penalty", "0", "101"},
+                                               {"timeout", "0", "3601"}}) {
+    BadField(Pair(name, low), "decimal_below_min_value", name);
+    BadField(Pair(name, high), "decimal_above_max_value", name);
+  }
+  const auto request = GoodField(R"("temperature":2,"top_p":1,"min_p":1,"timeout":2.5)");
+  EXPECT_EQ(request.common.sampling.temperature, 2);
+  EXPECT_EQ(request.common.timeout, 2.5);
+}
+
+TEST(RequestRanges, Stop) {
+  EXPECT_EQ(GoodField(R"("stop":"END")").common.stop, std::vector<std::string>{"END"});
+  EXPECT_EQ(GoodField(R"("stop":["a","b"])").common.stop, (std::vector<std::string>{"a", "b"}));
+  EXPECT_TRUE(GoodField(R"("stop":[])").common.stop.empty());
+  BadField(R"("stop":"")", "invalid_value", "stop");
+  BadField(R"("stop":["a",""])", "invalid_value", "stop[1]");
+  BadField(fmt::format(R"("stop":[{}"a"])", Repeat("\"a\",", 16)), "array_above_max_length",
+           "stop");
+  BadField(Pair("stop", fmt::format("\"{}\"", std::string(1 << 20, 'a'))),
+           "string_above_max_length", "stop");
+}
+
+TEST(RequestRanges, LogitBias) {
+  const auto request = GoodField(R"("logit_bias":{"5":-100,"99":100})");
+  EXPECT_EQ(request.common.sampling.logit_bias.size(), 2u);
+  EXPECT_EQ(request.common.sampling.logit_bias[0], (std::pair<int32_t, float>(5, -100)));
+  for (const char* key : {"100", "-1", "x", "", "5x", " 5", "99999999999"}) {
+    BadField(fmt::format(R"("logit_bias":{{"{}":1}})", key), "invalid_value", "logit_bias");
+  }
+  BadField(R"("logit_bias":{"5":1,"05":1})", "invalid_value", "logit_bias");
+  BadField(R"("logit_bias":{"5":100.5})", "decimal_above_max_value", "logit_bias.5");
+  BadField(R"("logit_bias":{"5":"1"})", "invalid_type", "logit_bias.5");
+  std::string many = "\"logit_bias\":{\"0\":1";
+  for (int i = 1; i < 1025; ++i) many += fmt::format(",\"{}\":1", i);
+  BadField(many + "}", "object_above_max_properties", "logit_bias");
+}
+
+TEST(RequestRanges, Logprobs) {
+  EXPECT_EQ(Completion(R"({"prompt":"x","logprobs":0})").logprobs, 0);
+  EXPECT_EQ(Completion(R"({"prompt":"x","logprobs":20})").logprobs, 20);
+  BadCompletion(R"({"prompt":"x","logprobs":21})", "integer_above_max_value", "logprobs");
+  BadCompletion(R"({"prompt":"x","logprobs":true})", "invalid_type", "logprobs");
+  const std::string chat = R"({"messages":[{"role":"user","content":"x"}],)";
+  EXPECT_EQ(Chat(chat + R"("logprobs":true})").logprobs, 0);
+  EXPECT_EQ(Chat(chat + R"("logprobs":true,"top_logprobs":20})").logprobs, 20);
+  EXPECT_EQ(Chat(chat + R"("logprobs":false})").logprobs, -1);
+  BadChat(chat + R"("logprobs":true,"top_logprobs":21})", "integer_above_max_value",
+          "top_logprobs");
+  BadChat(chat + R"("top_logprobs":2})", "invalid_value", "top_logprobs");
+  BadChat(chat + R"("logprobs":1})", "invalid_type", "logprobs");
+}
+
+TEST(RequestUnsupported, IsRefusedByName) {
+  for (const std::string field :
+       {"guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar",
+        "structured_outputs", "prompt_embeds", "length_penalty", "prompt_logprobs"}) {
+    BadField(Pair(field, "1"), "unsupported_parameter", field);
+  }
+  BadField(R"("response_format":{"type":"json_object"})", "unsupported_parameter",
+           "response_format");
+  BadField(R"("response_format":{})", "unsupported_parameter", "response_format");
+  GoodField(R"("response_format":{"type":"text"})");
+  BadField(R"("best_of":3)", "unsupported_parameter", "best_of");
+  BadField(R"("best_of":17)", "integer_above_max_value", "best_of");
+  GoodField(R"("best_of":3,"n":3)");
+  BadField(R"("use_beam_search":true)", "unsupported_parameter", "use_beam_search");
+  BadField(R"("skip_special_tokens":false)", "unsupported_parameter", "skip_special_tokens");
+  BadField(R"("priority":3)", "unsupported_parameter", "priority");
+  GoodField(R"("use_beam_search":false,"skip_special_tokens":true,"priority":0)");
+  BadCompletion(R"({"prompt":"x","suffix":"y"})", "unsupported_parameter", "suffix");
+  Completion(R"({"prompt":"x","suffix":""})");
+  const std::string chat = R"({"messages":[{"role":"user","content":"x"}],)";
+  for (const std::string field :
+       {R"("tools":[{}])", R"("functions":[{}])", R"("tool_choice":"auto")",
+        R"("function_call":"auto")", R"("modalities":["text","audio"])", R"("audio":{})",
+        R"("prediction":{})", R"("web_search_options":{})", R"("chat_template":"x")",
+        R"("chat_template_kwargs":{"a":1})", R"("reasoning_effort":"low")",
+        R"("continue_final_message":true)"}) {
+    BadChat(fmt::format("{}{}}}", chat, field), "unsupported_parameter",
+            field.substr(1, field.find('"', 1) - 1));
+  }
+  Chat(chat + R"("tools":[],"tool_choice":"none","modalities":["text"],"store":true,)"
+              R"("metadata":{"a":"b"},"user":"u","parallel_tool_calls":true,"what":{}})");
+}
+
+TEST(RequestPrompt, AllFourForms) {
+  const auto prompts = [](const std::string& prompt) {
+    return Completion(fmt::format(R"({{"prompt":{}}})", prompt)).prompts;
+  };
+  using Ids = std::vector<int32_t>;
+  EXPECT_EQ(prompts(R"("a")"), (std::vector<Prompt>{"a"}));
+  EXPECT_EQ(prompts(R"(["a","b"])"), (std::vector<Prompt>{"a", "b"}));
+  EXPECT_EQ(prompts("[1,2]"), (std::vector<Prompt>{Ids{1, 2}}));
+  EXPECT_EQ(prompts("[[1,2],[3]]"), (std::vector<Prompt>{Ids{1, 2}, Ids{3}}));
+}
+
+TEST(RequestPrompt, RefusesTheRest) {
+  const auto bad = [](const std::string& prompt, const std::string& code,
+                      const std::string& param) {
+    BadCompletion(fmt::format(R"({{"prompt":{}}})", prompt), code, param);
+  };
+  BadCompletion("{}", "missing_required_parameter", "prompt");
+  bad("null", "missing_required_parameter", "prompt");
+  bad("\"\"", "invalid_value", "prompt");
+  bad("[]", "invalid_value", "prompt");
+  bad("[[]]", "invalid_value", "prompt[0]");
+  bad("[[1],[]]", "invalid_value", "prompt[1]");
+  bad("[\"a\",\"\"]", "invalid_value", "prompt[1]");
+  bad("5", "invalid_type", "prompt");
+  bad("{}", "invalid_type", "prompt");
+  bad("[true]", "invalid_type", "prompt[0]");
+  bad("[\"a\",5]", "invalid_type", "prompt[1]");
+  bad("[\"a\",[5]]", "invalid_type", "prompt[1]");
+  bad("[[1],\"a\"]", "invalid_type", "prompt[1]");
+  bad("[5,\"a\"]", "invalid_type", "prompt[1]");
+  bad("[[1,[2]]]", "invalid_type", "prompt[0][1]");
+  bad("[5,1.5]", "invalid_type", "prompt[1]");
+  bad("[-1]", "integer_below_min_value", "prompt[0]");
+  bad("[5,100]", "integer_above_max_value", "prompt[1]");
+  bad("[[5,4294967296]]", "integer_above_max_value", "prompt[0][1]");
+  bad(fmt::format("[{}\"a\"]", Repeat("\"a\",", 256)), "array_above_max_length", "prompt");
+}
+
+TEST(RequestPrompt, NoTokensOnlyWithEcho) {
+  EXPECT_EQ(Completion(R"({"prompt":"x","echo":true,"max_tokens":0})").common.max_tokens, 0);
+  BadCompletion(R"({"prompt":"x","max_tokens":0})", "integer_below_min_value", "max_tokens");
+}
+
+TEST(RequestMessages, TextAndParts) {
+  const auto request = Chat(
+      R"({"messages":[{"role":"developer","content":"be brief"},)"
+      R"({"role":"user","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}],"name":"n"},)"
+      R"({"role":"assistant","content":"c","tool_calls":[]}],"max_tokens":3,)"
+      R"("max_completion_tokens":7})");
+  ASSERT_EQ(request.messages.size(), 3u);
+  EXPECT_EQ(request.messages[0].role, "system");
+  EXPECT_EQ(request.messages[1].content, "a\nb");
+  EXPECT_EQ(request.messages[2].content, "c");
+  EXPECT_EQ(request.common.max_tokens, 7);
+  EXPECT_FALSE(Chat(R"({"messages":[{"role":"user","content":""}]})").common.max_tokens);
+}
+
+TEST(RequestMessages, RefusesTheRest) {
+  const auto bad = [](const std::string& messages, const std::string& code,
+                      const std::string& param) {
+    BadChat(fmt::format(R"({{"messages":{}}})", messages), code, param);
+  };
+  BadChat("{}", "missing_required_parameter", "messages");
+  bad("[]", "invalid_value", "messages");
+  bad("\"x\"", "invalid_type", "messages");
+  bad("[5]", "invalid_type", "messages[0]");
+  bad("[{}]", "missing_required_parameter", "messages[0].role");
+  bad(R"([{"role":"user"}])", "missing_required_parameter", "messages[0].content");
+  bad(R"([{"role":"user","content":null}])", "missing_required_parameter", "messages[0].content");
+  bad(R"([{"role":"user","content":5}])", "invalid_type", "messages[0].content");
+  bad(R"([{"role":"user","content":[]}])", "invalid_value", "messages[0].content");
+  bad(R"([{"role":5,"content":"x"}])", "invalid_type", "messages[0].role");
+  bad(R"([{"role":"wizard","content":"x"}])", "invalid_value", "messages[0].role");
+  bad(R"([{"role":"tool","content":"x"}])", "unsupported_feature", "messages[0].role");
+  bad(R"([{"role":"user","content":[{"type":"image_url","image_url":{"url":"http://x"}}]}])",
+      "unsupported_feature", "messages[0].content[0].type");
+  bad(R"([{"role":"user","content":[{"type":"text"}]}])", "missing_required_parameter",
+      "messages[0].content[0].text");
+  bad(R"([{"role":"user","content":["x"]}])", "invalid_type", "messages[0].content[0]");
+  bad(R"([{"role":"assistant","content":"x","tool_calls":[{}]}])", "unsupported_parameter",
+      "messages[0].tool_calls");
+}
+
+TEST(RequestStream, OptionsNeedAStream) {
+  BadField(R"("stream_options":{"include_usage":true})", "invalid_value", "stream_options");
+  BadField(R"("stream":false,"stream_options":{})", "invalid_value", "stream_options");
+  BadField(R"("stream":true,"stream_options":{"include_usage":1})", "invalid_type",
+           "stream_options.include_usage");
+  const auto request = GoodField(
+      R"("stream":true,"stream_options":{"include_usage":true,"continuous_usage_stats":true})");
+  EXPECT_TRUE(request.common.stream && request.common.include_usage);
+  EXPECT_TRUE(request.common.continuous_usage);
+}
+
+TEST(RequestTier, ByNameOrLevel) {
+  EXPECT_EQ(GoodField(R"("service_tier":"auto")").common.tier, Tier::kAuto);
+  EXPECT_EQ(GoodField(R"("service_tier":"default")").common.tier, Tier::kAuto);
+  EXPECT_EQ(GoodField(R"("service_tier":"priority")").common.tier, Tier::kFull);
+  EXPECT_EQ(GoodField(R"("service_tier":"flex")").common.tier, Tier::kEconomy);
+  EXPECT_EQ(GoodField(R"("dsla":{"tier":"economy"})").common.tier, Tier::kEconomy);
+  EXPECT_EQ(GoodField(R"("dsla":{},"service_tier":"flex")").common.tier, Tier::kEconomy);
+  const auto exact = GoodField(R"("service_tier":"auto","dsla":{"level":4})");
+  EXPECT_EQ(exact.common.tier, Tier::kExact);
+  EXPECT_EQ(exact.common.level, 4);
+  BadField(R"("service_tier":"gold")", "invalid_value", "service_tier");
+  BadField(R"("service_tier":5)", "invalid_type", "service_tier");
+  BadField(R"("dsla":{"tier":"gold"})", "invalid_value", "dsla.tier");
+  BadField(R"("dsla":{"level":5})", "integer_above_max_value", "dsla.level");
+  BadField(R"("dsla":{"level":-1})", "integer_below_min_value", "dsla.level");
+  BadField(R"("dsla":{"levle":1})", "unknown_parameter", "dsla.levle");
+  BadField(R"("dsla":{"level":1,"tier":"full"})", "invalid_value", "dsla");
+  BadField(R"("dsla":{"level":1},"service_tier":"flex")", "invalid_value", "dsla");
+}
+
+TEST(RequestTier, EconomyNeedsAnAdapter) {
+  Limits limits = TestLimits();
+  limits.adapter = false;
+  limits.max_level = 0;
+  const std::string body = R"({"prompt":"x","service_tier":"flex"})";
+  ExpectError(ParseCompletion(body, limits), body, "unsupported_value", "service_tier");
+  const std::string level = R"({"prompt":"x","dsla":{"level":1}})";
+  ExpectError(ParseCompletion(level, limits), level, "integer_above_max_value", "dsla.level");
+}
+
+TEST(RequestTokens, TokenizeAndDetokenize) {
+  const Limits limits = TestLimits();
+  const auto tokenize = [&](const std::string& body) {
+    return Good(ParseTokenize(body, limits), body);
+  };
+  EXPECT_EQ(tokenize(R"({"prompt":"a","add_special_tokens":false})").text, "a");
+  EXPECT_EQ(tokenize(R"({"content":""})").text, "");
+  EXPECT_EQ(tokenize(R"({"messages":[{"role":"user","content":"a"}]})").messages.size(), 1u);
+  ExpectError(ParseTokenize("{}", limits), "{}", "missing_required_parameter", "prompt");
+  const std::string both = R"({"prompt":"a","content":"b"})";
+  ExpectError(ParseTokenize(both, limits), both, "missing_required_parameter", "prompt");
+  EXPECT_TRUE(Good(ParseDetokenize(R"({"tokens":[]})", limits), "").tokens.empty());
+  const std::string large = R"({"tokens":[1,100]})";
+  ExpectError(ParseDetokenize(large, limits), large, "integer_above_max_value", "tokens[1]");
+  ExpectError(ParseDetokenize("{}", limits), "{}", "missing_required_parameter", "tokens");
+}
+
+TEST(RequestTimeout, Header) {
+  const Limits limits = TestLimits();
+  EXPECT_EQ(std::get<double>(ParseTimeoutHeader("2.5", limits)), 2.5);
+  for (const char* value : {"", "0", "-1", "x", "1s", "nan", "inf", "1e9"}) {
+    ExpectError(ParseTimeoutHeader(value, limits), value, "invalid_value", kTimeoutHeader);
+  }
+}
+
+}  // namespace
+}  // namespace dsla::openai

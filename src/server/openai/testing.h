@@ -1,0 +1,244 @@
+// An engine, a client and a small server for the tests of the API.
+#pragma once
+
+#include <condition_variable>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "engine/engine.h"
+#include "format/tokenizer/testing.h"
+#include "server/http/router.h"
+#include "server/openai/api.h"
+
+namespace dsla::openai::testing {
+
+// Takes requests and does with them what the test says.
+class FakeEngine : public Engine {
+ public:
+  struct Job {
+    Request request;
+    std::shared_ptr<RequestSink> sink;
+  };
+
+  std::optional<Rejection> Submit(Request request, std::shared_ptr<RequestSink> sink) override {
+    const std::lock_guard lock(mutex_);
+    if (reject_after == 0) return rejection;
+    --reject_after;
+    jobs_.push_back({std::move(request), std::move(sink)});
+    return std::nullopt;
+  }
+  void Cancel(const std::string& id) override {
+    const std::lock_guard lock(mutex_);
+    cancelled_.push_back(id);
+    changed_.notify_all();
+  }
+  EngineState state() const override { return {}; }
+  void SetFinishObserver(FinishObserver) override {}
+  void SetPolicy(std::unique_ptr<LevelPolicy>) override {}
+  void SetMaxLevel(int) override {}
+  void Drain() override {}
+
+  Job job(size_t i) const {
+    const std::lock_guard lock(mutex_);
+    return jobs_.at(i);
+  }
+  size_t jobs() const {
+    const std::lock_guard lock(mutex_);
+    return jobs_.size();
+  }
+  // Lets go of the sinks, as an engine does that is done with the requests.
+  void Forget() {
+    const std::lock_guard lock(mutex_);
+    jobs_.clear();
+  }
+  std::vector<std::string> WaitForCancelled(size_t count) {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return cancelled_.size() >= count; });
+    return cancelled_;
+  }
+
+  int reject_after = -1;  // so many are taken, the others get `rejection`; -1: all are taken
+  Rejection rejection;
+
+ private:
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  std::vector<Job> jobs_;
+  std::vector<std::string> cancelled_;
+};
+
+// Keeps what a handler answers.
+class FakeResponder : public Responder {
+ public:
+  bool Respond(HttpResponse response) override {
+    const std::lock_guard lock(mutex_);
+    if (ended_ || streaming_) return false;
+    head_ = std::move(response);
+    body_ = head_.body;
+    return Close();
+  }
+  bool StartStream(HttpResponse head) override {
+    const std::lock_guard lock(mutex_);
+    if (ended_ || streaming_) return false;
+    streaming_ = true;
+    head_ = std::move(head);
+    body_ = head_.body;
+    changed_.notify_all();
+    return true;
+  }
+  bool Write(std::string_view chunk) override {
+    const std::lock_guard lock(mutex_);
+    if (ended_ || !streaming_) return false;
+    body_ += chunk;
+    return true;
+  }
+  void End() override {
+    const std::lock_guard lock(mutex_);
+    Close();
+  }
+  void OnDisconnect(std::function<void()> callback) override {
+    const std::lock_guard lock(mutex_);
+    if (!ended_) callback_ = std::move(callback);
+  }
+  bool gone() const override {
+    const std::lock_guard lock(mutex_);
+    return ended_;
+  }
+  void Note(std::string name, std::string value) override {
+    const std::lock_guard lock(mutex_);
+    notes_[std::move(name)] = std::move(value);
+  }
+
+  // The client leaves.
+  void Disconnect() {
+    std::function<void()> callback;
+    {
+      const std::lock_guard lock(mutex_);
+      if (ended_) return;
+      ended_ = true;
+      callback = std::exchange(callback_, nullptr);
+      changed_.notify_all();
+    }
+    if (callback) callback();
+  }
+  void WaitForEnd() {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return ended_; });
+  }
+  HttpResponse head() const {
+    const std::lock_guard lock(mutex_);
+    return head_;
+  }
+  std::string body() const {
+    const std::lock_guard lock(mutex_);
+    return body_;
+  }
+  bool streaming() const {
+    const std::lock_guard lock(mutex_);
+    return streaming_;
+  }
+  std::string note(const std::string& name) const {
+    const std::lock_guard lock(mutex_);
+    const auto found = notes_.find(name);
+    return found == notes_.end() ? "" : found->second;
+  }
+
+ private:
+  bool Close() {
+    ended_ = true;
+    callback_ = nullptr;
+    changed_.notify_all();
+    return true;
+  }
+
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  HttpResponse head_{.status = 0, .headers = {}, .body = {}};
+  std::string body_;
+  bool streaming_ = false;
+  bool ended_ = false;
+  std::function<void()> callback_;
+  std::map<std::string, std::string> notes_;
+};
+
+inline std::unique_ptr<Tokenizer> SmallTokenizer() {
+  auto data = ParseTokenizerJson(dsla::testing::ByteLevelJson().dump(), "t.json");
+  DSLA_CHECK(data.ok());
+  auto tokenizer = Tokenizer::Create(std::move(data).value());
+  DSLA_CHECK(tokenizer.ok());
+  return std::move(tokenizer).value();
+}
+
+// The API over a FakeEngine: ids, times and the context are fixed.
+struct TestApi {
+  explicit TestApi(int max_context = 100) : tokenizer(SmallTokenizer()) {
+    context.engine = &engine;
+    context.tokenizer = tokenizer.get();
+    context.model_names = {"small", "alias"};
+    context.model_root = "small.gguf";
+    context.ladder.max_level = 4;
+    context.ladder.top_level = 3;
+    context.limits.max_context = max_context;
+    context.unix_time = [] { return int64_t{1700000000}; };
+    context.random_seed = 1;
+    auto chatml = ChatTemplateByName("chatml");
+    DSLA_CHECK(chatml.ok());
+    context.chat_template = *chatml;
+  }
+
+  std::shared_ptr<FakeResponder> Call(const std::string& method, const std::string& path,
+                                      std::string body = "", HttpHeaders headers = {}) {
+    if (!router) {
+      router = std::make_unique<Router>();
+      RegisterApi(*router, context);
+    }
+    const Router::Match match = router->Find(method, path);
+    DSLA_CHECK(match.route);
+    auto request = std::make_shared<HttpRequest>();
+    request->method = method;
+    request->path = path;
+    request->body = std::move(body);
+    request->headers = std::move(headers);
+    request->request_id = "req";
+    request->path_params = match.params;
+    auto responder = std::make_shared<FakeResponder>();
+    match.route->handler(request, responder);
+    return responder;
+  }
+  std::shared_ptr<FakeResponder> Completions(std::string body) {
+    return Call("POST", "/v1/completions", std::move(body));
+  }
+  std::shared_ptr<FakeResponder> Chat(std::string body) {
+    return Call("POST", "/v1/chat/completions", std::move(body));
+  }
+
+  FakeEngine engine;
+  std::unique_ptr<Tokenizer> tokenizer;
+  ApiContext context;
+  std::unique_ptr<Router> router;
+};
+
+// A token that adds `text`.
+inline TokenOutput Token(int32_t id, std::string text, float logprob = 0,
+                         std::vector<TokenLogprob> top = {}) {
+  TokenOutput token;
+  token.token = id;
+  token.text = std::move(text);
+  token.logprob = logprob;
+  token.top = std::move(top);
+  return token;
+}
+
+inline RequestResult Finished(FinishReason finish, int prompt_tokens, int generated_tokens) {
+  RequestResult result;
+  result.finish = finish;
+  result.prompt_tokens = prompt_tokens;
+  result.generated_tokens = generated_tokens;
+  result.levels = {{0, 0}};
+  return result;
+}
+
+}  // namespace dsla::openai::testing
