@@ -81,6 +81,39 @@ def check_load(page, url):
     check(page.evaluate("document.getElementById('model').textContent") == model, f"the model is named: {model}")
 
 
+# Markdown and the HTML it must become; text that looks like HTML must come out as text.
+MARKDOWN = (
+    ("a **b** and *c* `d*e*`", "<p>a <strong>b</strong> and <em>c</em> <code>d*e*</code></p>"),
+    ("2 * 3 * 4 ** 5", "<p>2 * 3 * 4 ** 5</p>"),
+    ("# One\ntwo", "<h3>One</h3><p>two</p>"),
+    ("Steps:\n1. one\n2. two\n   more\n\n- a\n- b", "<p>Steps:</p><ol><li>one</li><li>two more</li></ol><ul><li>a</li><li>b</li></ul>"),
+    ("```c\n<b>\n\n**x**\n```\nend", '<pre tabindex="0"><code>&lt;b&gt;\n\n**x**</code></pre><p>end</p>'),
+    ("```\nopen", '<pre tabindex="0"><code>open</code></pre>'),
+    ("> said\n> so", "<blockquote>said\nso</blockquote>"),
+    ("<img src=x onerror=alert(1)>", "<p>&lt;img src=x onerror=alert(1)&gt;</p>"),
+    ("**open and `open", "<p>**open and `open</p>"),
+    ("", ""),
+)
+
+
+def check_markdown(page):
+    wrong = []
+    for source, html in MARKDOWN:
+        # Letter by letter, as it streams: the end must not depend on the way.
+        made = page.evaluate(
+            f"""import('/markdown.js').then(({{Markdown}}) => {{
+              const node = document.createElement('div');
+              const view = new Markdown(node);
+              const text = {json.dumps(source)};
+              for (let i = 0; i <= text.length; ++i) view.update(text.slice(0, i));
+              return node.innerHTML;
+            }})"""
+        )
+        if made != html:
+            wrong.append(f"{source!r} became {made!r} instead of {html!r}")
+    check(not wrong, f"{len(MARKDOWN)} pieces of Markdown {wrong or ''}")
+
+
 def check_chat(page):
     page.evaluate(
         """window.lengths = new Set();
@@ -160,6 +193,7 @@ def use_page(url, folder):
         page.open(f"{url}/")
         check_key(page)
         check_load(page, url)
+        check_markdown(page)
         check_chat(page)
         check_levels(page, url)
         screenshot(page, folder, "desktop-light")
