@@ -53,8 +53,8 @@ function askForKey() {
 
 function startKey() {
   $('key-button').addEventListener('click', () => $('key-dialog').showModal());
-  $('key-form').addEventListener('submit', (event) => {
-    if (event.submitter?.value !== 'save') return;
+  $('key-cancel').addEventListener('click', () => $('key-dialog').close());
+  $('key-form').addEventListener('submit', () => {
     setKey($('key').value);
     $('key').value = '';
     dismissed = false;
