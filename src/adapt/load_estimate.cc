@@ -11,7 +11,7 @@ class Estimator {
   Estimator(const LoadSnapshot& load, const CostModel& cost, const EstimateOptions& options)
       : load_(load), cost_(cost), options_(options) {}
 
-  void Add(const SequenceLoad& s, int level) {
+  void Add(const SequenceLoad& s, int level, bool running) {
     rows_ += cost_.RowSeconds(level, s.cached_tokens + s.pending_tokens);
     remaining_ += s.remaining_tokens;
     ++sequences_;
@@ -19,12 +19,17 @@ class Estimator {
     bytes_ += BytesAt(load_, cost_.layers(), level, s.cached_tokens + s.pending_tokens + growth);
     if (s.pending_tokens == 0) {
       decoding_ += cost_.RowSeconds(level, s.cached_tokens);
+      ++decoding_sequences_;
       return;
     }
     const int chunk = options_.prefill_chunk;
     prefill_ += cost_.PromptSeconds(level, s.pending_tokens, s.cached_tokens, chunk);
     steps_ += (s.pending_tokens + chunk - 1) / chunk;
-    const double alone = cost_.PromptSeconds(0, s.pending_tokens, s.cached_tokens, chunk);
+    if (first_token_.empty()) first_steps_ = steps_;
+    // Of one under way, the part that is done belongs to its own time too.
+    const double alone = running
+                             ? cost_.PromptSeconds(0, s.cached_tokens + s.pending_tokens, 0, chunk)
+                             : cost_.PromptSeconds(0, s.pending_tokens, s.cached_tokens, chunk);
     first_token_.push_back({load_.now - s.arrival + prefill_ - alone, steps_});
   }
 
@@ -42,11 +47,13 @@ class Estimator {
       estimate.ttft = *p95;
     }
     estimate.tpot = cost_.step_seconds() + rows_;
-    if (steps_ > 0) {
-      // A reply of average length shares so many of its steps with prefill chunks.
+    // Prefill chunks that some reply shares its steps with: with nobody decoding yet, those behind
+    // the first prompt.
+    const double shared = decoding_sequences_ > 0 ? steps_ : steps_ - first_steps_;
+    if (shared > 0) {
       const double length = std::max(1.0, remaining_ / sequences_);
       const double per_step = std::max(0.0, prefill_ / steps_ - cost_.step_seconds());
-      estimate.tpot += std::min(1.0, steps_ / length) * per_step;
+      estimate.tpot += std::min(1.0, shared / length) * per_step;
     }
     return estimate;
   }
@@ -61,8 +68,9 @@ class Estimator {
   const CostModel& cost_;
   const EstimateOptions& options_;
   double rows_ = 0, decoding_ = 0, prefill_ = 0, steps_ = 0, remaining_ = 0;
+  double first_steps_ = 0;  // of steps_, the first prompt's
   int64_t bytes_ = 0;
-  int sequences_ = 0;
+  int sequences_ = 0, decoding_sequences_ = 0;
   std::vector<FirstToken> first_token_;
 };
 
@@ -81,9 +89,9 @@ LoadEstimate EstimateLoad(const LoadSnapshot& load, const CostModel& cost,
                           const EstimateOptions& options, int target, bool raise_running) {
   Estimator estimator(load, cost, options);
   for (const SequenceLoad& s : load.running) {
-    estimator.Add(s, raise_running ? LevelAt(s, target) : s.level);
+    estimator.Add(s, raise_running ? LevelAt(s, target) : s.level, true);
   }
-  for (const SequenceLoad& s : load.waiting) estimator.Add(s, LevelAt(s, target));
+  for (const SequenceLoad& s : load.waiting) estimator.Add(s, LevelAt(s, target), false);
   return estimator.Finish();
 }
 

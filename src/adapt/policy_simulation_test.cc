@@ -112,7 +112,9 @@ class Invariants {
     ASSERT_LE(static_cast<int>(changes_.size()), most_per_minute_) << "flapping";
     // Nothing to do for a minute: level 0.
     if (!load.running.empty() || !load.waiting.empty()) calm_since_ = load.now;
-    if (options_.policy == "slo" && load.now - calm_since_ > 60) ASSERT_EQ(decision.target, 0);
+    if (options_.policy == "slo" && load.now - calm_since_ > 60) {
+      ASSERT_EQ(decision.target, 0);
+    }
   }
 
  private:
@@ -143,7 +145,9 @@ void RunTraces(const std::string& name, int traces, int most_per_minute) {
         Simulate(server, trace, *policy,
                  [&](const LoadSnapshot& l, const LevelDecision& d) { invariants(l, d); });
     ASSERT_TRUE(result.finished);
-    if (name == "slo") ASSERT_EQ(result.targets.back().second, 0);
+    if (name == "slo") {
+      ASSERT_EQ(result.targets.back().second, 0);
+    }
     for (size_t r = 0; r < trace.size(); ++r) {
       ASSERT_LE(result.requests[r].level, trace[r].max_level);
       ASSERT_GT(result.requests[r].ttft, 0);

@@ -94,10 +94,17 @@ TEST(LoadEstimate, ALonePromptIsNotDelayedByItself) {
   EXPECT_NEAR(EstimateLoad(load, Cost(), {}, 0, true).ttft, 0, 1e-9);
   load.waiting.push_back(Waiting(2, 100, 10));  // waits for the first
   const double first = Cost().PromptSeconds(0, 8000, 0, 512);
-  EXPECT_NEAR(EstimateLoad(load, Cost(), {.growth_tokens = 0}, 0, true).ttft, 0, 1e-9)
+  EXPECT_NEAR(EstimateLoad(load, Cost(), {}, 0, true).ttft, 0, 1e-9)
       << "95 per cent of two is the first";
   for (int i = 3; i < 50; ++i) load.waiting.push_back(Waiting(i, 1, 10));
   EXPECT_GT(EstimateLoad(load, Cost(), {}, 0, true).ttft, first);
+
+  // Nor by what of it is done already.
+  load = Snapshot(10);
+  load.running = {Running(1, 4096)};
+  load.running[0].pending_tokens = 3904;
+  load.running[0].arrival = 10 - Cost().PromptSeconds(0, 4096, 0, 512);
+  EXPECT_NEAR(EstimateLoad(load, Cost(), {}, 0, true).ttft, 0, 1e-9);
 }
 
 TEST(LoadEstimate, DecodeRowsSlowPrefillDown) {
@@ -231,7 +238,8 @@ TEST(SloPolicy, RisesAtOnceWithFigures) {
 
 TEST(SloPolicy, LowestLevelThatMeetsTheTarget) {
   // For every target that some level meets, the level below the chosen one must miss it.
-  const LoadSnapshot load = Burst(0);
+  LoadSnapshot load = Burst(0);
+  load.budget_bytes *= 10;
   std::vector<double> delay;
   for (int k = 0; k <= kTop; ++k) delay.push_back(EstimateLoad(load, Cost(), {}, k, true).ttft);
   for (const int k : {1, 7, 15, 22}) {
@@ -290,28 +298,17 @@ TEST(SloPolicy, FullTierIsLeftAlone) {
 TEST(SloPolicy, CooldownBetweenRises) {
   PolicyOptions options = Options("slo");
   options.slo.up_cooldown = 5;
+  LoadSnapshot load = Burst(0);
+  load.budget_bytes *= 10;
+  options.slo.tpot = 100;
+  options.slo.ttft = EstimateLoad(load, Cost(), {}, 9, true).ttft;
   const auto policy = Make(options);
-  LoadSnapshot load = Snapshot(0);
-  const auto more = [&](double now, int count) {
-    load.now = now;
-    load.waiting.clear();
-    for (int i = 0; i < count; ++i) load.waiting.push_back(Waiting(i, 2000, now));
-    return policy->Decide(load).target;
-  };
-  int few = 2;
-  while (EstimateLoad((more(0, 0), load), Cost(), {}, 0, true).ttft > 1e9) ++few;
-  int low = 0;
-  for (; low == 0 && few < 40; ++few) low = Make(options)->Decide((more(0, few), load)).target;
-  ASSERT_GT(low, 0);
-  ASSERT_LT(low, kTop);
-  const auto fresh = Make(options);
-  LoadSnapshot at = load;
-  EXPECT_EQ(fresh->Decide(at).target, low);
-  for (int i = 100; i < 140; ++i) at.waiting.push_back(Waiting(i, 6000, 0));
-  at.now = 4.9;
-  EXPECT_EQ(fresh->Decide(at).target, low);
-  at.now = 5.1;
-  EXPECT_GT(fresh->Decide(at).target, low);
+  EXPECT_EQ(policy->Decide(load).target, 9);
+  for (int i = 100; i < 110; ++i) load.waiting.push_back(Waiting(i, 6000, 0));
+  load.now = 4.9;
+  EXPECT_EQ(policy->Decide(load).target, 9);
+  load.now = 5.1;
+  EXPECT_GT(policy->Decide(load).target, 9);
 }
 
 TEST(SloPolicy, DownOnlyAfterCalmWithoutABreak) {
@@ -328,21 +325,21 @@ TEST(SloPolicy, DownOnlyAfterCalmWithoutABreak) {
 }
 
 TEST(SloPolicy, DownNeedsAMargin) {
-  // A load that level 0 just meets keeps the level where it is.
+  // Level 0 meets the target, but not with the margin: the target does not go back to it.
   PolicyOptions options = Options("slo");
   options.slo.tpot = 1e4;
   const auto policy = Make(options);
-  const int high = policy->Decide(Burst(0)).target;
+  ASSERT_GT(policy->Decide(Burst(0)).target, 0);
   LoadSnapshot load = Snapshot(0);
-  for (int i = 0; i < 20; ++i) load.waiting.push_back(Waiting(i, 500, 0));
+  for (int i = 0; i < 3; ++i) load.waiting.push_back(Waiting(i, 4000, 0));
   const double delay = EstimateLoad(load, Cost(), {}, 0, true).ttft;
-  ASSERT_GT(delay, 0.75 * options.slo.ttft);
   for (double now = 1; now < 40; now += 0.5) {
     load.now = now;
     // Kept at 0.85 of the target, over the margin of 0.7.
     for (SequenceLoad& s : load.waiting) s.arrival = now - (0.85 * options.slo.ttft - delay);
-    EXPECT_EQ(policy->Decide(load).target, high) << now;
+    EXPECT_GT(policy->Decide(load).target, 0) << now;
   }
+  EXPECT_EQ(Make(options)->Decide(load).target, 0);  // and does not leave it
 }
 
 TEST(SloPolicy, AfterAPauseWithNothingToDo) {

@@ -110,11 +110,11 @@ void SloPolicy::ApplyFeedback(const LoadSnapshot& load, Want& want) const {
   const int step = std::max(1, max_level_ / kFeedbackSteps);
   const int next = std::min(max_level_, target_ + step);
   if (next <= want.level) return;
-  const LoadEstimate &here = estimates_[target_], &there = estimates_[next];
+  const LoadEstimate &here = estimates_[target_], &there = estimates_[max_level_];
   const auto missed = [&](double measured, double goal, double now, double then) {
     return measured > goal && now > kNearTarget * goal && then < (1 - kWorthwhile) * now;
   };
-  if (preempted_ && there.memory_bytes < here.memory_bytes) {
+  if (preempted_ && estimates_[next].memory_bytes < here.memory_bytes) {
     want.level = next;
     want.word = "memory";
   } else if (!load.waiting.empty() && missed(load.ttft_p95, options_.ttft, here.ttft, there.ttft)) {
