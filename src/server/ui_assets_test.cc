@@ -30,7 +30,7 @@ TEST(UiAssetsTest, ThePageIsServedByteForByte) {
     std::ifstream file(std::string(DSLA_SOURCE_DIR) + "/ui" + name, std::ios::binary);
     const std::string bytes((std::istreambuf_iterator<char>(file)), {});
     ASSERT_FALSE(bytes.empty()) << name;
-    total += bytes.size();
+    if (!name.ends_with(".json")) total += bytes.size();  // the page does not load openapi.json
     const RawResponse response = client.Call(Get(asset.path));
     EXPECT_EQ(response.status, 200) << name;
     EXPECT_EQ(response.body, bytes) << name;
