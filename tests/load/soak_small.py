@@ -1,0 +1,32 @@
+#!/usr/bin/env python3
+"""The soak of bench/serving for two minutes, with a small random model, so that it can run under sanitizers."""
+
+import argparse
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import small_model
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--program", required=True)
+    parser.add_argument("--make-adapter", required=True)
+    args, others = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        small_model.write(folder / "model")
+        adapter = folder / "adapter.safetensors"
+        subprocess.run([args.make_adapter, folder / "model", adapter], check=True)
+        command = [HERE.parent.parent / "bench/serving/soak", "--minutes", "2", "--memory", "16M", "--program", args.program]
+        command += ["--log", folder / "serve.log", *others, "--", "--model", folder / "model", "--adapter", adapter]
+        return subprocess.run([sys.executable, *command]).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
