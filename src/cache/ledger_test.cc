@@ -90,5 +90,42 @@ TEST(LedgerTest, RandomTransactionsKeepTheInvariants) {
   }
 }
 
+TEST(LedgerTest, ABlockIsFreeWhenItsLastHolderIsGone) {
+  Ledger ledger({.budget_bytes = 1000, .page_bytes = 100, .slot_bytes = 150});
+  auto reservation = ledger.Reserve(1, 0);
+  ASSERT_TRUE(reservation.ok());
+  const int32_t page = reservation->pages()[0];
+  reservation->Commit();
+  ledger.Share(BlockKind::kPage, page);
+  EXPECT_EQ(ledger.references(BlockKind::kPage, page), 2);
+  EXPECT_EQ(ledger.used_bytes(), 100) << "counted once";
+  ledger.Free(BlockKind::kPage, page);
+  EXPECT_FALSE(ledger.is_free(BlockKind::kPage, page));
+  ledger.Free(BlockKind::kPage, page);
+  EXPECT_TRUE(ledger.is_free(BlockKind::kPage, page));
+  EXPECT_EQ(ledger.used_bytes(), 0);
+}
+
+TEST(LedgerTest, IdleIsWhatThePrefixCacheAloneHolds) {
+  Ledger ledger({.budget_bytes = 1000, .page_bytes = 100, .slot_bytes = 150});
+  auto reservation = ledger.Reserve(1, 1);
+  ASSERT_TRUE(reservation.ok());
+  const int32_t page = reservation->pages()[0], slot = reservation->slots()[0];
+  reservation->Commit();
+  ledger.SetRetained(BlockKind::kSlot, slot, true);
+  EXPECT_EQ(ledger.idle_bytes(), 150);
+  ledger.Share(BlockKind::kPage, page);
+  ledger.SetRetained(BlockKind::kPage, page, true);
+  EXPECT_EQ(ledger.idle_bytes(), 150) << "a sequence holds the page too";
+  ledger.Free(BlockKind::kPage, page);
+  EXPECT_EQ(ledger.idle_bytes(), 250);
+  EXPECT_EQ(ledger.idle(BlockKind::kPage), 1);
+  EXPECT_TRUE(ledger.is_retained(BlockKind::kPage, page));
+  ledger.SetRetained(BlockKind::kPage, page, false);
+  EXPECT_EQ(ledger.idle_bytes(), 150);
+  ledger.Free(BlockKind::kPage, page);
+  EXPECT_EQ(ledger.used_bytes(), 150);
+}
+
 }  // namespace
 }  // namespace dsla

@@ -137,5 +137,45 @@ TEST(SequenceCacheTest, RandomLivesKeepTheInvariants) {
   }
 }
 
+TEST(SequenceCacheTest, AnAdoptedPrefixIsSharedAndItsSlotsAreOwn) {
+  Ledger ledger({.budget_bytes = 3000, .page_bytes = 100, .slot_bytes = 150});
+  SequenceCache first(&ledger, kLadder, kPage, 1);
+  ASSERT_TRUE(first.Reserve(9).ok());
+  first.Commit(9);
+  std::vector<std::vector<int32_t>> pages(4);
+  for (int layer : {0, 1, 3}) pages[layer] = {first.pages(layer)[0], first.pages(layer)[1]};
+  SequenceCache second(&ledger, kLadder, kPage, 1);
+  ASSERT_TRUE(second.Adopt(8, pages).ok());
+  EXPECT_EQ(second.length(), 8);
+  EXPECT_NE(second.slot(2), first.slot(2));
+  EXPECT_TRUE(second.TakeFreshSlots().empty()) << "the caller fills them";
+  EXPECT_EQ(ledger.used(BlockKind::kPage), 9);
+  EXPECT_EQ(second.BytesToReserve(5), 600);
+  ASSERT_TRUE(second.Reserve(5).ok());
+  second.Commit(5);
+  EXPECT_EQ(ledger.used(BlockKind::kPage), 15);
+  // A raise and an end drop this sequence's references alone.
+  ASSERT_TRUE(second.BeginRaise(2).ok());
+  second.CommitRaise();
+  EXPECT_EQ(ledger.references(BlockKind::kPage, first.pages(0)[0]), 1);
+  EXPECT_EQ(ledger.used(BlockKind::kPage), 13);
+  second.Release();
+  EXPECT_EQ(ledger.used(BlockKind::kPage), 9);
+  EXPECT_EQ(first.page_count(), 9);
+}
+
+TEST(SequenceCacheTest, AFailedAdoptionLeavesNoTrace) {
+  Ledger ledger({.budget_bytes = 500, .page_bytes = 100, .slot_bytes = 150});
+  SequenceCache first(&ledger, kLadder, kPage, 0);
+  ASSERT_TRUE(first.Reserve(4).ok());
+  first.Commit(4);
+  std::vector<std::vector<int32_t>> pages(4);
+  for (int layer : {0, 1, 3}) pages[layer] = {first.pages(layer)[0]};
+  SequenceCache second(&ledger, kLadder, kPage, 1);
+  EXPECT_EQ(second.Adopt(4, pages).code(), StatusCode::kResourceExhausted);
+  EXPECT_EQ(second.length(), 0);
+  EXPECT_EQ(ledger.references(BlockKind::kPage, first.pages(0)[0]), 1);
+}
+
 }  // namespace
 }  // namespace dsla

@@ -160,17 +160,18 @@ std::vector<EndedSequence> Scheduler::Commit(std::span<const RowResult> results)
 
 void Scheduler::RecordInPrefixCache(Sequence& sequence) {
   if (prefix_cache_ == nullptr) return;
-  const int length = sequence.length();
   // Deterministic: what a prefill in fixed chunks would compute, so not the rows of the reply.
-  const int unit = options_.deterministic ? options_.deterministic_chunk : options_.page_size;
-  const int end = sequence.prompt_tokens / unit * unit;
-  const int usable = options_.deterministic ? std::min(length, end) : length / unit * unit;
-  if (usable == 0 || (options_.deterministic && length > sequence.prompt_tokens)) return;
+  const int unit = PrefillUnit();
+  const int length = sequence.length();
+  const int prompt_end = sequence.prompt_tokens / unit * unit;
+  const int usable =
+      options_.deterministic ? std::min(length / unit * unit, prompt_end) : length / unit * unit;
+  if (usable <= sequence.entered) return;
+  sequence.entered = usable;
   const bool snapshot = sequence.cache->level() > 0 && length == usable &&
-                        (length % options_.snapshot_stride == 0 || length == end);
-  prefix_cache_->Insert(std::span(sequence.tokens).first(usable / unit * unit),
-                        sequence.request.cache_salt, sequence.history, *sequence.cache, snapshot,
-                        &sequence.path);
+                        (length % options_.snapshot_stride == 0 || length == prompt_end);
+  prefix_cache_->Insert(std::span(sequence.tokens).first(usable), sequence.request.cache_salt,
+                        sequence.history, *sequence.cache, snapshot, &sequence.path);
 }
 
 void Scheduler::NoteLevel(Sequence& sequence) {

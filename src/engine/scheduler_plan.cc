@@ -194,10 +194,9 @@ bool Scheduler::PlanRows(Sequence& sequence, int end) {
   return true;
 }
 
+// Of those that run: one that waits holds nothing, so its end would help nobody.
 void Scheduler::FailOldest() {
-  const bool waits =
-      running_.empty() || (!waiting_.empty() && waiting_.begin()->first < running_.begin()->first);
-  Sequence& oldest = *(waits ? waiting_ : running_).begin()->second;
+  Sequence& oldest = *(running_.empty() ? waiting_ : running_).begin()->second;
   const LedgerConfig& config = ledger_->config();
   Status status = ResourceExhausted(
       "cache memory: no room to go on from token {} of {}: {} of {} bytes can be had, {} requests "

@@ -16,6 +16,7 @@ struct Scheduler::Sequence {
   std::vector<int32_t> tokens;         // prompt and reply as far as known
   std::optional<SequenceCache> cache;  // while running
   PrefixPath path;
+  int entered = 0;  // tokens given to the prefix cache since it was last admitted
 
   // Levels of what is cached, and those to be repeated, of which history is a beginning: after a
   // pre-emption what was recorded; with a prefix of lower level the fold at its end.

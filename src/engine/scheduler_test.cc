@@ -370,6 +370,25 @@ TEST_F(SchedulerTest, DeadlinesAndCancelsEndWaitingAndRunningRequests) {
   EXPECT_TRUE(Step().rows.empty());
 }
 
+TEST_F(SchedulerTest, AFoldThatFailsHarmsNobody) {
+  Make(100 * kTokenPages);
+  scheduler_->set_auto_max_level(4);
+  const int64_t other = Add(4, 9, Tier::kAuto, 1);
+  Add(14, 1);
+  Step();
+  model_->FailRaises(1);
+  EXPECT_EQ(scheduler_->Raise(other, 2).message(), "no memory to fold");
+  EXPECT_EQ(scheduler_->level(other), 0);
+  scheduler_->set_target_level(3);
+  const int64_t folded = Add(20, 1);  // its prefix is to be folded
+  model_->FailRaises(1);
+  Step();
+  EXPECT_EQ(scheduler_->waiting(), 1);
+  RunUntilIdle();
+  EXPECT_TRUE(ended_.at(folded).status.ok());
+  EXPECT_EQ(ended_.at(folded).levels, (LevelHistory{{0, 0}, {12, 3}}));
+}
+
 TEST_F(SchedulerTest, ClearLeavesNothingBehind) {
   Make(100 * kTokenPages);
   Add(30, 9, Tier::kEconomy, 1);

@@ -18,9 +18,11 @@ uint64_t Mix(uint64_t a, uint64_t b) {
 
 }  // namespace
 
-uint64_t FakeModel::Next(uint64_t before, int32_t token, int level, int shape) const {
-  return Mix(Mix(Mix(before, static_cast<uint64_t>(token)), static_cast<uint64_t>(level)),
-             exact_shape_ ? static_cast<uint64_t>(shape) : 0);
+uint64_t FakeModel::Next(uint64_t before, int32_t token, int level, int shape, int owner) const {
+  uint64_t link = before;
+  for (int part : {token, level, exact_shape_ ? shape : 0, owner})
+    link = Mix(link, static_cast<uint64_t>(part));
+  return link;
 }
 
 std::vector<FakeModel::Entry>& FakeModel::Page(int32_t id) {
@@ -77,6 +79,7 @@ uint64_t FakeModel::Read(const SequenceCache& cache) const {
 
 Status FakeModel::Raise(SequenceCache& cache, int level) {
   for (int next = cache.level() + 1; next <= level; ++next) {
+    if (failing_raises_ > 0 && failing_raises_-- > 0) return ResourceExhausted("no memory to fold");
     const uint64_t link = cache.length() == 0 ? kNoTokens : Read(cache);
     DSLA_ASSIGN_OR_RETURN(const auto conversions, cache.BeginRaise(next));
     for (const auto& [layer, slot] : conversions) {
@@ -89,7 +92,7 @@ Status FakeModel::Raise(SequenceCache& cache, int level) {
   return Status::Ok();
 }
 
-uint64_t FakeModel::Forward(const PlannedRows& rows, std::span<const int32_t> tokens) {
+uint64_t FakeModel::Forward(const PlannedRows& rows, std::span<const int32_t> tokens, int owner) {
   SequenceCache& cache = *rows.cache;
   for (int32_t slot : cache.TakeFreshSlots()) {
     slots_.resize(std::max<size_t>(slots_.size(), slot + 1));
@@ -108,7 +111,7 @@ uint64_t FakeModel::Forward(const PlannedRows& rows, std::span<const int32_t> to
   for (size_t i = 0; i < rows.tokens.size(); ++i) {
     const int position = begin + static_cast<int>(i);
     EXPECT_EQ(rows.tokens[i], tokens[position]);
-    const uint64_t next = Next(link, rows.tokens[i], cache.level(), begin);
+    const uint64_t next = Next(link, rows.tokens[i], cache.level(), begin, owner);
     links_.insert({next, {link, rows.tokens[i]}});
     link = next;
     for (int layer = 0; layer < cache.layers(); ++layer) {
@@ -125,12 +128,12 @@ uint64_t FakeModel::Forward(const PlannedRows& rows, std::span<const int32_t> to
 }
 
 std::vector<uint64_t> FakeModel::Alone(std::span<const int32_t> tokens, const LevelHistory& history,
-                                       int prompt_tokens, int chunk) const {
+                                       int prompt_tokens, int chunk, int owner) const {
   std::vector<uint64_t> links;
   uint64_t link = kNoTokens;
   for (int position = 0; position < static_cast<int>(tokens.size()); ++position) {
     const int shape = position < prompt_tokens ? position / chunk * chunk : position;
-    link = Next(link, tokens[position], LevelBefore(history, position + 1), shape);
+    link = Next(link, tokens[position], LevelBefore(history, position + 1), shape, owner);
     links.push_back(link);
   }
   return links;

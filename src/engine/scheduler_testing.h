@@ -31,13 +31,17 @@ class FakeModel : public CacheOps {
   Status Raise(SequenceCache& cache, int level) override;
   void CopySlot(int32_t from, int32_t to) override;
 
-  // Runs the rows of a sequence whose tokens are `tokens`; gives the last row's link.
-  uint64_t Forward(const PlannedRows& rows, std::span<const int32_t> tokens);
+  // Runs the rows of a sequence whose tokens are `tokens`; gives the last row's link. owner: who
+  // may share with whom, as a part of every link.
+  uint64_t Forward(const PlannedRows& rows, std::span<const int32_t> tokens, int owner = 0);
 
   // The link after tokens[0, position] run alone at `history`, with the prompt in chunks of
   // `chunk` and the reply row by row: what Forward must give, however it was scheduled.
   std::vector<uint64_t> Alone(std::span<const int32_t> tokens, const LevelHistory& history,
-                              int prompt_tokens, int chunk) const;
+                              int prompt_tokens, int chunk, int owner) const;
+
+  // The next raises that fail for want of the machine's memory.
+  void FailRaises(int count) { failing_raises_ = count; }
 
   int64_t folds() const { return folds_; }
   int64_t copies() const { return copies_; }
@@ -52,7 +56,7 @@ class FakeModel : public CacheOps {
     uint64_t link = 0;
   };
 
-  uint64_t Next(uint64_t before, int32_t token, int level, int shape) const;
+  uint64_t Next(uint64_t before, int32_t token, int level, int shape, int owner) const;
   uint64_t Read(const SequenceCache& cache) const;  // checks every block; its last link
   std::vector<Entry>& Page(int32_t id);
 
@@ -63,6 +67,7 @@ class FakeModel : public CacheOps {
   std::unordered_map<uint64_t, Link> links_;
   std::vector<std::vector<Entry>> pages_;
   std::vector<Entry> slots_;
+  int failing_raises_ = 0;
   int64_t folds_ = 0;
   int64_t copies_ = 0;
 };
