@@ -79,7 +79,7 @@ struct TokenizeRequest {
   std::vector<ChatMessage> messages;  // instead of text
   bool add_special_tokens = true;
   bool add_generation_prompt = true;
-  bool parse_special = false;
+  bool parse_special = true;  // as clients that tokenise for themselves expect
   bool return_token_strs = false;
 };
 

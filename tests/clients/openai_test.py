@@ -1,0 +1,173 @@
+#!/usr/bin/env python3
+"""The openai package, unmodified: models, completions, chat, streams, errors and retries."""
+
+import time
+
+from serving import KEY, check, finish, parse_arguments, serving, skip
+
+try:
+    import openai
+except ImportError as error:
+    skip(error)
+
+MESSAGES = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
+
+
+def check_models(client):
+    models = client.models.list().data
+    check(len(models) >= 1 and models[0].object == "model", f"models: {models[0].id}")
+    check(client.models.retrieve(models[0].id).id == models[0].id, "one model")
+    return models[0].id
+
+
+def check_chat(client, model):
+    whole = client.chat.completions.create(model=model, messages=MESSAGES, max_tokens=8, temperature=0)
+    choice = whole.choices[0]
+    check("Paris" in choice.message.content, f"chat: {choice.message.content!r}")
+    check(whole.object == "chat.completion" and choice.finish_reason in ("stop", "length"), "its form")
+    usage = whole.usage
+    check(usage.total_tokens == usage.prompt_tokens + usage.completion_tokens, "its usage adds up")
+    check(usage.prompt_tokens_details.cached_tokens <= usage.prompt_tokens, "with cached tokens")
+    check(usage.model_extra["dsla"]["levels"][0] == {"position": 0, "level": 0}, "and the level")
+
+    text, chunks, last_usage, finish_reason = "", [], None, None
+    stream = client.chat.completions.create(
+        model=model, messages=MESSAGES, max_completion_tokens=8, temperature=0, stream=True,
+        stream_options={"include_usage": True},
+    )  # fmt: skip
+    for chunk in stream:
+        chunks.append(chunk)
+        if not chunk.choices:
+            last_usage = chunk.usage
+            continue
+        check(chunk.usage is None, "no usage before the last chunk") if chunk.usage else None
+        text += chunk.choices[0].delta.content or ""
+        finish_reason = chunk.choices[0].finish_reason or finish_reason
+    check(text == choice.message.content, "the stream is the same text")
+    check(chunks[0].choices[0].delta.role == "assistant", "the role comes with the first token")
+    check(bool(chunks[0].choices[0].delta.content), "which is text")
+    check(len({chunk.id for chunk in chunks}) == 1 and chunks[0].object == "chat.completion.chunk", "one id")
+    check(finish_reason == choice.finish_reason, "the same end")
+    check(last_usage is not None and last_usage.completion_tokens == usage.completion_tokens, "the usage comes last")
+
+    parts = [{"role": "user", "content": [{"type": "text", "text": MESSAGES[0]["content"]}]}]
+    again = client.chat.completions.create(model=model, messages=parts, max_tokens=8, temperature=0)
+    check(again.choices[0].message.content == choice.message.content, "content as parts")
+
+
+def check_logprobs(client, model):
+    reply = client.chat.completions.create(
+        model=model, messages=MESSAGES, max_tokens=4, temperature=0, logprobs=True, top_logprobs=3
+    )
+    tokens = reply.choices[0].logprobs.content
+    check(len(tokens) == reply.usage.completion_tokens, "log-probabilities of every token")
+    check(all(token.logprob <= 0 and len(token.top_logprobs) == 3 for token in tokens), "and of the likeliest")
+    check(all(token.logprob == token.top_logprobs[0].logprob for token in tokens), "greedy takes the likeliest")
+    text = b"".join(bytes(token.bytes) for token in tokens).decode()
+    check(text == reply.choices[0].message.content, "their bytes are the reply")
+
+
+def check_completions(client, model):
+    reply = client.completions.create(model=model, prompt=["Once upon", "In the"], n=2, max_tokens=5, seed=7)
+    check([choice.index for choice in reply.choices] == [0, 1, 2, 3], "prompts times n")
+    again = client.completions.create(model=model, prompt=["Once upon", "In the"], n=2, max_tokens=5, seed=7)
+    check([a.text for a in reply.choices] == [b.text for b in again.choices], "the same for the same seed")
+    stop = client.completions.create(model=model, prompt="1, 2, 3, 4,", max_tokens=20, temperature=0, stop=[" 7"])
+    check(" 7" not in stop.choices[0].text and stop.choices[0].finish_reason == "stop", f"stop: {stop.choices[0].text!r}")
+    streamed = client.completions.create(model=model, prompt="1, 2, 3, 4,", max_tokens=20, temperature=0, stop=[" 7"], stream=True)
+    check("".join(chunk.choices[0].text for chunk in streamed) == stop.choices[0].text, "streamed the same")
+    for length in (1, 3):
+        reply = client.completions.create(model=model, prompt="The", max_tokens=length, extra_body={"ignore_eos": True})
+        check(reply.usage.completion_tokens == length, f"{length} tokens where the end is ignored")
+
+
+def check_tiers(client, model):
+    for tier, level in (("priority", 0), ("flex", None)):
+        reply = client.chat.completions.create(model=model, messages=MESSAGES, max_tokens=4, service_tier=tier)
+        got = reply.usage.model_extra["dsla"]["levels"][-1]["level"]
+        check(reply.service_tier == tier and (got == level if level is not None else got > 0), f"tier {tier}: level {got}")
+    reply = client.chat.completions.with_raw_response.create(
+        model=model, messages=MESSAGES, max_tokens=4, extra_body={"dsla": {"level": 3}}
+    )
+    check(reply.headers["x-dsla-level"] == "3" and reply.headers["x-dsla-tier"] == "exact", "an exact level")
+
+
+def check_errors(client, url, model):
+    def raises(kind, code, **fields):
+        try:
+            client.chat.completions.create(**{"model": model, "messages": MESSAGES, **fields})
+        except openai.APIStatusError as error:
+            check(type(error) is kind and error.code == code, f"{kind.__name__}: {error.code}, {error.param}")
+            return
+        check(False, f"{kind.__name__} {code}: nothing was raised")
+
+    raises(openai.BadRequestError, "integer_above_max_value", n=100)
+    raises(openai.BadRequestError, "context_length_exceeded", max_tokens=10**6)
+    raises(openai.BadRequestError, "unsupported_parameter", response_format={"type": "json_object"})
+    raises(openai.NotFoundError, "model_not_found", model="gpt-4")
+    try:
+        openai.OpenAI(base_url=f"{url}/v1", api_key="wrong").models.list()
+        check(False, "a wrong key was taken")
+    except openai.AuthenticationError as error:
+        check(error.code == "invalid_api_key", "AuthenticationError")
+    # A refusal is sent again after the server's own Retry-After; a bad request is not.
+    started = time.monotonic()
+    raises(openai.BadRequestError, "invalid_value", stop="")
+    check(time.monotonic() - started < 1, "a bad request is not sent again")
+
+
+def check_stream_errors(client, model):
+    try:
+        for _ in client.chat.completions.create(
+            model=model, messages=MESSAGES, max_tokens=1500, stream=True, extra_body={"timeout": 1.0, "ignore_eos": True}
+        ):
+            pass
+        check(False, "a stream out of time raised nothing")
+    except openai.APIError as error:
+        check(error.code == "timeout", f"an error inside a stream: {error.code}")
+
+
+def check_disconnect(client, model):
+    stream = client.completions.create(model=model, prompt="Once", max_tokens=1500, stream=True, extra_body={"ignore_eos": True})
+    next(iter(stream))
+    stream.close()
+    started = time.monotonic()
+    client.completions.create(model=model, prompt="x", max_tokens=1)
+    check(time.monotonic() - started < 10, "a stream that is closed does not hold up the next request")
+
+
+def main():
+    arguments = parse_arguments(__doc__)
+    with serving(arguments.program) as running:
+        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key=KEY, timeout=120)
+        model = check_models(client)
+        check_chat(client, model)
+        check_logprobs(client, model)
+        check_completions(client, model)
+        check_tiers(client, model)
+        check_errors(client, running.url, model)
+        check_stream_errors(client, model)
+        check_disconnect(client, model)
+    # Retries: one reply at a time and a queue of one, so that some of these are refused at first.
+    with serving(arguments.program, "--max-running", 1, "--max-queued", 1) as running:
+        check_retries(running, model)
+    finish()
+
+
+def check_retries(running, model):
+    import concurrent.futures
+
+    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key=KEY, timeout=120, max_retries=20)
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        jobs = [
+            pool.submit(client.completions.create, model=model, prompt="Once", max_tokens=30, extra_body={"ignore_eos": True})
+            for _ in range(6)
+        ]
+        replies = [job.result() for job in jobs]
+    check(all(reply.usage.completion_tokens == 30 for reply in replies), "what is refused at first is served on a retry")
+    status = client.with_options(max_retries=0).models.with_raw_response.list().http_response.status_code
+    check(status == 200, "and the server is there")
+
+
+if __name__ == "__main__":
+    main()
