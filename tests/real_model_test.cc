@@ -73,11 +73,8 @@ class RealModelTest : public testing::Test {
     Buffer<float> want(kChunk * V), got;
     for (int begin = 0; begin < 2048; begin += kChunk) {
       head.Forward(ctx_, hidden.data() + begin * C, C, kChunk, want.data(), V);
-      EXPECT_TRUE(cache.Reserve(kChunk).ok());
-      const SequenceRows batch{
-          .cache = &cache, .tokens = std::span(tokens_).subspan(begin, kChunk), .all_logits = true};
-      model_->Forward(ctx_, *pool_, {&batch, 1}, got);
-      cache.Commit(kChunk);
+      const auto tokens = std::span(tokens_).subspan(begin, kChunk);
+      EXPECT_TRUE(model_->Append(ctx_, *pool_, cache, tokens, kChunk, got).ok());
       std::vector<RowDivergence> chunk(kChunk);
       ParallelFor(ctx_, kChunk, [&](int64_t t, int) {
         chunk[t] = Divergence(want.span().subspan(t * V, V), got.span().subspan(t * V, V));

@@ -46,20 +46,20 @@ struct Rejection {
     kUnavailable,       // draining
   };
   Kind kind = Kind::kInvalid;
-  std::string message;  // one line with the figures
-  std::string param;
+  std::string message = {};  // one line with the figures
+  std::string param = {};
   double retry_after_seconds = 0;  // from the measured drain rate
 };
 
 // One change of level, of the target or of a running sequence, newest last.
 struct LevelEvent {
-  double time = 0;         // NowSeconds()
-  std::string request_id;  // empty: the target for new sequences
-  int position = 0;        // tokens cached when a running sequence was raised
+  double time = 0;              // NowSeconds()
+  std::string request_id = {};  // empty: the target for new sequences
+  int position = 0;             // tokens cached when a running sequence was raised
   int from = 0;
   int to = 0;
   double seconds = 0;  // spent folding
-  std::string reason;
+  std::string reason = {};
 };
 
 // What the engine looked like after its last step. A copy.

@@ -36,9 +36,7 @@ Status Session::ReserveOrRaise(int count) {
 Status Session::Step(std::span<const int32_t> tokens) {
   const int count = static_cast<int>(tokens.size());
   DSLA_RETURN_IF_ERROR(ReserveOrRaise(count));
-  const SequenceRows rows{.cache = &cache_, .tokens = tokens, .all_logits = false};
-  model_->Forward(ctx_, *pool_, {&rows, 1}, logits_);
-  cache_.Commit(count);
+  DSLA_RETURN_IF_ERROR(model_->Append(ctx_, *pool_, cache_, tokens, 1, logits_, options_.products));
   tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
   return Status::Ok();
 }

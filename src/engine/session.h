@@ -28,6 +28,7 @@ struct LevelChange {
 struct SessionOptions {
   int level = 0;            // from the start
   int prefill_chunk = 512;  // rows per prefill step
+  Products products = Products::kFastest;
   // Tier auto: instead of failing when the cache memory is used up, raise the level, up to
   // `auto_top_level`.
   bool auto_raise = false;

@@ -78,12 +78,8 @@ class DocumentRun {
 
  private:
   Status Forward(SequenceCache& cache, int begin, int end, bool all_logits, Buffer<float>& logits) {
-    DSLA_RETURN_IF_ERROR(cache.Reserve(end - begin));
-    const SequenceRows rows{
-        .cache = &cache, .tokens = tokens_.subspan(begin, end - begin), .all_logits = all_logits};
-    model_.Forward(ctx_, pool_, {&rows, 1}, logits);
-    cache.Commit(end - begin);
-    return Status::Ok();
+    return model_.Append(ctx_, pool_, cache, tokens_.subspan(begin, end - begin),
+                         all_logits ? end - begin : 1, logits);
   }
 
   Sums Compare(int rows) {

@@ -48,12 +48,7 @@ class Run {
 
  private:
   Status Forward(std::span<const int32_t> tokens) {
-    const int count = static_cast<int>(tokens.size());
-    DSLA_RETURN_IF_ERROR(cache_.Reserve(count));
-    const SequenceRows rows{.cache = &cache_, .tokens = tokens, .all_logits = false};
-    model_.Forward(ctx_, pool_, {&rows, 1}, logits_);
-    cache_.Commit(count);
-    return Status::Ok();
+    return model_.Append(ctx_, pool_, cache_, tokens, 1, logits_);
   }
 
   const ExecContext& ctx_;

@@ -13,6 +13,7 @@ namespace dsla {
 
 // Rows are sorted by level, so that each layer's softmax rows come first and its DSLA rows last.
 struct HybridModel::Step {
+  Products products = Products::kFastest;
   int64_t T = 0;
   int N = 0;
   std::vector<const SequenceRows*> sequences;  // [N] by level, then by place in the batch
@@ -27,6 +28,9 @@ struct HybridModel::Step {
   float* attention = nullptr;   // [T, H D]
   float* gate_up = nullptr;     // [T, 2 ffn]
   float* activation = nullptr;  // [T, ffn]
+
+  std::vector<LogitsRow> wanted;     // whose logits were asked for, in the batch's order
+  std::vector<int64_t> wanted_rows;  // where they are in the step
 };
 
 Expected<std::unique_ptr<HybridModel>> HybridModel::Load(const ExecContext& ctx,
@@ -176,7 +180,8 @@ void HybridModel::DslaRows(const ExecContext& ctx, CachePool& pool, const Step& 
   float* claim = nullptr;
   if (!dsla.claim.empty()) {
     claim = ctx.workspace->Take<float>(T * config_.H);
-    dsla.claim.Forward(ctx, step.normed + first_row * config_.C, config_.C, T, claim, config_.H);
+    dsla.claim.Forward(ctx, step.normed + first_row * config_.C, config_.C, T, claim, config_.H,
+                       Accumulate::kNo, step.products);
   }
   DslaForwardCpu(ctx,
                  {.shape = dsla.shape,
@@ -198,7 +203,8 @@ void HybridModel::AttentionBlock(const ExecContext& ctx, CachePool& pool, Step& 
   const int64_t C = config_.C, q = int64_t{config_.H} * config_.D,
                 kv = int64_t{config_.Hkv} * config_.D;
   const int64_t stride = q + 2 * kv;
-  weights.qkv.Forward(ctx, step.normed, C, step.T, step.qkv, stride);
+  weights.qkv.Forward(ctx, step.normed, C, step.T, step.qkv, stride, Accumulate::kNo,
+                      step.products);
 
   // The layer is DSLA for the sequences whose level is above its rank: the last ones of the sorted
   // batch.
@@ -209,7 +215,7 @@ void HybridModel::AttentionBlock(const ExecContext& ctx, CachePool& pool, Step& 
   const int64_t m = step.row_start[softmax_sequences], dsla_rows = step.T - m;
   if (dsla_rows > 0) {
     adapter_.layers[layer].q_delta.AddTo(ctx, step.normed + m * C, C, dsla_rows,
-                                         step.qkv + m * stride, stride);
+                                         step.qkv + m * stride, stride, step.products);
   }
 
   RopeArgs rope{.x = step.qkv,
@@ -229,26 +235,26 @@ void HybridModel::AttentionBlock(const ExecContext& ctx, CachePool& pool, Step& 
   if (softmax_sequences > 0) SoftmaxRows(ctx, pool, step, layer, softmax_sequences);
   if (dsla_rows > 0) DslaRows(ctx, pool, step, layer, softmax_sequences);
 
-  weights.o.Forward(ctx, step.attention, q, step.T, step.delta, C);
+  weights.o.Forward(ctx, step.attention, q, step.T, step.delta, C, Accumulate::kNo, step.products);
   if (dsla_rows > 0) {
     adapter_.layers[layer].o_delta.AddTo(ctx, step.attention + m * q, q, dsla_rows,
-                                         step.delta + m * C, C);
+                                         step.delta + m * C, C, step.products);
   }
 }
 
-void HybridModel::Forward(const ExecContext& ctx, CachePool& pool,
-                          std::span<const SequenceRows> batch, Buffer<float>& logits) const {
-  Workspace::Scope scope(*ctx.workspace);
-  Step step;
+void HybridModel::PlaceRows(CachePool& pool, std::span<const SequenceRows> batch,
+                            Step& step) const {
   step.N = static_cast<int>(batch.size());
   step.order.resize(batch.size());
   std::iota(step.order.begin(), step.order.end(), 0);
   std::stable_sort(step.order.begin(), step.order.end(),
                    [&](int a, int b) { return batch[a].cache->level() < batch[b].cache->level(); });
   step.row_start.push_back(0);
+  std::vector<int64_t> first_row(batch.size());
   for (int index : step.order) {
     const SequenceRows& rows = batch[index];
     DSLA_CHECK(!rows.tokens.empty());
+    first_row[index] = step.row_start.back();
     step.sequences.push_back(&rows);
     step.pos.push_back(rows.cache->length());
     for (size_t i = 0; i < rows.tokens.size(); ++i) {
@@ -257,6 +263,7 @@ void HybridModel::Forward(const ExecContext& ctx, CachePool& pool,
     step.row_start.push_back(static_cast<int32_t>(step.positions.size()));
     DSLA_CHECK(step.positions.back() < rope_.positions());
     const std::vector<int32_t> fresh = rows.cache->TakeFreshSlots();
+    if (fresh.empty()) continue;
     pool.Touch(BlockKind::kSlot, fresh);
     for (int layer = 0; layer < config_.L; ++layer) {
       if (std::find(fresh.begin(), fresh.end(), rows.cache->slot(layer)) != fresh.end()) {
@@ -265,8 +272,19 @@ void HybridModel::Forward(const ExecContext& ctx, CachePool& pool,
     }
   }
   step.T = static_cast<int64_t>(step.positions.size());
+  for (size_t n = 0; n < batch.size(); ++n) {
+    const int count = static_cast<int>(batch[n].tokens.size());
+    DSLA_CHECK(batch[n].logits_rows >= 0 && batch[n].logits_rows <= count);
+    for (int row = count - batch[n].logits_rows; row < count; ++row) {
+      step.wanted.push_back({static_cast<int>(n), row});
+      step.wanted_rows.push_back(first_row[n] + row);
+    }
+  }
+}
 
+void HybridModel::RunLayers(const ExecContext& ctx, CachePool& pool, Step& step) const {
   const int64_t T = step.T, C = config_.C;
+  const Products products = step.products;
   Workspace& workspace = *ctx.workspace;
   step.hidden = workspace.Take<float>(T * C);
   step.normed = workspace.Take<float>(T * C);
@@ -295,28 +313,66 @@ void HybridModel::Forward(const ExecContext& ctx, CachePool& pool,
     AttentionBlock(ctx, pool, step, layer);
     AddRmsNorm(ctx, step.hidden, step.delta, weights.mlp_norm.data(), config_.norm_eps, T, C,
                step.normed);
-    weights.gate_up.Forward(ctx, step.normed, C, T, step.gate_up, 2 * config_.ffn);
+    weights.gate_up.Forward(ctx, step.normed, C, T, step.gate_up, 2 * config_.ffn, Accumulate::kNo,
+                            products);
     SiluMul(ctx, step.gate_up, T, config_.ffn, step.activation);
-    weights.down.Forward(ctx, step.activation, config_.ffn, T, step.delta, C);
+    weights.down.Forward(ctx, step.activation, config_.ffn, T, step.delta, C, Accumulate::kNo,
+                         products);
   }
   AddRmsNorm(ctx, step.hidden, step.delta, weights_.final_norm.data(), config_.norm_eps, T, C,
              step.normed);
+}
 
-  // Logits only of the rows that were asked for, in the batch's order.
-  std::vector<int64_t> first_row(batch.size());
-  for (int n = 0; n < step.N; ++n) first_row[step.order[n]] = step.row_start[n];
-  std::vector<int64_t> wanted;
-  for (size_t n = 0; n < batch.size(); ++n) {
-    const auto count = static_cast<int64_t>(batch[n].tokens.size());
-    for (int64_t i = batch[n].all_logits ? 0 : count - 1; i < count; ++i)
-      wanted.push_back(first_row[n] + i);
+// The step's `rows` through the output head. logits: [rows, V].
+void HybridModel::Logits(const ExecContext& ctx, const Step& step, std::span<const int64_t> rows,
+                         float* logits) const {
+  const Workspace::Scope scope(*ctx.workspace);
+  const auto count = static_cast<int64_t>(rows.size()), C = int64_t{config_.C};
+  float* gathered = ctx.workspace->Take<float>(count * C);
+  for (int64_t i = 0; i < count; ++i)
+    std::memcpy(gathered + i * C, step.normed + rows[i] * C, C * sizeof(float));
+  weights_.output().Forward(ctx, gathered, C, count, logits, config_.V, Accumulate::kNo,
+                            step.products);
+}
+
+void HybridModel::Forward(const ExecContext& ctx, CachePool& pool,
+                          std::span<const SequenceRows> batch, Buffer<float>& logits,
+                          Products products) const {
+  const Workspace::Scope scope(*ctx.workspace);
+  Step step;
+  step.products = products;
+  PlaceRows(pool, batch, step);
+  RunLayers(ctx, pool, step);
+  logits.Resize(static_cast<int64_t>(step.wanted.size()) * config_.V);
+  Logits(ctx, step, step.wanted_rows, logits.data());
+}
+
+Status HybridModel::Append(const ExecContext& ctx, CachePool& pool, SequenceCache& cache,
+                           std::span<const int32_t> tokens, int logits_rows, Buffer<float>& logits,
+                           Products products) const {
+  const int count = static_cast<int>(tokens.size());
+  DSLA_RETURN_IF_ERROR(cache.Reserve(count));
+  const SequenceRows rows{.cache = &cache, .tokens = tokens, .logits_rows = logits_rows};
+  Forward(ctx, pool, {&rows, 1}, logits, products);
+  cache.Commit(count);
+  return Status::Ok();
+}
+
+void HybridModel::Forward(const ExecContext& ctx, CachePool& pool,
+                          std::span<const SequenceRows> batch, Products products,
+                          const LogitsVisitor& visit) const {
+  const Workspace::Scope scope(*ctx.workspace);
+  Step step;
+  step.products = products;
+  PlaceRows(pool, batch, step);
+  RunLayers(ctx, pool, step);
+  const auto wanted = static_cast<int64_t>(step.wanted.size());
+  float* logits = ctx.workspace->Take<float>(std::min(wanted, kLogitsTileRows) * config_.V);
+  for (int64_t begin = 0; begin < wanted; begin += kLogitsTileRows) {
+    const auto count = static_cast<size_t>(std::min(kLogitsTileRows, wanted - begin));
+    Logits(ctx, step, std::span(step.wanted_rows).subspan(begin, count), logits);
+    visit(std::span(step.wanted).subspan(begin, count), logits);
   }
-  const auto rows = static_cast<int64_t>(wanted.size());
-  float* gathered = workspace.Take<float>(rows * C);
-  for (int64_t i = 0; i < rows; ++i)
-    std::memcpy(gathered + i * C, step.normed + wanted[i] * C, C * sizeof(float));
-  logits.Resize(rows * config_.V);
-  weights_.output().Forward(ctx, gathered, C, rows, logits.data(), config_.V);
 }
 
 Status HybridModel::Raise(const ExecContext& ctx, CachePool& pool, SequenceCache& cache,

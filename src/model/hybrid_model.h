@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
@@ -19,6 +20,7 @@
 #include "cache/sequence_cache.h"
 #include "format/config.h"
 #include "model/weights.h"
+#include "ops/linear/linear.h"
 #include "ops/norm_rope/norm_rope.h"
 
 namespace dsla {
@@ -34,9 +36,17 @@ struct ModelOptions {
 struct SequenceRows {
   SequenceCache* cache = nullptr;
   std::span<const int32_t>
-      tokens;               // at positions cache->length(), ...; at least one, each in [0, V)
-  bool all_logits = false;  // logits of every row, not of the last alone
+      tokens;           // at positions cache->length(), ...; at least one, each in [0, V)
+  int logits_rows = 1;  // logits of the last so many rows; 0 = none
 };
+
+// Of a Forward that hands out logits by tiles: the batch's `sequence`, its new token number `row`.
+struct LogitsRow {
+  int sequence = 0;
+  int row = 0;
+};
+// logits: [rows.size(), V], may be changed, gone afterwards.
+using LogitsVisitor = std::function<void(std::span<const LogitsRow> rows, float* logits)>;
 
 class HybridModel {
  public:
@@ -60,10 +70,23 @@ class HybridModel {
   int64_t weight_bytes(int level) const;
 
   // Runs all rows through all layers, writing their K and V and advancing the states; the caller
-  // then commits the tokens to each cache. logits: for each sequence in the batch's order [V] of
-  // its last row, or [tokens, V] with all_logits.
+  // then commits the tokens to each cache. logits: for each sequence in the batch's order
+  // [logits_rows, V]. With Products::kInvariant a sequence's results are the same bits whatever it
+  // is batched with, as long as its own tokens are cut in the same way.
   void Forward(const ExecContext& ctx, CachePool& pool, std::span<const SequenceRows> batch,
-               Buffer<float>& logits) const;
+               Buffer<float>& logits, Products products = Products::kFastest) const;
+
+  // One sequence by itself: reserves room, runs its tokens and commits them. kResourceExhausted if
+  // the cache memory is used up; then nothing has changed.
+  Status Append(const ExecContext& ctx, CachePool& pool, SequenceCache& cache,
+                std::span<const int32_t> tokens, int logits_rows, Buffer<float>& logits,
+                Products products = Products::kFastest) const;
+
+  // As the first Forward, but the logits are handed out by tiles of at most kLogitsTileRows rows,
+  // in the batch's order, so that a prompt's are never held at once.
+  static constexpr int64_t kLogitsTileRows = 64;
+  void Forward(const ExecContext& ctx, CachePool& pool, std::span<const SequenceRows> batch,
+               Products products, const LogitsVisitor& visit) const;
 
   // Raises a sequence by folding the pages of the layers that convert, one layer after another, so
   // that one free slot is enough. On kResourceExhausted the sequence stands at the level reached,
@@ -74,6 +97,10 @@ class HybridModel {
   struct Step;  // one Forward's arrays
 
   HybridModel() = default;
+  void PlaceRows(CachePool& pool, std::span<const SequenceRows> batch, Step& step) const;
+  void RunLayers(const ExecContext& ctx, CachePool& pool, Step& step) const;
+  void Logits(const ExecContext& ctx, const Step& step, std::span<const int64_t> rows,
+              float* logits) const;
   void AttentionBlock(const ExecContext& ctx, CachePool& pool, Step& step, int layer) const;
   void SoftmaxRows(const ExecContext& ctx, CachePool& pool, const Step& step, int layer,
                    int sequences) const;

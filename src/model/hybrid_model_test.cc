@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
 #include <random>
 
 #include "model/testing/small_models.h"
@@ -120,6 +121,49 @@ TEST_P(HybridTest, AMixedBatchEqualsEachSequenceAlone) {
   }
 }
 
+// Logits by tiles: every row of a prompt longer than a tile, three rows of another sequence, none
+// of a third. And with invariant products, each row's bits are those of the sequence alone.
+TEST_P(HybridTest, TilesOfLogitsEqualEachSequenceAlone) {
+  const int64_t V = config().V;
+  const int lengths[] = {90, 5, 7}, wanted[] = {90, 3, 0}, levels[] = {1, 0, 2};
+  std::vector<SequenceCache> caches;
+  std::vector<std::vector<int32_t>> tokens;
+  std::vector<SequenceRows> batch;
+  for (int i = 0; i < 3; ++i) {
+    caches.push_back(small_.NewSequence(std::min(levels[i], small_.model().max_level())));
+    tokens.push_back(RandomTokens(config(), lengths[i], 20 + i));
+  }
+  for (int i = 0; i < 3; ++i) {
+    ASSERT_TRUE(caches[i].Reserve(lengths[i]).ok());
+    batch.push_back({.cache = &caches[i], .tokens = tokens[i], .logits_rows = wanted[i]});
+  }
+  std::vector<std::pair<int, int>> places;
+  std::vector<float> got;
+  small_.model().Forward(
+      small_.ctx(), small_.pool(), batch, Products::kInvariant,
+      [&](std::span<const LogitsRow> rows, float* logits) {
+        ASSERT_LE(static_cast<int64_t>(rows.size()), HybridModel::kLogitsTileRows);
+        for (const LogitsRow& row : rows) places.emplace_back(row.sequence, row.row);
+        got.insert(got.end(), logits, logits + static_cast<int64_t>(rows.size()) * V);
+      });
+  std::vector<std::pair<int, int>> want_places;
+  std::vector<float> want;
+  for (int i = 0; i < 2; ++i) {
+    for (int row = lengths[i] - wanted[i]; row < lengths[i]; ++row)
+      want_places.emplace_back(i, row);
+    SequenceCache alone = small_.NewSequence(caches[i].level());
+    Buffer<float> logits;
+    ASSERT_TRUE(small_.model()
+                    .Append(small_.ctx(), small_.pool(), alone, tokens[i], wanted[i], logits,
+                            Products::kInvariant)
+                    .ok());
+    want.insert(want.end(), logits.data(), logits.data() + logits.size());
+  }
+  EXPECT_EQ(places, want_places);
+  ASSERT_EQ(got.size(), want.size());
+  EXPECT_EQ(std::memcmp(got.data(), want.data(), got.size() * sizeof(float)), 0);
+}
+
 // At the bottom of the ladder the two definitions meet: raising the first converted layer at t must
 // equal running the same tokens as DSLA over the K and V that level 0 cached. For the layer that
 // reads the embeddings, K and V do not depend on the level, so folding it at any t equals having
@@ -134,11 +178,8 @@ TEST_P(HybridTest, FoldingALayerWhoseKeysDoNotDependOnTheLevelEqualsTheStart) {
   ASSERT_TRUE(model.ok());
   const auto tokens = RandomTokens(config(), 120, 3);
   const auto run = [&](SequenceCache& cache, const std::vector<int32_t>& part) {
-    EXPECT_TRUE(cache.Reserve(static_cast<int>(part.size())).ok());
-    const SequenceRows rows{.cache = &cache, .tokens = part, .all_logits = false};
     Buffer<float> logits;
-    (*model)->Forward(small_.ctx(), small_.pool(), {&rows, 1}, logits);
-    cache.Commit(static_cast<int>(part.size()));
+    EXPECT_TRUE((*model)->Append(small_.ctx(), small_.pool(), cache, part, 1, logits).ok());
     return std::vector<float>(logits.data(), logits.data() + logits.size());
   };
   for (const int at : {1, 7, 64, 100}) {
@@ -229,11 +270,8 @@ TEST(HybridModelTest, ARaiseWithoutRoomLeavesAUsableSequence) {
   ASSERT_TRUE(tiny.ok());
   SequenceCache cache = small.model().NewSequence(*tiny, 0);
   const std::vector<int32_t> tokens = {1, 2, 3};
-  ASSERT_TRUE(cache.Reserve(3).ok());
-  const SequenceRows rows{.cache = &cache, .tokens = tokens, .all_logits = false};
   Buffer<float> logits;
-  small.model().Forward(small.ctx(), *tiny, {&rows, 1}, logits);
-  cache.Commit(3);
+  ASSERT_TRUE(small.model().Append(small.ctx(), *tiny, cache, tokens, 1, logits).ok());
   EXPECT_EQ(small.model().Raise(small.ctx(), *tiny, cache, 2).code(),
             StatusCode::kResourceExhausted);
   EXPECT_EQ(cache.level(), 0);

@@ -121,7 +121,9 @@ class SmallModel {
     for (const Rows& sequence : rows) {
       const Status reserved = sequence.cache->Reserve(static_cast<int>(sequence.tokens.size()));
       EXPECT_TRUE(reserved.ok()) << reserved.message();
-      batch.push_back({.cache = sequence.cache, .tokens = sequence.tokens, .all_logits = true});
+      batch.push_back({.cache = sequence.cache,
+                       .tokens = sequence.tokens,
+                       .logits_rows = static_cast<int>(sequence.tokens.size())});
     }
     Buffer<float> logits;
     model_->Forward(ctx_, *pool_, batch, logits);

@@ -160,4 +160,13 @@ Expected<std::vector<Sampler::Choice>> TopLogprobs(std::span<const float> logits
   return choices;
 }
 
+Expected<Sampler::Choice> LogprobOf(std::span<const float> logits, int32_t token) {
+  DSLA_CHECK(token >= 0 && token < static_cast<int64_t>(logits.size()));
+  LogitBlocks blocks;
+  FindBlocks(logits, blocks);
+  DSLA_RETURN_IF_ERROR(CheckLogits(logits, blocks));
+  return Sampler::Choice{
+      token, Logprob(logits[static_cast<size_t>(token)], blocks, LogSumExp(logits, blocks))};
+}
+
 }  // namespace dsla

@@ -87,6 +87,9 @@ class Sampler {
 // lowest id; fewer where fewer than n logits are above -inf. Errors as Sampler::Sample.
 Expected<std::vector<Sampler::Choice>> TopLogprobs(std::span<const float> logits, int n);
 
+// The token and its log-probability, the same value as TopLogprobs and Sampler::Sample give it.
+Expected<Sampler::Choice> LogprobOf(std::span<const float> logits, int32_t token);
+
 // The oracle: the steps above with full sorts, in fp64 from step 4 on. margin, where not null, is
 // how far (as a share of the probability) the nearest decision was from falling the other way.
 Expected<Sampler::Choice> SampleRef(const SamplingParams& params, std::span<const int32_t> prompt,

@@ -414,6 +414,12 @@ TEST(TopLogprobsTest, EqualsASort) {
       ASSERT_EQ(top->size(), static_cast<size_t>(std::min<int64_t>(n, V)));
       for (size_t i = 0; i < top->size(); ++i)
         EXPECT_EQ(logits[static_cast<size_t>((*top)[i].token)], sorted[i]);
+      // One value for a token, however it was asked for.
+      std::vector<float> copy = logits;
+      const auto greedy = Sampler({.temperature = 0}, V).Sample(copy, 0);
+      EXPECT_EQ(greedy->logprob, (*top)[0].logprob);
+      for (const auto& choice : *top)
+        ASSERT_EQ(LogprobOf(logits, choice.token)->logprob, choice.logprob);
     }
   }
 }

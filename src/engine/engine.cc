@@ -1,0 +1,101 @@
+#include "engine/engine.h"
+
+#include <algorithm>
+#include <thread>
+#include <utility>
+
+#include "engine/engine_checks.h"
+#include "engine/engine_inbox.h"
+#include "engine/worker.h"
+
+namespace dsla {
+namespace {
+
+class EngineImpl : public Engine {
+ public:
+  EngineImpl(const HybridModel* model, const Tokenizer* tokenizer, const EngineOptions& options)
+      : model_(model),
+        tokenizer_(tokenizer),
+        limits_{.V = model->config().V,
+                .max_positions = model->max_positions(),
+                .max_level = model->max_level()},
+        inbox_({.max_queued = options.max_queued, .max_queued_tokens = options.max_queued_tokens}) {
+    end_ids_ = model->config().eos_ids;
+    if (const auto eos = tokenizer->eos_id()) end_ids_.push_back(*eos);
+    std::erase_if(end_ids_, [&](int32_t id) { return id < 0 || id >= limits_.V; });
+  }
+
+  ~EngineImpl() override {
+    inbox_.Stop();
+    if (thread_.joinable()) thread_.join();
+  }
+
+  Status Start(const ExecContext& ctx, const EngineOptions& options,
+               std::unique_ptr<LevelPolicy> policy, FaultInjector fault_injector) {
+    DSLA_ASSIGN_OR_RETURN(worker_, Worker::Create(model_, ctx, options, std::move(policy), &inbox_,
+                                                  std::move(fault_injector)));
+    thread_ = std::thread([this] { worker_->Run(); });
+    return Status::Ok();
+  }
+
+  std::optional<Rejection> Submit(Request request, std::shared_ptr<RequestSink> sink) override {
+    DSLA_CHECK(sink != nullptr);
+    if (auto wrong = CheckRequest(request, limits_)) return wrong;
+    if (const Status fits = worker_->CanEverFit(request); !fits.ok()) {
+      return Rejection{.kind = Rejection::Kind::kTooLargeForCache, .message = fits.message()};
+    }
+    auto active = std::make_unique<ActiveRequest>(std::move(request), std::move(sink), *tokenizer_,
+                                                  limits_.V);
+    active->end_ids = active->request.stop_ids;
+    if (!active->request.ignore_eos)
+      active->end_ids.insert(active->end_ids.end(), end_ids_.begin(), end_ids_.end());
+    std::sort(active->end_ids.begin(), active->end_ids.end());
+    active->end_ids.erase(std::unique(active->end_ids.begin(), active->end_ids.end()),
+                          active->end_ids.end());
+    return inbox_.Put(std::move(active));
+  }
+
+  void Cancel(const std::string& id) override { inbox_.Cancel(id); }
+  EngineState state() const override { return worker_->state(); }
+  void SetFinishObserver(FinishObserver observer) override {
+    worker_->SetFinishObserver(std::move(observer));
+  }
+  void SetPolicy(std::unique_ptr<LevelPolicy> policy) override {
+    DSLA_CHECK(policy != nullptr);
+    inbox_.SetPolicy(std::move(policy));
+  }
+  void SetMaxLevel(int level) override {
+    DSLA_CHECK(level >= 0 && level <= limits_.max_level);
+    inbox_.SetMaxLevel(level);
+  }
+  void Drain() override { inbox_.Drain(); }
+
+ private:
+  const HybridModel* model_;
+  const Tokenizer* tokenizer_;
+  const RequestLimits limits_;
+  std::vector<int32_t> end_ids_;  // the model's own
+  Inbox inbox_;
+  std::unique_ptr<Worker> worker_;
+  std::thread thread_;
+};
+
+}  // namespace
+
+Expected<std::unique_ptr<Engine>> CreateEngine(const HybridModel* model, const Tokenizer* tokenizer,
+                                               const ExecContext& ctx, const EngineOptions& options,
+                                               std::unique_ptr<LevelPolicy> policy,
+                                               FaultInjector fault_injector) {
+  auto engine = std::make_unique<EngineImpl>(model, tokenizer, options);
+  DSLA_RETURN_IF_ERROR(engine->Start(ctx, options, std::move(policy), std::move(fault_injector)));
+  return std::unique_ptr<Engine>(std::move(engine));
+}
+
+Expected<std::unique_ptr<Engine>> Engine::Create(const HybridModel* model,
+                                                 const Tokenizer* tokenizer, const ExecContext& ctx,
+                                                 const EngineOptions& options,
+                                                 std::unique_ptr<LevelPolicy> policy) {
+  return CreateEngine(model, tokenizer, ctx, options, std::move(policy), {});
+}
+
+}  // namespace dsla

@@ -1,0 +1,104 @@
+// Inbox: what submitters leave for the engine's worker. One short lock on either side: a submitter
+// never waits for a step, the worker takes all mail at once between two. Also the bounds of the
+// queue and the ids in use, since they decide whether a request is accepted.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+#include "adapt/policy.h"
+#include "engine/engine.h"
+#include "engine/engine_stats.h"
+#include "engine/request.h"
+#include "engine/text_stream.h"
+
+namespace dsla {
+
+// A request from Submit to OnFinish. Made on the submitter's thread, the worker's from then on.
+struct ActiveRequest {
+  ActiveRequest(Request r, std::shared_ptr<RequestSink> s, const Tokenizer& tokenizer, int64_t V);
+
+  Request request;
+  std::shared_ptr<RequestSink> sink;
+  Sampler sampler;
+  TextStream text;
+  std::vector<int32_t> end_ids;  // tokens that end the reply
+  double submitted = 0;
+
+  // The worker's notes.
+  int64_t id = 0;  // the scheduler's; 0 before Add
+  double started = 0, first_token = 0, last_token = 0;
+  int generated = 0;
+  std::vector<PromptLogprob> prompt_logprobs;
+  size_t prompt_logprobs_known = 0;  // of its entries, from the first on
+  RequestResult result;              // as far as it is known
+};
+
+struct InboxLimits {
+  int max_queued = 1024;
+  int64_t max_queued_tokens = 0;  // 0: no bound
+};
+
+class Inbox {
+ public:
+  explicit Inbox(const InboxLimits& limits) : limits_(limits), starts_(kDrainWindowSeconds) {}
+
+  // Submitters' side. Put refuses when the queue is full, the id is in use, or after Drain.
+  std::optional<Rejection> Put(std::unique_ptr<ActiveRequest> request);
+  void Cancel(const std::string& id);  // nothing if no accepted request has that id
+  void SetPolicy(std::unique_ptr<LevelPolicy> policy);
+  void SetMaxLevel(int level);
+  void Drain();
+  void Stop();  // the worker's Take returns a mail with `stop`
+
+  // The worker's side.
+  struct Mail {
+    std::vector<std::unique_ptr<ActiveRequest>> requests;
+    std::vector<std::string> cancels;  // after `requests`
+    std::unique_ptr<LevelPolicy> policy;
+    std::optional<int> max_level;
+    bool stop = false;
+
+    bool empty() const {
+      return requests.empty() && cancels.empty() && policy == nullptr && !max_level && !stop;
+    }
+  };
+  // What has come since the last call. Without mail it returns at once, or, with `wait`, when some
+  // comes or that time has passed (infinite: only then).
+  void Take(Mail& mail, std::optional<std::chrono::duration<double>> wait);
+  // Requests that were accepted and have left the queue for good (their first step, or their end
+  // before it), with their prompts' tokens, and ids that are free again.
+  void Settle(int left, int64_t left_tokens, std::span<const std::string> ended);
+
+  struct Counts {
+    int queued = 0;  // accepted, before their first step
+    int64_t queued_tokens = 0;
+    int accepted = 0;       // and not ended
+    double busy_since = 0;  // NowSeconds() when the first of them came
+    bool draining = false;
+  };
+  Counts counts() const;
+
+ private:
+  static constexpr double kDrainWindowSeconds = 30;
+  double RetryAfter(double now) const;
+
+  const InboxLimits limits_;
+  mutable std::mutex mutex_;
+  std::condition_variable arrived_;
+  Mail mail_;
+  std::unordered_set<std::string> ids_;  // accepted, not ended
+  Counts counts_;
+  RateMeter starts_;  // requests that left the queue
+};
+
+}  // namespace dsla

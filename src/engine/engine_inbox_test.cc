@@ -1,0 +1,273 @@
+#include "engine/engine_inbox.h"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <functional>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <thread>
+
+#include "engine/engine_checks.h"
+#include "format/tokenizer/testing.h"
+
+namespace dsla {
+namespace {
+
+class NoSink : public RequestSink {
+ public:
+  void OnPromptLogprobs(std::vector<PromptLogprob>) override {}
+  void OnToken(TokenOutput) override {}
+  void OnFinish(const RequestResult&) override {}
+};
+
+class InboxTest : public ::testing::Test {
+ protected:
+  std::unique_ptr<ActiveRequest> Make(const std::string& id, size_t prompt = 3) {
+    Request request;
+    request.id = id;
+    request.prompt.assign(prompt, 7);
+    return std::make_unique<ActiveRequest>(std::move(request), std::make_shared<NoSink>(),
+                                           *tokenizer_, 300);
+  }
+  static std::vector<std::string> Ids(const Inbox::Mail& mail) {
+    std::vector<std::string> ids;
+    for (const auto& request : mail.requests) ids.push_back(request->request.id);
+    return ids;
+  }
+
+  std::unique_ptr<Tokenizer> tokenizer_ = [] {
+    auto data = ParseTokenizerJson(testing::ByteLevelJson().dump(), "tokenizer.json");
+    EXPECT_TRUE(data.ok());
+    auto tokenizer = Tokenizer::Create(std::move(data).value());
+    EXPECT_TRUE(tokenizer.ok());
+    return std::move(tokenizer).value();
+  }();
+};
+
+constexpr std::chrono::duration<double> kForever{std::numeric_limits<double>::infinity()};
+
+TEST_F(InboxTest, MailComesOnceAndInOrder) {
+  Inbox inbox({});
+  EXPECT_FALSE(inbox.Put(Make("a")));
+  EXPECT_FALSE(inbox.Put(Make("b")));
+  inbox.Cancel("a");
+  inbox.Cancel("nobody");
+  inbox.SetMaxLevel(3);
+  Inbox::Mail mail;
+  inbox.Take(mail, kForever);
+  EXPECT_EQ(Ids(mail), (std::vector<std::string>{"a", "b"}));
+  EXPECT_EQ(mail.cancels, std::vector<std::string>{"a"});
+  EXPECT_EQ(mail.max_level, 3);
+  EXPECT_FALSE(mail.stop);
+  inbox.Take(mail, std::nullopt);
+  EXPECT_TRUE(mail.empty());
+  inbox.Take(mail, std::chrono::duration<double>(0.001));
+  EXPECT_TRUE(mail.empty());
+}
+
+TEST_F(InboxTest, AnIdIsFreeAgainAfterItsEnd) {
+  Inbox inbox({});
+  EXPECT_FALSE(inbox.Put(Make("a")));
+  const auto rejected = inbox.Put(Make("a"));
+  ASSERT_TRUE(rejected);
+  EXPECT_EQ(rejected->kind, Rejection::Kind::kInvalid);
+  EXPECT_EQ(rejected->message, "request id 'a' is in use by a running request");
+  EXPECT_EQ(inbox.counts().accepted, 1);
+  inbox.Settle(1, 3, std::vector<std::string>{"a"});
+  EXPECT_EQ(inbox.counts().accepted, 0);
+  EXPECT_FALSE(inbox.Put(Make("a")));
+}
+
+TEST_F(InboxTest, BoundsOfTheQueue) {
+  Inbox inbox({.max_queued = 2, .max_queued_tokens = 10});
+  EXPECT_FALSE(inbox.Put(Make("large", 50))) << "alone, it is let in";
+  auto rejected = inbox.Put(Make("small", 1));
+  ASSERT_TRUE(rejected);
+  EXPECT_EQ(rejected->kind, Rejection::Kind::kQueueFull);
+  EXPECT_EQ(rejected->message,
+            "the queue is full: 50 prompt tokens wait and this one has 1, 10 may");
+  EXPECT_EQ(rejected->retry_after_seconds, 60) << "nothing has left the queue yet";
+  inbox.Settle(1, 50, {});
+  EXPECT_FALSE(inbox.Put(Make("b", 4)));
+  EXPECT_FALSE(inbox.Put(Make("c", 4)));
+  rejected = inbox.Put(Make("d", 1));
+  ASSERT_TRUE(rejected);
+  EXPECT_EQ(rejected->message, "the queue is full: 2 requests wait, 2 may");
+  EXPECT_LT(rejected->retry_after_seconds, 60);
+  EXPECT_GE(rejected->retry_after_seconds, 1);
+}
+
+TEST_F(InboxTest, DrainedAndStoppedTakeNothing) {
+  Inbox inbox({});
+  EXPECT_FALSE(inbox.Put(Make("a")));
+  inbox.Drain();
+  ASSERT_TRUE(inbox.Put(Make("b")));
+  EXPECT_EQ(inbox.Put(Make("b"))->kind, Rejection::Kind::kUnavailable);
+  EXPECT_TRUE(inbox.counts().draining);
+  inbox.Stop();
+  Inbox::Mail mail;
+  inbox.Take(mail, kForever);
+  EXPECT_TRUE(mail.stop);
+  EXPECT_EQ(Ids(mail), std::vector<std::string>{"a"});
+  inbox.Take(mail, kForever);
+  EXPECT_TRUE(mail.stop) << "for good";
+}
+
+// Many submitters against one worker: everything that was accepted arrives exactly once.
+TEST_F(InboxTest, ManySubmitters) {
+  constexpr int kThreads = 4, kEach = 500;
+  Inbox inbox({.max_queued = 20});
+  std::atomic<int> accepted = 0, refused = 0;
+  std::multiset<std::string> arrived;
+  std::thread worker([&] {
+    Inbox::Mail mail;
+    while (true) {
+      inbox.Take(mail, kForever);
+      std::vector<std::string> ids = Ids(mail);
+      arrived.insert(ids.begin(), ids.end());
+      const int left = static_cast<int>(ids.size());
+      inbox.Settle(left, 3 * left, ids);
+      if (mail.stop) return;
+    }
+  });
+  std::vector<std::thread> submitters;
+  for (int t = 0; t < kThreads; ++t) {
+    submitters.emplace_back([&, t] {
+      for (int i = 0; i < kEach; ++i) {
+        const std::string id = fmt::format("{}-{}", t, i);
+        const auto rejected = inbox.Put(Make(id));
+        ++(rejected ? refused : accepted);
+        if (i % 7 == 0) inbox.Cancel(id);
+        EXPECT_LE(inbox.counts().queued, 20);
+      }
+    });
+  }
+  for (std::thread& thread : submitters) thread.join();
+  inbox.Stop();
+  worker.join();
+  EXPECT_EQ(accepted + refused, kThreads * kEach);
+  EXPECT_GT(accepted, 0);
+  EXPECT_EQ(static_cast<int>(arrived.size()), accepted);
+  EXPECT_EQ(std::set<std::string>(arrived.begin(), arrived.end()).size(), arrived.size());
+  EXPECT_EQ(inbox.counts().accepted, 0);
+  EXPECT_EQ(inbox.counts().queued, 0);
+}
+
+class CheckRequestTest : public ::testing::Test {
+ protected:
+  static constexpr RequestLimits kLimits{.V = 100, .max_positions = 64, .max_level = 4};
+  static Request Good() {
+    Request request;
+    request.id = "r";
+    request.prompt = {1, 2, 3};
+    return request;
+  }
+  // "param: message", or "ok".
+  static std::string Check(const Request& request) {
+    const auto rejected = CheckRequest(request, kLimits);
+    return rejected ? rejected->param + ": " + rejected->message : "ok";
+  }
+};
+
+TEST_F(CheckRequestTest, EveryFieldIsNamed) {
+  struct Case {
+    std::function<void(Request&)> change;
+    std::string want;
+  };
+  const Case cases[] = {
+      {[](Request&) {}, "ok"},
+      {[](Request& r) { r.id = ""; }, "request_id: the request has no id"},
+      {[](Request& r) { r.prompt = {}; }, "prompt: the prompt has no tokens"},
+      {[](Request& r) { r.prompt[1] = 100; }, "prompt: token id 100: the vocabulary has 100"},
+      {[](Request& r) { r.prompt[1] = -1; }, "prompt: token id -1: the vocabulary has 100"},
+      {[](Request& r) { r.max_tokens = -1; }, "max_tokens: max_tokens -1: must not be negative"},
+      {[](Request& r) { r.max_tokens = 0; },
+       "max_tokens: max_tokens 0: only with the log-probabilities of the prompt is there anything "
+       "to do"},
+      {[](Request& r) {
+         r.max_tokens = 0;
+         r.prompt_logprobs = true;
+       },
+       "ok"},
+      {[](Request& r) { r.max_tokens = 61; }, "ok"},
+      {[](Request& r) { r.max_tokens = 62; },
+       "max_tokens: the prompt has 3 tokens and max_tokens is 62, 65 together; the context holds "
+       "64"},
+      {[](Request& r) { r.max_tokens = std::numeric_limits<int>::max(); },
+       "max_tokens: the prompt has 3 tokens and max_tokens is 2147483647, 2147483650 together; the "
+       "context holds 64"},
+      {[](Request& r) { r.prompt.assign(64, 1); },
+       "prompt: the prompt has 64 tokens and max_tokens is 16, 80 together; the context holds 64"},
+      {[](Request& r) { r.min_tokens = 17; },
+       "min_tokens: min_tokens 17: must be from 0 to max_tokens, 16"},
+      {[](Request& r) {
+         r.stop_ids = {4, 100};
+       },
+       "stop_token_ids: token id 100: the vocabulary has 100"},
+      {[](Request& r) {
+         r.stop = {"a", ""};
+       },
+       "stop: a stop string is empty"},
+      {[](Request& r) { r.stop = {"\xff"}; }, "stop: a stop string is not UTF-8"},
+      {[](Request& r) { r.stop = {std::string(16385, 'a')}; },
+       "stop: the stop strings have 16385 bytes together, at most 16384 are allowed"},
+      {[](Request& r) { r.sampling.temperature = -1; },
+       "temperature: temperature -1: must be from 0 to 100"},
+      {[](Request& r) {
+         r.sampling.logit_bias = {{100, 1.f}};
+       },
+       "logit_bias: logit_bias: token 100 is not in the vocabulary of 100"},
+      {[](Request& r) { r.top_logprobs = 129; },
+       "top_logprobs: top_logprobs 129: must be from 0 to 128, or -1 for none"},
+      {[](Request& r) { r.level = 5; }, "ok"},
+      {[](Request& r) {
+         r.tier = Tier::kExact;
+         r.level = 5;
+       },
+       "level: level 5: must be from 0 to 4"},
+      {[](Request& r) { r.deadline = std::numeric_limits<double>::quiet_NaN(); },
+       "deadline: deadline nan: must not be negative"},
+  };
+  for (const Case& c : cases) {
+    Request request = Good();
+    c.change(request);
+    EXPECT_EQ(Check(request), c.want);
+  }
+}
+
+TEST_F(CheckRequestTest, ALongContextIsAKindOfItsOwn) {
+  Request request = Good();
+  request.max_tokens = 62;
+  EXPECT_EQ(CheckRequest(request, kLimits)->kind, Rejection::Kind::kContextLength);
+  request.max_tokens = -1;
+  EXPECT_EQ(CheckRequest(request, kLimits)->kind, Rejection::Kind::kInvalid);
+}
+
+TEST(CheckOptionsTest, EveryOptionIsNamed) {
+  const EngineOptions good{.memory_bytes = 1 << 20};
+  EXPECT_TRUE(CheckOptions(good, 4, 64).ok());
+  const auto message = [&](const std::function<void(EngineOptions&)>& change) {
+    EngineOptions options = good;
+    change(options);
+    return CheckOptions(options, 4, 64).message();
+  };
+  EXPECT_EQ(message([](auto& o) { o.memory_bytes = 0; }), "memory of 0 bytes: must be positive");
+  EXPECT_EQ(message([](auto& o) { o.max_batch_tokens = 127; }),
+            "max_batch_tokens 127: must be at least two pages, 128");
+  EXPECT_EQ(message([](auto& o) {
+              o.deterministic = true;
+              o.max_batch_tokens = 255;
+            }),
+            "max_batch_tokens 255: must be at least 256 in deterministic mode");
+  EXPECT_EQ(message([](auto& o) { o.max_running = 0; }), "max_running 0: must be positive");
+  EXPECT_EQ(message([](auto& o) { o.max_queued = 0; }), "max_queued 0: must be positive");
+  EXPECT_EQ(message([](auto& o) { o.snapshot_stride = 100; }),
+            "snapshot_stride 100: must be a multiple of the page size, 64");
+  EXPECT_EQ(message([](auto& o) { o.default_max_level = 5; }),
+            "default_max_level 5: must be from 0 to 4");
+}
+
+}  // namespace
+}  // namespace dsla

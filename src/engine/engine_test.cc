@@ -1,0 +1,566 @@
+#include "engine/engine.h"
+
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <new>
+#include <random>
+#include <stdexcept>
+#include <thread>
+
+#include "base/clock.h"
+#include "engine/session.h"
+#include "engine/testing/test_engine.h"
+#include "format/safetensors.h"
+
+namespace dsla {
+namespace {
+
+using testing_engine::ByteTokenizer;
+using testing_engine::FunctionPolicy;
+using testing_engine::RandomPrompt;
+using testing_engine::RecordingSink;
+using testing_engine::TargetPolicy;
+using testing_engine::TestEngine;
+using testing_models::SmallModel;
+
+class EngineTest : public ::testing::Test {
+ protected:
+  static EngineOptions Options() {
+    return {.memory_bytes = 16 << 20,
+            .max_batch_tokens = 64,
+            .max_running = 16,
+            .snapshot_stride = 64,
+            .default_max_level = 2};
+  }
+  Request Greedy(int prompt, int max_tokens, uint32_t seed = 1) {
+    Request request;
+    request.id = fmt::format("r{}", ++count_);
+    request.prompt = RandomPrompt(model(), prompt, seed);
+    request.sampling.temperature = 0;
+    request.max_tokens = max_tokens;
+    request.ignore_eos = true;
+    return request;
+  }
+  // The reply of a Session, which is tested against transformers.
+  std::vector<int32_t> Alone(const Request& request, int level = 0) {
+    Session session(&model(), &small_.pool(), small_.ctx(), {.level = level});
+    EXPECT_TRUE(session.Prefill(request.prompt).ok());
+    const auto result = session.Generate(
+        {.sampling = request.sampling, .max_tokens = request.max_tokens, .stop_ids = {}});
+    EXPECT_TRUE(result.ok());
+    return result->tokens;
+  }
+  const HybridModel& model() { return small_.model(); }
+
+  SmallModel small_{"smollm2", true};
+  std::unique_ptr<Tokenizer> tokenizer_ = ByteTokenizer();
+  int count_ = 0;
+};
+
+// Everything is given back once nothing runs.
+void ExpectNothingHeld(const EngineState& state) {
+  EXPECT_EQ(state.page_bytes, 0);
+  EXPECT_EQ(state.state_bytes, 0);
+  EXPECT_EQ(state.running, 0);
+  EXPECT_EQ(state.queued, 0);
+  EXPECT_EQ(state.queued_tokens, 0);
+}
+
+// A finished request's end is published with the step that follows it.
+EngineState WaitIdle(TestEngine& engine) {
+  while (true) {
+    const EngineState state = engine->state();
+    if (state.idle && state.running == 0) return state;
+    std::this_thread::yield();
+  }
+}
+
+TEST_F(EngineTest, AReplyEqualsTheSessions) {
+  TestEngine engine(model(), *tokenizer_, Options());
+  for (const int prompt : {1, 20, 30}) {
+    const Request request = Greedy(prompt, 12, prompt);
+    const auto sink = engine.Submit(request);
+    const RequestResult& result = sink->Wait();
+    ASSERT_TRUE(result.status.ok()) << result.status.message();
+    EXPECT_EQ(sink->tokens(), Alone(request));
+    EXPECT_EQ(result.finish, FinishReason::kLength);
+    EXPECT_EQ(result.prompt_tokens, prompt);
+    EXPECT_EQ(result.generated_tokens, 12);
+    EXPECT_EQ(result.levels, (std::vector<LevelSpan>{{0, 0}}));
+    EXPECT_GT(result.first_token_seconds, 0);
+    EXPECT_GE(result.first_token_seconds, result.queue_seconds);
+    EXPECT_GE(result.total_seconds, result.first_token_seconds);
+    EXPECT_EQ(sink->text(), tokenizer_->Decode(sink->tokens()));
+  }
+  const EngineState state = WaitIdle(engine);
+  ExpectNothingHeld(state);
+  EXPECT_EQ(state.finished, 3);
+  EXPECT_EQ(state.generated_tokens, 36);
+  EXPECT_EQ(state.prompt_tokens, 51);
+  EXPECT_EQ(state.prefill_tokens + state.cached_tokens, 51);
+  EXPECT_GT(state.model_seconds, 0);
+  EXPECT_GE(state.busy_seconds, state.model_seconds);
+  EXPECT_EQ(state.policy, "function");
+}
+
+TEST_F(EngineTest, StopTokensAndMinTokens) {
+  TestEngine engine(model(), *tokenizer_, Options());
+  Request request = Greedy(20, 12);
+  const std::vector<int32_t> all = Alone(request);
+  const int32_t last = all[5];
+  const auto first = std::find(all.begin(), all.end(), last);
+  request.stop_ids = {last};
+  auto sink = engine.Submit(request);
+  EXPECT_EQ(sink->Wait().finish, FinishReason::kStop);
+  EXPECT_EQ(sink->Wait().stop_token, last);
+  EXPECT_EQ(sink->tokens(), std::vector<int32_t>(all.begin(), first)) << "it is not in the reply";
+
+  request.id = "min";
+  request.min_tokens = 12;
+  sink = engine.Submit(request);
+  EXPECT_EQ(sink->Wait().finish, FinishReason::kLength);
+  const auto tokens = sink->tokens();
+  EXPECT_EQ(tokens.size(), 12u);
+  EXPECT_EQ(std::find(tokens.begin(), tokens.end(), last), tokens.end()) << "it is ruled out";
+}
+
+TEST_F(EngineTest, TheModelsEndTokenEndsTheReply) {
+  TestEngine engine(model(), *tokenizer_, Options());
+  const int32_t eos = model().config().eos_ids.at(0);
+  Request request = Greedy(20, 12);
+  request.sampling.logit_bias = {{eos, 100.f}};
+  auto sink = engine.Submit(request);
+  EXPECT_EQ(sink->Wait().finish, FinishReason::kLength) << "ignore_eos";
+  request.id = "stop";
+  request.ignore_eos = false;
+  sink = engine.Submit(request);
+  EXPECT_EQ(sink->Wait().finish, FinishReason::kStop);
+  EXPECT_EQ(sink->Wait().stop_token, eos);
+  EXPECT_TRUE(sink->tokens().empty());
+  EXPECT_EQ(sink->Wait().first_token_seconds, 0);
+  EXPECT_EQ(sink->Wait().generated_tokens, 0);
+}
+
+TEST_F(EngineTest, StopStrings) {
+  TestEngine engine(model(), *tokenizer_, Options());
+  Request request = Greedy(20, 12);
+  const std::string all = tokenizer_->Decode(Alone(request));
+  const std::string stop = all.substr(6, 2);
+  request.stop = {"never in it", stop};
+  const auto sink = engine.Submit(request);
+  const RequestResult& result = sink->Wait();
+  EXPECT_EQ(result.finish, FinishReason::kStop);
+  EXPECT_EQ(result.stop_string, stop);
+  EXPECT_EQ(sink->text(), all.substr(0, all.find(stop)));
+}
+
+// The prompt's and the reply's log-probabilities are those of a Forward that gives all logits; a
+// greedy token's is the very value of the likeliest.
+TEST_F(EngineTest, Logprobs) {
+  TestEngine engine(model(), *tokenizer_, Options());
+  Request request = Greedy(150, 5);
+  request.top_logprobs = 3;
+  request.prompt_logprobs = true;
+  const auto sink = engine.Submit(request);
+  ASSERT_TRUE(sink->Wait().status.ok());
+
+  std::vector<int32_t> all = request.prompt;
+  for (const int32_t token : sink->tokens()) all.push_back(token);
+  SequenceCache cache = small_.NewSequence(0);
+  const std::vector<float> logits = small_.Run(cache, all);
+  const int64_t V = model().config().V;
+  const auto want = [&](size_t position, int32_t token) {
+    const float* row = logits.data() + static_cast<int64_t>(position - 1) * V;
+    double sum = 0;
+    for (int64_t i = 0; i < V; ++i) sum += std::exp(static_cast<double>(row[i]));
+    return row[token] - std::log(sum);
+  };
+  // fp32 on both sides, cut differently: the logits' scale is about 1 here.
+  constexpr double kTolerance = 1e-3;
+  ASSERT_EQ(sink->prompt().size(), 150u);
+  EXPECT_TRUE(sink->prompt()[0].top.empty());
+  for (size_t i = 0; i < all.size(); ++i) {
+    SCOPED_TRACE(i);
+    const bool in_prompt = i < 150;
+    const int32_t token = in_prompt ? sink->prompt()[i].token : sink->outputs()[i - 150].token;
+    ASSERT_EQ(token, all[i]);
+    if (i == 0) continue;
+    const float logprob = in_prompt ? sink->prompt()[i].logprob : sink->outputs()[i - 150].logprob;
+    const auto& top = in_prompt ? sink->prompt()[i].top : sink->outputs()[i - 150].top;
+    EXPECT_NEAR(logprob, want(i, token), kTolerance);
+    ASSERT_EQ(top.size(), 3u);
+    EXPECT_GE(top[0].logprob, top[1].logprob);
+    for (const TokenLogprob& entry : top) {
+      EXPECT_NEAR(entry.logprob, want(i, entry.token), kTolerance);
+      if (entry.token == token) EXPECT_EQ(entry.logprob, logprob);
+    }
+    if (!in_prompt) EXPECT_EQ(top[0].token, token);
+  }
+}
+
+TEST_F(EngineTest, OnlyThePromptsLogprobs) {
+  TestEngine engine(model(), *tokenizer_, Options());
+  Request request = Greedy(100, 0);
+  request.prompt_logprobs = true;
+  request.top_logprobs = 0;
+  const auto sink = engine.Submit(request);
+  EXPECT_TRUE(sink->Wait().status.ok());
+  EXPECT_EQ(sink->Wait().finish, FinishReason::kLength);
+  ASSERT_EQ(sink->prompt().size(), 100u);
+  for (size_t i = 1; i < 100; ++i) {
+    EXPECT_EQ(sink->prompt()[i].token, request.prompt[i]);
+    EXPECT_LT(sink->prompt()[i].logprob, 0);
+  }
+  EXPECT_TRUE(sink->outputs().empty());
+  request.id = "one";
+  request.prompt.resize(1);
+  EXPECT_EQ(engine.Submit(request)->Wait().prompt_tokens, 1);
+}
+
+TEST_F(EngineTest, RefusedAtSubmit) {
+  EngineOptions options = Options();
+  options.memory_bytes = 5 * model().cache_geometry().page_bytes();
+  TestEngine engine(model(), *tokenizer_, options);
+  const auto submit = [&](Request request) {
+    return engine->Submit(std::move(request), std::make_shared<RecordingSink>());
+  };
+  // 2 layers of 3 pages of 16 tokens.
+  const auto large = submit(Greedy(20, 20));
+  ASSERT_TRUE(large);
+  EXPECT_EQ(large->kind, Rejection::Kind::kTooLargeForCache);
+  EXPECT_EQ(submit(Greedy(500, 20))->kind, Rejection::Kind::kContextLength);
+  Request wrong = Greedy(5, 5);
+  wrong.tier = Tier::kExact;
+  wrong.level = 3;
+  EXPECT_EQ(submit(wrong)->message, "level 3: must be from 0 to 2");
+  engine->Drain();
+  EXPECT_EQ(submit(Greedy(5, 5))->kind, Rejection::Kind::kUnavailable);
+  EXPECT_TRUE(engine->state().draining);
+}
+
+// The first request holds the only place; those behind it wait, and one too many is refused.
+TEST_F(EngineTest, TheQueueIsBounded) {
+  EngineOptions options = Options();
+  options.max_running = 1;
+  options.max_queued = 3;
+  TestEngine engine(model(), *tokenizer_, options);
+  std::vector<std::shared_ptr<RecordingSink>> sinks;
+  std::atomic<bool> go = false;
+  // The engine's thread stands in the first token until everything has been submitted.
+  sinks.push_back(engine.Submit(Greedy(5, 3), [&](int) {
+    while (!go) std::this_thread::yield();
+  }));
+  sinks[0]->WaitForTokens(1);
+  for (int i = 0; i < 3; ++i) sinks.push_back(engine.Submit(Greedy(5, 3)));
+  EXPECT_EQ(engine->state().queued, 3);
+  EXPECT_EQ(engine->state().queued_tokens, 15);
+  const auto rejected = engine->Submit(Greedy(5, 3), std::make_shared<RecordingSink>());
+  go = true;
+  ASSERT_TRUE(rejected);
+  EXPECT_EQ(rejected->kind, Rejection::Kind::kQueueFull);
+  EXPECT_GE(rejected->retry_after_seconds, 1);
+  EXPECT_LE(rejected->retry_after_seconds, 60);
+  for (const auto& sink : sinks) EXPECT_TRUE(sink->Wait().status.ok());
+}
+
+TEST_F(EngineTest, CancelledWhileRunningAndWhileWaiting) {
+  EngineOptions options = Options();
+  options.max_running = 1;
+  TestEngine engine(model(), *tokenizer_, options);
+  const Request running = Greedy(20, 400), waiting = Greedy(20, 4), after = Greedy(20, 4);
+  const auto a = engine.Submit(running);
+  a->WaitForTokens(2);
+  const auto b = engine.Submit(waiting), c = engine.Submit(after);
+  engine->Cancel(waiting.id);
+  EXPECT_EQ(b->Wait().status.code(), StatusCode::kCancelled);
+  EXPECT_EQ(b->Wait().finish, FinishReason::kCancelled);
+  EXPECT_TRUE(b->tokens().empty());
+  engine->Cancel(running.id);
+  engine->Cancel("unknown");
+  EXPECT_EQ(a->Wait().status.code(), StatusCode::kCancelled);
+  EXPECT_LT(a->tokens().size(), 400u);
+  EXPECT_EQ(a->text(), tokenizer_->Decode(a->tokens())) << "the tokens sent so far stand";
+  EXPECT_TRUE(c->Wait().status.ok());
+  ExpectNothingHeld(WaitIdle(engine));
+}
+
+TEST_F(EngineTest, ADeadlineEndsTheRequest) {
+  TestEngine engine(model(), *tokenizer_, Options());
+  Request request = Greedy(20, 400);
+  request.deadline = NowSeconds();  // passed when the first step is planned
+  const auto sink = engine.Submit(request);
+  EXPECT_EQ(sink->Wait().status.code(), StatusCode::kDeadlineExceeded);
+  ExpectNothingHeld(WaitIdle(engine));
+}
+
+// A failing step ends the requests that were in it, with a status that says why; the engine lives.
+TEST_F(EngineTest, AFailedStep) {
+  std::atomic<int> fault = 0;
+  TestEngine engine(model(), *tokenizer_, Options(), TargetPolicy(0), [&](int64_t) {
+    if (fault == 1) throw std::bad_alloc();
+    if (fault == 2) throw std::runtime_error("no such kernel\nat line 3");
+  });
+  const Request good = Greedy(20, 4);
+  fault = 1;
+  EXPECT_EQ(engine.Submit(good)->Wait().status.message(), "out of memory in a step of 20 tokens");
+  fault = 2;
+  EXPECT_EQ(engine.Submit(good)->Wait().status.message(), "a step failed: no such kernel");
+  fault = 0;
+  const auto sink = engine.Submit(good);
+  EXPECT_TRUE(sink->Wait().status.ok());
+  EXPECT_EQ(sink->Wait().cached_tokens, 0) << "nothing of a failed step was kept";
+  EXPECT_EQ(sink->tokens(), Alone(good));
+  ExpectNothingHeld(WaitIdle(engine));
+}
+
+// A copy of a small model in which one token's embedding is NaN.
+std::string ModelWithNan(int32_t token) {
+  const std::filesystem::path to =
+      std::filesystem::path(::testing::TempDir()) / fmt::format("engine_test_nan_{}", ::getpid());
+  std::filesystem::remove_all(to);
+  std::filesystem::copy(testing_models::DataPath("models/llama3"), to);
+  const std::string path = (to / "model.safetensors").string();
+  auto bytes = testing_models::ReadRaw<std::byte>(path);
+  const auto file = SafetensorsFile::Parse(bytes, path);
+  EXPECT_TRUE(file.ok()) << file.status().message();
+  for (const SafetensorsTensor& tensor : file->tensors()) {
+    if (tensor.name != "model.embed_tokens.weight") continue;
+    EXPECT_EQ(tensor.dtype, "BF16");
+    const size_t row = static_cast<size_t>(tensor.shape[1]) * sizeof(uint16_t);
+    const size_t begin = static_cast<size_t>(tensor.data.data() - bytes.data()) + token * row;
+    std::fill_n(bytes.begin() + static_cast<int64_t>(begin), row, std::byte{0xff});  // a NaN
+  }
+  std::ofstream(path, std::ios::binary)
+      .write(reinterpret_cast<const char*>(bytes.data()), static_cast<int64_t>(bytes.size()));
+  return to.string();
+}
+
+TEST_F(EngineTest, NumericalErrorsEndOnlyTheirOwnSequence) {
+  constexpr int32_t kBad = 77;
+  const std::string path = ModelWithNan(kBad);
+  auto file = ModelFile::Open(path);
+  ASSERT_TRUE(file.ok()) << file.status().message();
+  auto model =
+      HybridModel::Load(small_.ctx(), **file, nullptr,
+                        {.weight_dtype = DType::kF32, .kv_dtype = DType::kF32, .page_size = 16});
+  ASSERT_TRUE(model.ok()) << model.status().message();
+  EngineOptions options = Options();
+  options.default_max_level = 0;
+  TestEngine engine(**model, *tokenizer_, options);
+  std::vector<Request> requests;
+  std::vector<std::shared_ptr<RecordingSink>> sinks;
+  for (int i = 0; i < 6; ++i) {
+    Request request = Greedy(20 + i, 6, i);
+    std::replace(request.prompt.begin(), request.prompt.end(), kBad, 1);
+    request.sampling.logit_bias = {{kBad, -100.f}};
+    if (i % 3 == 1) request.prompt[7] = kBad;
+    if (i == 4) request.prompt_logprobs = true;
+    requests.push_back(request);
+    sinks.push_back(engine.Submit(request));
+  }
+  for (int i = 0; i < 6; ++i) {
+    SCOPED_TRACE(i);
+    const RequestResult& result = sinks[i]->Wait();
+    if (i % 3 == 1) {
+      EXPECT_EQ(result.status.code(), StatusCode::kInternal);
+      EXPECT_TRUE(result.status.message().starts_with("numerical_error: the logit of token 0 is"))
+          << result.status.message();
+      EXPECT_TRUE(sinks[i]->tokens().empty());
+    } else {
+      EXPECT_TRUE(result.status.ok()) << result.status.message();
+      EXPECT_EQ(sinks[i]->tokens().size(), 6u);
+    }
+  }
+  EXPECT_EQ(WaitIdle(engine).numerical_errors, 2);
+  // What the bad ones left in the prefix cache, if anything, must not reach others.
+  requests[1].prompt.resize(30, 1);
+  requests[1].id = "again";
+  EXPECT_EQ(engine.Submit(requests[1])->Wait().cached_tokens, 0);
+  std::filesystem::remove_all(path);
+}
+
+TEST_F(EngineTest, ThePolicyIsFollowedAndRecorded) {
+  // Raises every running sequence to 2 once it has 5 tokens in its cache, and new ones start at 1.
+  auto policy = std::make_unique<FunctionPolicy>([](const LoadSnapshot& load) {
+    LevelDecision decision{.target = 1, .raises = {}, .reason = "queue: test"};
+    for (const SequenceLoad& running : load.running) {
+      if (running.cached_tokens >= 5 && running.level < running.max_level)
+        decision.raises.push_back({running.id, 2});
+    }
+    return decision;
+  });
+  TestEngine engine(model(), *tokenizer_, Options(), std::move(policy));
+  const Request request = Greedy(4, 40);
+  const auto sink = engine.Submit(request);
+  const RequestResult& result = sink->Wait();
+  ASSERT_TRUE(result.status.ok());
+  ASSERT_EQ(result.levels.size(), 2u);
+  EXPECT_EQ(result.levels[0], (LevelSpan{0, 1}));
+  EXPECT_EQ(result.levels[1].level, 2);
+  EXPECT_GE(result.levels[1].position, 5);
+  EXPECT_EQ(sink->outputs().front().level, 1);
+  EXPECT_EQ(sink->outputs().back().level, 2);
+
+  Request full = Greedy(4, 20);
+  full.tier = Tier::kFull;
+  EXPECT_EQ(engine.Submit(full)->Wait().levels, (std::vector<LevelSpan>{{0, 0}}));
+  Request economy = Greedy(4, 20);
+  economy.tier = Tier::kEconomy;
+  EXPECT_EQ(engine.Submit(economy)->Wait().levels, (std::vector<LevelSpan>{{0, 2}}));
+
+  const EngineState state = WaitIdle(engine);
+  EXPECT_EQ(state.target_level, 1);
+  EXPECT_EQ(state.target_changes, 1);
+  EXPECT_EQ(state.raises, 1);
+  ASSERT_EQ(state.events.size(), 2u);
+  EXPECT_EQ(state.events[0].request_id, "");
+  EXPECT_EQ(state.events[0].to, 1);
+  EXPECT_EQ(state.events[0].reason, "queue: test");
+  EXPECT_EQ(state.events[1].request_id, request.id);
+  EXPECT_EQ(state.events[1].from, 1);
+  EXPECT_EQ(state.events[1].to, 2);
+  EXPECT_EQ(state.events[1].position, result.levels[1].position);
+  EXPECT_GT(state.events[1].seconds, 0);
+
+  engine->SetMaxLevel(0);
+  EXPECT_EQ(engine.Submit(Greedy(4, 4))->Wait().levels, (std::vector<LevelSpan>{{0, 0}}));
+  EXPECT_EQ(engine->state().max_level, 0);
+  engine->SetPolicy(TargetPolicy(0));
+  EXPECT_TRUE(engine.Submit(Greedy(4, 4))->Wait().status.ok());
+  EXPECT_EQ(WaitIdle(engine).target_level, 0);
+}
+
+// In calm the policy brings the target down although no request comes.
+TEST_F(EngineTest, AnIdleEngineStillAsksItsPolicy) {
+  std::atomic<bool> calm = false;
+  TestEngine engine(
+      model(), *tokenizer_, Options(), std::make_unique<FunctionPolicy>([&](const LoadSnapshot&) {
+        return LevelDecision{.target = calm ? 0 : 2, .raises = {}, .reason = "calm: test"};
+      }));
+  EXPECT_TRUE(engine.Submit(Greedy(4, 4))->Wait().status.ok());
+  EXPECT_EQ(WaitIdle(engine).target_level, 2);
+  calm = true;
+  const double deadline = NowSeconds() + 60;
+  while (engine->state().target_level != 0 && NowSeconds() < deadline) std::this_thread::yield();
+  EXPECT_EQ(engine->state().target_level, 0);
+  EXPECT_EQ(engine->state().target_changes, 2);
+}
+
+TEST_F(EngineTest, TheObserverSeesEveryEnd) {
+  TestEngine engine(model(), *tokenizer_, Options());
+  std::atomic<int> seen = 0;
+  engine->SetFinishObserver([&](const RequestResult& result) {
+    EXPECT_EQ(result.generated_tokens, 3);
+    ++seen;
+  });
+  for (int i = 0; i < 5; ++i) engine.Submit(Greedy(5, 3));
+  while (!engine->state().idle) std::this_thread::yield();
+  EXPECT_EQ(seen, 5);
+}
+
+// Many threads at once: requests of all tiers, some cancelled, some refused; under little memory,
+// so that there are pre-emptions. Every accepted one ends exactly once.
+TEST_F(EngineTest, ManySubmitters) {
+  constexpr uint32_t kSeed = 20250303;
+  EngineOptions options = Options();
+  options.max_queued = 12;
+  options.memory_bytes = 60 * model().cache_geometry().page_bytes();
+  TestEngine engine(model(), *tokenizer_, options,
+                    std::make_unique<FunctionPolicy>([](const LoadSnapshot& load) {
+                      LevelDecision decision;
+                      decision.target = load.waiting.size() > 4 ? 1 : 0;
+                      for (const SequenceLoad& running : load.running) {
+                        if (load.waiting.size() > 6 && running.level < running.max_level)
+                          decision.raises.push_back({running.id, running.level + 1});
+                      }
+                      return decision;
+                    }));
+  constexpr int kThreads = 4, kEach = 30;
+  std::atomic<int> ended = 0, refused = 0;
+  std::vector<std::thread> threads;
+  for (int t = 0; t < kThreads; ++t) {
+    threads.emplace_back([&, t] {
+      std::mt19937 random(kSeed + t);
+      std::vector<std::shared_ptr<RecordingSink>> sinks;
+      for (int i = 0; i < kEach; ++i) {
+        Request request;
+        request.id = fmt::format("{}-{}", t, i);
+        request.prompt = RandomPrompt(model(), 1 + static_cast<int>(random() % 90), random());
+        request.max_tokens = 1 + static_cast<int>(random() % 30);
+        request.sampling.seed = random();
+        request.tier = static_cast<Tier>(random() % 4);
+        request.level = static_cast<int>(random() % 3);
+        request.ignore_eos = true;
+        const auto sink = std::make_shared<RecordingSink>();
+        const std::string id = request.id;
+        while (true) {
+          Request copy = request;
+          const auto rejected = engine->Submit(std::move(copy), sink);
+          if (!rejected) break;
+          ASSERT_EQ(rejected->kind, Rejection::Kind::kQueueFull) << rejected->message;
+          ++refused;
+          if (!sinks.empty()) sinks[random() % sinks.size()]->Wait();
+          std::this_thread::yield();
+        }
+        sinks.push_back(sink);
+        if (random() % 5 == 0) engine->Cancel(id);
+      }
+      for (const auto& sink : sinks) {
+        const RequestResult& result = sink->Wait();
+        if (result.status.ok())
+          EXPECT_EQ(static_cast<int>(sink->outputs().size()), result.generated_tokens);
+        else
+          EXPECT_EQ(result.status.code(), StatusCode::kCancelled) << result.status.message();
+        ++ended;
+      }
+      for (const auto& sink : sinks) EXPECT_EQ(sink->finishes(), 1);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(ended, kThreads * kEach) << "seed " << kSeed;
+  const EngineState state = WaitIdle(engine);
+  EXPECT_EQ(state.finished, kThreads * kEach);
+  ExpectNothingHeld(state);
+}
+
+TEST_F(EngineTest, DestroyedWithWorkInFlight) {
+  TestEngine engine(model(), *tokenizer_, Options());
+  std::vector<std::shared_ptr<RecordingSink>> sinks;
+  for (int i = 0; i < 20; ++i) sinks.push_back(engine.Submit(Greedy(30, 300, i)));
+  sinks[0]->WaitForTokens(3);
+  engine.Destroy();
+  for (const auto& sink : sinks) {
+    EXPECT_EQ(sink->finishes(), 1);
+    EXPECT_EQ(sink->Wait().status.code(), StatusCode::kCancelled);
+  }
+}
+
+TEST_F(EngineTest, ADrainedEngineFinishesItsWork) {
+  TestEngine engine(model(), *tokenizer_, Options());
+  std::vector<std::shared_ptr<RecordingSink>> sinks;
+  for (int i = 0; i < 8; ++i) sinks.push_back(engine.Submit(Greedy(30, 10, i)));
+  engine->Drain();
+  EXPECT_TRUE(engine->Submit(Greedy(5, 5), std::make_shared<RecordingSink>()).has_value());
+  while (!engine->state().idle) std::this_thread::yield();
+  for (const auto& sink : sinks) {
+    EXPECT_EQ(sink->finishes(), 1) << "idle means that all have ended";
+    EXPECT_TRUE(sink->Wait().status.ok());
+  }
+}
+
+TEST_F(EngineTest, WrongOptionsAreRefused) {
+  EngineOptions options = Options();
+  options.memory_bytes = 0;
+  Workspace workspace;
+  const auto engine =
+      Engine::Create(&model(), tokenizer_.get(), {1, &workspace}, options, TargetPolicy(0));
+  EXPECT_EQ(engine.status().message(), "memory of 0 bytes: must be positive");
+}
+
+}  // namespace
+}  // namespace dsla

@@ -1,0 +1,317 @@
+// What a client gets must not depend on who else is served. Greedy replies alone, batched, cut into
+// other steps, pre-empted, from the prefix cache, and replayed from the recorded level history.
+//
+// In deterministic mode they are compared bit for bit, log-probabilities included.
+//
+// Otherwise sums may be ordered otherwise, so that near-ties may fall the other way: every token is
+// judged by its logit in the replay, which follows the same tokens. Its gap to the largest logit is
+// at most
+//
+//     kRoundings * 2^-8 * sqrt(4 L + 1) * rms(logits)
+//
+// A product may round its activations to bf16, relatively by 2^-9; a layer has four and the output
+// head is one more; independent errors add up as the root of their number, and the random matrices
+// keep a relative error what it is. A gap is a difference of two logits, each of the engine and of
+// the replay: four of them, and kRoundings = 2 thus stands for 4 * 2^-9 at one standard deviation.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <set>
+
+#include "engine/engine_checks.h"
+#include "engine/testing/test_engine.h"
+
+namespace dsla {
+namespace {
+
+using testing_engine::ByteTokenizer;
+using testing_engine::FunctionPolicy;
+using testing_engine::RandomPrompt;
+using testing_engine::RecordingSink;
+using testing_engine::TargetPolicy;
+using testing_engine::TestEngine;
+using testing_models::AdapterShape;
+using testing_models::SmallModel;
+
+constexpr uint32_t kSeed = 20250304;
+constexpr int kPage = 16;
+
+struct Reply {
+  std::vector<int32_t> tokens;
+  std::vector<float> logprobs;
+  RequestResult result;
+};
+
+struct Case {
+  std::string name, family;
+  AdapterShape shape;
+};
+
+class ExactnessTest : public ::testing::TestWithParam<Case> {
+ protected:
+  const HybridModel& model() const { return small_.model(); }
+
+  EngineOptions Options(bool deterministic) const {
+    return {.memory_bytes = 64 << 20,
+            .max_batch_tokens = 2 * DeterministicChunk(kPage),
+            .max_running = 32,
+            .prefix_cache = false,
+            .snapshot_stride = 64,
+            .deterministic = deterministic,
+            .default_max_level = model().max_level()};
+  }
+
+  // Prompts around chunk, page and window borders; all levels.
+  std::vector<Request> Requests(int count) const {
+    constexpr int kLengths[] = {1, 15, 16, 17, 100, 128, 129, 131, 200, 256, 300, 40};
+    std::mt19937 random(kSeed);
+    std::vector<Request> requests;
+    for (int i = 0; i < count; ++i) {
+      Request request;
+      request.id = fmt::format("r{}", i);
+      request.prompt = RandomPrompt(model(), kLengths[i % std::size(kLengths)], random());
+      request.sampling.temperature = i % 4 == 3 ? 0.8f : 0;  // drawn by seed and position
+      request.sampling.seed = random();
+      request.max_tokens = 12 + static_cast<int>(random() % 20);
+      request.ignore_eos = true;
+      request.top_logprobs = 0;
+      request.tier = Tier::kExact;
+      request.level = i % (model().max_level() + 1);
+      requests.push_back(std::move(request));
+    }
+    return requests;
+  }
+
+  static Reply ReplyOf(RecordingSink& sink) {
+    const RequestResult& result = sink.Wait();
+    EXPECT_TRUE(result.status.ok()) << result.status.message();
+    return {sink.tokens(), sink.logprobs(), result};
+  }
+
+  std::vector<Reply> Together(TestEngine& engine, const std::vector<Request>& requests) {
+    std::vector<std::shared_ptr<RecordingSink>> sinks;
+    for (const Request& request : requests) sinks.push_back(engine.Submit(request));
+    std::vector<Reply> replies;
+    for (const auto& sink : sinks) replies.push_back(ReplyOf(*sink));
+    return replies;
+  }
+  std::vector<Reply> Alone(const EngineOptions& options, const std::vector<Request>& requests) {
+    std::vector<Reply> replies;
+    for (const Request& request : requests) {
+      TestEngine engine(model(), *tokenizer_, options);
+      replies.push_back(ReplyOf(*engine.Submit(request)));
+    }
+    return replies;
+  }
+
+  // The logits of each position of the reply, of a run of the recorded levels that follows the
+  // reply's own tokens. Prompts are cut at the raises and, with a chunk, at its multiples.
+  std::vector<std::vector<float>> Replay(const Request& request, const Reply& reply, int chunk,
+                                         Products products) {
+    const std::vector<LevelSpan>& levels = reply.result.levels;
+    SequenceCache cache = small_.NewSequence(levels.front().level);
+    std::vector<int32_t> tokens = request.prompt;
+    tokens.insert(tokens.end(), reply.tokens.begin(), reply.tokens.end());
+    const int prompt = static_cast<int>(request.prompt.size());
+    std::vector<std::vector<float>> rows;
+    Buffer<float> logits;
+    for (int begin = 0; begin + 1 < static_cast<int>(tokens.size());) {
+      for (const LevelSpan& span : levels) {
+        if (span.position != begin || span.level == cache.level()) continue;
+        EXPECT_TRUE(small_.model().Raise(small_.ctx(), small_.pool(), cache, span.level).ok());
+      }
+      int end = begin < prompt ? std::min(prompt, (begin / chunk + 1) * chunk) : begin + 1;
+      for (const LevelSpan& span : levels) {
+        if (span.position > begin) end = std::min(end, span.position);
+      }
+      EXPECT_TRUE(model()
+                      .Append(small_.ctx(), small_.pool(), cache,
+                              std::span(tokens).subspan(begin, end - begin), 1, logits, products)
+                      .ok());
+      if (end >= prompt) rows.emplace_back(logits.data(), logits.data() + logits.size());
+      begin = end;
+    }
+    if (reply.tokens.size() == rows.size()) return rows;
+    ADD_FAILURE() << rows.size() << " rows for " << reply.tokens.size() << " tokens";
+    return {};
+  }
+
+  void ExpectSameBits(const std::vector<Reply>& got, const std::vector<Reply>& want) {
+    ASSERT_EQ(got.size(), want.size());
+    for (size_t i = 0; i < got.size(); ++i) {
+      SCOPED_TRACE(::testing::Message() << "seed " << kSeed << ", request " << i);
+      EXPECT_EQ(got[i].tokens, want[i].tokens);
+      ASSERT_EQ(got[i].logprobs.size(), want[i].logprobs.size());
+      EXPECT_EQ(std::memcmp(got[i].logprobs.data(), want[i].logprobs.data(),
+                            got[i].logprobs.size() * sizeof(float)),
+                0);
+    }
+  }
+
+  // Bit for bit: the tokens that the replay would have chosen, with their log-probabilities.
+  void ExpectReplayedBits(const std::vector<Request>& requests, const std::vector<Reply>& replies) {
+    const int64_t V = model().config().V;
+    for (size_t i = 0; i < requests.size(); ++i) {
+      SCOPED_TRACE(::testing::Message() << "seed " << kSeed << ", request " << i);
+      auto rows = Replay(requests[i], replies[i], DeterministicChunk(kPage), Products::kInvariant);
+      const Sampler sampler(requests[i].sampling, V);
+      for (size_t t = 0; t < rows.size(); ++t) {
+        const auto choice =
+            sampler.Sample(rows[t], static_cast<int64_t>(requests[i].prompt.size() + t));
+        ASSERT_TRUE(choice.ok());
+        EXPECT_EQ(choice->token, replies[i].tokens[t]) << "token " << t;
+        EXPECT_EQ(choice->logprob, replies[i].logprobs[t]) << "token " << t;
+      }
+    }
+  }
+
+  // Up to near-ties, of greedy requests; see the top of the file.
+  void ExpectNearReplay(const std::vector<Request>& requests, const std::vector<Reply>& replies) {
+    constexpr double kRoundings = 2;
+    const double relative =
+        kRoundings * std::ldexp(1., -8) * std::sqrt(4. * model().config().L + 1);
+    for (size_t i = 0; i < requests.size(); ++i) {
+      SCOPED_TRACE(::testing::Message() << "seed " << kSeed << ", request " << i);
+      constexpr int kOtherChunk = 80;  // than the engine's
+      const auto rows = Replay(requests[i], replies[i], kOtherChunk, Products::kFastest);
+      for (size_t t = 0; t < rows.size(); ++t) {
+        double squares = 0;
+        for (const float logit : rows[t]) squares += double{logit} * logit;
+        const double rms = std::sqrt(squares / static_cast<double>(rows[t].size()));
+        const double gap = *std::max_element(rows[t].begin(), rows[t].end()) -
+                           rows[t][static_cast<size_t>(replies[i].tokens[t])];
+        EXPECT_LE(gap, relative * rms) << "token " << t;
+      }
+    }
+  }
+
+  static int64_t Preemptions(const std::vector<Reply>& replies) {
+    int64_t sum = 0;
+    for (const Reply& reply : replies) sum += reply.result.preemptions;
+    return sum;
+  }
+
+  // Little enough that a dozen requests cannot all be there, enough for any of them.
+  int64_t TinyMemory() const {
+    const CacheGeometry geometry = model().cache_geometry();
+    const int L = model().config().L;
+    return L * std::max(25 * geometry.page_bytes(), 2 * geometry.slot_block_bytes());
+  }
+
+  // Raises running sequences by one now and then, each call another.
+  static std::unique_ptr<LevelPolicy> RaisingPolicy() {
+    auto random = std::make_shared<std::mt19937>(kSeed);
+    return std::make_unique<FunctionPolicy>([random](const LoadSnapshot& load) {
+      LevelDecision decision;
+      for (const SequenceLoad& running : load.running) {
+        if (running.level < running.max_level && (*random)() % 8 == 0)
+          decision.raises.push_back({running.id, running.level + 1});
+      }
+      return decision;
+    });
+  }
+  std::vector<Request> AutoRequests(int count) const {
+    std::vector<Request> requests = Requests(count);
+    for (Request& request : requests) request.tier = Tier::kAuto;
+    return requests;
+  }
+
+  SmallModel small_{GetParam().family,
+                    true,
+                    GetParam().shape,
+                    {.weight_dtype = DType::kBF16, .kv_dtype = DType::kBF16, .page_size = kPage}};
+  std::unique_ptr<Tokenizer> tokenizer_ = ByteTokenizer();
+};
+
+TEST_P(ExactnessTest, DeterministicBatchesAndSteps) {
+  const auto requests = Requests(24);
+  const EngineOptions options = Options(true);
+  const auto alone = Alone(options, requests);
+  ExpectReplayedBits(requests, alone);
+  {
+    TestEngine engine(model(), *tokenizer_, options);
+    ExpectSameBits(Together(engine, requests), alone);
+  }
+  EngineOptions larger = options;
+  larger.max_batch_tokens = 700;
+  larger.max_running = 5;
+  TestEngine engine(model(), *tokenizer_, larger, TargetPolicy(0), {}, 1);
+  ExpectSameBits(Together(engine, requests), alone);
+}
+
+TEST_P(ExactnessTest, DeterministicPreemption) {
+  const auto requests = Requests(24);
+  const auto alone = Alone(Options(true), requests);
+  for (const bool prefix_cache : {false, true}) {
+    EngineOptions tiny = Options(true);
+    tiny.memory_bytes = TinyMemory();
+    tiny.prefix_cache = prefix_cache;
+    TestEngine engine(model(), *tokenizer_, tiny);
+    const auto together = Together(engine, requests);
+    ExpectSameBits(together, alone);
+    if (!prefix_cache) EXPECT_GT(Preemptions(together), 0);
+  }
+}
+
+TEST_P(ExactnessTest, DeterministicPrefixCache) {
+  auto requests = Requests(24);
+  const auto alone = Alone(Options(true), requests);
+  EngineOptions options = Options(true);
+  options.prefix_cache = true;
+  TestEngine engine(model(), *tokenizer_, options);
+  ExpectSameBits(Together(engine, requests), alone);
+  for (Request& request : requests) request.id += "again";
+  const auto again = Together(engine, requests);
+  ExpectSameBits(again, alone);
+  std::set<int> levels;  // of those that did not start from nothing
+  for (size_t i = 0; i < requests.size(); ++i) {
+    if (again[i].result.cached_tokens > 0) levels.insert(requests[i].level);
+    EXPECT_LT(again[i].result.cached_tokens, static_cast<int>(requests[i].prompt.size()));
+  }
+  EXPECT_EQ(static_cast<int>(levels.size()), model().max_level() + 1);
+}
+
+TEST_P(ExactnessTest, DeterministicRaisesEqualTheirRecord) {
+  const auto requests = AutoRequests(24);
+  for (const bool tiny : {false, true}) {
+    EngineOptions options = Options(true);
+    if (tiny) options.memory_bytes = TinyMemory();
+    options.prefix_cache = tiny;
+    TestEngine engine(model(), *tokenizer_, options, RaisingPolicy());
+    const auto replies = Together(engine, requests);
+    int64_t raised = 0;
+    for (const Reply& reply : replies)
+      raised += static_cast<int64_t>(reply.result.levels.size()) - 1;
+    EXPECT_GT(raised, 0);
+    ExpectReplayedBits(requests, replies);
+  }
+}
+
+TEST_P(ExactnessTest, OtherwiseUpToNearTies) {
+  auto requests = AutoRequests(24);
+  for (Request& request : requests) request.sampling.temperature = 0;
+  for (const bool tiny : {false, true}) {
+    EngineOptions options = Options(false);
+    if (tiny) options.memory_bytes = TinyMemory();
+    options.prefix_cache = true;
+    TestEngine engine(model(), *tokenizer_, options, RaisingPolicy());
+    ExpectNearReplay(requests, Together(engine, requests));
+    for (Request& request : requests) request.id += "again";
+    const auto again = Together(engine, requests);
+    ExpectNearReplay(requests, again);
+    int64_t cached = 0;
+    for (const Reply& reply : again) cached += reply.result.cached_tokens;
+    EXPECT_GT(cached, 0);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Adapters, ExactnessTest,
+                         ::testing::Values(Case{"window_two_states", "smollm2", {}},
+                                           Case{"no_window", "qwen2", {.window = 0, .sinks = 0}}),
+                         [](const auto& info) { return info.param.name; });
+
+}  // namespace
+}  // namespace dsla

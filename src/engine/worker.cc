@@ -1,0 +1,378 @@
+#include "engine/worker.h"
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <limits>
+#include <new>
+#include <utility>
+
+#include "base/clock.h"
+#include "engine/engine_checks.h"
+
+namespace dsla {
+namespace {
+
+// What the policy and the metrics see as "now": long enough to hold a few requests, short enough to
+// notice a burst.
+constexpr double kLatencyWindowSeconds = 10, kRateWindowSeconds = 5;
+// The policy may take this share of the time.
+constexpr double kDecisionShare = 0.02;
+// An idle engine above level 0 looks at its policy so often, for the level to come down in calm.
+constexpr double kIdleDecisionSeconds = 0.25;
+constexpr size_t kEventsKept = 64;
+
+SchedulerOptions SchedulerOptionsOf(const HybridModel& model, const EngineOptions& options) {
+  const Adapter* adapter = model.adapter();
+  return {.layers = model.config().L,
+          .max_level = model.max_level(),
+          .top_level = adapter == nullptr ? 0 : adapter->top_level,
+          .page_size = model.options().page_size,
+          .max_batch_tokens = options.max_batch_tokens,
+          .max_running = options.max_running,
+          .max_preemptions = options.max_preemptions,
+          .prefix_cache = options.prefix_cache,
+          .snapshot_stride = options.snapshot_stride,
+          .deterministic = options.deterministic,
+          .deterministic_chunk = DeterministicChunk(model.options().page_size),
+          .adapter_id = adapter == nullptr ? std::string() : adapter->id};
+}
+
+}  // namespace
+
+Expected<std::unique_ptr<Worker>> Worker::Create(const HybridModel* model, const ExecContext& ctx,
+                                                 const EngineOptions& options,
+                                                 std::unique_ptr<LevelPolicy> policy, Inbox* inbox,
+                                                 FaultInjector fault_injector) {
+  DSLA_CHECK(policy != nullptr && inbox != nullptr && ctx.workspace != nullptr);
+  DSLA_RETURN_IF_ERROR(CheckOptions(options, model->max_level(), model->options().page_size));
+  DSLA_ASSIGN_OR_RETURN(CachePool pool,
+                        CachePool::Create(model->cache_geometry(), options.memory_bytes));
+  return std::unique_ptr<Worker>(new Worker(model, ctx, options, std::move(policy), inbox,
+                                            std::move(fault_injector), std::move(pool)));
+}
+
+Worker::Worker(const HybridModel* model, const ExecContext& ctx, const EngineOptions& options,
+               std::unique_ptr<LevelPolicy> policy, Inbox* inbox, FaultInjector fault_injector,
+               CachePool pool)
+    : model_(model),
+      ctx_(ctx),
+      options_(options),
+      fault_injector_(std::move(fault_injector)),
+      inbox_(inbox),
+      pool_(std::move(pool)),
+      scheduler_(&pool_.ledger(), this, SchedulerOptionsOf(*model, options)),
+      policy_(std::move(policy)),
+      ttft_(kLatencyWindowSeconds),
+      tpot_(kLatencyWindowSeconds),
+      prefill_rate_(kRateWindowSeconds),
+      decode_rate_(kRateWindowSeconds) {
+  scheduler_.set_auto_max_level(options.default_max_level);
+  state_.last_progress = NowSeconds();
+  state_.policy = policy_->name();
+  state_.max_level = options.default_max_level;
+  state_.rows_per_level = scheduler_.rows_per_level();
+  state_.budget_bytes = options.memory_bytes;
+}
+
+void Worker::SetFinishObserver(FinishObserver observer) { observer_ = std::move(observer); }
+
+Status Worker::CanEverFit(const Request& request) const {
+  return scheduler_.CanEverFit(static_cast<int64_t>(request.prompt.size()), request.max_tokens,
+                               request.tier, request.level);
+}
+
+SequenceCache Worker::NewSequence(int level) { return model_->NewSequence(pool_, level); }
+
+Status Worker::Raise(SequenceCache& cache, int level) {
+  const double begin = NowSeconds();
+  Status status;
+  try {
+    status = model_->Raise(ctx_, pool_, cache, level);
+  } catch (const std::bad_alloc&) {
+    cache.AbortRaise();
+    status = ResourceExhausted("out of memory while folding {} tokens", cache.length());
+  }
+  fold_seconds_ += NowSeconds() - begin;
+  return status;
+}
+
+void Worker::CopySlot(int32_t from, int32_t to) {
+  pool_.Touch(BlockKind::kSlot, {&to, 1});
+  const DslaStateView slots = pool_.slots();
+  std::memcpy(slots.base + to * slots.slot_bytes, slots.base + from * slots.slot_bytes,
+              static_cast<size_t>(slots.slot_bytes));
+}
+
+void Worker::Run() {
+  Inbox::Mail mail;
+  while (true) {
+    std::optional<std::chrono::duration<double>> wait;
+    if (scheduler_.idle()) {
+      const bool settled = scheduler_.target_level() == 0;
+      wait.emplace(settled ? std::numeric_limits<double>::infinity() : kIdleDecisionSeconds);
+    }
+    inbox_->Take(mail, wait);
+    if (mail.stop) break;
+    ReadMail(mail);
+    Step();
+  }
+  for (auto& request : mail.requests) Admit(std::move(request));
+  EndAll();
+}
+
+void Worker::ReadMail(Inbox::Mail& mail) {
+  if (mail.policy != nullptr) {
+    policy_ = std::move(mail.policy);
+    next_decision_ = 0;
+    const std::lock_guard lock(state_mutex_);
+    state_.policy = policy_->name();
+  }
+  if (mail.max_level.has_value()) {
+    scheduler_.set_auto_max_level(*mail.max_level);
+    next_decision_ = 0;
+    const std::lock_guard lock(state_mutex_);
+    state_.max_level = *mail.max_level;
+  }
+  for (auto& request : mail.requests) Admit(std::move(request));
+  for (const std::string& id : mail.cancels) {
+    const auto found = ids_.find(id);
+    if (found == ids_.end()) continue;
+    if (const auto ended = scheduler_.Cancel(found->second); ended.has_value()) Finish(*ended);
+  }
+}
+
+void Worker::Admit(std::unique_ptr<ActiveRequest> active) {
+  const Request& request = active->request;
+  const Status fits = CanEverFit(request);  // its bounds may have changed since Submit
+  if (!fits.ok()) {
+    active->result.status = fits;
+    Deliver(*active);
+    return;
+  }
+  active->id = scheduler_.Add({.prompt = request.prompt,
+                               .max_tokens = request.max_tokens,
+                               .tier = request.tier,
+                               .level = request.level,
+                               .prompt_logprobs = request.prompt_logprobs,
+                               .cache_salt = request.cache_salt,
+                               .arrival = active->submitted,
+                               .deadline = request.deadline});
+  ids_.emplace(request.id, active->id);
+  const int64_t id = active->id;
+  active_.emplace(id, std::move(active));
+  ++unstarted_;
+}
+
+void Worker::Decide() {
+  const double now = NowSeconds();
+  if (now < next_decision_) return;
+  LoadSnapshot load = scheduler_.Snapshot();
+  load.now = now;
+  load.ttft_p95 = ttft_.Quantile(now, 0.95);
+  load.tpot_p95 = tpot_.Quantile(now, 0.95);
+  const LevelDecision decision = policy_->Decide(load);
+  const double decided = NowSeconds();
+  next_decision_ = decided + (decided - now) / kDecisionShare;
+
+  const int from = scheduler_.target_level();
+  const int target = std::clamp(decision.target, 0, model_->max_level());
+  if (target != from) {
+    scheduler_.set_target_level(target);
+    NoteEvent({.time = now, .from = from, .to = target, .reason = decision.reason});
+  }
+  for (const LevelDecision::Raise& raise : decision.raises) {
+    const auto active = active_.find(raise.id);
+    const auto sequence =
+        std::find_if(load.running.begin(), load.running.end(),
+                     [&](const SequenceLoad& running) { return running.id == raise.id; });
+    if (active == active_.end() || sequence == load.running.end()) continue;
+    const double begin = fold_seconds_;
+    // No room is a reason to go on as things are; the policy sees it in the next snapshot.
+    const Status status = scheduler_.Raise(raise.id, raise.level);
+    const int level = scheduler_.level(raise.id);
+    if (level == sequence->level) continue;
+    NoteEvent({.time = now,
+               .request_id = active->second->request.id,
+               .position = sequence->cached_tokens,
+               .from = sequence->level,
+               .to = level,
+               .seconds = fold_seconds_ - begin,
+               .reason = status.ok() ? decision.reason
+                                     : decision.reason + "; stopped: " + status.message()});
+  }
+}
+
+void Worker::NoteEvent(LevelEvent event) {
+  const std::lock_guard lock(state_mutex_);
+  ++(event.request_id.empty() ? state_.target_changes : state_.raises);
+  if (state_.events.size() == kEventsKept) state_.events.erase(state_.events.begin());
+  state_.events.push_back(std::move(event));
+}
+
+void Worker::Step() {
+  const double begin = NowSeconds();
+  fold_seconds_ = 0;
+  Decide();
+  const StepPlan plan = scheduler_.Plan(NowSeconds());
+  for (const EndedSequence& ended : plan.ended) Finish(ended);
+  for (const int64_t id : plan.started) {
+    ActiveRequest& active = *active_.at(id);
+    active.started = NowSeconds();
+    --unstarted_;
+    ++left_queue_;
+    left_queue_tokens_ += static_cast<int64_t>(active.request.prompt.size());
+  }
+  SettleQueue();
+  double model_seconds = 0;
+  int generated = 0;
+  if (!plan.rows.empty()) {
+    const double start = NowSeconds();
+    RunModel(plan);
+    const double now = NowSeconds();
+    model_seconds = now - start;
+    generated = EmitRows(plan, now);
+    for (const EndedSequence& ended : scheduler_.Commit(results_)) Finish(ended);
+  }
+  SettleQueue();
+  Publish(begin, model_seconds + fold_seconds_, plan, generated);
+}
+
+void Worker::RunModel(const StepPlan& plan) {
+  const size_t count = plan.rows.size();
+  row_requests_.clear();
+  batch_.clear();
+  for (const PlannedRows& rows : plan.rows) {
+    row_requests_.push_back(active_.at(rows.id).get());
+    const int logits = rows.logits == RowLogits::kNone   ? 0
+                       : rows.logits == RowLogits::kLast ? 1
+                                                         : static_cast<int>(rows.tokens.size());
+    batch_.push_back({.cache = rows.cache, .tokens = rows.tokens, .logits_rows = logits});
+  }
+  outcomes_.assign(count, {});
+  results_.assign(count, {});
+  Status failed;
+  try {
+    if (fault_injector_) fault_injector_(state_.steps);
+    model_->Forward(
+        ctx_, pool_, batch_, options_.deterministic ? Products::kInvariant : Products::kFastest,
+        [&](std::span<const LogitsRow> rows, float* logits) { VisitLogits(plan, rows, logits); });
+  } catch (const std::bad_alloc&) {
+    failed = ResourceExhausted("out of memory in a step of {} tokens",
+                               plan.prefill_rows + plan.decode_rows);
+  } catch (const std::exception& error) {
+    std::string what = error.what();
+    what.resize(std::min(what.find('\n'), what.size()));  // the rest is a stack trace
+    failed = Error(StatusCode::kInternal, "a step failed: {}", what);
+  }
+  if (failed.ok()) return;
+  for (Outcome& outcome : outcomes_) outcome.status = failed;
+}
+
+void Worker::Finish(const EndedSequence& ended) {
+  const auto found = active_.find(ended.id);
+  DSLA_CHECK(found != active_.end());
+  const std::unique_ptr<ActiveRequest> active = std::move(found->second);
+  active_.erase(found);
+  if (active->started == 0) --unstarted_;
+  ids_.erase(active->request.id);
+  RequestResult& result = active->result;
+  if (!ended.status.ok()) {
+    result.status = ended.status;
+    result.finish = FinishReason::kCancelled;
+    if (!active->text.stop_string().has_value()) result.tail_text = active->text.Finish();
+  }
+  result.cached_tokens = ended.cached_tokens;
+  result.preemptions = ended.preemptions;
+  result.levels = ended.levels;
+  Deliver(*active);
+}
+
+// The one place where a request ends.
+void Worker::Deliver(ActiveRequest& active) {
+  const double now = NowSeconds();
+  RequestResult& result = active.result;
+  result.prompt_tokens = static_cast<int>(active.request.prompt.size());
+  result.generated_tokens = active.generated;
+  const bool ran = active.started > 0;
+  result.queue_seconds = (ran ? active.started : now) - active.submitted;
+  if (active.first_token > 0) result.first_token_seconds = active.first_token - active.submitted;
+  result.total_seconds = now - active.submitted;
+  if (!ran) {
+    ++left_queue_;
+    left_queue_tokens_ += result.prompt_tokens;
+  }
+  ended_ids_.push_back(active.request.id);
+  {
+    const std::lock_guard lock(state_mutex_);
+    ++state_.finished;
+    state_.prompt_tokens += result.prompt_tokens;
+    state_.cached_tokens += result.cached_tokens;
+    state_.numerical_errors += result.status.message().starts_with(kNumericalError) ? 1 : 0;
+  }
+  active.sink->OnFinish(result);
+  if (observer_) observer_(result);
+}
+
+void Worker::EndAll() {
+  for (const EndedSequence& ended : scheduler_.Clear()) {
+    EndedSequence cut = ended;
+    cut.status = Status(StatusCode::kCancelled, "cancelled: the server is shutting down");
+    Finish(cut);
+  }
+  DSLA_CHECK(active_.empty());
+  SettleQueue();
+}
+
+void Worker::SettleQueue() {
+  inbox_->Settle(std::exchange(left_queue_, 0), std::exchange(left_queue_tokens_, 0), ended_ids_);
+  ended_ids_.clear();
+}
+
+void Worker::Publish(double begin, double model_seconds, const StepPlan& plan, int generated) {
+  const Ledger& ledger = pool_.ledger();
+  const auto held = [&](BlockKind kind) {
+    return (ledger.used(kind) - ledger.idle(kind)) * ledger.config().bytes(kind);
+  };
+  std::vector<int> rows_per_level = scheduler_.rows_per_level();
+  const double oldest = scheduler_.oldest_arrival();
+  const double now = NowSeconds();
+  const std::lock_guard lock(state_mutex_);
+  state_.last_progress = now;
+  state_.target_level = std::min(scheduler_.target_level(), state_.max_level);
+  state_.rows_per_level = std::move(rows_per_level);
+  state_.running = scheduler_.running();
+  state_.queued = scheduler_.waiting() - unstarted_;  // state() adds the others
+  oldest_arrival_ = oldest;
+  state_.page_bytes = held(BlockKind::kPage);
+  state_.state_bytes = held(BlockKind::kSlot);
+  state_.prefix_cache_bytes = ledger.idle_bytes();
+  state_.preemptions = scheduler_.preemptions();
+  if (plan.rows.empty()) return;
+  ++state_.steps;
+  state_.prefill_tokens += plan.prefill_rows;
+  state_.generated_tokens += generated;
+  state_.busy_seconds += now - begin;
+  state_.model_seconds += model_seconds;
+  if (plan.prefill_rows > 0) prefill_rate_.Add(now, plan.prefill_rows);
+  if (generated > 0) decode_rate_.Add(now, generated);
+}
+
+EngineState Worker::state() const {
+  const Inbox::Counts inbox = inbox_->counts();
+  const double now = NowSeconds();
+  const std::lock_guard lock(state_mutex_);
+  EngineState state = state_;
+  state.now = now;
+  state.draining = inbox.draining;
+  state.queued += inbox.queued;
+  state.queued_tokens = inbox.queued_tokens;
+  state.idle = inbox.accepted == 0;
+  state.last_progress = std::max(state.last_progress, inbox.busy_since);
+  if (oldest_arrival_ > 0) state.oldest_wait_seconds = now - oldest_arrival_;
+  state.prefill_tokens_per_second = prefill_rate_.PerSecond(now);
+  state.decode_tokens_per_second = decode_rate_.PerSecond(now);
+  return state;
+}
+
+}  // namespace dsla

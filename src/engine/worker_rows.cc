@@ -1,0 +1,187 @@
+// From the logits of a step to tokens, text and events.
+#include <algorithm>
+#include <limits>
+#include <new>
+#include <utility>
+
+#include "engine/worker.h"
+
+namespace dsla {
+namespace {
+
+Status NumericalError(const Status& status) {
+  return Error(StatusCode::kInternal, "{}: {}", kNumericalError, status.message());
+}
+
+Expected<std::vector<TokenLogprob>> Likeliest(std::span<const float> logits, int n) {
+  DSLA_ASSIGN_OR_RETURN(const auto choices, TopLogprobs(logits, n));
+  std::vector<TokenLogprob> top;
+  top.reserve(choices.size());
+  for (const Sampler::Choice& choice : choices) top.push_back({choice.token, choice.logprob});
+  return top;
+}
+
+// While it lives, the tokens cannot be chosen.
+class Masked {
+ public:
+  Masked(std::span<float> logits, const std::vector<int32_t>& tokens)
+      : logits_(logits), tokens_(tokens) {
+    for (const int32_t token : tokens)
+      originals_.push_back(std::exchange(logits_[token], -std::numeric_limits<float>::infinity()));
+  }
+  ~Masked() {
+    for (size_t i = 0; i < tokens_.size(); ++i) logits_[tokens_[i]] = originals_[i];
+  }
+  Masked(const Masked&) = delete;
+  Masked& operator=(const Masked&) = delete;
+
+ private:
+  std::span<float> logits_;
+  const std::vector<int32_t>& tokens_;
+  std::vector<float> originals_;
+};
+
+}  // namespace
+
+// Rows are independent: each writes its own sequence's choice or its own entry of the prompt's
+// log-probabilities.
+void Worker::VisitLogits(const StepPlan& plan, std::span<const LogitsRow> rows, float* logits) {
+  const int64_t V = model_->config().V;
+  ParallelFor(ctx_, static_cast<int64_t>(rows.size()), [&](int64_t i, int) {
+    const LogitsRow& row = rows[i];
+    const PlannedRows& planned = plan.rows[row.sequence];
+    ActiveRequest& active = *row_requests_[row.sequence];
+    Outcome& outcome = outcomes_[row.sequence];
+    const std::span<float> mine(logits + i * V, static_cast<size_t>(V));
+    const int position = planned.cache->length() + row.row + 1;  // of the token that they are for
+    const bool last = row.row + 1 == static_cast<int>(planned.tokens.size());
+    Status status;
+    try {  // no exception may leave a parallel section
+      if (planned.logits == RowLogits::kAll) status = ReadPromptLogits(active, position, mine);
+      if (status.ok() && last && planned.samples) status = Sample(active, position, mine, outcome);
+    } catch (const std::bad_alloc&) {
+      status = ResourceExhausted("out of memory while sampling a token");
+    }
+    if (status.ok()) return;
+    const std::lock_guard lock(failure_mutex_);
+    if (outcome.status.ok()) outcome.status = std::move(status);
+  });
+}
+
+Status Worker::ReadPromptLogits(ActiveRequest& active, int position,
+                                std::span<const float> logits) const {
+  const std::vector<int32_t>& prompt = active.request.prompt;
+  if (position >= static_cast<int>(prompt.size())) return Status::Ok();
+  // Read before a pre-emption: what the client gets does not change.
+  if (position < static_cast<int>(active.prompt_logprobs_known)) return Status::Ok();
+  PromptLogprob& entry = active.prompt_logprobs[position];
+  entry.token = prompt[position];
+  const auto own = LogprobOf(logits, entry.token);
+  if (!own.ok()) return NumericalError(own.status());
+  entry.logprob = own->logprob;
+  if (active.request.top_logprobs <= 0) return Status::Ok();
+  DSLA_ASSIGN_OR_RETURN(entry.top, Likeliest(logits, active.request.top_logprobs));
+  return Status::Ok();
+}
+
+Status Worker::Sample(const ActiveRequest& active, int position, std::span<float> logits,
+                      Outcome& outcome) const {
+  const Request& request = active.request;
+  if (request.max_tokens == 0) return Status::Ok();
+  const bool must_go_on = active.generated < request.min_tokens && !active.end_ids.empty();
+  auto choice = [&] {
+    if (!must_go_on) return active.sampler.Sample(logits, position);
+    const Masked masked(logits, active.end_ids);
+    return active.sampler.Sample(logits, position);
+  }();
+  // Log-probabilities are of the model's distribution, whatever was ruled out.
+  if (choice.ok() && must_go_on && request.top_logprobs >= 0)
+    choice = LogprobOf(logits, choice->token);
+  if (!choice.ok()) return NumericalError(choice.status());
+  outcome.choice = *choice;
+  if (request.top_logprobs <= 0) return Status::Ok();
+  DSLA_ASSIGN_OR_RETURN(outcome.top, Likeliest(logits, request.top_logprobs));
+  return Status::Ok();
+}
+
+int Worker::EmitRows(const StepPlan& plan, double now) {
+  int tokens = 0;
+  for (size_t i = 0; i < plan.rows.size(); ++i) {
+    ActiveRequest& active = *row_requests_[i];
+    const int before = active.generated;
+    Status status = outcomes_[i].status;
+    try {
+      if (status.ok()) EmitRow(plan.rows[i], active, outcomes_[i], results_[i], now);
+    } catch (const std::bad_alloc&) {
+      status = ResourceExhausted("out of memory while a token was handed on");
+    }
+    tokens += active.generated - before;
+    if (status.ok()) continue;
+    active.result.status = std::move(status);
+    results_[i].finish = results_[i].failed = true;
+  }
+  return tokens;
+}
+
+void Worker::EmitRow(const PlannedRows& rows, ActiveRequest& active, Outcome& outcome,
+                     RowResult& result, double now) {
+  if (rows.logits == RowLogits::kAll) {
+    const size_t known = rows.cache->length() + rows.tokens.size() + 1;
+    active.prompt_logprobs_known =
+        std::clamp(known, active.prompt_logprobs_known, active.prompt_logprobs.size());
+  }
+  if (!rows.samples) return;
+  EmitPromptLogprobs(active);
+  result.finish = !EmitToken(active, outcome, rows.cache->level(), now);
+  result.token = outcome.choice.token;
+}
+
+void Worker::EmitPromptLogprobs(ActiveRequest& active) {
+  if (active.prompt_logprobs.empty()) return;
+  DSLA_CHECK(active.prompt_logprobs_known == active.prompt_logprobs.size());
+  active.sink->OnPromptLogprobs(std::exchange(active.prompt_logprobs, {}));
+}
+
+// One more token, or the end of the reply; true if it goes on.
+bool Worker::EmitToken(ActiveRequest& active, Outcome& outcome, int level, double now) {
+  const Request& request = active.request;
+  RequestResult& result = active.result;
+  const int32_t token = outcome.choice.token;
+  const auto finish = [&](FinishReason reason) {
+    result.finish = reason;
+    if (!active.text.stop_string().has_value()) result.tail_text = active.text.Finish();
+    return false;
+  };
+  if (request.max_tokens == 0) return finish(FinishReason::kLength);
+
+  if (active.generated >= request.min_tokens &&
+      std::binary_search(active.end_ids.begin(), active.end_ids.end(), token)) {
+    result.stop_token = token;
+    return finish(FinishReason::kStop);
+  }
+  if (active.generated == 0) {
+    active.first_token = now;
+    ttft_.Add(now, now - active.submitted);
+  } else {
+    tpot_.Add(now, now - active.last_token);
+  }
+  active.last_token = now;
+
+  active.sampler.Accept(token);
+  ++active.generated;
+  TokenOutput output;
+  output.token = token;
+  output.text = active.text.Push(token, active.generated >= request.min_tokens);
+  if (request.top_logprobs >= 0) output.logprob = outcome.choice.logprob;
+  output.top = std::move(outcome.top);
+  output.level = level;
+  active.sink->OnToken(std::move(output));
+  if (const auto& stop = active.text.stop_string(); stop.has_value()) {
+    result.stop_string = *stop;
+    return finish(FinishReason::kStop);
+  }
+  if (active.generated == request.max_tokens) return finish(FinishReason::kLength);
+  return true;
+}
+
+}  // namespace dsla
