@@ -103,24 +103,28 @@ void PrefixCache::Insert(std::span<const int32_t> tokens, std::string_view salt,
                             RaisesIn(history, page * page_size, (page + 1) * page_size),
                             tokens.subspan(page * page_size, page_size)));
   }
-  Node* end = Find((*path)[pages]);
-  const bool copy = snapshot && (end == nullptr || end->snapshot.empty());
+  // First, because it may give up nodes.
   Reservation slots;
+  const Node* end = Find((*path)[pages]);
+  const bool copy = snapshot && (end == nullptr || end->snapshot.empty());
   if (copy) {
-    // What there is of this path is in use, and is not given up for its own continuation.
-    for (int page = pages; page >= 0; --page) {
-      if (Node* node = Find((*path)[page])) {
-        Touch(node);
-        break;
-      }
-    }
-    auto reserved = ReserveSnapshot(level);
+    auto reserved = ReserveSnapshot(std::span(*path).first(pages + 1), level);
     if (!reserved.ok()) return;
     slots = std::move(reserved).value();
   }
-  Node* node = Find((*path)[0]);
-  if (node == nullptr) node = Add(nullptr, (*path)[0], {}, 0);
-  for (int page = 0; page < pages; ++page) {
+  // The deepest node that is there with all that this sequence could give it: then, as covers never
+  // falls towards the root, so is everything before it.
+  int page = pages;
+  Node* node = nullptr;
+  for (; page >= 0; --page) {
+    node = Find((*path)[page]);
+    if (node != nullptr && (page == 0 || node->covers <= level)) break;
+  }
+  if (node == nullptr) {
+    page = 0;
+    node = Add(nullptr, (*path)[0], {}, 0);
+  }
+  for (; page < pages; ++page) {
     const auto raises = RaisesIn(history, page * page_size, (page + 1) * page_size);
     Node* child = Find((*path)[page + 1]);
     if (child == nullptr) {

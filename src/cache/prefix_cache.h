@@ -112,7 +112,7 @@ class PrefixCache {
   Node* Add(Node* parent, const PrefixKey& key, LevelHistory raises, int level);
   void Touch(Node* node);  // and all before it
   void FillPages(Node* node, const SequenceCache& sequence);
-  Expected<Reservation> ReserveSnapshot(int level);
+  Expected<Reservation> ReserveSnapshot(std::span<const PrefixKey> path, int level);
   void TakeSnapshot(Node* node, Reservation slots, const SequenceCache& sequence);
   int64_t Gain(const Node& node) const;  // bytes that dropping it would free
   bool ReclaimUsedBefore(int64_t bytes, int64_t time);

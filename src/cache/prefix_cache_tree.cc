@@ -43,7 +43,8 @@ PrefixCache::Node* PrefixCache::Add(Node* parent, const PrefixKey& key, LevelHis
 void PrefixCache::Touch(Node* node) {
   ++time_;
   for (; node != nullptr; node = node->parent) {
-    const bool leaf = leaves_.erase({node->last_use, node}) > 0;
+    const bool leaf = node->children == 0;
+    if (leaf) leaves_.erase({node->last_use, node});
     node->last_use = time_;
     if (leaf) leaves_.emplace(time_, node);
   }
@@ -62,7 +63,14 @@ void PrefixCache::FillPages(Node* node, const SequenceCache& sequence) {
   node->covers = sequence.level();
 }
 
-Expected<Reservation> PrefixCache::ReserveSnapshot(int level) {
+// What there is of the path is in use, and is not given up for its own continuation.
+Expected<Reservation> PrefixCache::ReserveSnapshot(std::span<const PrefixKey> path, int level) {
+  for (auto key = path.rbegin(); key != path.rend(); ++key) {
+    if (Node* node = Find(*key)) {
+      Touch(node);
+      break;
+    }
+  }
   ReclaimUsedBefore(level * ledger_->config().slot_bytes, time_);
   return ledger_->Reserve(0, level);
 }

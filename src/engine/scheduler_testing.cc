@@ -81,8 +81,10 @@ Status FakeModel::Raise(SequenceCache& cache, int level) {
   for (int next = cache.level() + 1; next <= level; ++next) {
     if (failing_raises_ > 0 && failing_raises_-- > 0) return ResourceExhausted("no memory to fold");
     const uint64_t link = cache.length() == 0 ? kNoTokens : Read(cache);
-    DSLA_ASSIGN_OR_RETURN(const auto conversions, cache.BeginRaise(next));
-    for (const auto& [layer, slot] : conversions) {
+    const auto conversions = cache.BeginRaise(next);
+    EXPECT_TRUE(conversions.ok()) << "the scheduler has made room";
+    if (!conversions.ok()) return conversions.status();
+    for (const auto& [layer, slot] : *conversions) {
       slots_.resize(std::max<size_t>(slots_.size(), slot + 1));
       slots_[slot] = {layer, link};
       ++folds_;
