@@ -59,6 +59,12 @@ void Router::Add(std::string method, std::string_view pattern, Handler handler,
   routes_.push_back(std::move(route));
 }
 
+void Router::SetAccess(std::string_view method, std::string_view pattern, Access access) {
+  for (const auto& route : routes_) {
+    if (route->method == method && route->pattern == pattern) route->options.access = access;
+  }
+}
+
 Router::Match Router::Find(std::string_view method, std::string_view path) const {
   const std::vector<std::string> segments = Split(path);
   Match match;

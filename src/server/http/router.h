@@ -35,6 +35,9 @@ class Router {
   void Add(std::string method, std::string_view pattern, Handler handler,
            RouteOptions options = {});
 
+  // Changes who may call a route that was added; nothing if there is none.
+  void SetAccess(std::string_view method, std::string_view pattern, Access access);
+
   struct Match {
     const Route* route = nullptr;  // null: 405 if `allow` is set, else 404
     std::vector<std::pair<std::string, std::string>> params;

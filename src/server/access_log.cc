@@ -1,0 +1,65 @@
+#include "server/access_log.h"
+
+#include <algorithm>
+
+namespace dsla {
+namespace {
+
+// What probes and scrapers ask all day long is only logged when it fails.
+bool IsProbe(const std::string& route) {
+  static constexpr const char* kProbes[] = {"/health", "/live", "/ready", "/ping", "/metrics"};
+  return std::any_of(std::begin(kProbes), std::end(kProbes),
+                     [&](const char* probe) { return route == probe; });
+}
+
+}  // namespace
+
+bool SoundTraceParent(std::string_view value) {
+  constexpr std::string_view kForm = "00-xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx-xxxxxxxxxxxxxxxx-xx";
+  if (value.size() != kForm.size()) return false;
+  for (size_t i = 0; i < value.size(); ++i) {
+    const char c = value[i];
+    const bool hex = (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f');
+    if (kForm[i] == '-' ? c != '-' : !hex) return false;
+  }
+  return true;
+}
+
+void AccessLog::OnConnections(int delta) {
+  if (ServerMetrics* metrics = metrics_.load()) metrics->AddConnections(delta);
+}
+
+void AccessLog::OnRequestStarted() {
+  if (ServerMetrics* metrics = metrics_.load()) metrics->AddHttpInFlight(1);
+}
+
+void AccessLog::OnRequestFinished(const AccessRecord& record) {
+  if (ServerMetrics* metrics = metrics_.load()) {
+    metrics->AddHttpInFlight(-1);
+    metrics->CountHttp(record.route.empty() ? "other" : record.route, record.status,
+                       record.seconds);
+  }
+  const HttpRequest& request = *record.request;
+  std::vector<LogField> fields = {{"id", request.request_id},
+                                  {"method", request.method.substr(0, 16)},
+                                  {"path", request.path.substr(0, 256)},
+                                  {"status", int64_t{record.status}},
+                                  {"seconds", record.seconds},
+                                  {"bytes_in", static_cast<int64_t>(request.body.size())},
+                                  {"bytes_out", record.bytes},
+                                  {"remote", request.remote_address}};
+  for (const auto& [name, value] : record.notes) fields.push_back({name, value});
+  const std::string_view trace = request.headers.Get("traceparent");
+  if (SoundTraceParent(trace)) fields.push_back({"traceparent", std::string(trace)});
+  const bool quiet = IsProbe(record.route) && record.status < 400;
+  const LogLevel level = quiet                  ? LogLevel::kDebug
+                         : record.status >= 500 ? LogLevel::kWarning
+                                                : LogLevel::kInfo;
+  log_->Write(level, "request", fields);
+}
+
+void AccessLog::OnTrouble(const std::string& message) {
+  log_->Write(LogLevel::kError, "trouble", {{"message", message}});
+}
+
+}  // namespace dsla
