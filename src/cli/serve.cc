@@ -1,0 +1,345 @@
+// dsla serve: the OpenAI-compatible server. It listens before the model is there and says so to
+// whoever asks; the model loads in a thread of its own while this one waits for signals.
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdio>
+#include <fstream>
+#include <thread>
+
+#include "base/clock.h"
+#include "cli/commands.h"
+#include "cli/serve_args.h"
+#include "eval/calibrate.h"
+#include "format/chat/chat_template.h"
+#include "server/access_log.h"
+#include "server/config.h"
+#include "server/dsla_state.h"
+#include "server/health.h"
+#include "server/openai/api.h"
+#include "server/signals.h"
+#include "server/ui_assets.h"
+
+namespace dsla {
+namespace {
+
+constexpr const char* kVersion = "0.1.0";
+constexpr int kDefaultSequences = 8;  // full contexts that the default cache memory is for
+
+// What the machine, or the container, lets this process have.
+int64_t MemoryLimit() {
+  const int64_t physical = static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
+  int64_t limit = 0;
+  std::ifstream file("/sys/fs/cgroup/memory.max");  // "max" where there is none
+  if (file >> limit && limit > 0 && limit < physical) return limit;
+  return physical;
+}
+
+class Program {
+ public:
+  Program(const ServeArgs& args, Log* log)
+      : args_(args), log_(log), access_log_(log), health_(args.stall_seconds) {}
+  ~Program();
+
+  Status Listen();
+  void Load();  // in a thread of its own; then serves, or load_status() says why not
+  bool loaded() const { return loaded_.load(); }
+  const Status& load_status() const { return load_status_; }  // after loaded()
+  void Watch();                      // to be called about once a second: logs what changed
+  bool Drain(SignalQueue& signals);  // false: a second signal came
+
+ private:
+  Status LoadAll();
+  Status MakeEngine();
+  Status MakeApi();
+  std::shared_ptr<Router> NewRouter() const;
+  void LogLevels(const EngineState& state);
+
+  const ServeArgs& args_;
+  Log* const log_;
+  AccessLog access_log_;
+  Health health_;
+  std::string scheme_ = "http";
+
+  // In the order in which they depend on each other.
+  LoadedModel model_;
+  std::string model_name_;
+  LadderInfo ladder_;
+  PolicyOptions policy_;
+  std::unique_ptr<ServerMetrics> metrics_;
+  std::unique_ptr<Engine> engine_;
+  std::unique_ptr<DslaControl> control_;
+  std::unique_ptr<HttpServer> server_;
+  std::thread loader_;
+
+  std::atomic<bool> loaded_{false};
+  Status load_status_;
+  double last_event_ = 0;  // time of the newest level event in the log
+  bool stalled_ = false;
+};
+
+Program::~Program() {
+  if (loader_.joinable()) loader_.join();
+  server_.reset();  // every client is gone, and with it what it had running
+  access_log_.SetMetrics(nullptr);
+  engine_.reset();
+}
+
+std::shared_ptr<Router> Program::NewRouter() const {
+  auto router = std::make_shared<Router>();
+  health_.AddRoutes(*router, kVersion);
+  if (!args_.no_ui) AddUiRoutes(*router);
+  return router;
+}
+
+Status Program::Listen() {
+  DSLA_ASSIGN_OR_RETURN(const HttpServerOptions options, HttpOptionsOf(args_));
+  DSLA_ASSIGN_OR_RETURN(KeyRing keys, KeysOf(args_));
+  if (!options.tls_cert.empty()) scheme_ = "https";
+  DSLA_ASSIGN_OR_RETURN(server_,
+                        HttpServer::Start(options, NewRouter(), std::move(keys), &access_log_));
+  log_->Write(LogLevel::kInfo, "listening",
+              {{"url", fmt::format("{}://{}:{}/", scheme_, options.host, server_->port())}});
+  loader_ = std::thread([this] { Load(); });
+  return Status::Ok();
+}
+
+void Program::Load() {
+  load_status_ = LoadAll();
+  loaded_.store(true);
+  kill(getpid(), SIGUSR1);  // the main thread need not wait for its next look
+}
+
+Status Program::LoadAll() {
+  DSLA_ASSIGN_OR_RETURN(model_, LoadModel(args_.model, kDefaultSequences));
+  const int64_t quarter = MemoryLimit() / 4;
+  if (args_.model.memory.empty()) model_.memory_bytes = std::min(model_.memory_bytes, quarter);
+  const Adapter* adapter = model_.model->adapter();
+  model_name_ = model_.file->config().name;
+  if (model_name_.empty()) model_name_ = "model";
+  ladder_.model = model_name_;
+  if (adapter) {
+    ladder_.adapter = adapter->id;
+    ladder_.ladder = adapter->ladder;
+    ladder_.top_level = adapter->top_level;
+    ladder_.max_level = model_.model->max_level();
+  }
+  log_->Write(LogLevel::kInfo, "model",
+              {{"name", model_name_},
+               {"path", model_.file->path()},
+               {"adapter", ladder_.adapter.empty() ? "none" : ladder_.adapter},
+               {"context", int64_t{model_.model->max_positions()}},
+               {"cache_memory", FormatBytes(model_.memory_bytes)},
+               {"threads", int64_t{model_.ctx.threads}},
+               {"seconds", model_.load_seconds}});
+  DSLA_RETURN_IF_ERROR(MakeEngine());
+  return MakeApi();
+}
+
+Status Program::MakeEngine() {
+  policy_ = args_.policy;
+  policy_.layers = model_.model->config().L;
+  policy_.max_level = args_.max_level;
+  if (args_.max_level < 0) {
+    policy_.max_level = ladder_.top_level;
+    if (policy_.policy == "fixed" && policy_.fixed_level <= ladder_.max_level)
+      policy_.max_level = std::max(policy_.max_level, policy_.fixed_level);
+  } else if (args_.max_level > ladder_.max_level) {
+    return InvalidArgument("--max-level: {} is above the highest level, {}{}", args_.max_level,
+                           ladder_.max_level,
+                           ladder_.adapter.empty() ? ": there is no adapter" : "");
+  }
+  EngineOptions options = args_.engine;
+  options.memory_bytes = model_.memory_bytes;
+  options.prefix_cache = !args_.no_prefix_cache;
+  options.default_max_level = policy_.max_level;
+  policy_.slo.prefill_chunk = options.max_batch_tokens;
+  if (policy_.policy == "slo") {
+    const double start = NowSeconds();
+    DSLA_ASSIGN_OR_RETURN(policy_.cost, Calibrate(model_.ctx, *model_.model,
+                                                  {.memory_bytes = model_.memory_bytes,
+                                                   .top_level = policy_.max_level}));
+    log_->Write(LogLevel::kInfo, "calibrated",
+                {{"cost", policy_.cost.Summary()}, {"seconds", NowSeconds() - start}});
+  }
+  DSLA_ASSIGN_OR_RETURN(std::unique_ptr<LevelPolicy> policy, MakePolicy(policy_));
+  DSLA_ASSIGN_OR_RETURN(engine_, Engine::Create(model_.model.get(), model_.tokenizer.get(),
+                                                model_.ctx, options, std::move(policy)));
+  return Status::Ok();
+}
+
+Status Program::MakeApi() {
+  metrics_ = std::make_unique<ServerMetrics>(MetricsOptions{
+      .model = model_name_, .version = kVersion, .vllm_compat = args_.metrics_compat == "vllm"});
+  engine_->SetFinishObserver(
+      [metrics = metrics_.get()](const RequestResult& result) { metrics->ObserveRequest(result); });
+  control_ = std::make_unique<DslaControl>(engine_.get(), ladder_, policy_);
+
+  openai::ApiContext context;
+  context.engine = engine_.get();
+  context.tokenizer = model_.tokenizer.get();
+  context.chat_template_source = model_.file->chat_template();
+  if (!args_.chat_template.empty()) {
+    DSLA_ASSIGN_OR_RETURN(context.chat_template, ChatTemplateByName(args_.chat_template));
+  } else if (context.chat_template_source.empty()) {
+    context.no_chat_template = "the model file has none, and no --chat-template was given";
+  } else {
+    auto detected = DetectChatTemplate(context.chat_template_source);
+    if (detected.ok()) {
+      context.chat_template = *detected;
+    } else {
+      context.no_chat_template = detected.status().message();
+      log_->Write(LogLevel::kWarning, "no_chat_template", {{"message", context.no_chat_template}});
+    }
+  }
+  context.model_names = args_.model_names;
+  if (context.model_names.empty()) context.model_names = {model_name_};
+  context.model_root = model_.file->path();
+  context.ladder = ladder_;
+  context.limits.max_context = model_.model->max_positions();
+  DSLA_ASSIGN_OR_RETURN(context.limits.default_tier, TierOf(args_.default_tier));
+  context.default_timeout = args_.request_timeout;
+  context.max_in_flight = args_.max_in_flight;
+  context.version = kVersion;
+  context.metrics = metrics_.get();
+  context.control = control_.get();
+
+  const std::shared_ptr<Router> router = NewRouter();
+  openai::RegisterApi(*router, std::move(context));
+  if (args_.open_metrics) router->SetAccess("GET", "/metrics", Access::kOpen);
+  access_log_.SetMetrics(metrics_.get());
+  health_.SetEngine(engine_.get());
+  server_->SetRouter(router);
+  health_.SetPhase(Phase::kServing);
+  server_->SetPhase(Phase::kServing);
+  log_->Write(LogLevel::kInfo, "ready",
+              {{"url", fmt::format("{}://{}:{}/", scheme_, args_.http.host, server_->port())},
+               {"policy", policy_.policy},
+               {"max_level", int64_t{policy_.max_level}}});
+  return Status::Ok();
+}
+
+void Program::Watch() {
+  if (!loaded() || !engine_) return;
+  LogLevels(engine_->state());
+  const auto still = health_.Stalled();
+  if (still && !stalled_) log_->Write(LogLevel::kError, "stalled", {{"seconds", *still}});
+  stalled_ = still.has_value();
+}
+
+// Each change of level with its reason.
+void Program::LogLevels(const EngineState& state) {
+  for (const LevelEvent& event : state.events) {
+    if (event.time <= last_event_) continue;
+    last_event_ = event.time;
+    std::vector<LogField> fields = {{"from", int64_t{event.from}}, {"to", int64_t{event.to}}};
+    if (!event.request_id.empty()) {
+      fields.push_back({"request", event.request_id});
+      fields.push_back({"position", int64_t{event.position}});
+      fields.push_back({"seconds", event.seconds});
+    }
+    fields.push_back({"reason", event.reason});
+    log_->Write(LogLevel::kInfo, event.request_id.empty() ? "level" : "raise", fields);
+  }
+}
+
+bool Program::Drain(SignalQueue& signals) {
+  log_->Write(LogLevel::kInfo, "draining",
+              {{"requests", int64_t{server_->requests()}}, {"timeout", args_.drain_timeout}});
+  health_.SetPhase(Phase::kDraining);
+  server_->SetPhase(Phase::kDraining);
+  if (loaded() && engine_) engine_->Drain();
+  const double deadline = NowSeconds() + args_.drain_timeout;
+  // Probes count as requests too, but they come and go.
+  while (!server_->WaitIdle(0.05)) {
+    if (NowSeconds() > deadline) {
+      log_->Write(LogLevel::kWarning, "drain_timeout",
+                  {{"cancelled", int64_t{server_->requests()}}});
+      return true;
+    }
+    const int signal = signals.Wait(0.05);
+    if (signal == SIGHUP) log_->Reopen();
+    if (signal == SIGTERM || signal == SIGINT) return false;
+  }
+  return true;
+}
+
+void LogConfig(Log& log, const std::vector<ConfigValue>& config) {
+  std::vector<LogField> fields;
+  for (const ConfigValue& value : config) {
+    if (value.source == "default") {
+      if (!value.value.empty()) fields.push_back({value.name, value.value});
+      continue;
+    }
+    fields.push_back({value.name, fmt::format("{} ({})", value.value, value.source)});
+  }
+  log.Write(LogLevel::kInfo, "config", fields);
+}
+
+// Leaves at once, with the log written: destructors would wait for the loading or for requests.
+[[noreturn]] void Leave(Log& log, int code) {
+  log.Flush();
+  std::fflush(nullptr);
+  _exit(code);
+}
+
+int Serve(CLI::App& command, ServeArgs& args) {
+  SignalQueue signals;  // before any thread
+  RaiseFileLimit();
+  const auto config = ResolveConfig(command, ProcessEnvironment(), kServeSecrets);
+  if (!config.ok()) return Fail(config.status());
+  const auto log_options = LogOptionsOf(args);
+  if (!log_options.ok()) return Fail(log_options.status());
+  auto opened = Log::Open(*log_options);
+  if (!opened.ok()) return Fail(opened.status());
+  const std::unique_ptr<Log> log = std::move(*opened);
+  log->Write(LogLevel::kInfo, "start",
+             {{"version", std::string(kVersion)}, {"pid", int64_t{getpid()}}});
+  LogConfig(*log, *config);
+
+  Program program(args, log.get());
+  if (const Status status = program.Listen(); !status.ok()) {
+    log->Flush();
+    return Fail(status);
+  }
+  bool checked = false;
+  while (true) {
+    const int signal = signals.Wait(1.0);
+    if (signal == SIGHUP) {
+      log->Reopen();
+      log->Write(LogLevel::kInfo, "log_reopened");
+    }
+    if (program.loaded() && !checked) {
+      checked = true;
+      if (!program.load_status().ok()) {
+        log->Flush();
+        Leave(*log, Fail(program.load_status()));
+      }
+    }
+    if (signal == SIGTERM || signal == SIGINT) break;
+    program.Watch();
+  }
+  if (!program.loaded()) {
+    log->Write(LogLevel::kInfo, "stopped_while_loading");
+    Leave(*log, 0);
+  }
+  if (!program.Drain(signals)) {
+    log->Write(LogLevel::kWarning, "stopped_at_once");
+    Leave(*log, 1);
+  }
+  log->Write(LogLevel::kInfo, "stopped");
+  return 0;
+}
+
+}  // namespace
+
+void AddServe(CLI::App& app, Command& chosen) {
+  CLI::App* command =
+      app.add_subcommand("serve", "serve the model over an OpenAI-compatible API, with a web page");
+  auto args = std::make_shared<ServeArgs>();
+  args->AddTo(*command);
+  command->callback(
+      [command, args, &chosen] { chosen = [command, args] { return Serve(*command, *args); }; });
+}
+
+}  // namespace dsla

@@ -1,0 +1,54 @@
+// The options of `dsla serve`.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <string>
+#include <vector>
+
+#include "adapt/make_policy.h"
+#include "cli/model_args.h"
+#include "engine/engine.h"
+#include "server/auth.h"
+#include "server/http/server.h"
+#include "server/log.h"
+
+namespace dsla {
+
+struct ServeArgs {
+  ModelArgs model;
+  std::vector<std::string> model_names;  // empty: the model's own
+  std::string chat_template;             // empty: the model file's
+  std::string config;
+
+  HttpServerOptions http;
+  std::string max_body = "16M";
+  std::vector<std::string> api_keys, admin_keys;
+  std::string api_key_file, admin_key_file;
+  bool no_ui = false, open_metrics = false;
+  double drain_timeout = 30;  // seconds
+  double stall_seconds = 60;
+
+  EngineOptions engine;
+  bool no_prefix_cache = false;
+  std::string default_tier = "auto";
+  double request_timeout = 0;  // seconds; 0 = none
+  int max_in_flight = 4096;
+
+  PolicyOptions policy;
+  int max_level = -1;  // -1: the adapter's top level
+
+  std::string log_file, log_format = "text", log_level = "info";
+  std::string metrics_compat;
+
+  void AddTo(CLI::App& command);
+};
+
+// Options whose values are never shown.
+extern const std::vector<std::string> kServeSecrets;
+
+Expected<LogOptions> LogOptionsOf(const ServeArgs& args);
+Expected<HttpServerOptions> HttpOptionsOf(const ServeArgs& args);
+Expected<KeyRing> KeysOf(const ServeArgs& args);
+Expected<Tier> TierOf(const std::string& name);  // --default-tier
+
+}  // namespace dsla
