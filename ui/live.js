@@ -260,9 +260,11 @@ export function startLive({ setStatus, setLadder, askForKey }) {
     try {
       draw(read(await (await call('/v1/dsla')).json(), performance.now() / 1000));
     } catch (error) {
-      if (!(error instanceof ApiError)) throw error;
       next = PERIOD_LOST;
-      if (error.status === 401) {
+      if (!(error instanceof ApiError)) {
+        console.error(error);  // an answer that is not what this page knows: another version, a proxy
+        setStatus('lost', 'Answer not understood');
+      } else if (error.status === 401) {
         setStatus('lost', hasKey() ? 'The key is refused' : 'Needs a key');
         askForKey();
         next = 0;  // until a key is given
