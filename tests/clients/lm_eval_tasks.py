@@ -27,11 +27,11 @@ ENDINGS = [
     ("The children went to school by", "bus"),
     ("The naïve café owner served crème brûlée and a cup of", "coffee"),
 ]
-QUESTIONS = [
-    ("Question: What is the capital of France?\nAnswer:", "Paris"),
-    ("Question: What is the capital of Italy?\nAnswer:", "Rome"),
-    ("Question: What colour is the sky on a clear day?\nAnswer:", "blue"),
-    ("Question: How many legs does a spider have?\nAnswer:", "eight"),
+BEGINNINGS = [
+    ("The days of the week are Monday, Tuesday,", "Wednesday"),
+    ("1, 2, 3, 4, 5,", "6"),
+    ("The capital of France is", "Paris"),
+    ("January, February, March,", "April"),
 ]
 NAMES = ("dsla_choices", "dsla_endings", "dsla_answers")
 
@@ -58,19 +58,20 @@ def tasks(folder):
             **data("dsla_endings", [{"text": t, "ending": e} for t, e in ENDINGS]),
             "output_type": "loglikelihood",
             "doc_to_text": "{{text}}",
-            "doc_to_target": "{{ending}}",
+            "doc_to_target": "{{' ' + ending}}",
             "metric_list": [
                 {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
                 {"metric": "acc", **mean},
             ],
         },
         {
-            **data("dsla_answers", [{"text": t, "answer": a} for t, a in QUESTIONS]),
+            **data("dsla_answers", [{"text": t, "answer": a} for t, a in BEGINNINGS]),
             "output_type": "generate_until",
             "doc_to_text": "{{text}}",
             "doc_to_target": "{{answer}}",
-            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 16, "temperature": 0.0, "do_sample": False},
-            "metric_list": [{"metric": "exact_match", "ignore_case": True, "ignore_punctuation": True, **mean}],
+            "generation_kwargs": {"until": [",", ".", "\n"], "max_gen_toks": 8, "temperature": 0.0, "do_sample": False},
+            "filter_list": [{"name": "none", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}],
+            "metric_list": [{"metric": "exact_match", **mean}],
         },
     ]
 
