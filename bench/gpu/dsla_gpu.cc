@@ -3,7 +3,10 @@
 // nearer limit that it reaches. Decode rotates over more than 200 MB of slots, so that no state is
 // found in the L2 cache, and is replayed from a CUDA graph, as a server does.
 //
-//   dsla_gpu [--tflops 780]    the rate of a large bf16 matrix product on this card, for the limit
+//   dsla_gpu [--tflops 780] [--only "prefill H32"]
+//
+// --tflops is the rate of a large bf16 matrix product on this card (bench/gpu/rivals.py measures
+// it).
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -23,6 +26,7 @@ namespace {
 
 struct Machine {
   double bytes_per_second = 0, flops = 0;
+  const char* only = "";  // lines whose name has this
 };
 
 double MedianSeconds(cudaStream_t stream, int repeats, const std::function<void(int)>& run) {
@@ -104,6 +108,8 @@ struct Pool {
 };
 
 void BenchDecode(const Setup& setup, int N, cudaStream_t stream, const Machine& m) {
+  const std::string name = std::string("decode ") + setup.name + " N " + std::to_string(N);
+  if (name.find(m.only) == std::string::npos) return;
   const DslaShape s = Shape(setup);
   const GpuLayer layer(s, TestGates::kTrained, 8192, 1);
   const int64_t slot_bytes = MakeSlotLayout(s).bytes;
@@ -156,11 +162,14 @@ void BenchDecode(const Setup& setup, int N, cudaStream_t stream, const Machine& 
   const double flops =
       N * (double(s.Hkv) * (4.0 * s.D * s.SF() + 2.0 * s.D * s.D) +
            double(s.H) * (2.0 * s.D * s.D + 2.0 * s.D * s.SF() + 4.0 * s.D * (s.window + s.sinks)));
-  const std::string name = std::string("decode ") + setup.name + " N " + std::to_string(N);
   Report(name.c_str(), seconds, N * (states + window + rows) + weights, flops, m);
 }
 
 void BenchPrefill(const Setup& setup, int T, int wave, cudaStream_t stream, const Machine& m) {
+  const int chunks = std::min(wave, cuda::MaxChunks(1, T));
+  const std::string name = std::string("prefill ") + setup.name + " T " + std::to_string(T) +
+                           " wave " + std::to_string(chunks);
+  if (name.find(m.only) == std::string::npos) return;
   const DslaShape s = Shape(setup);
   const GpuLayer layer(s, TestGates::kTrained, T, 1);
   const Pool pool(s, 1);
@@ -170,7 +179,6 @@ void BenchPrefill(const Setup& setup, int T, int wave, cudaStream_t stream, cons
       k(RandomBf16(int64_t{T} * s.Hkv * s.D, 2)), v(RandomBf16(int64_t{T} * s.Hkv * s.D, 3));
   const std::vector<float> claims(static_cast<size_t>(int64_t{T} * s.H), 4.f);
   const DeviceBytes claim(claims), out(int64_t{T} * s.H * s.D * 2);
-  const int chunks = std::min(wave, cuda::MaxChunks(1, T));
   const DeviceBytes workspace(cuda::PrefillWorkspaceBytes(s, 1, T, chunks));
   cuda::DslaCudaArgs a;
   a.shape = s;
@@ -196,12 +204,14 @@ void BenchPrefill(const Setup& setup, int T, int wave, cudaStream_t stream, cons
       double(T) * (double(s.Hkv) * (4.0 * s.D * s.SF() + 2.0 * s.D * s.D) +
                    double(s.H) * (2.0 * s.D * s.D + 2.0 * s.D * s.SF() + 64.0 * (s.SF() + s.D) +
                                   4.0 * s.D * (s.window + s.sinks)));
-  const std::string name = std::string("prefill ") + setup.name + " T " + std::to_string(T) +
-                           " wave " + std::to_string(chunks);
   Report(name.c_str(), seconds, bytes, flops, m);
 }
 
 void BenchFold(const Setup& setup, int T, int wave, cudaStream_t stream, const Machine& m) {
+  const int chunks = std::min(wave, cuda::MaxChunks(1, T));
+  const std::string name = std::string("fold ") + setup.name + " T " + std::to_string(T) +
+                           " wave " + std::to_string(chunks);
+  if (name.find(m.only) == std::string::npos) return;
   const DslaShape s = Shape(setup);
   const GpuLayer layer(s, TestGates::kTrained, T, 1);
   const Pool pool(s, 1);
@@ -213,7 +223,6 @@ void BenchFold(const Setup& setup, int T, int wave, cudaStream_t stream, const M
   const DeviceBytes d_pos(pos), d_start(start), d_table(table), d_slots(slots);
   const int64_t stride = int64_t{s.Hkv} * page * s.D;
   const DeviceBytes k(RandomBf16(stride * pages, 1)), v(RandomBf16(stride * pages, 2));
-  const int chunks = std::min(wave, cuda::MaxChunks(1, T));
   const DeviceBytes workspace(cuda::FoldWorkspaceBytes(s, 1, T, chunks));
   cuda::DslaCudaFoldArgs a;
   a.shape = s;
@@ -231,8 +240,6 @@ void BenchFold(const Setup& setup, int T, int wave, cudaStream_t stream, const M
   const double seconds = MedianSeconds(stream, 11, [&](int) { CheckCuda(cuda::Fold(a, stream)); });
   const double bytes = double(T) * s.Hkv * s.D * 4;
   const double flops = double(T) * s.Hkv * (4.0 * s.D * s.SF() + 2.0 * s.D * s.D);
-  const std::string name = std::string("fold ") + setup.name + " T " + std::to_string(T) +
-                           " wave " + std::to_string(chunks);
   Report(name.c_str(), seconds, bytes, flops, m);
 }
 
@@ -240,7 +247,10 @@ int Main(int argc, char** argv) {
   Machine m;
   m.flops = 780e12;
   for (int i = 1; i + 1 < argc; ++i)
-    if (std::strcmp(argv[i], "--tflops") == 0) m.flops = std::atof(argv[i + 1]) * 1e12;
+    if (std::strcmp(argv[i], "--tflops") == 0)
+      m.flops = std::atof(argv[i + 1]) * 1e12;
+    else if (std::strcmp(argv[i], "--only") == 0)
+      m.only = argv[i + 1];
   int count = 0;
   if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
     std::fprintf(stderr, "dsla_gpu: no CUDA device here\n");

@@ -12,8 +12,8 @@ constexpr int kThreads = 128, kStages = 3;
 
 template <int D>
 struct CarryShape {
-  static constexpr int kChannels = D == 128 ? 64 : 32;  // of a block; all value columns
-  static constexpr int kTiles = D / 64;                 // of 16 value columns per warp
+  static constexpr int kChannels = 32;   // of a block; all value columns
+  static constexpr int kTiles = D / 64;  // of 16 value columns per warp
 };
 
 template <int D>
@@ -36,19 +36,26 @@ __device__ __forceinline__ void Fetch(const PrefillParams& p, CarryStage<D>& s, 
     const int row = i / kKeyPieces, c = i % kKeyPieces;
     CopyAsync(s.key + Swizzle<kKeyPieces>(row, c), key + row * D + 8 * c);
   }
-  for (int i = threadIdx.x; i < kChunk * kPieces; i += kThreads) {
-    const int row = i / kPieces, c = i % kPieces;
-    // Rows that do not enter have K~ = 0, but 0 times whatever lies there may be NaN.
-    const bool enters = Enters(l, chunk, row);
-    const __nv_bfloat16* v = p.key;  // any address that may be read
-    if (enters) {
-      if constexpr (kFold)
-        v = RowOf<D>(l, p.pages, chunk.n, h, chunk.e0 + row).v;
-      else
-        v = RowOf<D>(l, p.rows, chunk.n, h, chunk.e0 + row).v;
+  // Rows that do not enter have K~ = 0, but 0 times whatever lies there may be NaN.
+  const auto fetch_values = [&](const auto& rows) {
+    if (IsSpan<D>(l, rows, chunk.n, chunk.e0)) {
+      const KvSpan span = SpanOf<D>(l, rows, chunk.n, h, chunk.e0);
+      CopyTile<D, kThreads>(s.v, span.row.v, span.v_stride, max(chunk.lo, l.S - chunk.e0),
+                            chunk.hi);
+      return;
     }
-    CopyAsync(s.v + Swizzle<kPieces>(row, c), v + 8 * c, enters);
-  }
+    for (int i = threadIdx.x; i < kChunk * kPieces; i += kThreads) {
+      const int row = i / kPieces, c = i % kPieces;
+      const bool enters = Enters(l, chunk, row);
+      const __nv_bfloat16* v =
+          enters ? RowOf<D>(l, rows, chunk.n, h, chunk.e0 + row).v : p.key;  // any valid address
+      CopyAsync(s.v + Swizzle<kPieces>(row, c), v + 8 * c, enters);
+    }
+  };
+  if constexpr (kFold)
+    fetch_values(p.pages);
+  else
+    fetch_values(p.rows);
   if (threadIdx.x < kC / 2)
     CopyAsync(s.decay + threadIdx.x, p.decay + part * l.SF + c0 + 2 * threadIdx.x);
   if (threadIdx.x < kC) {
@@ -59,7 +66,7 @@ __device__ __forceinline__ void Fetch(const PrefillParams& p, CarryStage<D>& s, 
 
 // grid (blocks of channels, Hkv, N)
 template <int D, bool kFold>
-__global__ void __launch_bounds__(kThreads, D == 128 ? 2 : 4)
+__global__ void __launch_bounds__(kThreads, D == 128 ? 3 : 4)
     CarryKernel(const __grid_constant__ PrefillParams p) {
   constexpr int kC = CarryShape<D>::kChannels, kM = CarryShape<D>::kTiles, kN = kC / 8;
   extern __shared__ __align__(16) std::byte memory[];

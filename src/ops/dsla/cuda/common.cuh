@@ -114,17 +114,57 @@ __device__ __forceinline__ KvRow RowOf(const Layer& l, const PagedRows& rows, in
   return {rows.k + at, rows.v + at};
 }
 
+// Tokens [s, s + 64) where they lie at a fixed distance, so that a tile of them needs one address.
+struct KvSpan {
+  KvRow row;  // of token s
+  int64_t k_stride, v_stride;
+};
+template <int D>
+__device__ __forceinline__ bool IsSpan(const Layer& l, const NewRows&, int n, int s) {
+  return s >= l.pos[n];
+}
+template <int D>
+__device__ __forceinline__ KvSpan SpanOf(const Layer& l, const NewRows& rows, int n, int h, int s) {
+  return {RowOf<D>(l, rows, n, h, s), rows.k_stride, rows.v_stride};
+}
+template <int D>
+__device__ __forceinline__ bool IsSpan(const Layer&, const PagedRows& rows, int, int s) {
+  return s >= 0 && s / rows.page_size == (s + kChunk - 1) / rows.page_size;
+}
+template <int D>
+__device__ __forceinline__ KvSpan SpanOf(const Layer& l, const PagedRows& rows, int n, int h,
+                                         int s) {
+  return {RowOf<D>(l, rows, n, h, s), D, D};
+}
+
+// Rows [from, until) of a tile of 64 to swizzled shared memory, zeros elsewhere.
+template <int D, int kThreads>
+__device__ __forceinline__ void CopyTile(uint4* to, const __nv_bfloat16* row0, int64_t stride,
+                                         int from, int until) {
+  constexpr int kPieces = D / 8, kStep = kThreads / kPieces;
+  const int c = threadIdx.x % kPieces, first = threadIdx.x / kPieces;
+  const __nv_bfloat16* at = row0 + first * stride + 8 * c;
+#pragma unroll
+  for (int i = 0; i < kChunk / kStep; ++i) {
+    const int row = first + i * kStep;
+    const bool valid = row >= from && row < until;
+    CopyAsync(to + Swizzle<kPieces>(row, c), at, valid);
+    at += kStep * stride;
+  }
+}
+
 // e^a - 1 of the gate a = max(logsigmoid(x) / 16, floor), relative error some 1e-6 down to the
 // slowest gates: near 0 both functions are taken from their series, since the differences that
 // define them would cancel.
 __device__ __forceinline__ float GateMinusOne(float x, float floor) {
+  constexpr float kScale = 1 / kDslaGateDivisor;
   const float u = Exp(-fabsf(x));
-  const float series = u * (1 - u * (0.5f - u * (0.33333333f - u * (0.25f - u * 0.2f))));
-  const float log1p = u < 0.0625f ? series : __logf(1 + u);
-  const float a = fmaxf((fminf(x, 0.f) - log1p) * (1 / kDslaGateDivisor), floor);
-  const float expm1 =
-      a * (1 + a * (0.5f + a * (0.16666667f + a * (0.041666667f + a * 0.0083333333f))));
-  return a > -0.125f ? expm1 : Exp(a) - 1;
+  const float series =
+      u * (kScale - u * (0.5f * kScale - u * (0.33333333f * kScale - u * (0.25f * kScale))));
+  const float log1p = u < 0.03125f ? series : Log2(1 + u) * (0.6931471805599453f * kScale);
+  const float a = fmaxf(fminf(x, 0.f) * kScale - log1p, floor);
+  const float expm1 = a * (1 + a * (0.5f + a * (0.16666667f + a * 0.041666667f)));
+  return a > -0.0625f ? expm1 : Exp(a) - 1;
 }
 
 }  // namespace dsla::cuda

@@ -79,6 +79,10 @@ __global__ void __launch_bounds__(kThreads) ProjectKernel(const __grid_constant_
     for (int j = 0; j < kTiles; ++j)
       b[k][j] = __ldg(tiles + (k * (D / 16) + warp * kTiles + j) * 32 + lane);
 
+  // In this order: `update` then starts when all before this call has ended, so that it may read
+  // slots, rings and states at once.
+  AwaitPrevious();
+  AllowNext();
   const __nv_bfloat16* from[2];
   int entering[2];
 #pragma unroll
@@ -236,6 +240,8 @@ __device__ __forceinline__ void UpdateStates(const DecodeParams& p, int n, int h
     const uint2 x = *reinterpret_cast<const uint2*>(EnteringRow<D>(p, n, h, pos).v + column);
     v = {Low(x.x), High(x.x), Low(x.y), High(x.y)};
   }
+  AwaitPrevious();  // from here on `project` has ended
+  AllowNext();
   if (threadIdx.x < kSplit) {
     const int c = c0 + threadIdx.x, f = c % l.F;
     const float gate = p.gate[head * l.SF + c];
@@ -366,6 +372,8 @@ __device__ __forceinline__ void UpdateWindow(const DecodeParams& p, int n, int h
     }
   }
   __syncthreads();
+  AwaitPrevious();
+  AllowNext();
   const int64_t at = (int64_t{n} * l.Hkv + h) * p.parts + part;
 #pragma unroll
   for (int g = 0; g < kG; ++g) {
@@ -424,38 +432,40 @@ __global__ void __launch_bounds__(kThreads) UpdateKernel(const __grid_constant__
     UpdateWindow<D, kG>(p, n, h, part - p.splits, shared);
 }
 
-// grid (Hkv, N), D threads: thread d has value column d of every head of the group.
+// grid (H, N), D threads: thread d has value column d.
 template <int D>
 __global__ void __launch_bounds__(D) MergeKernel(const __grid_constant__ DecodeParams p) {
   const Layer& l = p.layer;
-  const int n = blockIdx.y, h = blockIdx.x, d = threadIdx.x;
+  const int n = blockIdx.y, qh = blockIdx.x, h = qh / l.G, g = qh % l.G, d = threadIdx.x;
+  AllowNext();
+  AwaitPrevious();
   if (l.slots[n] < 0) return;
   const int64_t head = int64_t{n} * l.Hkv + h;
-  for (int g = 0; g < l.G; ++g) {
-    float sum = 0, norm = 0;
-    for (int i = 0; i < p.splits; ++i) {
-      sum += p.linear[((head * p.splits + i) * l.G + g) * D + d];
-      norm += p.norm[(head * p.splits + i) * l.G + g];
-    }
-    float out = sum / (norm + kDslaEpsilon);
-    if (l.W > 0) {
-      float top = -INFINITY, all = 0, win = 0;
-      for (int i = 0; i < p.parts; ++i)
-        top = fmaxf(top, p.softmax[((head * p.parts + i) * l.G + g) * 2]);
-      for (int i = 0; i < p.parts; ++i) {
-        const int64_t at = (head * p.parts + i) * l.G + g;
-        const float scale = Exp2(p.softmax[at * 2] - top);
-        all += scale * p.softmax[at * 2 + 1];
-        win += scale * p.window[at * D + d];
-      }
-      const float lse = top * 0.6931471805599453f + logf(all);
-      const float w =
-          norm < kDslaEpsilon ? 0.f : 1 / (1 + Exp(lse - p.claim[int64_t{n} * l.H + h * l.G + g]));
-      out = w * out + (1 - w) * (win / all);
-    }
-    p.out[(int64_t{n} * l.H + h * l.G + g) * D + d] = __float2bfloat16_rn(out);
+  float sum = 0, norm = 0;
+#pragma unroll 4
+  for (int i = 0; i < p.splits; ++i) {
+    sum += p.linear[((head * p.splits + i) * l.G + g) * D + d];
+    norm += p.norm[(head * p.splits + i) * l.G + g];
   }
-  if (l.W == 0) return;
+  float out = sum / (norm + kDslaEpsilon);
+  if (l.W > 0) {
+    float top = -INFINITY, all = 0, win = 0;
+#pragma unroll 4
+    for (int i = 0; i < p.parts; ++i)
+      top = fmaxf(top, p.softmax[((head * p.parts + i) * l.G + g) * 2]);
+#pragma unroll 4
+    for (int i = 0; i < p.parts; ++i) {
+      const int64_t at = (head * p.parts + i) * l.G + g;
+      const float scale = Exp2(p.softmax[at * 2] - top);
+      all += scale * p.softmax[at * 2 + 1];
+      win += scale * p.window[at * D + d];
+    }
+    const float lse = top * 0.6931471805599453f + logf(all);
+    const float w = norm < kDslaEpsilon ? 0.f : 1 / (1 + Exp(lse - p.claim[int64_t{n} * l.H + qh]));
+    out = w * out + (1 - w) * (win / all);
+  }
+  p.out[(int64_t{n} * l.H + qh) * D + d] = __float2bfloat16_rn(out);
+  if (l.W == 0 || g > 0) return;
   const int t = l.pos[n];
   std::byte* slot = SlotBase(l, n);
   const __nv_bfloat16 k = p.rows.k[n * p.rows.k_stride + h * D + d];
@@ -470,29 +480,47 @@ __global__ void __launch_bounds__(D) MergeKernel(const __grid_constant__ DecodeP
   }
 }
 
+// Each kernel may start while the one before it ends; where it must wait it says so.
+template <typename Kernel>
+void Start(Kernel* kernel, dim3 grid, int threads, const DecodeParams& p, cudaStream_t stream) {
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  int device = 0, major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  config.attrs = &overlap;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, p);  // an error stays for cudaGetLastError
+}
+
 template <int D>
 int Launch(const DecodeParams& p, cudaStream_t stream) {
   const Layer& l = p.layer;
   const dim3 jobs(l.H + l.Hkv + l.Hkv * (l.SF / D), (l.N + kRowTile - 1) / kRowTile);
-  ProjectKernel<D><<<jobs, kThreads, 0, stream>>>(p);
+  Start(ProjectKernel<D>, jobs, kThreads, p, stream);
   const dim3 grid(p.splits + p.parts, l.Hkv, l.N);
   switch (l.G) {
     case 1:
-      UpdateKernel<D, 1><<<grid, kThreads, 0, stream>>>(p);
+      Start(UpdateKernel<D, 1>, grid, kThreads, p, stream);
       break;
     case 2:
-      UpdateKernel<D, 2><<<grid, kThreads, 0, stream>>>(p);
+      Start(UpdateKernel<D, 2>, grid, kThreads, p, stream);
       break;
     case 3:
-      UpdateKernel<D, 3><<<grid, kThreads, 0, stream>>>(p);
+      Start(UpdateKernel<D, 3>, grid, kThreads, p, stream);
       break;
     case 4:
-      UpdateKernel<D, 4><<<grid, kThreads, 0, stream>>>(p);
+      Start(UpdateKernel<D, 4>, grid, kThreads, p, stream);
       break;
     default:
-      UpdateKernel<D, kMaxGroup><<<grid, kThreads, 0, stream>>>(p);
+      Start(UpdateKernel<D, kMaxGroup>, grid, kThreads, p, stream);
   }
-  MergeKernel<D><<<dim3(l.Hkv, l.N), D, 0, stream>>>(p);
+  Start(MergeKernel<D>, dim3(l.H, l.N), D, p, stream);
   return cudaGetLastError();
 }
 

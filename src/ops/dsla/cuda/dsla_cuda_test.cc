@@ -139,13 +139,18 @@ std::vector<TestTokens> MakeSequences(const DslaShape& s, const std::vector<int>
 }
 
 // Slots in `pool` against those of `want`: states within a tolerance, ring and sinks exactly.
-void ExpectSlots(TestPool& got, TestPool& want, const std::vector<int>& slots,
+void ExpectSlots(int D, TestPool& got, TestPool& want, const std::vector<int>& slots,
                  Tolerance tolerance) {
   for (int slot : slots) {
     SCOPED_TRACE("slot " + std::to_string(slot));
     const auto a = got.State(slot), b = want.State(slot);
     for (size_t channel = 0; channel < a.size() / static_cast<size_t>(D); ++channel) {
       const auto row = static_cast<size_t>(D);
+      // What has decayed to 2^-100 of what enters is nothing, and near fp32's end it has few bits.
+      const auto tiny = [](std::span<const float> x) {
+        return std::all_of(x.begin(), x.end(), [](float y) { return std::abs(y) < 0x1p-100f; });
+      };
+      if (tiny(a.subspan(channel * row, row)) && tiny(b.subspan(channel * row, row))) continue;
       const auto close =
           IsClose(a.subspan(channel * row, row), b.subspan(channel * row, row), tolerance);
       EXPECT_TRUE(close) << "channel " << channel;
@@ -270,70 +275,73 @@ TEST_P(DslaCudaTest, Fold) {
   const DslaShape s = shape();
   const GpuLayer layer(s, GetParam().gates, 512, 10);
   const std::vector<int> lengths{0, 1, 63, 64, 65, s.window, s.window + 1, 200, 321};
-  const int N = static_cast<int>(lengths.size()), page = 16;
-  const auto tokens = MakeSequences(s, lengths);
-  // Pages in scrambled order; what no token fills is NaN.
-  std::vector<int32_t> start{0}, pages, pos(lengths.begin(), lengths.end()), slots;
-  int total = 0;
-  for (int n : lengths) total += (n + page - 1) / page;
-  for (int n : lengths) {
-    for (int i = 0; i < (n + page - 1) / page; ++i)
-      pages.push_back(static_cast<int32_t>(pages.size()));
-    start.push_back(static_cast<int32_t>(pages.size()));
-    slots.push_back(static_cast<int32_t>(slots.size()));
-  }
-  std::shuffle(pages.begin(), pages.end(), std::mt19937(11));
-  const int64_t stride = int64_t{s.Hkv} * page * s.D;
-  std::vector<bf16> k(static_cast<size_t>(total * stride), bf16{0xFFFF}), v = k;
-  for (int n = 0; n < N; ++n)
-    for (int t = 0; t < lengths[static_cast<size_t>(n)]; ++t)
-      for (int h = 0; h < s.Hkv; ++h) {
-        const int64_t to =
-            pages[static_cast<size_t>(start[static_cast<size_t>(n)] + t / page)] * stride +
-            (int64_t{h} * page + t % page) * s.D;
-        const int64_t from = (int64_t{t} * s.Hkv + h) * s.D * 2;
-        std::memcpy(&k[static_cast<size_t>(to)], &tokens[static_cast<size_t>(n)].k[size_t(from)],
-                    static_cast<size_t>(s.D) * 2);
-        std::memcpy(&v[static_cast<size_t>(to)], &tokens[static_cast<size_t>(n)].v[size_t(from)],
-                    static_cast<size_t>(s.D) * 2);
-      }
-  TestPool want(s, N), got(s, N);
-  DslaFoldArgs ref;
-  ref.shape = s;
-  ref.params = layer.host.Params();
-  ref.rows.N = N;
-  ref.rows.pos = pos.data();
-  ref.tables = {start.data(), pages.data()};
-  ref.kv = {k.data(), v.data(), stride, page, s.Hkv, s.D, DType::kBF16};
-  ref.slots = slots.data();
-  ref.states = want.View();
-  DslaFoldRef(ref);
+  const int N = static_cast<int>(lengths.size());
+  for (const int page : {16, 64, 96}) {
+    SCOPED_TRACE("page size " + std::to_string(page));
+    const auto tokens = MakeSequences(s, lengths);
+    // Pages in scrambled order; what no token fills is NaN.
+    std::vector<int32_t> start{0}, pages, pos(lengths.begin(), lengths.end()), slots;
+    int total = 0;
+    for (int n : lengths) total += (n + page - 1) / page;
+    for (int n : lengths) {
+      for (int i = 0; i < (n + page - 1) / page; ++i)
+        pages.push_back(static_cast<int32_t>(pages.size()));
+      start.push_back(static_cast<int32_t>(pages.size()));
+      slots.push_back(static_cast<int32_t>(slots.size()));
+    }
+    std::shuffle(pages.begin(), pages.end(), std::mt19937(11));
+    const int64_t stride = int64_t{s.Hkv} * page * s.D;
+    std::vector<bf16> k(static_cast<size_t>(total * stride), bf16{0xFFFF}), v = k;
+    for (int n = 0; n < N; ++n)
+      for (int t = 0; t < lengths[static_cast<size_t>(n)]; ++t)
+        for (int h = 0; h < s.Hkv; ++h) {
+          const int64_t to =
+              pages[static_cast<size_t>(start[static_cast<size_t>(n)] + t / page)] * stride +
+              (int64_t{h} * page + t % page) * s.D;
+          const int64_t from = (int64_t{t} * s.Hkv + h) * s.D * 2;
+          std::memcpy(&k[static_cast<size_t>(to)], &tokens[static_cast<size_t>(n)].k[size_t(from)],
+                      static_cast<size_t>(s.D) * 2);
+          std::memcpy(&v[static_cast<size_t>(to)], &tokens[static_cast<size_t>(n)].v[size_t(from)],
+                      static_cast<size_t>(s.D) * 2);
+        }
+    TestPool want(s, N), got(s, N);
+    DslaFoldArgs ref;
+    ref.shape = s;
+    ref.params = layer.host.Params();
+    ref.rows.N = N;
+    ref.rows.pos = pos.data();
+    ref.tables = {start.data(), pages.data()};
+    ref.kv = {k.data(), v.data(), stride, page, s.Hkv, s.D, DType::kBF16};
+    ref.slots = slots.data();
+    ref.states = want.View();
+    DslaFoldRef(ref);
 
-  const DeviceBytes d_pos(pos), d_start(start), d_pages(pages), d_k(k), d_v(v), d_slots(slots);
-  DeviceBytes states(got.View().slot_bytes * N);
-  int64_t T = 0;
-  for (int n : lengths) T += n;
-  for (int chunks : {1, 5, cuda::MaxChunks(N, T)}) {
-    SCOPED_TRACE("chunks per wave " + std::to_string(chunks));
-    states.Write(TestPool(s, N).View().base);
-    const DeviceBytes workspace(cuda::FoldWorkspaceBytes(s, N, T, chunks));
-    DslaCudaFoldArgs args;
-    args.shape = s;
-    args.layout = MakeSlotLayout(s);
-    args.weights = layer.weights();
-    args.rows.N = N;
-    args.rows.pos = d_pos.as<int32_t>();
-    args.T = T;
-    args.tables = {d_start.as<int32_t>(), d_pages.as<int32_t>()};
-    args.kv = {d_k.as<void>(), d_v.as<void>(), stride, page, s.Hkv, s.D, DType::kBF16};
-    args.slots = d_slots.as<int32_t>();
-    args.states = {states.as<std::byte>(), got.View().slot_bytes};
-    args.workspace = workspace.as<void>();
-    args.workspace_bytes = workspace.bytes();
-    CheckCuda(cuda::Fold(args, nullptr));
-    CheckCuda(cudaDeviceSynchronize());
-    states.Read(got.View().base);
-    ExpectSlots(s.D, got, want, slots, kStateTolerance);
+    const DeviceBytes d_pos(pos), d_start(start), d_pages(pages), d_k(k), d_v(v), d_slots(slots);
+    DeviceBytes states(got.View().slot_bytes * N);
+    int64_t T = 0;
+    for (int n : lengths) T += n;
+    for (int chunks : {1, 5, cuda::MaxChunks(N, T)}) {
+      SCOPED_TRACE("chunks per wave " + std::to_string(chunks));
+      states.Write(TestPool(s, N).View().base);
+      const DeviceBytes workspace(cuda::FoldWorkspaceBytes(s, N, T, chunks));
+      DslaCudaFoldArgs args;
+      args.shape = s;
+      args.layout = MakeSlotLayout(s);
+      args.weights = layer.weights();
+      args.rows.N = N;
+      args.rows.pos = d_pos.as<int32_t>();
+      args.T = T;
+      args.tables = {d_start.as<int32_t>(), d_pages.as<int32_t>()};
+      args.kv = {d_k.as<void>(), d_v.as<void>(), stride, page, s.Hkv, s.D, DType::kBF16};
+      args.slots = d_slots.as<int32_t>();
+      args.states = {states.as<std::byte>(), got.View().slot_bytes};
+      args.workspace = workspace.as<void>();
+      args.workspace_bytes = workspace.bytes();
+      CheckCuda(cuda::Fold(args, nullptr));
+      CheckCuda(cudaDeviceSynchronize());
+      states.Read(got.View().base);
+      ExpectSlots(s.D, got, want, slots, kStateTolerance);
+    }
   }
 }
 

@@ -57,17 +57,40 @@ __device__ __forceinline__ uint32_t Pack(float lo, float hi) {
 __device__ __forceinline__ float Low(uint32_t x) { return __uint_as_float(x << 16); }
 __device__ __forceinline__ float High(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
 
-// Two units in the last place, subnormals kept.
+// About two units in the last place. Results under 2^-126 become 0: used only where those are
+// nothing beside what they are added to (decays, which may be that small and matter, are products
+// instead).
 __device__ __forceinline__ float Exp2(float x) {
   float y;
-  asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 __device__ __forceinline__ float Exp(float x) { return Exp2(x * 1.4426950408889634f); }
+// Of a normal number.
+__device__ __forceinline__ float Log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// Of a normal number whose inverse is one.
 __device__ __forceinline__ float Reciprocal(float x) {
   float y;
-  asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// Programmatic dependent launch (compute capability 9.0): a kernel may start while the one before
+// it in the stream still runs. AllowNext lets the next one start; AwaitPrevious waits until all
+// kernels before this one have ended and their writes are seen. Both do nothing elsewhere.
+__device__ __forceinline__ void AllowNext() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void AwaitPrevious() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // Over the four lanes that share a row of a fragment.

@@ -29,11 +29,16 @@ __device__ __forceinline__ void FetchKeys(uint4* to, const __nv_bfloat16* from) 
 template <int D>
 __device__ __forceinline__ void FetchValues(const PrefillParams& p, uint4* to, const Chunk& chunk,
                                             int h) {
+  const Layer& l = p.layer;
+  if (IsSpan<D>(l, p.rows, chunk.n, chunk.e0)) {
+    const KvSpan span = SpanOf<D>(l, p.rows, chunk.n, h, chunk.e0);
+    CopyTile<D, kThreads>(to, span.row.v, span.v_stride, max(chunk.lo, l.S - chunk.e0), chunk.hi);
+    return;
+  }
   for (int i = threadIdx.x; i < kChunk * D / 8; i += kThreads) {
     const int row = i / (D / 8), c = i % (D / 8);
-    const bool enters = Enters(p.layer, chunk, row);
-    const __nv_bfloat16* v =
-        enters ? RowOf<D>(p.layer, p.rows, chunk.n, h, chunk.e0 + row).v : p.rows.v;
+    const bool enters = Enters(l, chunk, row);
+    const __nv_bfloat16* v = enters ? RowOf<D>(l, p.rows, chunk.n, h, chunk.e0 + row).v : p.rows.v;
     CopyAsync(to + Swizzle<D / 8>(row, c), v + 8 * c, enters);
   }
 }
@@ -112,8 +117,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         sum += Exp2(y[j][c] - high);
         if (l.F > D) sum_negative += Exp2(-y[j][c] - low);
       }
-    log_sum[0][r] = high + __log2f(QuadSum(sum));
-    log_sum[1][r] = low + __log2f(QuadSum(sum_negative));
+    log_sum[0][r] = high + Log2(QuadSum(sum));
+    log_sum[1][r] = low + Log2(QuadSum(sum_negative));
   }
 
   float acc[D / 8][4] = {}, score[8][4] = {}, norm[2] = {};
@@ -125,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     CommitCopies();
     const bool negative = b % (l.F / D) == 1;
     const float sign = negative ? -1.f : 1.f;
-    const float mix = __log2f(l.mix[head * l.states + b * D / l.F]);
+    const float mix = __log2f(l.mix[head * l.states + b * D / l.F]);  // a mix may be 0
     const float base[2] = {mix - (negative ? log_sum[1][0] : log_sum[0][0]),
                            mix - (negative ? log_sum[1][1] : log_sum[0][1])};
     const uint4* growth = reinterpret_cast<const uint4*>(p.growth) +

@@ -13,12 +13,11 @@ __device__ __forceinline__ int PairAt(int row, int pair) {
 
 template <int D>
 struct PrepareShared {
-  float2 y[kChunk * D / 2];     // phi_k's logits
+  float2 y[kChunk * D / 2];     // phi_k's logits in base 2
   float2 gate[kChunk * D / 2];  // e^a - 1
   uint4 weight[D * D / 8];
-  float2 top[kChunk];      // of y, of -y
-  float2 scale[kChunk];    // 1 / sum of e^{y - top}, of e^{-y - top}
-  float2 total[4][D / 2];  // products of e^a over 16 rows
+  float log_sum[2][kChunk];  // of e^y, of e^{-y}, in base 2
+  float2 total[4][D / 2];    // products of e^a over 16 rows
 };
 
 template <int D>
@@ -40,30 +39,27 @@ __device__ __forceinline__ void Multiply(float (&acc)[8][4], const uint32_t (&a)
   }
 }
 
-// Softmax of each row of y and of -y: maxima and the reciprocals of the sums.
+// The logarithms of the sums of e^y, and of e^{-y} if the features need it, of each row.
 template <int D>
-__device__ __forceinline__ void RowStatistics(PrepareShared<D>& s, int warp, int lane) {
+__device__ __forceinline__ void RowStatistics(PrepareShared<D>& s, int signs, int warp, int lane) {
   for (int row = warp; row < kChunk; row += 2 * D / 32) {
     float2 y[D / 64];
-    float top = -INFINITY, bottom = -INFINITY, sum = 0, sum_negative = 0;
 #pragma unroll
-    for (int i = 0; i < D / 64; ++i) {
-      y[i] = s.y[PairAt<D>(row, lane + 32 * i)];
-      top = fmaxf(top, fmaxf(y[i].x, y[i].y));
-      bottom = fmaxf(bottom, fmaxf(-y[i].x, -y[i].y));
-    }
-    top = WarpMax(top);
-    bottom = WarpMax(bottom);
+    for (int i = 0; i < D / 64; ++i) y[i] = s.y[PairAt<D>(row, lane + 32 * i)];
+    for (int sign = 0; sign < signs; ++sign) {
+      float top = -INFINITY, sum = 0;
 #pragma unroll
-    for (int i = 0; i < D / 64; ++i) {
-      sum += Exp(y[i].x - top) + Exp(y[i].y - top);
-      sum_negative += Exp(-y[i].x - bottom) + Exp(-y[i].y - bottom);
-    }
-    sum = WarpSum(sum);
-    sum_negative = WarpSum(sum_negative);
-    if (lane == 0) {
-      s.top[row] = {top, bottom};
-      s.scale[row] = {1 / sum, 1 / sum_negative};
+      for (int i = 0; i < D / 64; ++i) {
+        top = fmaxf(top, fmaxf(y[i].x, y[i].y));
+      }
+      top = WarpMax(top);
+#pragma unroll
+      for (int i = 0; i < D / 64; ++i) {
+        sum += Exp2(y[i].x - top) + Exp2(y[i].y - top);
+        y[i] = {-y[i].x, -y[i].y};
+      }
+      sum = WarpSum(sum);
+      if (lane == 0) s.log_sum[sign][row] = top + Log2(sum);
     }
   }
 }
@@ -109,13 +105,14 @@ __global__ void __launch_bounds__(2 * D, 2) PrepareKernel(const __grid_constant_
     for (int c = 0; c < D / 16; ++c) Multiply<D>(acc, hi[c], c, s.weight, half, lane);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      s.y[PairAt<D>(rows[0], half * 32 + 4 * j + t)] = {acc[j][0], acc[j][1]};
-      s.y[PairAt<D>(rows[1], half * 32 + 4 * j + t)] = {acc[j][2], acc[j][3]};
+      constexpr float kLog2e = 1.4426950408889634f;
+      s.y[PairAt<D>(rows[0], half * 32 + 4 * j + t)] = {acc[j][0] * kLog2e, acc[j][1] * kLog2e};
+      s.y[PairAt<D>(rows[1], half * 32 + 4 * j + t)] = {acc[j][2] * kLog2e, acc[j][3] * kLog2e};
     }
   }
   __syncthreads();
   FetchWeights<D>(s.weight, l.weights.gates + int64_t{h} * blocks * D * D);
-  RowStatistics<D>(s, warp, lane);
+  RowStatistics<D>(s, l.F / D, warp, lane);
 #pragma unroll
   for (int c = 0; c < D / 32; ++c)
 #pragma unroll
@@ -184,6 +181,8 @@ __global__ void __launch_bounds__(2 * D, 2) PrepareKernel(const __grid_constant_
     if (quarter == 0) run = s.total[1][pair];
     if (quarter == 3) run = s.total[2][pair];
     const bool negative = b % (l.F / D) == 1;
+    const float sign = negative ? -1.f : 1.f;
+    const float* log_sum = s.log_sum[negative ? 1 : 0] + 16 * quarter;
     uint32_t* key = reinterpret_cast<uint32_t*>(p.key) + (part * l.SF + b * D) * (kChunk / 2) +
                     16 * quarter * (D / 2) + pair;
     float2 sum{};
@@ -192,10 +191,8 @@ __global__ void __launch_bounds__(2 * D, 2) PrepareKernel(const __grid_constant_
     for (int i = 0; i < 16; ++i) {
       const int r = quarter < 2 ? 15 - i : i, row = 16 * quarter + r;
       const float2 gate = s.gate[PairAt<D>(row, pair)], y = s.y[PairAt<D>(row, pair)];
-      const float top = negative ? s.top[row].y : s.top[row].x;
-      const float scale = negative ? s.scale[row].y : s.scale[row].x;
-      const float kx = -gate.x * scale * Exp((negative ? -y.x : y.x) - top);
-      const float ky = -gate.y * scale * Exp((negative ? -y.y : y.y) - top);
+      const float base = -log_sum[r];
+      const float kx = -gate.x * Exp2(sign * y.x + base), ky = -gate.y * Exp2(sign * y.y + base);
       uint32_t packed;
       if (quarter < 2) {
         packed = Pack(kx * run.x, ky * run.y);

@@ -24,7 +24,14 @@ __device__ __forceinline__ void Fetch(const PrefillParams& p, uint4* k, uint4* v
   const int pos = l.pos[chunk.n];
   const int from = sinks ? 0 : max(l.S, chunk.e0 + chunk.lo + 1);
   const int to = min(sinks ? l.S : INT_MAX, chunk.e0 + chunk.hi + l.W);
-  for (int i = threadIdx.x; i < kChunk * kPieces; i += kThreads) {
+  if (!sinks && IsSpan<D>(l, p.rows, chunk.n, first)) {
+    const KvSpan span = SpanOf<D>(l, p.rows, chunk.n, h, first);
+    CopyTile<D, kThreads>(k, span.row.k, span.k_stride, from - first, to - first);
+    CopyTile<D, kThreads>(v, span.row.v, span.v_stride, from - first, to - first);
+    return;
+  }
+  const int rows = sinks ? (l.S + 15) / 16 * 16 : kChunk;  // no more of the sinks are looked at
+  for (int i = threadIdx.x; i < rows * kPieces; i += kThreads) {
     const int row = i / kPieces, c = i % kPieces, s = first + row;
     const bool valid = s >= from && s < to;
     KvRow at{p.rows.k, p.rows.v};
@@ -87,55 +94,69 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int first = sinks ? 0 : chunk.e0 + (i - sink_tiles) * kChunk;
     const uint32_t k = SharedAddress(shared.k[i % kStages]);
     const uint32_t v = SharedAddress(shared.v[i % kStages]);
-    float score[8][4] = {};
+    // Times of this warp's queries, and the groups of 16 keys that one of them sees.
+    const int early = chunk.e0 + l.W + 16 * warp, late = early + 15;
+    const int begin = sinks ? 0 : max(early - l.W + 1 - first, 0) / 16;
+    const int end = min((sinks ? l.S : kChunk) + 15, late - first + 16) / 16;
+    if (begin >= end) continue;
+    const bool all_seen =
+        !sinks && first > late - l.W && first + kChunk - 1 <= early && first >= l.S;
+    float score[8][4];
 #pragma unroll
-    for (int c = 0; c < D / 16; ++c)
+    for (int j = 0; j < 4; ++j) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int c = 0; c < 4; ++c) score[2 * j][c] = score[2 * j + 1][c] = 0;
+      if (j < begin || j >= end) continue;
+#pragma unroll
+      for (int c = 0; c < D / 16; ++c) {
         uint32_t b[4];
         LoadMatrix(
             b, k + 16 * Swizzle<D / 8>(16 * j + lane % 8 + lane / 16 * 8, 2 * c + lane / 8 % 2));
         Mma(score[2 * j], q[c], b[0], b[1]);
         Mma(score[2 * j + 1], q[c], b[2], b[3]);
       }
-    float next[2] = {top[0], top[1]};
+    }
+    if (!all_seen) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
+      for (int j = 0; j < 8; ++j)
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        const int s = first + 8 * j + 2 * t + c % 2;
-        const int time = chunk.e0 + l.W + 16 * warp + g + 8 * (c / 2);
-        const bool seen = s <= time && (sinks ? s < l.S : s >= l.S && s > time - l.W);
-        score[j][c] = seen ? score[j][c] * scale : -INFINITY;
-        next[c / 2] = fmaxf(next[c / 2], score[j][c]);
-      }
+        for (int c = 0; c < 4; ++c) {
+          const int s = first + 8 * j + 2 * t + c % 2, time = early + g + 8 * (c / 2);
+          const bool seen = s <= time && (sinks ? s < l.S : s >= l.S && s > time - l.W);
+          if (!seen) score[j][c] = -INFINITY;
+        }
+    }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      next[r] = QuadMax(next[r]);
-      const float base = next[r] == -INFINITY ? 0.f : next[r];
-      const float shrink = Exp2(top[r] - base);
-      top[r] = next[r];
-      sum[r] *= shrink;
+      float next = top[r];
 #pragma unroll
-      for (int j = 0; j < D / 8; ++j) {
-        acc[j][2 * r] *= shrink;
-        acc[j][2 * r + 1] *= shrink;
+      for (int j = 0; j < 8; ++j) next = fmaxf(next, fmaxf(score[j][2 * r], score[j][2 * r + 1]));
+      next = QuadMax(next);
+      const float base = next == -INFINITY ? 0.f : next * scale;
+      const float shrink = Exp2(top[r] * scale - base);
+      top[r] = next;
+      sum[r] *= shrink;
+      if (__any_sync(~0u, shrink != 1)) {
+#pragma unroll
+        for (int j = 0; j < D / 8; ++j) {
+          acc[j][2 * r] *= shrink;
+          acc[j][2 * r + 1] *= shrink;
+        }
       }
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        score[j][2 * r] = Exp2(score[j][2 * r] - base);
-        score[j][2 * r + 1] = Exp2(score[j][2 * r + 1] - base);
+        score[j][2 * r] = Exp2(score[j][2 * r] * scale - base);
+        score[j][2 * r + 1] = Exp2(score[j][2 * r + 1] * scale - base);
+        sum[r] += score[j][2 * r] + score[j][2 * r + 1];
       }
     }
 #pragma unroll
     for (int c = 0; c < kChunk / 16; ++c) {
+      if (c < begin || c >= end) continue;
       const uint32_t a[4] = {Pack(score[2 * c][0], score[2 * c][1]),
                              Pack(score[2 * c][2], score[2 * c][3]),
                              Pack(score[2 * c + 1][0], score[2 * c + 1][1]),
                              Pack(score[2 * c + 1][2], score[2 * c + 1][3])};
-      // The weights that multiply V are the rounded ones; so is their sum.
-      sum[0] += (Low(a[0]) + High(a[0])) + (Low(a[2]) + High(a[2]));
-      sum[1] += (Low(a[1]) + High(a[1])) + (Low(a[3]) + High(a[3]));
 #pragma unroll
       for (int j = 0; j < D / 16; ++j) {
         uint32_t b[4];
@@ -152,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int j = 16 * warp + g + 8 * r;
     if (t == 0)
       p.lse[(int64_t{blockIdx.y} * l.H + head) * kChunk + j] =
-          top[r] * 0.6931471805599453f + logf(all);
+          top[r] * scale * 0.6931471805599453f + logf(all);
     uint32_t* out = reinterpret_cast<uint32_t*>(p.out + ((row0 + j) * l.H + head) * D);
 #pragma unroll
     for (int c = 0; c < D / 8; ++c)
