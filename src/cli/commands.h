@@ -11,6 +11,7 @@ using Command = std::function<int()>;
 
 // Adds the sub-command to `app`. `chosen` receives the command to run if the user names it.
 void AddRun(CLI::App& app, Command& chosen);
+void AddServe(CLI::App& app, Command& chosen);
 void AddInspect(CLI::App& app, Command& chosen);
 void AddEval(CLI::App& app, Command& chosen);
 void AddBench(CLI::App& app, Command& chosen);

@@ -27,9 +27,11 @@ int main(int argc, char** argv) {
       "Start with:\n"
       "  dsla run \"What is linear attention?\"\n"
       "  dsla run --file report.txt --level 22 --stats \"Summarise this.\"\n"
+      "  dsla serve\n"
       "  dsla COMMAND --help");
   dsla::Command chosen;
   dsla::AddRun(app, chosen);
+  dsla::AddServe(app, chosen);
   dsla::AddInspect(app, chosen);
   dsla::AddEval(app, chosen);
   dsla::AddBench(app, chosen);
