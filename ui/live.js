@@ -238,6 +238,7 @@ export function startLive({ setStatus, setLadder, askForKey }) {
   const decode = new Spark($('decode-spark'));
   const prefill = new Spark($('prefill-spark'));
   let timer = 0;
+  let polling = false;
 
   const draw = (state) => {
     setLadder(state.layers, state.top, state.highest);
@@ -256,6 +257,8 @@ export function startLive({ setStatus, setLadder, askForKey }) {
   };
 
   const poll = async () => {
+    if (polling) return;
+    polling = true;
     let next = PERIOD;
     try {
       draw(read(await (await call('/v1/dsla')).json(), performance.now() / 1000));
@@ -268,10 +271,13 @@ export function startLive({ setStatus, setLadder, askForKey }) {
         setStatus('lost', hasKey() ? 'The key is refused' : 'Needs a key');
         askForKey();
         next = 0;  // until a key is given
+      } else if (error.status === 503) {
+        setStatus('wait', 'Loading the model');
       } else {
         setStatus('lost', error.status ? `Server error ${error.status}` : 'Not reachable');
       }
     }
+    polling = false;
     if (next && !document.hidden) timer = setTimeout(poll, next);
   };
   const now = () => {

@@ -22,7 +22,7 @@ def free_port():
 class Server:
     """`arguments`: of `dsla serve`, besides the address. SystemExit with the log's end when it does not start."""
 
-    def __init__(self, arguments, log, program=PROGRAM, start_timeout=300):
+    def __init__(self, arguments, log, program=PROGRAM, start_timeout=600):
         if not os.access(program, os.X_OK):
             raise SystemExit(f"{program} is not there: run ./quickstart --no-run first")
         self.port = free_port()
