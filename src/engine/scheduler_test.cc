@@ -280,6 +280,22 @@ TEST_F(SchedulerTest, RaisesAreRefusedWhereTheyCannotBe) {
   EXPECT_EQ(ended_.at(id).levels, (LevelHistory{{0, 0}, {8, 2}}));
 }
 
+// Pages that the prefix cache holds too would not come free layer by layer.
+TEST_F(SchedulerTest, ARaiseEmptiesThePrefixCacheWhereThatMakesTheRoom) {
+  Make(2 * kTokenPages + kSlotBytes);
+  scheduler_->set_auto_max_level(4);
+  const int64_t id = Add(7, 2);
+  Step();
+  EXPECT_EQ(scheduler_->prefix_cache()->entries(), 2);
+  EXPECT_EQ(ledger_->idle_bytes(), 0);
+  EXPECT_EQ(ledger_->free_bytes(), kSlotBytes);
+  EXPECT_TRUE(scheduler_->Raise(id, 2).ok());
+  EXPECT_EQ(scheduler_->level(id), 2);
+  EXPECT_EQ(scheduler_->prefix_cache()->entries(), 0);
+  RunUntilIdle();
+  EXPECT_EQ(ended_.at(id).levels, (LevelHistory{{0, 0}, {7, 2}}));
+}
+
 TEST_F(SchedulerTest, ACachedPrefixIsCountedHonestlyAndFoldedToTheLevel) {
   Make(100 * kTokenPages);
   scheduler_->set_auto_max_level(4);
