@@ -19,7 +19,9 @@ TEST(RateMeterTest, ASteadyRateIsThatRate) {
     const double now = 50 + i * 0.01;
     meter.Add(now, 3);  // 300 a second
     // The bucket in progress and the first instants hold a part of a step more or less.
-    if (i > 100) EXPECT_NEAR(meter.PerSecond(now), 300, 300 * 0.03) << i;
+    if (i > 100) {
+      EXPECT_NEAR(meter.PerSecond(now), 300, 300 * 0.03) << i;
+    }
   }
 }
 

@@ -32,12 +32,16 @@ class RecordingSink : public RequestSink {
     prompt_ = std::move(logprobs);
   }
   void OnToken(TokenOutput token) override {
-    const std::lock_guard lock(mutex_);
-    EXPECT_EQ(finishes_, 0);
-    text_ += token.text;
-    tokens_.push_back(std::move(token));
-    changed_.notify_all();
-    if (on_token_) on_token_(static_cast<int>(tokens_.size()));
+    size_t count;
+    {
+      const std::lock_guard lock(mutex_);
+      EXPECT_EQ(finishes_, 0);
+      text_ += token.text;
+      tokens_.push_back(std::move(token));
+      count = tokens_.size();
+      changed_.notify_all();
+    }
+    if (on_token_) on_token_(static_cast<int>(count));
   }
   void OnFinish(const RequestResult& result) override {
     const std::lock_guard lock(mutex_);
@@ -105,8 +109,9 @@ class FunctionPolicy : public LevelPolicy {
 };
 
 inline std::unique_ptr<LevelPolicy> TargetPolicy(int target) {
-  return std::make_unique<FunctionPolicy>(
-      [=](const LoadSnapshot&) { return LevelDecision{.target = target}; });
+  return std::make_unique<FunctionPolicy>([=](const LoadSnapshot&) {
+    return LevelDecision{.target = target, .raises = {}, .reason = {}};
+  });
 }
 
 // The small models have 96 tokens: of this tokenizer those are the bytes 0 to 95.
