@@ -55,7 +55,7 @@ def chat_request(rng, parts, at, tokens):
     return request
 
 
-def make_trace(seed=1, documents=4, questions=2, chats=16, burst=40.0, calm=60.0, calm_gap=4.0, document_tokens=128, chat_tokens=48):
+def make_trace(seed=1, documents=3, questions=3, chats=16, burst=45.0, calm=60.0, calm_gap=4.0, document_tokens=128, chat_tokens=48):
     """`documents` texts with `questions` each and `chats` short ones within `burst` seconds, then short ones every
     `calm_gap` seconds for `calm` seconds, counted from the end of the burst's work."""
     rng = random.Random(seed)
@@ -106,7 +106,7 @@ def dump(trace):
 def scaled(scale, **arguments):
     """The default trace with `scale` times the requests, at the same rate."""
     return make_trace(
-        documents=max(1, round(4 * scale)), chats=max(1, round(16 * scale)), burst=max(5.0, 40.0 * scale), **arguments
+        documents=max(1, round(3 * scale)), chats=max(1, round(16 * scale)), burst=max(5.0, 45.0 * scale), **arguments
     )
 
 
