@@ -1,0 +1,67 @@
+#include "server/access_log.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <fstream>
+#include <iterator>
+
+namespace dsla {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+TEST(AccessLogTest, OneLineWithoutTheText) {
+  const std::string path = ::testing::TempDir() + "dsla_access_log";
+  std::remove(path.c_str());
+  auto log = Log::Open({.file = path});
+  ASSERT_TRUE(log.ok());
+  ServerMetrics metrics({.model = "m", .version = "1", .vllm_compat = false});
+  AccessLog access(log->get());
+  access.SetMetrics(&metrics);
+
+  HttpRequest request;
+  request.method = "POST";
+  request.path = "/v1/completions";
+  request.query = "secret=1";
+  request.body = "private words";
+  request.request_id = "id-1";
+  request.headers.Add("Authorization", "Bearer private-key");
+  request.headers.Add("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01");
+  AccessRecord record;
+  record.request = std::make_shared<const HttpRequest>(request);
+  record.route = "/v1/completions";
+  record.status = 200;
+  record.notes = {{"tokens", "5"}};
+  access.OnRequestStarted();
+  access.OnRequestFinished(record);
+
+  request.path = "/health";
+  record.request = std::make_shared<const HttpRequest>(request);
+  record.route = "/health";
+  access.OnRequestStarted();
+  access.OnRequestFinished(record);  // a probe that is well: no line
+  (*log)->Flush();
+
+  std::ifstream file(path);
+  const std::string text((std::istreambuf_iterator<char>(file)), {});
+  EXPECT_EQ(std::count(text.begin(), text.end(), '\n'), 1);
+  EXPECT_THAT(text, HasSubstr("id=id-1 method=POST path=/v1/completions status=200"));
+  EXPECT_THAT(text, HasSubstr("bytes_in=13"));
+  EXPECT_THAT(text, HasSubstr("tokens=5"));
+  EXPECT_THAT(text, HasSubstr("traceparent=00-4bf92f35"));
+  EXPECT_THAT(text, Not(HasSubstr("private")));
+  EXPECT_THAT(text, Not(HasSubstr("secret")));
+  EXPECT_THAT(metrics.Render(EngineState()), HasSubstr("route=\"/v1/completions\""));
+}
+
+TEST(AccessLogTest, TraceParents) {
+  EXPECT_TRUE(SoundTraceParent("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"));
+  EXPECT_FALSE(SoundTraceParent("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-0"));
+  EXPECT_FALSE(SoundTraceParent("00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01"));
+  EXPECT_FALSE(SoundTraceParent("x=1 y=2"));
+}
+
+}  // namespace
+}  // namespace dsla
