@@ -220,7 +220,7 @@ TEST_F(CliTest, BadOptionsAreNamed) {
   ExpectRefused("run " + Model() + "--top-p 0 abc", "top_p");
   ExpectRefused("run " + Model() + "--memory lots abc", "'lots' is not a size such as 512M or 2G");
   ExpectRefused("run " + Model() + "--weights int3 abc",
-                "--weights: 'int3' is not one of bf16, fp32");
+                "--weights: 'int3' is not one of auto, bf16, fp32, int8, int4");
   ExpectRefused("run " + Model() + "--context 100000 abc",
                 "context of 100000 tokens: the model has 512");
   ExpectRefused("run " + Model() + "--chat-template nope abc", "nope");

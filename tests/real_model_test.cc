@@ -43,6 +43,10 @@ class RealModelTest : public testing::Test {
   }
 
   void Load(DType dtype) {
+    Load(dtype == DType::kF32 ? WeightFormat::kF32 : WeightFormat::kBF16, dtype);
+  }
+
+  void Load(WeightFormat weights, DType kv) {
     auto adapter = Adapter::Open(
         std::string(DSLA_SOURCE_DIR) + "/models/smollm2-135m-instruct.dsla.safetensors",
         file_->config());
@@ -50,8 +54,7 @@ class RealModelTest : public testing::Test {
     const auto fingerprint = file_->Fingerprint();
     ASSERT_TRUE(fingerprint.ok());
     ASSERT_TRUE((*adapter)->CheckBase(*fingerprint, file_->path()).ok());
-    auto model =
-        HybridModel::Load(ctx_, *file_, *adapter, {.weight_dtype = dtype, .kv_dtype = dtype});
+    auto model = HybridModel::Load(ctx_, *file_, *adapter, {.weights = weights, .kv_dtype = kv});
     ASSERT_TRUE(model.ok()) << model.status().message();
     model_ = std::move(model).value();
     auto pool = CachePool::Create(model_->cache_geometry(), int64_t{1} << 30);
@@ -61,12 +64,12 @@ class RealModelTest : public testing::Test {
 
   // Per-token divergence of our logits from transformers' (its final hidden states times the
   // embedding, in fp32).
-  std::vector<RowDivergence> AgainstTransformers() {
+  std::vector<RowDivergence> AgainstTransformers(Products products = Products::kFastest) {
     const std::vector<float> hidden = ReadRaw<float>(DataPath("smollm2/hidden.f32"));
     const int64_t C = file_->config().C, V = file_->config().V;
     Buffer<float> embedding(V * C);
     EXPECT_TRUE(file_->Read("model.embed_tokens.weight", embedding.span()).ok());
-    const Linear head(embedding.span(), V, C, DType::kF32);
+    const Linear head(embedding.span(), V, C, WeightFormat::kF32);
     std::vector<RowDivergence> rows;
     SequenceCache cache = model_->NewSequence(*pool_, 0);
     constexpr int kChunk = 128;
@@ -74,7 +77,7 @@ class RealModelTest : public testing::Test {
     for (int begin = 0; begin < 2048; begin += kChunk) {
       head.Forward(ctx_, hidden.data() + begin * C, C, kChunk, want.data(), V);
       const auto tokens = std::span(tokens_).subspan(begin, kChunk);
-      EXPECT_TRUE(model_->Append(ctx_, *pool_, cache, tokens, kChunk, got).ok());
+      EXPECT_TRUE(model_->Append(ctx_, *pool_, cache, tokens, kChunk, got, products).ok());
       std::vector<RowDivergence> chunk(kChunk);
       ParallelFor(ctx_, kChunk, [&](int64_t t, int) {
         chunk[t] = Divergence(want.span().subspan(t * V, V), got.span().subspan(t * V, V));
@@ -115,6 +118,26 @@ TEST_F(RealModelTest, Bf16WeightsAndCacheStayClose) {
   for (const RowDivergence& row : rows) sum += row.kl;
   std::printf("mean KL %.2e\n", sum / static_cast<double>(rows.size()));
   EXPECT_LT(sum / static_cast<double>(rows.size()), 2e-3);
+}
+
+// Integers as decode uses them (kInvariant: activations rounded too), bf16 cache. The file is Q4_1
+// with a Q8_0 embedding, so its own groups are what int4 stores.
+TEST_F(RealModelTest, IntegerWeightsStayClose) {
+  for (const auto& [format, bound] :
+       {std::pair(WeightFormat::kInt8, 1e-3), std::pair(WeightFormat::kInt4, 3e-3)}) {
+    Load(format, DType::kBF16);
+    double sum = 0;
+    int64_t agree = 0;
+    const auto rows = AgainstTransformers(Products::kInvariant);
+    for (const RowDivergence& row : rows) {
+      sum += row.kl;
+      agree += row.agree;
+    }
+    std::printf("%s: mean KL %.2e, top-1 equal on %lld of %zu, %.1f MB\n", Name(format),
+                sum / static_cast<double>(rows.size()), static_cast<long long>(agree), rows.size(),
+                1e-6 * static_cast<double>(model_->weight_bytes(0)));
+    EXPECT_LT(sum / static_cast<double>(rows.size()), bound);
+  }
 }
 
 // An independent PyTorch implementation of the adapter's arithmetic, all in fp32, gave these for

@@ -34,4 +34,19 @@ inline float ToFloat(f16 x) {
   return sign ? -magnitude : magnitude;
 }
 
+// Round to nearest even; beyond the range infinity, NaN stays NaN (quiet).
+inline f16 ToF16(float x) {
+  const uint32_t u = std::bit_cast<uint32_t>(x), magnitude = u & 0x7fffffffu;
+  const auto sign = static_cast<uint16_t>((u >> 16) & 0x8000u);
+  if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
+  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};
+  if (magnitude < 0x38800000u) {
+    // Subnormal: in units of 2^-24, rounded by the addition of 0.5, whose last place that is.
+    const float rounded = std::bit_cast<float>(magnitude) + 0.5f;
+    return {static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(rounded) - 0x3f000000u))};
+  }
+  const uint32_t shifted = magnitude - (112u << 23);
+  return {static_cast<uint16_t>(sign | ((shifted + 0xfffu + ((shifted >> 13) & 1u)) >> 13))};
+}
+
 }  // namespace dsla

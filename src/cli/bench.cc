@@ -181,8 +181,8 @@ Status Bench(const BenchArgs& args) {
     return Status::Ok();
   }
   fmt::print("{}, {} weights, {} cache; {} tokens of {}, then {} decoded; {} threads\n",
-             loaded.model->config().name, args.model.weights, args.model.kv, tokens, args.text,
-             speed.decode_tokens, loaded.ctx.threads);
+             loaded.model->config().name, Name(loaded.model->options().weights), args.model.kv,
+             tokens, args.text, speed.decode_tokens, loaded.ctx.threads);
   fmt::print("machine: memory read {:.1f} GB/s, fp32 GEMM {:.0f} GFLOP/s\n\n",
              machine.read_bytes_per_second / 1e9, machine.gemm_flops / 1e9);
   PrintTable(rows, args.kl, args.format == "markdown");

@@ -29,6 +29,15 @@ Expected<DType> ParseDType(const std::string& option, const std::string& value) 
   return InvalidArgument("{}: '{}' is not one of bf16, fp32", option, value);
 }
 
+Expected<WeightFormat> ParseWeightFormat(const std::string& value, const ModelFile& file) {
+  if (value == "auto") return FormatFor(file);
+  for (const WeightFormat format :
+       {WeightFormat::kBF16, WeightFormat::kF32, WeightFormat::kInt8, WeightFormat::kInt4}) {
+    if (value == Name(format)) return format;
+  }
+  return InvalidArgument("--weights: '{}' is not one of auto, bf16, fp32, int8, int4", value);
+}
+
 // One sequence of the whole context at any level: every layer's pages and every layer's slot.
 int64_t DefaultMemory(const HybridModel& model, int sequences) {
   const CacheGeometry geometry = model.cache_geometry();
@@ -51,7 +60,10 @@ void ModelArgs::AddTo(CLI::App& app) {
          "adapter file, or 'none' [default: the shipped one, where it belongs to the model]")
       ->type_name("PATH")
       ->group(group);
-  app.add_option("--weights", weights, "how weights are held: bf16 or fp32")
+  app.add_option(
+         "--weights", weights,
+         "how weights are held: auto (as small as keeps what the file holds), bf16, fp32, int8\n"
+         "or int4")
       ->type_name("TYPE")
       ->capture_default_str()
       ->group(group);
@@ -109,7 +121,6 @@ Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences) {
   const double start = NowSeconds();
   LoadedModel loaded;
   ModelOptions options;
-  DSLA_ASSIGN_OR_RETURN(options.weight_dtype, ParseDType("--weights", args.weights));
   DSLA_ASSIGN_OR_RETURN(options.kv_dtype, ParseDType("--kv", args.kv));
   options.max_positions = args.context;
   if (args.threads < 0 || args.threads > 1024)
@@ -125,6 +136,7 @@ Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences) {
     DSLA_ASSIGN_OR_RETURN(path, DefaultModelPath());
   }
   DSLA_ASSIGN_OR_RETURN(loaded.file, ModelFile::Open(path));
+  DSLA_ASSIGN_OR_RETURN(options.weights, ParseWeightFormat(args.weights, *loaded.file));
   DSLA_ASSIGN_OR_RETURN(loaded.adapter, OpenAdapter(args, *loaded.file));
   DSLA_ASSIGN_OR_RETURN(TokenizerData tokenizer, loaded.file->ReadTokenizer());
   DSLA_ASSIGN_OR_RETURN(loaded.tokenizer, Tokenizer::Create(std::move(tokenizer)));

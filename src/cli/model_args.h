@@ -21,7 +21,7 @@ namespace dsla {
 struct ModelArgs {
   std::string model;    // empty: the default model
   std::string adapter;  // empty: the shipped adapter where it fits; "none": no adapter
-  std::string weights = "bf16";
+  std::string weights = "auto";
   std::string kv = "bf16";
   int context = 0;     // 0: the model's
   std::string memory;  // cache budget, such as 512M; empty: one sequence of the whole context

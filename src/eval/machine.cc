@@ -43,7 +43,7 @@ double GemmRate(const ExecContext& ctx) {
   Buffer<float> weight(kSize * kSize), x(kRows * kSize), y(kRows * kSize);
   weight.Fill(0.01f);
   x.Fill(0.5f);
-  const Linear linear(weight.span(), kSize, kSize, DType::kF32);
+  const Linear linear(weight.span(), kSize, kSize, WeightFormat::kF32);
   double best = 0;
   for (int pass = 0; pass < 7; ++pass) {
     const double start = NowSeconds();

@@ -53,14 +53,14 @@ Expected<std::unique_ptr<HybridModel>> HybridModel::Load(const ExecContext& ctx,
   }
   model->config_ = config;
   model->options_ = options;
-  DSLA_ASSIGN_OR_RETURN(model->weights_, LoadWeights(ctx, file, options.weight_dtype));
+  DSLA_ASSIGN_OR_RETURN(model->weights_, LoadWeights(ctx, file, options.weights));
   model->ladder_.resize(config.L);
   std::iota(model->ladder_.begin(), model->ladder_.end(), 0);
   if (adapter != nullptr) {
     DSLA_CHECK(static_cast<int>(adapter->layers.size()) == config.L);
     model->ladder_ = adapter->ladder;
     model->adapter_ =
-        BindAdapter(config, std::move(adapter), options.weight_dtype, options.kv_dtype);
+        BindAdapter(config, std::move(adapter), options.weights, options.kv_dtype);
   }
   model->rank_.resize(config.L);
   for (int rank = 0; rank < config.L; ++rank) model->rank_[model->ladder_[rank]] = rank;

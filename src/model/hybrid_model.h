@@ -26,7 +26,7 @@
 namespace dsla {
 
 struct ModelOptions {
-  DType weight_dtype = DType::kBF16;
+  WeightFormat weights = WeightFormat::kBF16;
   DType kv_dtype = DType::kBF16;
   int page_size = 64;     // tokens per KV page
   int max_positions = 0;  // longest sequence; 0 = the model's context length

@@ -17,7 +17,7 @@ Status ReadInto(const ModelFile& file, const std::string& name, Buffer<float>& o
 // Stacks [out_i, in] weights of one layer (and their biases) into one Linear.
 Status LoadStacked(const ModelFile& file, int layer,
                    std::span<const std::pair<const char*, int64_t>> parts, int64_t in, bool bias,
-                   DType dtype, Arena* arena, Linear& linear) {
+                   WeightFormat format, Arena* arena, Linear& linear) {
   int64_t out = 0;
   for (const auto& [suffix, rows] : parts) out += rows;
   Buffer<float> weight(out * in), biases(bias ? out : 0);
@@ -28,11 +28,12 @@ Status LoadStacked(const ModelFile& file, int layer,
     if (bias) DSLA_RETURN_IF_ERROR(file.Read(name + ".bias", biases.span().subspan(row, rows)));
     row += rows;
   }
-  linear = Linear(weight.span(), out, in, dtype, biases.span(), arena);
+  linear = Linear(weight.span(), out, in, format, biases.span(), arena);
   return Status::Ok();
 }
 
-Status LoadLayer(const ModelFile& file, int l, DType dtype, Arena* arena, LayerWeights& layer) {
+Status LoadLayer(const ModelFile& file, int l, WeightFormat format, Arena* arena,
+                 LayerWeights& layer) {
   const ModelConfig& c = file.config();
   DSLA_RETURN_IF_ERROR(
       ReadInto(file, LayerTensorName(l, "input_layernorm.weight"), layer.attn_norm, c.C));
@@ -51,10 +52,10 @@ Status LoadLayer(const ModelFile& file, int l, DType dtype, Arena* arena, LayerW
   const std::pair<const char*, int64_t> gate_up[] = {{"mlp.gate_proj", c.ffn},
                                                      {"mlp.up_proj", c.ffn}};
   const std::pair<const char*, int64_t> down[] = {{"mlp.down_proj", c.C}};
-  DSLA_RETURN_IF_ERROR(LoadStacked(file, l, qkv, c.C, c.qkv_bias, dtype, arena, layer.qkv));
-  DSLA_RETURN_IF_ERROR(LoadStacked(file, l, o, q, c.o_bias, dtype, arena, layer.o));
-  DSLA_RETURN_IF_ERROR(LoadStacked(file, l, gate_up, c.C, false, dtype, arena, layer.gate_up));
-  return LoadStacked(file, l, down, c.ffn, false, dtype, arena, layer.down);
+  DSLA_RETURN_IF_ERROR(LoadStacked(file, l, qkv, c.C, c.qkv_bias, format, arena, layer.qkv));
+  DSLA_RETURN_IF_ERROR(LoadStacked(file, l, o, q, c.o_bias, format, arena, layer.o));
+  DSLA_RETURN_IF_ERROR(LoadStacked(file, l, gate_up, c.C, false, format, arena, layer.gate_up));
+  return LoadStacked(file, l, down, c.ffn, false, format, arena, layer.down);
 }
 
 Buffer<float> Copy(const std::vector<float>& from) {
@@ -75,7 +76,23 @@ int64_t ModelWeights::bytes() const {
   return bytes;
 }
 
-Expected<ModelWeights> LoadWeights(const ExecContext& ctx, const ModelFile& file, DType dtype) {
+WeightFormat FormatFor(const ModelFile& file) {
+  bool all_q4_1 = true;
+  for (const char* suffix : {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+                             "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}) {
+    for (int l = 0; l < file.config().L; ++l) {
+      const TensorInfo* tensor = file.FindTensor(LayerTensorName(l, suffix) + ".weight");
+      DSLA_CHECK(tensor != nullptr);
+      if (tensor->type == "F32" || tensor->type == "F16" || tensor->type == "BF16")
+        return WeightFormat::kBF16;
+      all_q4_1 = all_q4_1 && tensor->type == "Q4_1";
+    }
+  }
+  return all_q4_1 ? WeightFormat::kInt4 : WeightFormat::kInt8;
+}
+
+Expected<ModelWeights> LoadWeights(const ExecContext& ctx, const ModelFile& file,
+                                   WeightFormat format) {
   const ModelConfig& config = file.config();
   ModelWeights weights;
   weights.arena = std::make_unique<Arena>();
@@ -85,15 +102,16 @@ Expected<ModelWeights> LoadWeights(const ExecContext& ctx, const ModelFile& file
   const auto load = [&](int64_t task) -> Status {
     if (task >= 2) {
       const int l = static_cast<int>(task) - 2;
-      return LoadLayer(file, l, dtype, weights.arena.get(), weights.layers[l]);
+      return LoadLayer(file, l, format, weights.arena.get(), weights.layers[l]);
     }
     const bool head = task == 1;
     if (head && config.tied_embeddings) return Status::Ok();
     Buffer<float> weight(int64_t{config.V} * config.C);
     DSLA_RETURN_IF_ERROR(
         file.Read(head ? "lm_head.weight" : "model.embed_tokens.weight", weight.span()));
-    (head ? weights.head : weights.embedding) =
-        Linear(weight.span(), config.V, config.C, dtype, {}, weights.arena.get());
+    (head ? weights.head : weights.embedding) = Linear(
+        weight.span(), config.V, config.C,
+        format == WeightFormat::kInt4 ? WeightFormat::kInt8 : format, {}, weights.arena.get());
     return Status::Ok();
   };
   // One task per layer, and one each for the embedding and the head: dequantising is the slow part.
@@ -129,7 +147,8 @@ DslaParams DslaLayer::params() const {
 }
 
 BoundAdapter BindAdapter(const ModelConfig& config, std::shared_ptr<const Adapter> adapter,
-                         DType weight_dtype, DType kv_dtype) {
+                         WeightFormat format, DType kv_dtype) {
+  if (format != WeightFormat::kF32) format = WeightFormat::kBF16;
   BoundAdapter bound;
   bound.arena = std::make_unique<Arena>();
   Arena* const arena = bound.arena.get();
@@ -146,11 +165,11 @@ BoundAdapter BindAdapter(const ModelConfig& config, std::shared_ptr<const Adapte
                    .kv_dtype = kv_dtype,
                    .gate_floor = from.gate_floor};
     if (from.rank > 0) {
-      layer.q_delta = LowRankDelta(from.q_a, from.q_b, from.rank, config.C, q, weight_dtype, arena);
-      layer.o_delta = LowRankDelta(from.o_a, from.o_b, from.rank, q, config.C, weight_dtype, arena);
+      layer.q_delta = LowRankDelta(from.q_a, from.q_b, from.rank, config.C, q, format, arena);
+      layer.o_delta = LowRankDelta(from.o_a, from.o_b, from.rank, q, config.C, format, arena);
     }
     if (from.window > 0)
-      layer.claim = Linear(from.claim, config.H, config.C, weight_dtype, from.claim_bias, arena);
+      layer.claim = Linear(from.claim, config.H, config.C, format, from.claim_bias, arena);
     layer.phi_q = Copy(from.phi_q);
     layer.phi_k = Copy(from.phi_k);
     layer.gate_weight = Copy(from.gate_weight);

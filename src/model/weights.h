@@ -38,8 +38,14 @@ struct ModelWeights {
   int64_t bytes() const;
 };
 
-// Reads and converts every tensor of `file`. Errors are those of ModelFile::Read.
-Expected<ModelWeights> LoadWeights(const ExecContext& ctx, const ModelFile& file, DType dtype);
+// The smallest format that keeps what `file` holds: int4 where the layers' matrices are Q4_1, whose
+// groups it stores as they are; int8 where they are quantised otherwise; else bf16.
+WeightFormat FormatFor(const ModelFile& file);
+
+// Reads and converts every tensor of `file`. The embedding and the head are never stored below 8
+// bits: at 4 they cost more quality than all other weights. Errors are those of ModelFile::Read.
+Expected<ModelWeights> LoadWeights(const ExecContext& ctx, const ModelFile& file,
+                                   WeightFormat format);
 
 // One layer of an adapter as the operators read it.
 struct DslaLayer {
@@ -61,7 +67,8 @@ struct BoundAdapter {
   int64_t slot_bytes = 0;  // of the largest layer's slot
 };
 
+// The adapter's matrices are small and stay in 16 bits where the model's have fewer.
 BoundAdapter BindAdapter(const ModelConfig& config, std::shared_ptr<const Adapter> adapter,
-                         DType weight_dtype, DType kv_dtype);
+                         WeightFormat format, DType kv_dtype);
 
 }  // namespace dsla

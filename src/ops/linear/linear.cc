@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <cstring>
 #include <utility>
+#include <vector>
 
 #include "base/buffer.h"
 #include "base/check.h"
 #include "base/half.h"
+#include "ops/linear/group_quant.h"
 #include "ops/linear/linear_gemm.h"
 #include "ops/linear/linear_kernels.h"
 
@@ -15,18 +17,25 @@ namespace {
 
 enum class Path { kRows, kGemmF32, kGemmBf16 };
 
+bool IsQuantized(WeightFormat format) {
+  return format == WeightFormat::kInt8 || format == WeightFormat::kInt4;
+}
+DType ElementOf(WeightFormat format) {
+  return format == WeightFormat::kF32 ? DType::kF32 : DType::kBF16;
+}
+
 // On AVX2 our own loop takes less CPU time than the conversion of a panel and the fp32 GEMM up to
 // about 100 rows of every shape in linear_bench (16 rows: half, 64 rows: 10 to 25% less), and it
 // keeps the batch out of a row's result; beyond, the GEMM's packing pays.
-constexpr int64_t kMaxRows = 64;
+constexpr int64_t kMaxRows = kLinearMaxRows;
 static_assert(kMaxRows >= kLinearInvariantRows);
 
 // How T rows are multiplied. A CPU with bf16 dot products (AVX512_BF16, AMX) has several times the
 // fp32 rate in them, worth rounding the activations to bf16 once T is a prefill's, not a batch of
 // decodes. On other CPUs libtorch's bf16 product is far slower than fp32, hence the panels.
-Path ChoosePath(int64_t T, DType dtype) {
+Path ChoosePath(int64_t T, WeightFormat format) {
   if (T <= kLinearInvariantRows) return Path::kRows;
-  if (dtype == DType::kBF16 && CpuMultipliesBf16()) return Path::kGemmBf16;
+  if (format == WeightFormat::kBF16 && CpuMultipliesBf16()) return Path::kGemmBf16;
   return T <= kMaxRows ? Path::kRows : Path::kGemmF32;
 }
 
@@ -40,51 +49,97 @@ constexpr int64_t kPanelRows = 512;
 
 int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
+// How many of `units` one task takes. At least two tasks per thread, so that a thread held up by
+// the system does not hold up all.
+int64_t TaskUnits(const ExecContext& ctx, int64_t unit_bytes, int64_t units) {
+  return std::clamp<int64_t>(kTaskBytes / unit_bytes, 1,
+                             (units + 2 * ctx.threads - 1) / (2 * ctx.threads));
+}
+
 }  // namespace
 
-// Other forms of storage (quantised blocks) would be further members with their own decoders.
 struct Linear::Storage {
-  DType dtype;
-  int64_t stride;  // elements between rows
-  void* weight;    // [out, stride] of dtype, in `own` or in an arena
+  WeightFormat format;
+  DType dtype;            // of the elements unless quantised
+  int64_t stride;         // elements between rows; inputs, padded
+  GroupQuantShape quant;  // if quantised
+  void* weight;           // [out, stride] of dtype or the blocks of `quant`; in `own` or an arena
+  int64_t weight_bytes;
   Buffer<char> own;
   Buffer<float> bias;
 
   bf16* w16() const { return static_cast<bf16*>(weight); }
   float* w32() const { return static_cast<float*>(weight); }
+  uint8_t* blocks() const { return static_cast<uint8_t*>(weight); }
   const float* bias_or_null() const { return bias.size() > 0 ? bias.data() : nullptr; }
 
+  void Store(std::span<const float> from, int64_t out, int64_t in);
   void ForwardRows(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T, int64_t in,
                    int64_t out, float* y, int64_t y_stride, bool accumulate) const;
+  void ForwardQuantized(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T,
+                        float* y, int64_t y_stride, bool accumulate) const;
   void ForwardGemm(const ExecContext& ctx, GemmArgs args, Path path) const;
+  // Features [begin, end) as fp32 rows `stride` floats apart.
+  void Widen(int64_t begin, int64_t end, float* to) const;
 };
 
-Linear::Linear(std::span<const float> weight, int64_t out, int64_t in, DType dtype,
+const char* Name(WeightFormat format) {
+  switch (format) {
+    case WeightFormat::kF32:
+      return "fp32";
+    case WeightFormat::kBF16:
+      return "bf16";
+    case WeightFormat::kInt8:
+      return "int8";
+    case WeightFormat::kInt4:
+      return "int4";
+  }
+  return "unknown";
+}
+
+Linear::Linear(std::span<const float> weight, int64_t out, int64_t in, WeightFormat format,
                std::span<const float> bias, Arena* arena)
     : storage_(std::make_unique<Storage>()), in_(in), out_(out) {
   DSLA_CHECK(in > 0 && out > 0);
   DSLA_CHECK(static_cast<int64_t>(weight.size()) == out * in);
   DSLA_CHECK(bias.empty() || static_cast<int64_t>(bias.size()) == out);
   Storage& s = *storage_;
-  s.dtype = dtype;
+  s.format = format;
+  s.dtype = ElementOf(format);
   s.stride = RoundUp(in, kLinearPad);
-  const int64_t bytes = out * s.stride * SizeOf(dtype);
-  if (arena == nullptr) s.own.Resize(bytes);
-  s.weight = arena != nullptr ? arena->Take(bytes) : s.own.data();
-  for (int64_t o = 0; o < out; ++o) {
-    const float* from = weight.data() + o * in;
-    if (dtype == DType::kBF16) {
-      bf16* to = s.w16() + o * s.stride;
-      NarrowBf16(from, to, in);
-      std::fill(to + in, to + s.stride, bf16{0});
-    } else {
-      float* to = s.w32() + o * s.stride;
-      std::copy(from, from + in, to);
-      std::fill(to + in, to + s.stride, 0.f);
-    }
-  }
+  s.quant = {.out = out, .in = in, .bits = format == WeightFormat::kInt4 ? 4 : 8};
+  s.weight_bytes = IsQuantized(format) ? s.quant.bytes() : out * s.stride * SizeOf(s.dtype);
+  if (arena == nullptr) s.own.Resize(s.weight_bytes);
+  s.weight = arena != nullptr ? arena->Take(s.weight_bytes) : s.own.data();
+  s.Store(weight, out, in);
   s.bias.Resize(static_cast<int64_t>(bias.size()));
   std::copy(bias.begin(), bias.end(), s.bias.data());
+}
+
+void Linear::Storage::Store(std::span<const float> from, int64_t out, int64_t in) {
+  if (IsQuantized(format)) {
+    GroupQuantize(quant, from.data(), blocks());
+    return;
+  }
+  for (int64_t o = 0; o < out; ++o) {
+    const float* row = from.data() + o * in;
+    if (dtype == DType::kBF16) {
+      bf16* to = w16() + o * stride;
+      NarrowBf16(row, to, in);
+      std::fill(to + in, to + stride, bf16{0});
+    } else {
+      float* to = w32() + o * stride;
+      std::copy(row, row + in, to);
+      std::fill(to + in, to + stride, 0.f);
+    }
+  }
+}
+
+void Linear::Storage::Widen(int64_t begin, int64_t end, float* to) const {
+  if (IsQuantized(format))
+    GroupDequantize(quant, blocks(), begin, end, to, stride);
+  else
+    WidenBf16(w16() + begin * stride, to, (end - begin) * stride);
 }
 
 Linear::Linear(Linear&& other) noexcept
@@ -104,8 +159,7 @@ Linear::~Linear() = default;
 
 int64_t Linear::bytes() const {
   if (empty()) return 0;
-  return out_ * storage_->stride * SizeOf(storage_->dtype) +
-         storage_->bias.size() * static_cast<int64_t>(sizeof(float));
+  return storage_->weight_bytes + storage_->bias.size() * static_cast<int64_t>(sizeof(float));
 }
 
 void Linear::Forward(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T, float* y,
@@ -115,7 +169,8 @@ void Linear::Forward(const ExecContext& ctx, const float* x, int64_t x_stride, i
   DSLA_CHECK(T <= 1 || (x_stride >= in_ && y_stride >= out_));
   if (T <= 0) return;
   const bool add = accumulate == Accumulate::kYes;
-  const Path path = products == Products::kInvariant ? Path::kRows : ChoosePath(T, storage_->dtype);
+  const Path path =
+      products == Products::kInvariant ? Path::kRows : ChoosePath(T, storage_->format);
   if (path == Path::kRows) {
     // No more rows at a time than keep the activations in the cache.
     for (int64_t t = 0; t < T; t += kMaxRows) {
@@ -136,9 +191,41 @@ void Linear::Forward(const ExecContext& ctx, const float* x, int64_t x_stride, i
   storage_->ForwardGemm(ctx, args, path);
 }
 
+void Linear::Storage::ForwardQuantized(const ExecContext& ctx, const float* x, int64_t x_stride,
+                                       int64_t T, float* y, int64_t y_stride,
+                                       bool accumulate) const {
+  const Workspace::Scope scope(*ctx.workspace);
+  const QuantRows rows{.high = ctx.workspace->Take<int8_t>(T * quant.stride()),
+                       .low = ctx.workspace->Take<int8_t>(T * quant.stride()),
+                       .scale = ctx.workspace->Take<float>(T * quant.groups()),
+                       .sum = ctx.workspace->Take<float>(T * quant.groups())};
+  QuantizeRows(quant, x, x_stride, T, rows);
+  const GroupQuantArgs args{.shape = quant,
+                            .weight = blocks(),
+                            .bias = bias_or_null(),
+                            .x = rows,
+                            .T = T,
+                            .y = y,
+                            .y_stride = y_stride,
+                            .accumulate = accumulate};
+  const int64_t blocks = quant.blocks();
+  if (weight_bytes * T < kMinParallelBytes) {
+    GroupQuantProduct(args, 0, blocks);
+    return;
+  }
+  const int64_t count = TaskUnits(ctx, quant.block_bytes(), blocks);
+  ParallelFor(ctx, (blocks + count - 1) / count, [&](int64_t task, int) {
+    GroupQuantProduct(args, task * count, std::min(blocks, (task + 1) * count));
+  });
+}
+
 void Linear::Storage::ForwardRows(const ExecContext& ctx, const float* x, int64_t x_stride,
                                   int64_t T, int64_t in, int64_t out, float* y, int64_t y_stride,
                                   bool accumulate) const {
+  if (IsQuantized(format)) {
+    ForwardQuantized(ctx, x, x_stride, T, y, y_stride, accumulate);
+    return;
+  }
   const Workspace::Scope scope(*ctx.workspace);
   float* packed = ctx.workspace->Take<float>(T * stride);
   PackActivations(x, x_stride, T, in, stride, dtype, packed);
@@ -156,10 +243,7 @@ void Linear::Storage::ForwardRows(const ExecContext& ctx, const float* x, int64_
     LinearRows(args, 0, out);
     return;
   }
-  // At least two tasks per thread, so that a thread held up by the system does not hold up all.
-  const int64_t rows = RoundUp(std::clamp<int64_t>(kTaskBytes / row_bytes, 1,
-                                                   (out + 2 * ctx.threads - 1) / (2 * ctx.threads)),
-                               4);
+  const int64_t rows = RoundUp(TaskUnits(ctx, row_bytes, out), 4);
   ParallelFor(ctx, (out + rows - 1) / rows, [&](int64_t task, int) {
     LinearRows(args, task * rows, std::min(out, (task + 1) * rows));
   });
@@ -192,7 +276,7 @@ void Linear::Storage::ForwardGemm(const ExecContext& ctx, GemmArgs args, Path pa
     GemmBf16(ctx.threads, args, x16, w16());
     return;
   }
-  if (dtype == DType::kF32) {
+  if (format == WeightFormat::kF32) {
     args.w = w32();
     GemmF32(ctx.threads, args);
     return;
@@ -203,7 +287,7 @@ void Linear::Storage::ForwardGemm(const ExecContext& ctx, GemmArgs args, Path pa
   for (int64_t o = 0; o < out; o += kPanelRows) {
     args.out = std::min(kPanelRows, out - o);
     ParallelRanges(ctx, args.out, 32, [&](int64_t begin, int64_t end, int) {
-      WidenBf16(w16() + (o + begin) * stride, panel + begin * stride, (end - begin) * stride);
+      Widen(o + begin, o + end, panel + begin * stride);
     });
     args.w = panel;
     args.y = y + o;
@@ -213,16 +297,21 @@ void Linear::Storage::ForwardGemm(const ExecContext& ctx, GemmArgs args, Path pa
 
 void Linear::ReadRow(int64_t i, float* out) const {
   DSLA_CHECK(i >= 0 && i < out_);
-  const int64_t at = i * storage_->stride;
-  if (storage_->dtype == DType::kBF16)
-    WidenBf16(storage_->w16() + at, out, in_);
-  else
-    std::memcpy(out, storage_->w32() + at, static_cast<size_t>(in_) * sizeof(float));
+  const Storage& s = *storage_;
+  if (IsQuantized(s.format)) {
+    std::vector<float> row(static_cast<size_t>(s.stride));
+    s.Widen(i, i + 1, row.data());
+    std::memcpy(out, row.data(), static_cast<size_t>(in_) * sizeof(float));
+  } else if (s.dtype == DType::kBF16) {
+    WidenBf16(s.w16() + i * s.stride, out, in_);
+  } else {
+    std::memcpy(out, s.w32() + i * s.stride, static_cast<size_t>(in_) * sizeof(float));
+  }
 }
 
 LowRankDelta::LowRankDelta(std::span<const float> a, std::span<const float> b, int64_t rank,
-                           int64_t in, int64_t out, DType dtype, Arena* arena)
-    : a_(a, rank, in, dtype, {}, arena), b_(b, out, rank, dtype, {}, arena) {}
+                           int64_t in, int64_t out, WeightFormat format, Arena* arena)
+    : a_(a, rank, in, format, {}, arena), b_(b, out, rank, format, {}, arena) {}
 
 void LowRankDelta::AddTo(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T,
                          float* y, int64_t y_stride, Products products) const {

@@ -1,5 +1,6 @@
-// Linear: y = W x + b with a weight stored in bf16 or fp32 and fp32 activations. Many rows go
-// through libtorch's GEMM; few rows (decode) are bound by the weight's bytes and take our own loop.
+// Linear: y = W x + b with a weight stored in bf16, fp32 or groups of small integers, and fp32
+// activations. Many rows go through libtorch's GEMM; few rows (decode) are bound by the weight's
+// bytes and take our own loop.
 // Immutable after construction; Forward is thread-safe.
 #pragma once
 
@@ -8,12 +9,20 @@
 #include <span>
 
 #include "base/arena.h"
-#include "base/dtype.h"
 #include "base/exec.h"
 
 namespace dsla {
 
 enum class Accumulate { kNo, kYes };
+
+// How a weight is stored. kInt8 and kInt4: groups of 32 inputs with a scale, and with int4 a
+// minimum (group_quant.h), 8.5 and 5 or 6 bits a weight; up to kLinearMaxRows rows, and with
+// Products::kInvariant, their activations are rounded to 15 bits in the same groups.
+enum class WeightFormat { kF32, kBF16, kInt8, kInt4 };
+const char* Name(WeightFormat format);
+
+// Up to here our own loop; beyond, kFastest takes a GEMM.
+inline constexpr int64_t kLinearMaxRows = 64;
 
 // Up to this many rows, a row's result is the same bits however many others it is batched with, on
 // any number of threads. With kFastest more rows may go through a GEMM, which sums in another order
@@ -25,9 +34,9 @@ enum class Products { kFastest, kInvariant };
 class Linear {
  public:
   Linear();
-  // weight: [out, in] row-major, rounded to `dtype` (nearest even). bias: [out] or empty. With an
+  // weight: [out, in] row-major, rounded to `format`. bias: [out] or empty. With an
   // arena the stored weight lies there, and the arena must outlive it.
-  Linear(std::span<const float> weight, int64_t out, int64_t in, DType dtype,
+  Linear(std::span<const float> weight, int64_t out, int64_t in, WeightFormat format,
          std::span<const float> bias = {}, Arena* arena = nullptr);
   Linear(Linear&&) noexcept;
   Linear& operator=(Linear&&) noexcept;
@@ -58,7 +67,7 @@ class LowRankDelta {
  public:
   LowRankDelta() = default;
   LowRankDelta(std::span<const float> a, std::span<const float> b, int64_t rank, int64_t in,
-               int64_t out, DType dtype, Arena* arena = nullptr);
+               int64_t out, WeightFormat format, Arena* arena = nullptr);
 
   bool empty() const { return a_.empty(); }
   int64_t bytes() const { return empty() ? 0 : a_.bytes() + b_.bytes(); }
@@ -69,9 +78,10 @@ class LowRankDelta {
   Linear a_, b_;
 };
 
-// The oracle: fp64 sums over the weight rounded to `dtype`.
-void LinearRef(std::span<const float> weight, int64_t out, int64_t in, DType dtype,
+// The oracle: fp64 sums over the weight rounded to `format`, and with round_activations over the
+// activations rounded as the integer formats do.
+void LinearRef(std::span<const float> weight, int64_t out, int64_t in, WeightFormat format,
                std::span<const float> bias, const float* x, int64_t x_stride, int64_t T, float* y,
-               int64_t y_stride);
+               int64_t y_stride, bool round_activations = false);
 
 }  // namespace dsla

@@ -60,12 +60,13 @@ std::vector<float> Random(int64_t n, uint32_t seed) {
 
 void BM_Linear(benchmark::State& state) {
   const int64_t T = state.range(0), out = state.range(1), in = state.range(2);
-  const DType dtype = state.range(3) == 1 ? DType::kBF16 : DType::kF32;
+  const WeightFormat format = state.range(3) == 1 ? WeightFormat::kBF16 : WeightFormat::kF32;
   const std::vector<float> weight = Random(out * in, 1);
   const int64_t rotation = T <= 8 ? int64_t{220} << 20 : int64_t{20} << 20;
-  const int64_t copies = std::max<int64_t>(1, rotation / (out * in * SizeOf(dtype)));
+  const int64_t copies =
+      std::max<int64_t>(1, rotation / (out * in * (format == WeightFormat::kF32 ? 4 : 2)));
   std::vector<Linear> layers;
-  for (int64_t i = 0; i < copies; ++i) layers.emplace_back(weight, out, in, dtype);
+  for (int64_t i = 0; i < copies; ++i) layers.emplace_back(weight, out, in, format);
   const std::vector<float> x = Random(T * in, 2);
   std::vector<float> y(static_cast<size_t>(T * out));
   Workspace workspace;

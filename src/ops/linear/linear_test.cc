@@ -31,15 +31,15 @@ std::vector<float> Random(int64_t n, uint32_t seed) {
 
 // fp32 sums; where the CPU multiplies bf16 itself many rows round the activations and the result to
 // bf16: one rounding of the result and the random sum of those of the terms, under 4 deviations.
-Tolerance ToleranceOf(int64_t T, int64_t in, DType dtype) {
-  if (dtype == DType::kBF16 && T > kLinearInvariantRows && CpuMultipliesBf16())
+Tolerance ToleranceOf(int64_t T, int64_t in, WeightFormat format) {
+  if (format == WeightFormat::kBF16 && T > kLinearInvariantRows && CpuMultipliesBf16())
     return RoundingTolerance(5, DType::kBF16);
   return SumTolerance(in);
 }
 
 struct Case {
   int64_t T, out, in;
-  DType dtype;
+  WeightFormat format;
   bool bias, accumulate;
 };
 
@@ -56,7 +56,7 @@ struct Problem {
     const std::vector<float> values = Random(c.T * c.in, 3), old = Random(c.T * c.out, 4);
     for (int64_t t = 0; t < c.T; ++t)
       std::copy_n(values.data() + t * c.in, c.in, x.data() + t * x_stride);
-    LinearRef(weight, c.out, c.in, c.dtype, bias, x.data(), x_stride, c.T, want.data(), c.out);
+    LinearRef(weight, c.out, c.in, c.format, bias, x.data(), x_stride, c.T, want.data(), c.out);
     if (!c.accumulate) return;
     for (int64_t t = 0; t < c.T; ++t) {
       for (int64_t o = 0; o < c.out; ++o) {
@@ -84,41 +84,41 @@ struct Problem {
 
 void CheckCase(const Case& c, int threads) {
   SCOPED_TRACE(testing::Message() << "T " << c.T << " out " << c.out << " in " << c.in << " "
-                                  << Name(c.dtype) << (c.bias ? " bias" : "")
+                                  << Name(c.format) << (c.bias ? " bias" : "")
                                   << (c.accumulate ? " accumulate" : "") << " threads " << threads);
   Problem p(c);
-  const Linear linear(p.weight, c.out, c.in, c.dtype, p.bias);
+  const Linear linear(p.weight, c.out, c.in, c.format, p.bias);
   Workspace workspace;
   linear.Forward({threads, &workspace}, p.x.data(), p.x_stride, c.T, p.y.data(), p.y_stride,
                  c.accumulate ? Accumulate::kYes : Accumulate::kNo);
-  ExpectClose(p.Dense(c), p.want, ToleranceOf(c.T, c.in, c.dtype));
+  ExpectClose(p.Dense(c), p.want, ToleranceOf(c.T, c.in, c.format));
 }
 
 TEST(LinearTest, EqualsReferenceOnEveryPath) {
-  for (const DType dtype : {DType::kBF16, DType::kF32})
+  for (const WeightFormat format : {WeightFormat::kBF16, WeightFormat::kF32})
     for (const bool bias : {false, true})
       for (const bool accumulate : {false, true})
         for (const int64_t T : {1, 2, 3, 4, 7, 32, 33, 64, 65, 90})
-          CheckCase({T, 129, 96, dtype, bias, accumulate}, 2);
+          CheckCase({T, 129, 96, format, bias, accumulate}, 2);
 }
 
 TEST(LinearTest, OddShapes) {
-  for (const DType dtype : {DType::kBF16, DType::kF32})
+  for (const WeightFormat format : {WeightFormat::kBF16, WeightFormat::kF32})
     for (const int64_t in : {1, 2, 3, 15, 16, 17, 31, 32, 33, 577})
       for (const int64_t out : {1, 2, 3, 4, 5, 67})
-        for (const int64_t T : {1, 5, 70}) CheckCase({T, out, in, dtype, true, false}, 2);
+        for (const int64_t T : {1, 5, 70}) CheckCase({T, out, in, format, true, false}, 2);
 }
 
 TEST(LinearTest, MoreFeaturesThanOnePanelOrTask) {
   for (const int64_t T : {1, 6, 33, 70})
     for (const int threads : {1, 2, 3})
-      CheckCase({T, 1300, 160, DType::kBF16, true, true}, threads);
+      CheckCase({T, 1300, 160, WeightFormat::kBF16, true, true}, threads);
 }
 
 TEST(LinearTest, EveryTargetEqualsReference) {
   ForEachTarget([] {
-    for (const DType dtype : {DType::kBF16, DType::kF32})
-      for (const int64_t T : {1, 2, 3, 5, 8}) CheckCase({T, 39, 100, dtype, true, true}, 1);
+    for (const WeightFormat format : {WeightFormat::kBF16, WeightFormat::kF32})
+      for (const int64_t T : {1, 2, 3, 5, 8}) CheckCase({T, 39, 100, format, true, true}, 1);
   });
 }
 
@@ -128,8 +128,8 @@ TEST(LinearTest, RowsDoNotDependOnTheBatch) {
   const std::vector<float> weight = Random(out * in, 1), x = Random(T * in, 3);
   Workspace workspace;
   ForEachTarget([&] {
-    for (const DType dtype : {DType::kBF16, DType::kF32}) {
-      const Linear linear(weight, out, in, dtype);
+    for (const WeightFormat format : {WeightFormat::kBF16, WeightFormat::kF32}) {
+      const Linear linear(weight, out, in, format);
       std::vector<float> alone(static_cast<size_t>(T * out));
       for (int64_t t = 0; t < T; ++t)
         linear.Forward({1, &workspace}, x.data() + t * in, in, 1, alone.data() + t * out, out);
@@ -137,7 +137,7 @@ TEST(LinearTest, RowsDoNotDependOnTheBatch) {
         std::vector<float> batched(static_cast<size_t>(rows * out));
         linear.Forward({2, &workspace}, x.data(), in, rows, batched.data(), out);
         EXPECT_EQ(std::memcmp(alone.data(), batched.data(), batched.size() * sizeof(float)), 0)
-            << Name(dtype) << ", " << rows << " rows";
+            << Name(format) << ", " << rows << " rows";
       }
     }
   });
@@ -149,9 +149,9 @@ TEST(LinearTest, InvariantProductsDoNotDependOnTheBatch) {
   const std::vector<float> weight = Random(out * in, 1), x = Random(T * in, 3),
                            a = Random(rank * in, 5), b = Random(out * rank, 6);
   Workspace workspace;
-  for (const DType dtype : {DType::kBF16, DType::kF32}) {
-    const Linear linear(weight, out, in, dtype);
-    const LowRankDelta delta(a, b, rank, in, out, dtype);
+  for (const WeightFormat format : {WeightFormat::kBF16, WeightFormat::kF32}) {
+    const Linear linear(weight, out, in, format);
+    const LowRankDelta delta(a, b, rank, in, out, format);
     const auto run = [&](int threads, int64_t rows, std::vector<float>& y) {
       for (int64_t t = 0; t < T; t += rows) {
         const int64_t count = std::min(rows, T - t);
@@ -167,7 +167,7 @@ TEST(LinearTest, InvariantProductsDoNotDependOnTheBatch) {
       std::vector<float> batched(static_cast<size_t>(T * out));
       run(2, rows, batched);
       EXPECT_EQ(std::memcmp(alone.data(), batched.data(), batched.size() * sizeof(float)), 0)
-          << Name(dtype) << ", " << rows << " rows";
+          << Name(format) << ", " << rows << " rows";
     }
   }
 }
@@ -175,14 +175,15 @@ TEST(LinearTest, InvariantProductsDoNotDependOnTheBatch) {
 TEST(LinearTest, ReadRowIsTheRoundedWeight) {
   const int64_t out = 7, in = 45;
   const std::vector<float> weight = Random(out * in, 1);
-  for (const DType dtype : {DType::kBF16, DType::kF32}) {
-    const Linear linear(weight, out, in, dtype);
+  for (const WeightFormat format : {WeightFormat::kBF16, WeightFormat::kF32}) {
+    const Linear linear(weight, out, in, format);
     for (int64_t o = 0; o < out; ++o) {
       std::vector<float> row(static_cast<size_t>(in));
       linear.ReadRow(o, row.data());
       for (int64_t k = 0; k < in; ++k) {
         const float w = weight[static_cast<size_t>(o * in + k)];
-        EXPECT_EQ(row[static_cast<size_t>(k)], dtype == DType::kBF16 ? ToFloat(ToBf16(w)) : w);
+        EXPECT_EQ(row[static_cast<size_t>(k)],
+                  format == WeightFormat::kBF16 ? ToFloat(ToBf16(w)) : w);
       }
     }
   }
@@ -193,12 +194,13 @@ TEST(LinearTest, NonFiniteValuesStayInTheirRowAndFeature) {
   const int64_t out = 9, in = 50;
   std::vector<float> weight = Random(out * in, 1);
   weight[static_cast<size_t>(4 * in + 49)] = std::numeric_limits<float>::infinity();
-  for (const auto& [T, dtype] : {std::pair(3, DType::kBF16), std::pair(3, DType::kF32),
-                                 std::pair(70, DType::kBF16), std::pair(70, DType::kF32)}) {
+  for (const auto& [T, format] :
+       {std::pair(3, WeightFormat::kBF16), std::pair(3, WeightFormat::kF32),
+        std::pair(70, WeightFormat::kBF16), std::pair(70, WeightFormat::kF32)}) {
     std::vector<float> x = Random(T * in, 3), y(static_cast<size_t>(T * out));
     x[static_cast<size_t>(in + 7)] = kNaN;  // row 1
     Workspace workspace;
-    Linear(weight, out, in, dtype).Forward({1, &workspace}, x.data(), in, T, y.data(), out);
+    Linear(weight, out, in, format).Forward({1, &workspace}, x.data(), in, T, y.data(), out);
     for (int64_t t = 0; t < T; ++t) {
       for (int64_t o = 0; o < out; ++o) {
         const float value = y[static_cast<size_t>(t * out + o)];
@@ -217,7 +219,7 @@ TEST(LinearTest, MovesAndCountsBytes) {
   Linear empty;
   EXPECT_TRUE(empty.empty());
   EXPECT_EQ(empty.bytes(), 0);
-  Linear a(Random(64 * 64, 1), 64, 64, DType::kBF16, Random(64, 2));
+  Linear a(Random(64 * 64, 1), 64, 64, WeightFormat::kBF16, Random(64, 2));
   EXPECT_EQ(a.bytes(), 64 * 64 * 2 + 64 * 4);
   Linear b = std::move(a);
   EXPECT_TRUE(a.empty());  // NOLINT: a moved-from Linear is empty
@@ -236,10 +238,10 @@ TEST(LowRankDeltaTest, EqualsReference) {
     const std::vector<float> x = Random(T * x_stride, 3), old = Random(T * y_stride, 4);
     std::vector<float> hidden(static_cast<size_t>(T * rank)), want(static_cast<size_t>(T * out)),
         y = old, got;
-    LinearRef(a, rank, in, DType::kBF16, {}, x.data(), x_stride, T, hidden.data(), rank);
-    LinearRef(b, out, rank, DType::kBF16, {}, hidden.data(), rank, T, want.data(), out);
+    LinearRef(a, rank, in, WeightFormat::kBF16, {}, x.data(), x_stride, T, hidden.data(), rank);
+    LinearRef(b, out, rank, WeightFormat::kBF16, {}, hidden.data(), rank, T, want.data(), out);
     Workspace workspace;
-    const LowRankDelta delta(a, b, rank, in, out, DType::kBF16);
+    const LowRankDelta delta(a, b, rank, in, out, WeightFormat::kBF16);
     EXPECT_GT(delta.bytes(), 2 * (rank * in + out * rank) - 1);
     delta.AddTo({2, &workspace}, x.data(), x_stride, T, y.data(), y_stride);
     for (int64_t t = 0; t < T; ++t) {
