@@ -10,52 +10,63 @@ namespace {
 
 constexpr int kThreads = 128, kStages = 3;
 
-template <int D>
-struct CarryShape {
-  static constexpr int kChannels = 32;   // of a block; all value columns
-  static constexpr int kTiles = D / 64;  // of 16 value columns per warp
-};
+constexpr int kChannels = 32;  // of a block; all value columns
 
 template <int D>
 struct CarryStage {
   uint4 v[kChunk * D / 8];
-  uint4 key[kChunk * CarryShape<D>::kChannels / 8];
-  float4 decay[CarryShape<D>::kChannels / 2];
-  float4 key_sum[4 * CarryShape<D>::kChannels / 4];
+  uint4 key[kChunk * kChannels / 8];
+  float4 decay[kChannels / 2];
+  float4 key_sum[4 * kChannels / 4];
 };
 
+// V of a chunk whose rows do not lie at one distance. Rows that do not enter have K~ = 0, but 0
+// times whatever lies there may be NaN.
+template <int D, typename Rows>
+__device__ __forceinline__ void CopyScattered(const PrefillParams& p, const Rows& rows, uint4* to,
+                                              const Chunk& chunk, int h) {
+  constexpr int kPieces = D / 8;
+  for (int i = threadIdx.x; i < kChunk * kPieces; i += kThreads) {
+    const int row = i / kPieces, c = i % kPieces;
+    const bool enters = Enters(p.layer, chunk, row);
+    const __nv_bfloat16* v =
+        enters ? RowOf<D>(p.layer, rows, chunk.n, h, chunk.e0 + row).v : p.key;  // any address
+    CopyAsync(to + Swizzle<kPieces>(row, c), v + 8 * c, enters);
+  }
+}
+
+// `page` is the chunk's page, or -1 if it lies in several; the other scalars are loaded once or one
+// chunk ahead, so that no load waits for another here.
 template <int D, bool kFold>
-__device__ __forceinline__ void Fetch(const PrefillParams& p, CarryStage<D>& s, int index, int h,
+__device__ __forceinline__ void Fetch(const PrefillParams& p, CarryStage<D>& s, const Chunk& chunk,
+                                      int pos, int64_t row_start, int page, int index, int h,
                                       int c0) {
-  constexpr int kC = CarryShape<D>::kChannels, kPieces = D / 8, kKeyPieces = kC / 8;
+  constexpr int kC = kChannels, kKeyPieces = kC / 8;
   const Layer& l = p.layer;
-  const Chunk chunk = p.chunks[index];
   const int64_t part = int64_t{index - p.first} * l.Hkv + h;
   const __nv_bfloat16* key = p.key + (part * l.SF + c0 / D * D) * kChunk + c0 % D;
   for (int i = threadIdx.x; i < kChunk * kKeyPieces; i += kThreads) {
     const int row = i / kKeyPieces, c = i % kKeyPieces;
     CopyAsync(s.key + Swizzle<kKeyPieces>(row, c), key + row * D + 8 * c);
   }
-  // Rows that do not enter have K~ = 0, but 0 times whatever lies there may be NaN.
-  const auto fetch_values = [&](const auto& rows) {
-    if (IsSpan<D>(l, rows, chunk.n, chunk.e0)) {
-      const KvSpan span = SpanOf<D>(l, rows, chunk.n, h, chunk.e0);
-      CopyTile<D, kThreads>(s.v, span.row.v, span.v_stride, max(chunk.lo, l.S - chunk.e0),
+  const int from = max(chunk.lo, l.S - chunk.e0);
+  if constexpr (kFold) {
+    if (page >= 0) {
+      const int64_t at = page * p.pages.page_stride +
+                         (int64_t{h} * p.pages.page_size + chunk.e0 % p.pages.page_size) * D;
+      CopyTile<D, kThreads>(s.v, p.pages.v + at, D, from, chunk.hi);
+    } else {
+      CopyScattered<D>(p, p.pages, s.v, chunk, h);
+    }
+  } else {
+    if (chunk.e0 >= pos) {
+      const int64_t row = row_start + (chunk.e0 - pos);
+      CopyTile<D, kThreads>(s.v, p.rows.v + row * p.rows.v_stride + h * D, p.rows.v_stride, from,
                             chunk.hi);
-      return;
+    } else {
+      CopyScattered<D>(p, p.rows, s.v, chunk, h);
     }
-    for (int i = threadIdx.x; i < kChunk * kPieces; i += kThreads) {
-      const int row = i / kPieces, c = i % kPieces;
-      const bool enters = Enters(l, chunk, row);
-      const __nv_bfloat16* v =
-          enters ? RowOf<D>(l, rows, chunk.n, h, chunk.e0 + row).v : p.key;  // any valid address
-      CopyAsync(s.v + Swizzle<kPieces>(row, c), v + 8 * c, enters);
-    }
-  };
-  if constexpr (kFold)
-    fetch_values(p.pages);
-  else
-    fetch_values(p.rows);
+  }
   if (threadIdx.x < kC / 2)
     CopyAsync(s.decay + threadIdx.x, p.decay + part * l.SF + c0 + 2 * threadIdx.x);
   if (threadIdx.x < kC) {
@@ -68,7 +79,7 @@ __device__ __forceinline__ void Fetch(const PrefillParams& p, CarryStage<D>& s, 
 template <int D, bool kFold>
 __global__ void __launch_bounds__(kThreads, D == 128 ? 3 : 4)
     CarryKernel(const __grid_constant__ PrefillParams p) {
-  constexpr int kC = CarryShape<D>::kChannels, kM = CarryShape<D>::kTiles, kN = kC / 8;
+  constexpr int kC = kChannels, kM = D / 64, kN = kC / 8;
   extern __shared__ __align__(16) std::byte memory[];
   auto* stages = reinterpret_cast<CarryStage<D>*>(memory);
   const Layer& l = p.layer;
@@ -81,11 +92,32 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 3 : 4)
   if (begin >= end && !empty) return;
   const bool fresh = kFold && (empty || begin == p.chunk_start[n]);
 
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) {
-    if (begin + i < end) Fetch<D, kFold>(p, stages[i], begin + i, h, c0);
-    CommitCopies();
+  const int pos = l.pos[n], first_chunk = p.chunk_start[n], last_chunk = p.chunk_start[n + 1] - 1;
+  const int64_t row_start = kFold ? 0 : l.row_start[n];
+  Chunk first{}, last{};
+  if (!empty) {
+    first = p.chunks[first_chunk];
+    last = p.chunks[last_chunk];
   }
+  const auto chunk_at = [&](int index) -> Chunk {
+    return {n, first.e0 + (index - first_chunk) * kChunk, index == first_chunk ? first.lo : 0,
+            index == last_chunk ? last.hi : kChunk};
+  };
+  const auto page_at = [&](int index) {
+    if (!kFold || index >= end) return -1;
+    const int e0 = chunk_at(index).e0;
+    return IsSpan<D>(l, p.pages, n, e0)
+               ? p.pages.pages[p.pages.page_start[n] + e0 / p.pages.page_size]
+               : -1;
+  };
+  const auto fetch = [&](int index, int page) {
+    if (index < end)
+      Fetch<D, kFold>(p, stages[(index - begin) % kStages], chunk_at(index), pos, row_start, page,
+                      index, h, c0);
+    CommitCopies();
+  };
+  for (int i = 0; i < kStages - 1; ++i) fetch(begin + i, page_at(begin + i));
+  int page = page_at(begin + kStages - 1);
   std::byte* slot = SlotBase(l, n);
   float* state = reinterpret_cast<float*>(slot + l.at.state) + (int64_t{h} * l.SF + c0) * D;
   float* norm = reinterpret_cast<float*>(slot + l.at.norm) + int64_t{h} * l.SF + c0;
@@ -104,10 +136,8 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 3 : 4)
   for (int index = begin; index < end; ++index) {
     WaitCopies<kStages - 2>();
     __syncthreads();
-    if (index + kStages - 1 < end)
-      Fetch<D, kFold>(p, stages[(index - begin + kStages - 1) % kStages], index + kStages - 1, h,
-                      c0);
-    CommitCopies();
+    fetch(index + kStages - 1, page);
+    page = page_at(index + kStages);
     const CarryStage<D>& s = stages[(index - begin) % kStages];
     const int64_t part = int64_t{index - p.first} * l.Hkv + h;
 #pragma unroll
@@ -183,10 +213,8 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 3 : 4)
 
 template <int D, bool kFold>
 void Launch(const PrefillParams& p, cudaStream_t stream) {
-  constexpr int kBytes = kStages * sizeof(CarryStage<D>);
-  AllowShared(CarryKernel<D, kFold>, kBytes);
-  const dim3 grid(p.layer.SF / CarryShape<D>::kChannels, p.layer.Hkv, p.layer.N);
-  CarryKernel<D, kFold><<<grid, kThreads, kBytes, stream>>>(p);
+  const dim3 grid(p.layer.SF / kChannels, p.layer.Hkv, p.layer.N);
+  Start(CarryKernel<D, kFold>, grid, kThreads, kStages * sizeof(CarryStage<D>), p, stream);
 }
 
 }  // namespace

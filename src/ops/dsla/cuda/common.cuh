@@ -74,6 +74,26 @@ Layer MakeLayer(const Args& a) {
 // Aborts unless the kernels are written for the shape and the slots.
 void CheckShape(const DslaShape& shape, const DslaSlotLayout& layout, const DslaStateView& states);
 
+// Launches a kernel that may start while the one before it ends, since it says itself where it must
+// wait. An error stays for cudaGetLastError.
+template <typename Params>
+void StartEarly(void (*kernel)(Params), dim3 grid, int threads, const Params& p,
+                cudaStream_t stream) {
+  int device = 0, major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, p);
+}
+
 __device__ __forceinline__ std::byte* SlotBase(const Layer& l, int n) {
   return l.pool + static_cast<int64_t>(l.slots[n]) * l.slot_bytes;
 }

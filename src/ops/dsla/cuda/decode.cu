@@ -480,47 +480,29 @@ __global__ void __launch_bounds__(D) MergeKernel(const __grid_constant__ DecodeP
   }
 }
 
-// Each kernel may start while the one before it ends; where it must wait it says so.
-template <typename Kernel>
-void Start(Kernel* kernel, dim3 grid, int threads, const DecodeParams& p, cudaStream_t stream) {
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.stream = stream;
-  int device = 0, major = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  config.attrs = &overlap;
-  config.numAttrs = major >= 9 ? 1 : 0;
-  cudaLaunchKernelEx(&config, kernel, p);  // an error stays for cudaGetLastError
-}
-
 template <int D>
 int Launch(const DecodeParams& p, cudaStream_t stream) {
   const Layer& l = p.layer;
   const dim3 jobs(l.H + l.Hkv + l.Hkv * (l.SF / D), (l.N + kRowTile - 1) / kRowTile);
-  Start(ProjectKernel<D>, jobs, kThreads, p, stream);
+  StartEarly(ProjectKernel<D>, jobs, kThreads, p, stream);
   const dim3 grid(p.splits + p.parts, l.Hkv, l.N);
   switch (l.G) {
     case 1:
-      Start(UpdateKernel<D, 1>, grid, kThreads, p, stream);
+      StartEarly(UpdateKernel<D, 1>, grid, kThreads, p, stream);
       break;
     case 2:
-      Start(UpdateKernel<D, 2>, grid, kThreads, p, stream);
+      StartEarly(UpdateKernel<D, 2>, grid, kThreads, p, stream);
       break;
     case 3:
-      Start(UpdateKernel<D, 3>, grid, kThreads, p, stream);
+      StartEarly(UpdateKernel<D, 3>, grid, kThreads, p, stream);
       break;
     case 4:
-      Start(UpdateKernel<D, 4>, grid, kThreads, p, stream);
+      StartEarly(UpdateKernel<D, 4>, grid, kThreads, p, stream);
       break;
     default:
-      Start(UpdateKernel<D, kMaxGroup>, grid, kThreads, p, stream);
+      StartEarly(UpdateKernel<D, kMaxGroup>, grid, kThreads, p, stream);
   }
-  Start(MergeKernel<D>, dim3(l.H, l.N), D, p, stream);
+  StartEarly(MergeKernel<D>, dim3(l.H, l.N), D, p, stream);
   return cudaGetLastError();
 }
 

@@ -8,7 +8,7 @@
 #include <string>
 #include <tuple>
 
-#include "ops/dsla/cuda/dsla_cuda_testing.h"
+#include "ops/dsla/cuda/dsla_cuda_testing.cuh"
 
 namespace dsla {
 namespace {

@@ -136,13 +136,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     const uint4* growth = reinterpret_cast<const uint4*>(p.growth) +
                           ((part * blocks + b) * 4 + warp) * (D * 2) + lane;
     const float2* z = reinterpret_cast<const float2*>(shared.norm[b % 2]) + t;
+    uint4 ahead = growth[0];
     WaitCopies<1>();
     __syncthreads();
     const uint4* state = shared.matrix[b % 2];
     const uint32_t key = SharedAddress(shared.key[b % 2]);
 #pragma unroll
     for (int c = 0; c < D / 16; ++c) {
-      const uint4 grown = growth[c * 32];
+      const uint4 grown = ahead;
+      if (c + 1 < D / 16) ahead = growth[(c + 1) * 32];
       const uint32_t e[4] = {grown.x, grown.y, grown.z, grown.w};
       uint32_t a[4];
 #pragma unroll
@@ -223,8 +225,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <int D>
 void Launch(const PrefillParams& p, cudaStream_t stream) {
-  AllowShared(OutputKernel<D>, sizeof(OutputShared<D>));
-  OutputKernel<D><<<dim3(p.layer.H, p.wave_chunks), kThreads, sizeof(OutputShared<D>), stream>>>(p);
+  Start(OutputKernel<D>, dim3(p.layer.H, p.wave_chunks), kThreads, sizeof(OutputShared<D>), p,
+        stream);
 }
 
 }  // namespace

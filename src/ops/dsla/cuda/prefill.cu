@@ -96,9 +96,9 @@ template <int D>
 void LaunchRing(const PrefillParams& p, cudaStream_t stream) {
   const dim3 grid(p.layer.Hkv, p.layer.N);
   if (p.fold)
-    RingKernel<D, true><<<grid, 256, 0, stream>>>(p);
+    Start(RingKernel<D, true>, grid, 256, 0, p, stream);
   else
-    RingKernel<D, false><<<grid, 256, 0, stream>>>(p);
+    Start(RingKernel<D, false>, grid, 256, 0, p, stream);
 }
 
 // Takes parts of the workspace, 256-byte aligned; only counts them while there is none.
@@ -146,7 +146,7 @@ void CarveAll(const DslaShape& s, int N, int64_t T, bool fold, void* workspace, 
 }
 
 int Run(PrefillParams& p, const DslaShape& s, int64_t T, cudaStream_t stream) {
-  PlanKernel<<<1, kPlanThreads, 0, stream>>>(p);
+  Start(PlanKernel, dim3(1), kPlanThreads, 0, p, stream);
   for (p.first = 0; p.first < MaxChunks(p.layer.N, T); p.first += p.wave_chunks) {
     LaunchPrepare(p, s.D, stream);
     LaunchCarry(p, s.D, stream);

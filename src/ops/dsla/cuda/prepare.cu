@@ -11,6 +11,13 @@ __device__ __forceinline__ int PairAt(int row, int pair) {
   return row * (D / 2) + (pair ^ ((row & 3) << 2));
 }
 
+// Place of the 16-byte piece c of a row of D / 2 angles, such that four rows times two pieces,
+// which half a warp reads at a time, lie in different banks.
+template <int D>
+__device__ __forceinline__ int AnglePiece(int row, int c) {
+  return c ^ ((row & 3) << 1);
+}
+
 template <int D>
 struct PrepareShared {
   float2 y[kChunk * D / 2];     // phi_k's logits in base 2
@@ -80,6 +87,15 @@ __global__ void __launch_bounds__(2 * D, 2) PrepareKernel(const __grid_constant_
   const int rows[2] = {16 * tile + g, 16 * tile + g + 8};
   const bool enters[2] = {Enters(l, chunk, rows[0]), Enters(l, chunk, rows[1])};
 
+  // The angles of the chunk's positions lie where gates come later.
+  float4* angles = reinterpret_cast<float4*>(s.gate);
+  for (int i = threadIdx.x; i < 2 * kChunk * D / 8; i += 2 * D) {
+    const int row = i / (D / 8) % kChunk, c = i % (D / 8);
+    const float* from = (i < kChunk * D / 8 ? l.cos : l.sin);
+    const bool enters = Enters(l, chunk, row);
+    if (enters) from += int64_t{chunk.e0 + row} * (D / 2) + 4 * c;
+    CopyAsync(angles + i / (D / 8) * (D / 8) + AnglePiece<D>(row, c), from, enters);
+  }
   FetchWeights<D>(s.weight, l.weights.phi_k + int64_t{h} * D * D);
   uint32_t hi[D / 16][4], lo[D / 16][4];  // the key, then its un-rotated form's two terms
 #pragma unroll
@@ -117,10 +133,10 @@ __global__ void __launch_bounds__(2 * D, 2) PrepareKernel(const __grid_constant_
   for (int c = 0; c < D / 32; ++c)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int64_t e = enters[i % 2] ? chunk.e0 + rows[i % 2] : 0;
-      const int64_t at = e * (D / 2) + 16 * c + 2 * t + 8 * (i / 2);
-      const float2 cos = *reinterpret_cast<const float2*>(l.cos + at);
-      const float2 sin = *reinterpret_cast<const float2*>(l.sin + at);
+      const int row = rows[i % 2], pair = 8 * c + t + 4 * (i / 2);
+      const int at = row * (D / 4) + AnglePiece<D>(row, pair / 2) * 2 + pair % 2;
+      const float2 cos = reinterpret_cast<const float2*>(angles)[at];
+      const float2 sin = reinterpret_cast<const float2*>(angles)[kChunk * D / 4 + at];
       const float x0 = Low(hi[c][i]), x1 = High(hi[c][i]);
       const float y0 = Low(hi[c + D / 32][i]), y1 = High(hi[c + D / 32][i]);
       const float u0 = x0 * cos.x + y0 * sin.x, u1 = x1 * cos.y + y1 * sin.y;
@@ -136,26 +152,29 @@ __global__ void __launch_bounds__(2 * D, 2) PrepareKernel(const __grid_constant_
     WaitCopies<0>();
     __syncthreads();
     {
-      float acc[8][4] = {};
-#pragma unroll
-      for (int c = 0; c < D / 16; ++c) {
-        Multiply<D>(acc, hi[c], c, s.weight, half, lane);
-        Multiply<D>(acc, lo[c], c, s.weight, half, lane);
-      }
+      float acc[8][4];
       const float2* bias =
           reinterpret_cast<const float2*>(l.weights.bias + h * l.SF + b * D + half * 64);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float2 x = bias[4 * j + t];
+        acc[j][0] = acc[j][2] = x.x;
+        acc[j][1] = acc[j][3] = x.y;
+      }
+#pragma unroll
+      for (int c = 0; c < D / 16; ++c) {
+        Multiply<D>(acc, hi[c], c, s.weight, half, lane);
+        Multiply<D>(acc, lo[c], c, s.weight, half, lane);
+      }
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float2 gate{};
           if (enters[i])
-            gate = {GateMinusOne(acc[j][2 * i] + x.x, l.floor),
-                    GateMinusOne(acc[j][2 * i + 1] + x.y, l.floor)};
+            gate = {GateMinusOne(acc[j][2 * i], l.floor), GateMinusOne(acc[j][2 * i + 1], l.floor)};
           s.gate[PairAt<D>(rows[i], half * 32 + 4 * j + t)] = gate;
         }
-      }
     }
     __syncthreads();
     if (b + 1 < blocks)
@@ -186,49 +205,41 @@ __global__ void __launch_bounds__(2 * D, 2) PrepareKernel(const __grid_constant_
     uint32_t* key = reinterpret_cast<uint32_t*>(p.key) + (part * l.SF + b * D) * (kChunk / 2) +
                     16 * quarter * (D / 2) + pair;
     float2 sum{};
-    uint32_t growth[16];
+    // Rows g and g + 8 of a tile share a lane of the fragment.
+    uint32_t* growth = p.growth + ((part * blocks + b) * 4 + quarter) * (D * 8) +
+                       (pair / 8 * 32 + pair % 4) * 4 + pair / 4 % 2 * 2;
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       const int r = quarter < 2 ? 15 - i : i, row = 16 * quarter + r;
       const float2 gate = s.gate[PairAt<D>(row, pair)], y = s.y[PairAt<D>(row, pair)];
       const float base = -log_sum[r];
       const float kx = -gate.x * Exp2(sign * y.x + base), ky = -gate.y * Exp2(sign * y.y + base);
-      uint32_t packed;
+      uint32_t packed, grown;
       if (quarter < 2) {
         packed = Pack(kx * run.x, ky * run.y);
-        growth[i] = Pack(Reciprocal(run.x), Reciprocal(run.y));
+        grown = Pack(Reciprocal(run.x), Reciprocal(run.y));
         run.x += run.x * gate.x;
         run.y += run.y * gate.y;
       } else {
         run.x += run.x * gate.x;
         run.y += run.y * gate.y;
         packed = Pack(kx * Reciprocal(run.x), ky * Reciprocal(run.y));
-        growth[i] = Pack(run.x, run.y);
+        grown = Pack(run.x, run.y);
       }
+      if constexpr (!kFold) growth[r % 8 * 16 + r / 8] = grown;
       key[r * (D / 2)] = packed;
       sum.x += Low(packed);
       sum.y += High(packed);
     }
     reinterpret_cast<float2*>(p.key_sum)[(part * 4 + quarter) * (l.SF / 2) + b * (D / 2) + pair] =
         sum;
-    if constexpr (!kFold) {
-      uint32_t* to = p.growth + ((part * blocks + b) * 4 + quarter) * (D * 8) +
-                     (pair / 8 * 32 + pair % 4) * 4 + pair / 4 % 2 * 2;
-#pragma unroll
-      for (int r = 0; r < 8; ++r) {
-        const uint32_t a = quarter < 2 ? growth[15 - r] : growth[r];
-        const uint32_t c = quarter < 2 ? growth[7 - r] : growth[r + 8];
-        *reinterpret_cast<uint2*>(to + r * 16) = {a, c};
-      }
-    }
   }
 }
 
 template <int D, bool kFold>
 void Launch(const PrefillParams& p, cudaStream_t stream) {
-  AllowShared(PrepareKernel<D, kFold>, sizeof(PrepareShared<D>));
-  PrepareKernel<D, kFold>
-      <<<dim3(p.layer.Hkv, p.wave_chunks), 2 * D, sizeof(PrepareShared<D>), stream>>>(p);
+  Start(PrepareKernel<D, kFold>, dim3(p.layer.Hkv, p.wave_chunks), 2 * D, sizeof(PrepareShared<D>),
+        p, stream);
 }
 
 }  // namespace

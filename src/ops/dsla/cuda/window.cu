@@ -50,7 +50,7 @@ __device__ __forceinline__ void Fetch(const PrefillParams& p, uint4* k, uint4* v
 
 // grid (H, chunks of a wave)
 template <int D>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, D == 128 ? 2 : 3)
     WindowKernel(const __grid_constant__ PrefillParams p) {
   extern __shared__ __align__(16) std::byte memory[];
   auto& shared = *reinterpret_cast<WindowShared<D>*>(memory);
@@ -59,7 +59,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (index >= p.chunk_start[l.N]) return;
   const Chunk chunk = p.chunks[index];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const int64_t row0 = FirstRow(l, chunk);
   // Keys e0 + 1 .. e0 + W + 63 in tiles from e0 on, after the sinks.
   const int tiles = (l.W + kChunk - 1) / kChunk + 1, sink_tiles = l.S > 0;
   const auto fetch = [&](int i) {
@@ -71,16 +70,16 @@ __global__ void __launch_bounds__(kThreads, 2)
   CommitCopies();
 
   uint32_t q[D / 16][4];
-  bool valid[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int j = 16 * warp + g + 8 * i;
-    valid[i] = j >= chunk.lo && j < chunk.hi;
-    const __nv_bfloat16* from = p.q + (valid[i] ? (row0 + j) * p.q_stride + head * D : 0);
+    const bool valid = j >= chunk.lo && j < chunk.hi;
+    const __nv_bfloat16* from =
+        p.q + (valid ? (FirstRow(l, chunk) + j) * p.q_stride + head * D : 0);
 #pragma unroll
     for (int c = 0; c < D / 16; ++c) {
-      q[c][i] = valid[i] ? *reinterpret_cast<const uint32_t*>(from + 16 * c + 2 * t) : 0;
-      q[c][2 + i] = valid[i] ? *reinterpret_cast<const uint32_t*>(from + 16 * c + 2 * t + 8) : 0;
+      q[c][i] = valid ? *reinterpret_cast<const uint32_t*>(from + 16 * c + 2 * t) : 0;
+      q[c][2 + i] = valid ? *reinterpret_cast<const uint32_t*>(from + 16 * c + 2 * t + 8) : 0;
     }
   }
   const float scale = rsqrtf(static_cast<float>(D)) * 1.4426950408889634f;
@@ -166,11 +165,13 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
   }
+  const Chunk again = p.chunks[index];  // read twice: registers are short in between
+  const int64_t row0 = FirstRow(l, again);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float all = QuadSum(sum[r]);
-    if (!valid[r]) continue;
     const int j = 16 * warp + g + 8 * r;
+    if (j < again.lo || j >= again.hi) continue;
     if (t == 0)
       p.lse[(int64_t{blockIdx.y} * l.H + head) * kChunk + j] =
           top[r] * scale * 0.6931471805599453f + logf(all);
@@ -183,8 +184,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <int D>
 void Launch(const PrefillParams& p, cudaStream_t stream) {
-  AllowShared(WindowKernel<D>, sizeof(WindowShared<D>));
-  WindowKernel<D><<<dim3(p.layer.H, p.wave_chunks), kThreads, sizeof(WindowShared<D>), stream>>>(p);
+  Start(WindowKernel<D>, dim3(p.layer.H, p.wave_chunks), kThreads, sizeof(WindowShared<D>), p,
+        stream);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // What the tests and the benchmark of this folder share: device memory, and a test layer, pool and
 // batch of ops/dsla/dsla_testing.h moved to the device.
+// Not a .h: it needs the CUDA headers, which a build without a toolkit does not have.
 #pragma once
 
 #include <cuda_runtime.h>
