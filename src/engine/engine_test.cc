@@ -364,7 +364,7 @@ TEST_F(EngineTest, NumericalErrorsEndOnlyTheirOwnSequence) {
   ASSERT_TRUE(file.ok()) << file.status().message();
   auto model =
       HybridModel::Load(small_.ctx(), **file, nullptr,
-                        {.weight_dtype = DType::kF32, .kv_dtype = DType::kF32, .page_size = 16});
+                        {.weights = WeightFormat::kF32, .kv_dtype = DType::kF32, .page_size = 16});
   ASSERT_TRUE(model.ok()) << model.status().message();
   EngineOptions options = Options();
   options.default_max_level = 0;

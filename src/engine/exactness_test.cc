@@ -227,7 +227,7 @@ class ExactnessTest : public ::testing::TestWithParam<Case> {
   SmallModel small_{GetParam().family,
                     true,
                     GetParam().shape,
-                    {.weight_dtype = DType::kBF16, .kv_dtype = DType::kBF16, .page_size = kPage}};
+                    {.weights = WeightFormat::kBF16, .kv_dtype = DType::kBF16, .page_size = kPage}};
   std::unique_ptr<Tokenizer> tokenizer_ = ByteTokenizer();
 };
 

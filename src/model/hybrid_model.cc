@@ -59,8 +59,7 @@ Expected<std::unique_ptr<HybridModel>> HybridModel::Load(const ExecContext& ctx,
   if (adapter != nullptr) {
     DSLA_CHECK(static_cast<int>(adapter->layers.size()) == config.L);
     model->ladder_ = adapter->ladder;
-    model->adapter_ =
-        BindAdapter(config, std::move(adapter), options.weights, options.kv_dtype);
+    model->adapter_ = BindAdapter(config, std::move(adapter), options.weights, options.kv_dtype);
   }
   model->rank_.resize(config.L);
   for (int rank = 0; rank < config.L; ++rank) model->rank_[model->ladder_[rank]] = rank;

@@ -89,8 +89,9 @@ class SmallModel {
  public:
   explicit SmallModel(const std::string& family, bool with_adapter = false,
                       const AdapterShape& shape = {},
-                      ModelOptions options = {
-                          .weights = WeightFormat::kF32, .kv_dtype = DType::kF32, .page_size = 16}) {
+                      ModelOptions options = {.weights = WeightFormat::kF32,
+                                              .kv_dtype = DType::kF32,
+                                              .page_size = 16}) {
     auto file = ModelFile::Open(DataPath("models/" + family));
     EXPECT_TRUE(file.ok()) << file.status().message();
     file_ = std::move(file).value();
