@@ -2,8 +2,11 @@
 // whoever asks; the model loads in a thread of its own while this one waits for signals.
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
+#include <csignal>
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 #include <thread>
 
@@ -33,6 +36,15 @@ int64_t MemoryLimit() {
   std::ifstream file("/sys/fs/cgroup/memory.max");  // "max" where there is none
   if (file >> limit && limit > 0 && limit < physical) return limit;
   return physical;
+}
+
+// A model's name where none is given: of its file without the ending, or of its folder.
+std::string NameOfPath(const std::string& path) {
+  std::filesystem::path name = std::filesystem::path(path).lexically_normal();
+  if (!name.has_filename()) name = name.parent_path();
+  const std::string text =
+      name.extension() == ".gguf" ? name.stem().string() : name.filename().string();
+  return text.empty() ? "model" : text;
 }
 
 class Program {
@@ -115,8 +127,7 @@ Status Program::LoadAll() {
   const int64_t quarter = MemoryLimit() / 4;
   if (args_.model.memory.empty()) model_.memory_bytes = std::min(model_.memory_bytes, quarter);
   const Adapter* adapter = model_.model->adapter();
-  model_name_ = model_.file->config().name;
-  if (model_name_.empty()) model_name_ = "model";
+  model_name_ = args_.model_names.empty() ? NameOfPath(model_.file->path()) : args_.model_names[0];
   ladder_.model = model_name_;
   if (adapter) {
     ladder_.adapter = adapter->id;
