@@ -14,6 +14,7 @@ void AddRun(CLI::App& app, Command& chosen);
 void AddServe(CLI::App& app, Command& chosen);
 void AddInspect(CLI::App& app, Command& chosen);
 void AddEval(CLI::App& app, Command& chosen);
+void AddDistill(CLI::App& app, Command& chosen);
 void AddBench(CLI::App& app, Command& chosen);
 
 }  // namespace dsla

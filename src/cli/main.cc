@@ -34,6 +34,7 @@ int main(int argc, char** argv) {
   dsla::AddServe(app, chosen);
   dsla::AddInspect(app, chosen);
   dsla::AddEval(app, chosen);
+  dsla::AddDistill(app, chosen);
   dsla::AddBench(app, chosen);
   if (argc > 1 && argv[1][0] != '-' && !HasCommand(app, argv[1])) {
     std::fprintf(stderr, "dsla: no command '%s' (see dsla --help)\n", argv[1]);

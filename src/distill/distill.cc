@@ -89,7 +89,8 @@ Status Run::Setup() {
   DSLA_ASSIGN_OR_RETURN(fingerprint_, model_.Fingerprint());
   work_ = job_.work.empty() ? job_.out + ".work" : job_.work;
   DSLA_RETURN_IF_ERROR(MakeDirectories(work_));
-  DSLA_ASSIGN_OR_RETURN(log_, RunLog::Open(Path("log.jsonl"), job_.quiet));
+  DSLA_ASSIGN_OR_RETURN(RunLog log, RunLog::Open(Path("log.jsonl"), job_.quiet));
+  log_.emplace(std::move(log));
   DSLA_RETURN_IF_ERROR(WriteFileAtomically(Path("config.toml"), WriteToml(config_)));
   return log_->Event("run", {{"model", model_.path()},
                              {"fingerprint", fingerprint_},

@@ -29,6 +29,7 @@ struct NetworkOptions {
 // end, which counts nowhere.
 struct TokenBatch {
   int rows = 0, length = 0;
+  int count_from = 0;            // positions before this one count nowhere
   std::vector<int32_t> ids;      // [rows, length]
   std::vector<int32_t> counts;   // [rows] tokens that are none of the padding; empty: all
   std::vector<int32_t> targets;  // recall: [rows, length], the token that the position must
@@ -105,6 +106,8 @@ class Network {
   // One AdamW step (Loshchilov, Hutter, ICLR 2019) of the layers that have gradients, which are
   // cleared.
   void Update(const UpdateOptions& options);
+  // The gradients that have added up since the last update, in the layout's order.
+  std::vector<float> Gradients() const;
   // The losses noted since the last call, in order.
   std::vector<double> TakeLosses();
 

@@ -534,6 +534,8 @@ void Network::Update(const UpdateOptions& options) {
   n.touched.assign(n.touched.size(), false);
 }
 
+std::vector<float> Network::Gradients() const { return ToHost(impl_->grads); }
+
 std::vector<double> Network::TakeLosses() {
   if (impl_->losses.empty()) return {};
   const std::vector<double> losses = ToDoubles(at::stack(impl_->losses));
