@@ -1,7 +1,9 @@
 #include "ops/dsla/dsla_autograd.h"
 
+#include <ATen/ops/addcmul.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/expm1.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/where.h>
@@ -142,15 +144,18 @@ Tensor Causal(const Plan& p, const Segment& s, const Tensor& x) {
 }
 
 // The states through a segment. entered[n] = e^R S before chunk n, [B, n, Hkv, K, E]; products:
-// K~^T Ve on input, P on output. *state is moved to the segment's end.
+// K~^T Ve on input, P on output. *state is moved to the segment's end. One kernel a chunk, S' =
+// e^{L-R} K~^T Ve + e^L S; everything else is done for all chunks at once.
 Tensor Scan(const Segment& s, Tensor* products, Tensor* state) {
   Tensor entered = at::empty(products->sizes(), products->options());
+  const Tensor added = *products * s.leave, keep = s.enter * s.leave;
+  entered.select(1, 0).copy_(*state);
   for (int64_t n = 0; n < s.n; ++n) {
-    Tensor in = entered.select(1, n), out = products->select(1, n);
-    at::mul_out(in, *state, s.enter.select(1, n));
-    out.add_(in);
-    *state = out * s.leave.select(1, n);
+    Tensor next = n + 1 < s.n ? entered.select(1, n + 1) : at::empty_like(*state);
+    at::addcmul_out(next, added.select(1, n), keep.select(1, n), entered.select(1, n));
+    if (n + 1 == s.n) *state = next;
   }
+  products->add_(entered.mul_(s.enter));
   return entered;
 }
 
@@ -181,13 +186,20 @@ SegmentGrads SegmentBackward(const Plan& p, const Segment& s, const Tensor& ente
   SegmentGrads g;
   Tensor from_queries;
   if (s.has_queries) from_queries = Product(s.qt.transpose(3, 4), d_out);
+  // dS' of every chunk: dS = e^L dS' + e^R Q~^T dO.
   Tensor dp = at::empty(p_states.sizes(), p_states.options());
+  const Tensor keep = s.enter * s.leave;
+  if (s.has_queries) from_queries.mul_(s.enter);
+  dp.select(1, s.n - 1).copy_(*dstate);
   for (int64_t n = s.n - 1; n >= 0; --n) {
-    Tensor dpn = dp.select(1, n);
-    at::mul_out(dpn, *dstate, s.leave.select(1, n));
-    *dstate = s.has_queries ? (dpn + from_queries.select(1, n)).mul_(s.enter.select(1, n))
-                            : dpn * s.enter.select(1, n);
+    Tensor before = n > 0 ? dp.select(1, n - 1) : at::empty_like(*dstate);
+    if (s.has_queries)
+      at::addcmul_out(before, from_queries.select(1, n), keep.select(1, n), dp.select(1, n));
+    else
+      at::mul_out(before, keep.select(1, n), dp.select(1, n));
+    if (n == 0) *dstate = before;
   }
+  dp.mul_(s.leave);
   const Tensor dp_operand = dp.to(p.operand);
   g.dkt = Product(s.ve, dp_operand.transpose(3, 4));
   if (need_v) g.dve = Product(s.kt, dp_operand);

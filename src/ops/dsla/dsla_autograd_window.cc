@@ -1,8 +1,11 @@
 // Window attention with sinks.
+#include <ATen/ops/_flash_attention_backward.h>
+#include <ATen/ops/_flash_attention_forward.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/logaddexp.h>
 
 #include <cmath>
 #include <limits>
@@ -163,6 +166,104 @@ class WindowFunction : public torch::autograd::Function<WindowFunction> {
   }
 };
 
+// On a GPU in bf16 the window is FlashAttention's (Dao, ICLR 2024; libtorch's own kernels), which
+// never writes scores to memory, and the sinks behind it are a few columns beside it, joined by
+// log-sum-exp. Its backward pass takes the joined output and log-sum-exp, with which its
+// probabilities are those of the whole softmax. It knows no gradient of the log-sum-exp, dS = p (dp
+// - delta + dlse): an extra value column of ones, whose output it is told was 0, carries dlse.
+class FlashWindowFunction : public torch::autograd::Function<FlashWindowFunction> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k,
+                               const Tensor& v, int64_t window, int64_t sinks) {
+    const FlashPlan w(q, k, window, sinks);
+    auto [own, own_lse, seed, offset, mask] = at::_flash_attention_forward(
+        q, k, v, std::nullopt, std::nullopt, w.T, w.TK, 0.0, /*is_causal=*/false,
+        /*return_debug_mask=*/false, w.scale, window - 1, 0);
+    Tensor out = own.to(at::kFloat), lse = own_lse;  // [B, T, H, D], [B, H, T]
+    if (w.sinks > 0) {
+      const Tensor scores = w.SinkScores(q, k);  // [B, H, T, S]
+      lse = at::logaddexp(own_lse, scores.logsumexp(3)).contiguous();
+      const Tensor p = (scores - lse.unsqueeze(3)).exp_().to(v.scalar_type());
+      out.mul_((own_lse - lse).exp_().transpose(1, 2).unsqueeze(3)).add_(w.SinkOutput(p, v));
+    }
+    ctx->save_for_backward({q, k, v, out.to(q.scalar_type()), lse, seed, offset});
+    ctx->saved_data["options"] = std::vector<int64_t>{window, sinks};
+    ctx->set_materialize_grads(false);
+    return {out, lse.transpose(1, 2).contiguous()};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    CheckOnce("dsla window_attention");
+    constexpr int64_t kExtra = 8;  // head sizes are multiples of 8
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &q = saved[0], &k = saved[1], &v = saved[2], &out = saved[3], &lse = saved[4];
+    const std::vector<int64_t> numbers = ctx->saved_data["options"].toIntVector();
+    const FlashPlan w(q, k, numbers[0], numbers[1]);
+    Tensor d_out = at::zeros({w.B, w.T, w.H, w.D + kExtra}, q.options());
+    if (grads[0].defined()) d_out.narrow(3, 0, w.D).copy_(grads[0]);
+    if (grads[1].defined()) d_out.select(3, w.D).copy_(grads[1]);
+    const auto widen = [&](const Tensor& x) { return at::constant_pad_nd(x, {0, kExtra}); };
+    Tensor ve = widen(v);
+    ve.select(3, w.D).fill_(1);
+    auto [dq, dk, dv] = at::_flash_attention_backward(
+        d_out, widen(q), widen(k), ve, widen(out), lse, Tensor(), Tensor(), w.T, w.TK, 0.0,
+        /*is_causal=*/false, saved[5], saved[6], w.scale, numbers[0] - 1, 0);
+    dq = dq.narrow(3, 0, w.D), dk = dk.narrow(3, 0, w.D), dv = dv.narrow(3, 0, w.D);
+    if (w.sinks > 0) {
+      const Tensor p = (w.SinkScores(q, k) - lse.unsqueeze(3)).exp_();
+      const Tensor d = d_out.narrow(3, 0, w.D);
+      const Tensor delta =
+          (d.to(at::kFloat) * out).sum(3).sub_(d_out.select(3, w.D)).transpose(1, 2).unsqueeze(3);
+      const Tensor ds = w.SinkProduct(d, v).sub_(delta).mul_(p).mul_(w.scale).to(q.scalar_type());
+      dq = dq + w.SinkOutput(ds, k);
+      dk.narrow(1, 0, w.sinks).add_(w.SinkGradient(ds, q));
+      dv.narrow(1, 0, w.sinks).add_(w.SinkGradient(p.to(v.scalar_type()), d));
+    }
+    return {dq.to(q.scalar_type()), dk, dv, Tensor(), Tensor()};
+  }
+
+  static bool Takes(const Tensor& q) {
+    return q.is_cuda() && q.scalar_type() == at::kBFloat16 && q.size(3) % 8 == 0 &&
+           q.size(3) <= 128;
+  }
+
+ private:
+  struct FlashPlan : WindowPlan {
+    FlashPlan(const Tensor& q, const Tensor& k, int64_t window, int64_t sinks)
+        : WindowPlan(q, k, window, sinks, 1) {}
+
+    // [B, t, h, D] -> [B, Hkv, (h / Hkv) t, D]
+    Tensor ByKvHead(const Tensor& x) const {
+      return x.transpose(1, 2).reshape({B, Hkv, -1, x.size(3)});
+    }
+    // x times the sinks' rows of y: [B, H, T, S] sum type.
+    Tensor SinkProduct(const Tensor& x, const Tensor& y) const {
+      const Tensor first = y.narrow(1, 0, sinks).permute({0, 2, 3, 1});  // [B, Hkv, D, S]
+      return Product(ByKvHead(x), first).view({B, H, T, sinks});
+    }
+    // -inf while the sink is in the window, where the window's part counts it.
+    Tensor SinkScores(const Tensor& q, const Tensor& k) const {
+      const auto options = q.options().dtype(at::kLong);
+      const Tensor position = at::arange(prefix, TK, options).unsqueeze(1);
+      const Tensor seen = (at::arange(sinks, options).unsqueeze(0) + window).gt(position);
+      return SinkProduct(q, k).mul_(scale).masked_fill_(seen,
+                                                        -std::numeric_limits<double>::infinity());
+    }
+    // weights [B, H, T, S] times the sinks' rows of y: [B, T, H, D] sum type.
+    Tensor SinkOutput(const Tensor& weights, const Tensor& y) const {
+      const Tensor first = y.narrow(1, 0, sinks).transpose(1, 2);  // [B, Hkv, S, D]
+      return Product(weights.view({B, Hkv, G * T, sinks}), first)
+          .view({B, H, T, D})
+          .transpose(1, 2);
+    }
+    // Its gradient by those rows: [B, S, Hkv, D].
+    Tensor SinkGradient(const Tensor& weights, const Tensor& d) const {
+      return Product(weights.view({B, Hkv, G * T, sinks}).transpose(2, 3), ByKvHead(d))
+          .transpose(1, 2);
+    }
+  };
+};
+
 }  // namespace
 }  // namespace autograd
 
@@ -179,6 +280,10 @@ DslaWindowResult DslaWindowAttention(const at::Tensor& q, const at::Tensor& k, c
               ", segment ", segment, " out of range");
   autograd::CheckTensor(kOp, "k", k, {B, TK, Hkv, D}, q.scalar_type(), q);
   autograd::CheckTensor(kOp, "v", v, {B, TK, Hkv, D}, q.scalar_type(), q);
+  if (autograd::FlashWindowFunction::Takes(q)) {
+    auto out = autograd::FlashWindowFunction::apply(q, k, v, window, sinks);
+    return {out[0], out[1]};
+  }
   auto out = autograd::WindowFunction::apply(q, k, v, window, sinks, segment);
   return {out[0], out[1]};
 }
