@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <utility>
 
 #include "adapt/cost_model.h"
 
@@ -14,11 +15,14 @@ constexpr int kSeveralRows = 6;
 }  // namespace
 
 CostMeasurements CalibrationPlan(const CalibrationLimits& limits) {
-  const auto by_rate = static_cast<int64_t>(kChunkSeconds * limits.tokens_per_second) / 64 * 64;
+  // Whole chunks of the operator where they are that large, whole tiles of it otherwise.
+  const auto wanted = static_cast<int64_t>(kChunkSeconds * limits.tokens_per_second);
+  const int64_t by_rate = wanted >= 128 ? wanted / 64 * 64 : wanted / 16 * 16;
   // A third of what fits at most, so that several short sequences fit beside the long one.
   const int64_t fits = std::min(limits.max_positions, limits.memory_tokens / 3);
+  // Half of it at most, so that there is a long context for any rate.
   const int64_t chunk =
-      std::max<int64_t>(1, std::min(std::clamp<int64_t>(by_rate, 128, 512), fits));
+      std::max<int64_t>(1, std::min(std::clamp<int64_t>(by_rate, 32, 512), fits / 2));
   const int64_t small = std::max<int64_t>(1, chunk >= 256 ? 64 : chunk / 2);
   const int64_t long_context = std::clamp<int64_t>(fits - chunk, 0, kLongContext);
   const int64_t short_context = std::min(kShortContext, long_context);
@@ -28,7 +32,10 @@ CostMeasurements CalibrationPlan(const CalibrationLimits& limits) {
   if (limits.top_level > 0) levels.push_back(limits.top_level);
 
   CostMeasurements plan;
-  for (const int level : levels) {
+  // The mid level last: without it the fit is less sure, but whole.
+  std::vector<int> order = levels;
+  if (order.size() == 3) std::swap(order[1], order[2]);
+  for (const int level : order) {
     plan.prefill.push_back({.level = level, .tokens = chunk, .context = 0});
     plan.prefill.push_back({.level = level, .tokens = small, .context = 0});
     plan.prefill.push_back({.level = level, .tokens = small, .context = long_context});

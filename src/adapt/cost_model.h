@@ -93,7 +93,8 @@ class CostModel {
 
 // What to measure at start-up: levels 0, the middle and the top, short and long contexts, one row
 // and several. A few seconds' work: `tokens_per_second` is a rough prefill rate that scales the
-// chunks, so that a slow machine measures less.
+// chunks, so that a slow machine measures less. Prefill and decode points come level by level, in
+// the order of their importance.
 struct CalibrationLimits {
   int layers = 0;
   int top_level = 0;          // 0 = there is no adapter

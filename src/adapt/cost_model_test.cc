@@ -198,6 +198,10 @@ TEST(CalibrationPlan, FitsTheLimits) {
           EXPECT_LE(p.tokens + p.context, std::max<int64_t>(positions, 1));
           EXPECT_LE(p.tokens + p.context, std::max<int64_t>(memory / 2, 1));
         }
+        if (std::min(memory / 3, positions) >= 8) {
+          EXPECT_FALSE(plan.fold.empty()) << memory << " " << positions << " " << rate;
+          EXPECT_GT(plan.prefill[2].context, 0);
+        }
       }
     }
   }

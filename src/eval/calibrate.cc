@@ -122,15 +122,42 @@ class Calibrator {
   Buffer<float> logits_;
 };
 
-// Points that do not fit the memory are left out.
-template <typename Point>
-Status MeasureAll(Calibrator& calibrator, std::vector<Point>& points) {
-  for (Point& point : points) {
-    const Status status = calibrator.Measure(point);
-    if (!status.ok() && status.code() != StatusCode::kResourceExhausted) return status;
+// Measures the points once more. Those that do not fit the memory stay at 0, as do, where time has
+// run out, those of the least important level.
+class Round {
+ public:
+  Round(Calibrator& calibrator, CostMeasurements& points, int top_level, double deadline)
+      : calibrator_(calibrator), points_(points), top_level_(top_level), deadline_(deadline) {}
+
+  Status Run() {
+    // The plan ends with the middle level, where it has one: the fit can do without it.
+    const int last = points_.prefill.back().level;
+    const int optional = last < top_level_ && last > 0 ? last : -1;
+    for (PrefillPoint& p : points_.prefill) DSLA_RETURN_IF_ERROR(Measure(p, p.level != optional));
+    for (DecodePoint& p : points_.decode) {
+      DSLA_RETURN_IF_ERROR(Measure(p, p.rows[0].level != optional));
+    }
+    for (FoldPoint& p : points_.fold) DSLA_RETURN_IF_ERROR(Measure(p, &p == &points_.fold[0]));
+    return Status::Ok();
   }
+
+ private:
+  template <typename Point>
+  Status Measure(Point& point, bool needed) {
+    if (NowSeconds() > deadline_ && (!needed || point.seconds > 0)) return Status::Ok();
+    const Status status = calibrator_.Measure(point);
+    return status.code() == StatusCode::kResourceExhausted ? Status::Ok() : status;
+  }
+
+  Calibrator& calibrator_;
+  CostMeasurements& points_;
+  const int top_level_;
+  const double deadline_;
+};
+
+template <typename Point>
+void DropUnmeasured(std::vector<Point>& points) {
   std::erase_if(points, [](const Point& point) { return point.seconds == 0; });
-  return Status::Ok();
 }
 
 }  // namespace
@@ -157,13 +184,20 @@ Expected<CostModel> Calibrate(const ExecContext& ctx, const HybridModel& model,
                                              .max_positions = model.max_positions(),
                                              .memory_tokens = memory_tokens,
                                              .tokens_per_second = rate});
-  for (int round = 0; round < kRounds; ++round) {
-    DSLA_RETURN_IF_ERROR(MeasureAll(calibrator, points.prefill));
-    DSLA_RETURN_IF_ERROR(MeasureAll(calibrator, points.decode));
-    DSLA_RETURN_IF_ERROR(MeasureAll(calibrator, points.fold));
-    if (NowSeconds() - start > options.target_seconds / 2) break;
+  const double deadline = start + options.target_seconds;
+  for (int round = 0; round < kRounds && (round == 0 || NowSeconds() < deadline); ++round) {
+    DSLA_RETURN_IF_ERROR(Round(calibrator, points, options.top_level, deadline).Run());
   }
-  if (points.prefill.size() < 2 || points.decode.size() < 2) {
+  DropUnmeasured(points.prefill);
+  DropUnmeasured(points.decode);
+  DropUnmeasured(points.fold);
+  // Without a measured point a kind of layer would seem to cost nothing.
+  const auto at_top = [&](int level) { return level == options.top_level; };
+  if (points.prefill.size() < 2 || points.decode.size() < 2 ||
+      std::none_of(points.prefill.begin(), points.prefill.end(),
+                   [&](const PrefillPoint& p) { return at_top(p.level); }) ||
+      std::none_of(points.decode.begin(), points.decode.end(),
+                   [&](const DecodePoint& p) { return at_top(p.rows[0].level); })) {
     return ResourceExhausted("{} bytes of cache are too few to measure the cost model in",
                              options.memory_bytes);
   }

@@ -16,7 +16,7 @@ namespace dsla {
 struct CalibrateOptions {
   int64_t memory_bytes = 0;   // of the cache: contexts are cut to what fits
   int top_level = 0;          // the highest that a policy may choose
-  double target_seconds = 4;  // no further repetition is begun after half of it
+  double target_seconds = 4;  // after it, only what the fit cannot do without is measured
 };
 
 // kResourceExhausted when not even the shortest context fits the memory.
