@@ -402,6 +402,7 @@ TEST(Deadline, ComesFromFieldHeaderOrServer) {
   EXPECT_EQ(seconds(0, "", {}), 0);
   EXPECT_NEAR(seconds(100, "", {}), 100, 5);
   EXPECT_NEAR(seconds(100, ",\"timeout\":50", {}), 50, 5);
+  EXPECT_NEAR(seconds(100, ",\"timeout\":150", {}), 100, 5);
   EXPECT_NEAR(seconds(0, "", {{"x-request-timeout", "200"}}), 200, 5);
   EXPECT_NEAR(seconds(0, ",\"timeout\":50", {{"X-Request-Timeout", "200"}}), 50, 5);
   TestApi api;

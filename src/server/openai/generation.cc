@@ -102,13 +102,16 @@ std::optional<HttpError> Generation::Prepare() {
                                  "min_tokens", "integer_above_max_value");
     }
   }
+  // The shortest of what the server, the field and the header say.
   double timeout = service_->context().default_timeout;
-  if (common.timeout > 0) timeout = common.timeout;
+  const auto shorten = [&](double seconds) {
+    if (seconds > 0 && (timeout == 0 || seconds < timeout)) timeout = seconds;
+  };
+  shorten(common.timeout);
   if (const std::string* header = request_->headers.Find(kTimeoutHeader)) {
     const auto seconds = ParseTimeoutHeader(*header, service_->limits());
     if (const auto* error = std::get_if<HttpError>(&seconds)) return *error;
-    const double asked = std::get<double>(seconds);
-    timeout = common.timeout > 0 ? std::min(timeout, asked) : asked;
+    shorten(std::get<double>(seconds));
   }
   if (timeout > 0) {
     deadline_ = (request_->arrival > 0 ? request_->arrival : NowSeconds()) + timeout;
