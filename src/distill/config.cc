@@ -149,13 +149,21 @@ std::string ValueText(const ConfigKey& key) {
 }
 
 Status SetFromText(const ConfigKey& key, const std::string& text) {
-  const bool ok =
-      std::visit(Overloaded{[&](std::string* v) { return *v = text, true; },
-                            [&](std::vector<int>* v) { return ParseList(text, v); },
-                            [&](std::vector<double>* v) { return ParseList(text, v); },
-                            [&](double* v) { return ParseNumber(text, v) && std::isfinite(*v); },
-                            [&](auto* v) { return ParseNumber(text, v); }},
-                 key.value);
+  const bool ok = std::visit(
+      [&]<typename T>(T* value) {
+        T parsed{};
+        if constexpr (std::is_same_v<T, std::string>) {
+          parsed = text;
+        } else if constexpr (std::is_arithmetic_v<T>) {
+          if (!ParseNumber(text, &parsed) || !std::isfinite(static_cast<double>(parsed)))
+            return false;
+        } else if (!ParseList(text, &parsed)) {
+          return false;
+        }
+        *value = std::move(parsed);  // what is refused changes nothing
+        return true;
+      },
+      key.value);
   if (ok) return Status::Ok();
   const char* kind = std::visit(
       Overloaded{[](std::vector<int>*) { return "a list such as 8,15"; },
@@ -186,6 +194,8 @@ Status ApplyRecipe(const std::string& name, DistillConfig* config) {
   config->adapter.window = 0;
   config->adapter.sinks = 0;
   config->adapter.states = 2;
+  config->half_lives.recency_min = 2;
+  config->half_lives.recency_max = 64;
   config->order_method = "entropy";
   config->chain_method = "chained";
   config->chain_switch_share = 0;

@@ -20,22 +20,22 @@ struct DistillConfig {
   int top_level = 0;  // 0: three quarters of the layers
 
   std::vector<int> lengths = {1024, 4096};
-  std::vector<double> length_shares = {0.75, 0.25};
-  int tokens_per_step = 16384;
+  std::vector<double> length_shares = {0.6, 0.4};
+  int tokens_per_step = 24576;
   std::string documents = "concatenate";
-  double long_share = 0.5;
+  double long_share = 0.7;
   double recall_share = 0.25;
   int held_out = 64;
 
-  int64_t align_tokens = 16'000'000;
+  int64_t align_tokens = 8'000'000;
   double align_low_rank_lr = 1e-3, align_lr = 5e-3;
 
   std::string order_method = "greedy";
   std::vector<int> order_layers;
-  int order_sequences = 8, order_length = 1024, order_candidates = 10;
+  int order_sequences = 5, order_length = 1024, order_candidates = 8;
 
   std::string chain_method = "nested";
-  int64_t chain_tokens = 24'000'000;
+  int64_t chain_tokens = 18'000'000;
   double chain_low_rank_lr = 5e-4, chain_lr = 2e-3;
   std::vector<int> chain_levels;
   double chain_level_share = 0.5, chain_switch_share = 0.3;

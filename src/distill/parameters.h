@@ -27,10 +27,11 @@ struct AdapterSettings {
   friend bool operator==(const AdapterSettings&, const AdapterSettings&) = default;
 };
 
-// Half-lives in tokens, log-spaced over the channels, that the gates start with.
+// Half-lives in tokens, log-spaced over the channels, that the gates start with. Behind a window of
+// some hundred tokens a state that forgets within a few says little.
 struct HalfLives {
   double history_min = 256, history_max = 8192;
-  double recency_min = 2, recency_max = 64;
+  double recency_min = 8, recency_max = 512;
 };
 
 struct ParameterTensor {
