@@ -6,8 +6,10 @@
 namespace dsla {
 namespace {
 
-// Of one chunk at most; with three chunks a level and three levels, 2-3 s in all.
-constexpr double kChunkSeconds = 0.4;
+// Of one chunk, about: large chunks are what the engine runs, and they cost less per token than
+// small ones. With two a level and three levels, 3 s in all.
+constexpr double kChunkSeconds = 0.6;
+constexpr int64_t kSmallChunk = 32;  // the tail of a prompt
 constexpr int64_t kShortContext = 64;
 constexpr int64_t kLongContext = 4096;
 constexpr int kSeveralRows = 6;
@@ -22,8 +24,8 @@ CostMeasurements CalibrationPlan(const CalibrationLimits& limits) {
   const int64_t fits = std::min(limits.max_positions, limits.memory_tokens / 3);
   // Half of it at most, so that there is a long context for any rate.
   const int64_t chunk =
-      std::max<int64_t>(1, std::min(std::clamp<int64_t>(by_rate, 32, 512), fits / 2));
-  const int64_t small = std::max<int64_t>(1, chunk >= 256 ? 64 : chunk / 2);
+      std::max<int64_t>(1, std::min(std::clamp<int64_t>(by_rate, 64, 512), fits / 2));
+  const int64_t small = std::max<int64_t>(1, std::min(kSmallChunk, chunk / 2));
   const int64_t long_context = std::clamp<int64_t>(fits - chunk, 0, kLongContext);
   const int64_t short_context = std::min(kShortContext, long_context);
 
@@ -38,7 +40,7 @@ CostMeasurements CalibrationPlan(const CalibrationLimits& limits) {
   for (const int level : order) {
     plan.prefill.push_back({.level = level, .tokens = chunk, .context = 0});
     plan.prefill.push_back({.level = level, .tokens = small, .context = 0});
-    plan.prefill.push_back({.level = level, .tokens = small, .context = long_context});
+    plan.prefill.push_back({.level = level, .tokens = chunk, .context = long_context});
     plan.decode.push_back({.rows = {{level, short_context}}});
     plan.decode.push_back({.rows = {{level, long_context}}});
     plan.decode.push_back({.rows = std::vector<DecodeRow>(kSeveralRows, {level, short_context})});

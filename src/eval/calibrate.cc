@@ -61,11 +61,14 @@ class Calibrator {
   }
 
   Status Measure(FoldPoint& point) {
-    SequenceCache cache = model_.NewSequence(pool_, point.from);
-    DSLA_RETURN_IF_ERROR(MakeContext(cache, point.length));
-    const double start = NowSeconds();
-    DSLA_RETURN_IF_ERROR(model_.Raise(ctx_, pool_, cache, point.to));
-    Keep(point.seconds, NowSeconds() - start);
+    // Twice: the first one also pays for slots that were never touched.
+    for (int run = 0; run < 2; ++run) {
+      SequenceCache cache = model_.NewSequence(pool_, point.from);
+      DSLA_RETURN_IF_ERROR(MakeContext(cache, point.length));
+      const double start = NowSeconds();
+      DSLA_RETURN_IF_ERROR(model_.Raise(ctx_, pool_, cache, point.to));
+      Keep(point.seconds, NowSeconds() - start);
+    }
     return Status::Ok();
   }
 
