@@ -23,14 +23,14 @@ constexpr uint32_t kSeed = 20250103;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-std::vector<float> RandomLogits(int64_t V, float spread, std::mt19937 &random) {
+std::vector<float> RandomLogits(int64_t V, float spread, std::mt19937& random) {
   std::normal_distribution<float> normal(0, spread);
   std::vector<float> logits(static_cast<size_t>(V));
-  for (float &l : logits) l = normal(random);
+  for (float& l : logits) l = normal(random);
   return logits;
 }
 
-int32_t SampleToken(const SamplingParams &params, std::vector<float> logits, int64_t position) {
+int32_t SampleToken(const SamplingParams& params, std::vector<float> logits, int64_t position) {
   const Sampler sampler(params, static_cast<int64_t>(logits.size()));
   const Expected<Sampler::Choice> choice = sampler.Sample(logits, position);
   EXPECT_TRUE(choice.ok()) << choice.status().message();
@@ -38,7 +38,7 @@ int32_t SampleToken(const SamplingParams &params, std::vector<float> logits, int
 }
 
 // All tokens that come out at many positions.
-std::vector<int32_t> Support(const SamplingParams &params, const std::vector<float> &logits) {
+std::vector<int32_t> Support(const SamplingParams& params, const std::vector<float>& logits) {
   std::vector<int32_t> tokens;
   for (int64_t position = 0; position < 4000; ++position)
     tokens.push_back(SampleToken(params, logits, position));
@@ -72,7 +72,7 @@ TEST(ValidateTest, AcceptsTheEndsOfEveryRange) {
   EXPECT_TRUE(Validate(p, 10).ok());
 }
 
-std::string MessageOf(const SamplingParams &params) {
+std::string MessageOf(const SamplingParams& params) {
   const Status status = Validate(params, 10);
   EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
   return status.message();
@@ -197,7 +197,7 @@ TEST(SamplerTest, TiesAreBrokenByLowestId) {
 TEST(SamplerTest, RuledOutTokensAreNeverDrawn) {
   std::vector<float> logits(300, -kInfinity);
   logits[17] = 1, logits[255] = 0.5f;
-  for (const SamplingParams &params :
+  for (const SamplingParams& params :
        {SamplingParams{}, SamplingParams{.top_k = 50}, SamplingParams{.top_p = 0.999f},
         SamplingParams{.temperature = 100, .min_p = 0.01f},
         SamplingParams{.logit_bias = {{3, 100.f}}}})
@@ -238,7 +238,7 @@ TEST(SamplerTest, ExtremeLogitsStayFinite) {
   }
 }
 
-SamplingParams RandomParams(int64_t V, std::mt19937 &random) {
+SamplingParams RandomParams(int64_t V, std::mt19937& random) {
   const auto uniform = [&](float low, float high) {
     return std::uniform_real_distribution<float>(low, high)(random);
   };
@@ -269,7 +269,7 @@ TEST(SamplerTest, EqualsReference) {
                                           : 11 + static_cast<int64_t>(random() % 700);
       std::vector<float> logits = RandomLogits(V, trial % 3 == 0 ? 0.3f : 3.f, random);
       if (trial % 4 == 0)  // many equals
-        for (float &l : logits) l = std::round(l * 2) / 2;
+        for (float& l : logits) l = std::round(l * 2) / 2;
       if (trial % 5 == 0)
         for (size_t i = 0; i < logits.size(); i += 3) logits[i] = -kInfinity;
       const SamplingParams params = RandomParams(V, random);
@@ -305,8 +305,8 @@ TEST(SamplerTest, EqualsReference) {
 
 // Chi-square over the tokens that are expected at least 20 times, the others
 // together as one.
-double ChiSquare(const std::vector<int> &counts, const std::vector<double> &probabilities,
-                 int *cells) {
+double ChiSquare(const std::vector<int>& counts, const std::vector<double>& probabilities,
+                 int* cells) {
   int draws = 0;
   for (const int c : counts) draws += c;
   double chi = 0, rest_expected = 0, rest_count = 0;
@@ -328,8 +328,8 @@ double ChiSquare(const std::vector<int> &counts, const std::vector<double> &prob
   return chi;
 }
 
-void CheckStatistics(const SamplingParams &params, const std::vector<float> &logits,
-                     const std::vector<double> &probabilities) {
+void CheckStatistics(const SamplingParams& params, const std::vector<float>& logits,
+                     const std::vector<double>& probabilities) {
   std::vector<int> counts(logits.size());
   std::vector<float> work = logits;
   const Sampler sampler(params, static_cast<int64_t>(logits.size()));
@@ -353,7 +353,7 @@ TEST(SamplerTest, DrawsFollowTheDistribution) {
   const auto softmax = [&] {
     double total = 0;
     for (const double x : p) total += x;
-    for (double &x : p) x /= total;
+    for (double& x : p) x /= total;
   };
   for (size_t i = 0; i < p.size(); ++i) p[i] = std::exp(logits[i] / temperature);
   softmax();
@@ -361,12 +361,12 @@ TEST(SamplerTest, DrawsFollowTheDistribution) {
 
   std::vector<double> sorted = p;
   std::sort(sorted.rbegin(), sorted.rend());
-  for (double &x : p) x = x >= sorted[39] ? x : 0;
+  for (double& x : p) x = x >= sorted[39] ? x : 0;
   softmax();
   CheckStatistics({.temperature = 0.8f, .top_k = 40, .seed = kSeed + 1}, logits, p);
 
   const double least = 0.1f * *std::max_element(p.begin(), p.end());
-  for (double &x : p) x = x >= least ? x : 0;
+  for (double& x : p) x = x >= least ? x : 0;
   softmax();
   CheckStatistics({.temperature = 0.8f, .top_k = 40, .min_p = 0.1f, .seed = kSeed + 2}, logits, p);
 }
@@ -395,7 +395,7 @@ TEST(TopLogprobsTest, LikeliestFirst) {
   const auto top = TopLogprobs(logits, 10);
   ASSERT_TRUE(top.ok());
   std::vector<int32_t> tokens;
-  for (const Sampler::Choice &c : *top) tokens.push_back(c.token);
+  for (const Sampler::Choice& c : *top) tokens.push_back(c.token);
   EXPECT_THAT(tokens, ElementsAre(1, 4, 0, 3));
   EXPECT_NEAR((*top)[0].logprob, std::log(0.5), 1e-6);
   EXPECT_NEAR((*top)[3].logprob, std::log(0.125), 1e-6);
