@@ -292,6 +292,7 @@ void Worker::Finish(const EndedSequence& ended) {
 void Worker::Deliver(ActiveRequest& active) {
   const double now = NowSeconds();
   RequestResult& result = active.result;
+  result.tier = active.request.tier;
   result.prompt_tokens = static_cast<int>(active.request.prompt.size());
   result.generated_tokens = active.generated;
   const bool ran = active.started > 0;
