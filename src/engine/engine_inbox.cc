@@ -54,7 +54,7 @@ std::optional<Rejection> Inbox::Put(std::unique_ptr<ActiveRequest> request) {
     }
     ++counts_.queued;
     counts_.queued_tokens += tokens;
-    if (ids_.size() == 1) counts_.busy_since = request->submitted;
+    if (++counts_.accepted == 1) counts_.busy_since = request->submitted;
     mail_.requests.push_back(std::move(request));
   }
   arrived_.notify_one();
@@ -124,21 +124,24 @@ void Inbox::Take(Mail& mail, std::optional<std::chrono::duration<double>> wait) 
   mail_.stop = stop;  // for good
 }
 
-void Inbox::Settle(int left, int64_t left_tokens, std::span<const std::string> ended) {
-  if (left == 0 && ended.empty()) return;
+void Inbox::Release(const std::string& id) {
+  const std::lock_guard lock(mutex_);
+  ids_.erase(id);
+}
+
+void Inbox::Settle(int left, int64_t left_tokens, int ended) {
+  if (left == 0 && ended == 0) return;
   const std::lock_guard lock(mutex_);
   counts_.queued -= left;
   counts_.queued_tokens -= left_tokens;
-  DSLA_CHECK(counts_.queued >= 0 && counts_.queued_tokens >= 0);
+  counts_.accepted -= ended;
+  DSLA_CHECK(counts_.queued >= 0 && counts_.queued_tokens >= 0 && counts_.accepted >= 0);
   if (left > 0) starts_.Add(NowSeconds(), left);
-  for (const std::string& id : ended) ids_.erase(id);
 }
 
 Inbox::Counts Inbox::counts() const {
   const std::lock_guard lock(mutex_);
-  Counts counts = counts_;
-  counts.accepted = static_cast<int>(ids_.size());
-  return counts;
+  return counts_;
 }
 
 }  // namespace dsla

@@ -75,9 +75,12 @@ class Inbox {
   // What has come since the last call. Without mail it returns at once, or, with `wait`, when some
   // comes or that time has passed (infinite: only then).
   void Take(Mail& mail, std::optional<std::chrono::duration<double>> wait);
+  // The id is free again: to be called before the client learns of the end, for it may use the id
+  // anew at once.
+  void Release(const std::string& id);
   // Requests that were accepted and have left the queue for good (their first step, or their end
-  // before it), with their prompts' tokens, and ids that are free again.
-  void Settle(int left, int64_t left_tokens, std::span<const std::string> ended);
+  // before it), with their prompts' tokens, and those that have ended, the client's call included.
+  void Settle(int left, int64_t left_tokens, int ended);
 
   struct Counts {
     int queued = 0;  // accepted, before their first step

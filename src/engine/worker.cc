@@ -303,7 +303,8 @@ void Worker::Deliver(ActiveRequest& active) {
     ++left_queue_;
     left_queue_tokens_ += result.prompt_tokens;
   }
-  ended_ids_.push_back(active.request.id);
+  ++ended_;
+  inbox_->Release(active.request.id);
   {
     const std::lock_guard lock(state_mutex_);
     ++state_.finished;
@@ -326,8 +327,8 @@ void Worker::EndAll() {
 }
 
 void Worker::SettleQueue() {
-  inbox_->Settle(std::exchange(left_queue_, 0), std::exchange(left_queue_tokens_, 0), ended_ids_);
-  ended_ids_.clear();
+  inbox_->Settle(std::exchange(left_queue_, 0), std::exchange(left_queue_tokens_, 0),
+                 std::exchange(ended_, 0));
 }
 
 void Worker::Publish(double begin, double model_seconds, const StepPlan& plan, int generated) {

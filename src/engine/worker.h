@@ -115,7 +115,7 @@ class Worker : private CacheOps {
   int left_queue_ = 0;
   int64_t left_queue_tokens_ = 0;
   int unstarted_ = 0;  // of the scheduler's waiting ones; the others were pre-empted
-  std::vector<std::string> ended_ids_;
+  int ended_ = 0;
 
   mutable std::mutex state_mutex_;  // what is below
   EngineState state_;

@@ -408,8 +408,8 @@ TEST(ModelFile, ShippedAdapterFitsTheDefaultModel) {
   const Status fits = (*adapter)->CheckBase(*(*model)->Fingerprint(), path);
   EXPECT_TRUE(fits.ok()) << fits.message();
   EXPECT_EQ((*adapter)->top_level, 22);
-  EXPECT_EQ((*adapter)->ladder[0], 25);
-  EXPECT_EQ((*adapter)->layers[29].window, 64);
+  EXPECT_EQ((*adapter)->ladder[0], 29);
+  EXPECT_EQ((*adapter)->layers[29].window, 256);
 }
 
 }  // namespace
