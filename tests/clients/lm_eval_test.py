@@ -5,12 +5,30 @@ transformers backend on the same model (lm_eval_reference.json, by lm_eval_refer
 import json
 import os
 import pathlib
+import sys
 import tempfile
 
 from serving import KEY, check, finish, parse_arguments, serving, skip
 
 cache = tempfile.TemporaryDirectory()
 os.environ.update({"HF_HOME": cache.name, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OPENAI_API_KEY": KEY})
+
+
+class WithoutTorch:
+    """Finds all but torch. The project's .venv holds torch for its libraries, without the CUDA packages that its Python module
+    loads; local-completions needs none of it, but would import it where it is found."""
+
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, *rest):
+        return None if name.split(".")[0] == "torch" else self.finder.find_spec(name, *rest)
+
+
+sys.meta_path = [WithoutTorch(finder) for finder in sys.meta_path]
 
 try:
     import lm_eval
