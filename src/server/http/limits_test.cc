@@ -151,7 +151,7 @@ INSTANTIATE_TEST_SUITE_P(
         "GET /open HTTP/1.1\r\nHost: t\r\nX: a\r\n b\r\n\r\n",  // folded
         "GET /open HTTP/1.1\r\nHost: t\r\nX : a\r\n\r\n",
         "GET /open HTTP/1.1\r\nHost: t\r\n: a\r\n\r\n",
-        std::string("GET /open HTTP/1.1\r\nHost: t\r\nX: \0\r\n\r\n", 42),
+        std::string("GET /open HTTP/1.1\r\nHost: t\r\nX: ") + '\0' + "\r\n\r\n",
         "GET /open HTTP/1.1\r\nHost: t\r\nHost: u\r\n\r\n", "GET /open HTTP/1.1\r\n\r\n",
         "GET /%zz HTTP/1.1\r\nHost: t\r\n\r\n", "GET /a%00b HTTP/1.1\r\nHost: t\r\n\r\n",
         "GET open HTTP/1.1\r\nHost: t\r\n\r\n", "CONNECT a:443 HTTP/1.1\r\nHost: t\r\n\r\n",
