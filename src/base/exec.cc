@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <thread>
 
 namespace dsla {
 
@@ -20,6 +21,11 @@ void* Workspace::TakeBytes(int64_t bytes) {
   char* p = blocks_[block_].data() + used_;
   used_ += rounded;
   return p;
+}
+
+int ThreadCount(int asked) {
+  if (asked > 0) return asked;
+  return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
 }
 
 namespace internal {

@@ -54,6 +54,9 @@ struct ExecContext {
       nullptr;  // one per thread that calls operators; never shared between callers
 };
 
+// `asked` threads, or, if that is 0, as many as the machine has cores.
+int ThreadCount(int asked);
+
 namespace internal {
 void ParallelRun(int threads, int64_t tasks, void (*run)(void*, int64_t task, int thread),
                  void* arg);

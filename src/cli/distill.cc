@@ -6,7 +6,6 @@
 #include <csignal>
 #include <cstdio>
 #include <memory>
-#include <thread>
 
 #include "cli/commands.h"
 #include "cli/model_args.h"
@@ -53,9 +52,7 @@ Status RunDistill(DistillArgs& args) {
   Workspace workspace;
   ExecContext ctx;
   ctx.workspace = &workspace;
-  ctx.threads = config.threads > 0
-                    ? config.threads
-                    : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  ctx.threads = ThreadCount(config.threads);
   std::signal(SIGINT, OnInterrupt);
   std::signal(SIGTERM, OnInterrupt);
   args.job.interrupted = [] { return interrupted.load(); };

@@ -6,7 +6,6 @@
 #include <charconv>
 #include <cstdio>
 #include <filesystem>
-#include <thread>
 
 #include "base/clock.h"
 
@@ -126,9 +125,7 @@ Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences) {
   if (args.threads < 0 || args.threads > 1024)
     return InvalidArgument("--threads: {} is not in 1 to 1024", args.threads);
   loaded.workspace = std::make_unique<Workspace>();
-  loaded.ctx.threads = args.threads > 0
-                           ? args.threads
-                           : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  loaded.ctx.threads = ThreadCount(args.threads);
   loaded.ctx.workspace = loaded.workspace.get();
 
   std::string path = args.model;

@@ -64,7 +64,6 @@ class Run {
   Status Done(const char* stage, nlohmann::json fields = nlohmann::json::object());
 
   Expected<std::string> PrepareOne(const std::vector<std::string>& inputs, const char* name);
-  Status StartOrder(OrderState* state, const std::string& path);
 
   std::string Path(const std::string& name) const { return work_ + "/" + name; }
 

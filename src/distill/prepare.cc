@@ -1,11 +1,11 @@
 #include "distill/prepare.h"
 
 #include <mutex>
-#include <nlohmann/json.hpp>
 #include <string_view>
 
 #include "base/mapped_file.h"
 #include "distill/token_file.h"
+#include "format/text_file.h"
 #include "format/tokenizer/utf8.h"
 
 namespace dsla {
@@ -77,27 +77,12 @@ Status Preparer::Flush() {
 }
 
 Status Preparer::AddFile(const std::string& path) {
-  DSLA_ASSIGN_OR_RETURN(const MappedFile file, MappedFile::Open(path));
-  const std::string_view all(reinterpret_cast<const char*>(file.bytes().data()),
-                             file.bytes().size());
   const int64_t tokens_before = writer_.tokens();
-  if (!path.ends_with(".jsonl")) {
-    DSLA_RETURN_IF_ERROR(AddDocument(std::string(all), fmt::format("'{}'", path)));
-  } else {
-    int64_t line_number = 0;
-    for (size_t begin = 0; begin < all.size();) {
-      const size_t end = std::min(all.find('\n', begin), all.size());
-      const std::string_view line = all.substr(begin, end - begin);
-      begin = end + 1;
-      ++line_number;
-      if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
-      auto json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
-      const std::string where = fmt::format("'{}' line {}", path, line_number);
-      if (!json.is_object() || !json.contains("text") || !json["text"].is_string())
-        return DataLoss("{}: not a JSON object with a string \"text\"", where);
-      DSLA_RETURN_IF_ERROR(AddDocument(std::move(json["text"].get_ref<std::string&>()), where));
-    }
-  }
+  DSLA_RETURN_IF_ERROR(
+      ForEachText(path, [&](std::string_view text, const std::string& where) -> Expected<bool> {
+        DSLA_RETURN_IF_ERROR(AddDocument(std::string(text), where));
+        return true;
+      }));
   DSLA_RETURN_IF_ERROR(Flush());
   if (writer_.tokens() == tokens_before) return InvalidArgument("'{}' holds no text", path);
   return Status::Ok();

@@ -17,8 +17,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <thread>
 
+#include "base/exec.h"
 #include "distill/network.h"
 #include "distill/torch_device.h"
 #include "distill/torch_layers.h"
@@ -274,9 +274,7 @@ Expected<std::unique_ptr<Network>> Network::Create(const ModelFile& file,
   if (!bf16 && options.dtype != "fp32" && options.dtype != "auto")
     return InvalidArgument("dtype '{}' is not one of auto, fp32, bf16", options.dtype);
   impl->type = bf16 ? at::kBFloat16 : at::kFloat;
-  at::set_num_threads(options.threads > 0
-                          ? options.threads
-                          : static_cast<int>(std::max(1u, std::thread::hardware_concurrency())));
+  at::set_num_threads(ThreadCount(options.threads));
   if (!impl->device.is_cpu()) {
     int64_t weights = 0;
     for (const auto& [name, shape] : RequiredTensors(config)) {

@@ -245,12 +245,6 @@ LoadSnapshot Scheduler::Snapshot() const {
   return load;
 }
 
-int64_t Scheduler::waiting_tokens() const {
-  int64_t tokens = 0;
-  for (const auto& [id, sequence] : waiting_) tokens += sequence->size();
-  return tokens;
-}
-
 double Scheduler::oldest_arrival() const {
   return waiting_.empty() ? 0 : waiting_.begin()->second->request.arrival;
 }

@@ -155,7 +155,6 @@ class Scheduler {
 
   int running() const { return static_cast<int>(running_.size()); }
   int waiting() const { return static_cast<int>(waiting_.size()); }
-  int64_t waiting_tokens() const;                    // prompt tokens
   double oldest_arrival() const;                     // of the waiting ones; 0: there are none
   std::vector<const SequenceCache*> caches() const;  // of the running sequences, for checks
   bool idle() const { return running_.empty() && waiting_.empty(); }

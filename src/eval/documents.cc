@@ -1,8 +1,6 @@
 #include "eval/documents.h"
 
-#include <nlohmann/json.hpp>
-
-#include "base/mapped_file.h"
+#include "format/text_file.h"
 
 namespace dsla {
 namespace {
@@ -24,32 +22,12 @@ Status AddDocument(std::string_view text, const Tokenizer& tokenizer,
 Expected<std::vector<std::vector<int32_t>>> ReadDocuments(const std::string& path,
                                                           const Tokenizer& tokenizer,
                                                           const DocumentOptions& options) {
-  DSLA_ASSIGN_OR_RETURN(const MappedFile file, MappedFile::Open(path));
-  const std::string_view all(reinterpret_cast<const char*>(file.bytes().data()),
-                             file.bytes().size());
   std::vector<std::vector<int32_t>> documents;
-  const auto full = [&] {
-    return options.max_docs > 0 && static_cast<int>(documents.size()) >= options.max_docs;
-  };
-  if (!path.ends_with(".jsonl")) {
-    DSLA_RETURN_IF_ERROR(AddDocument(all, tokenizer, options, documents));
-  } else {
-    int line_number = 0;
-    for (size_t begin = 0; begin < all.size() && !full();) {
-      const size_t end = std::min(all.find('\n', begin), all.size());
-      const std::string_view line = all.substr(begin, end - begin);
-      begin = end + 1;
-      ++line_number;
-      if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
-      const auto json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
-      if (!json.is_object() || !json.contains("text") || !json["text"].is_string()) {
-        return DataLoss("'{}' line {}: not a JSON object with a string \"text\"", path,
-                        line_number);
-      }
-      DSLA_RETURN_IF_ERROR(
-          AddDocument(json["text"].get_ref<const std::string&>(), tokenizer, options, documents));
-    }
-  }
+  DSLA_RETURN_IF_ERROR(
+      ForEachText(path, [&](std::string_view text, const std::string&) -> Expected<bool> {
+        DSLA_RETURN_IF_ERROR(AddDocument(text, tokenizer, options, documents));
+        return options.max_docs <= 0 || static_cast<int>(documents.size()) < options.max_docs;
+      }));
   if (documents.empty()) {
     return InvalidArgument("'{}' has no document of at least {} tokens", path, options.min_tokens);
   }
