@@ -165,11 +165,16 @@ Status Program::MakeEngine() {
   options.prefix_cache = !args_.no_prefix_cache;
   options.default_max_level = policy_.max_level;
   policy_.slo.prefill_chunk = options.max_batch_tokens;
-  if (policy_.policy == "slo") {
+  if (ladder_.max_level == 0) {
+    if (policy_.policy != "fixed") policy_.fixed_level = 0;
+    policy_.policy = "fixed";  // there is nothing to decide, and nothing to measure for it
+  } else {
+    // Whatever the policy at the start, an administrator may change to slo.
     const double start = NowSeconds();
-    DSLA_ASSIGN_OR_RETURN(policy_.cost, Calibrate(model_.ctx, *model_.model,
-                                                  {.memory_bytes = model_.memory_bytes,
-                                                   .top_level = policy_.max_level}));
+    DSLA_ASSIGN_OR_RETURN(policy_.cost,
+                          Calibrate(model_.ctx, *model_.model,
+                                    {.memory_bytes = model_.memory_bytes,
+                                     .top_level = std::max(policy_.max_level, ladder_.top_level)}));
     log_->Write(LogLevel::kInfo, "calibrated",
                 {{"cost", policy_.cost.Summary()}, {"seconds", NowSeconds() - start}});
   }

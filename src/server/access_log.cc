@@ -25,19 +25,35 @@ bool SoundTraceParent(std::string_view value) {
   return true;
 }
 
-void AccessLog::OnConnections(int delta) {
-  if (ServerMetrics* metrics = metrics_.load()) metrics->AddConnections(delta);
+void AccessLog::SetMetrics(ServerMetrics* metrics) {
+  const std::lock_guard lock(mutex_);
+  metrics_ = metrics;
+  if (metrics_ == nullptr) return;
+  metrics_->AddConnections(connections_);
+  metrics_->AddHttpInFlight(requests_);
 }
 
-void AccessLog::OnRequestStarted() {
-  if (ServerMetrics* metrics = metrics_.load()) metrics->AddHttpInFlight(1);
+void AccessLog::Change(int connections, int requests) {
+  const std::lock_guard lock(mutex_);
+  connections_ += connections;
+  requests_ += requests;
+  if (metrics_ == nullptr) return;
+  metrics_->AddConnections(connections);
+  metrics_->AddHttpInFlight(requests);
 }
+
+void AccessLog::OnConnections(int delta) { Change(delta, 0); }
+
+void AccessLog::OnRequestStarted() { Change(0, 1); }
 
 void AccessLog::OnRequestFinished(const AccessRecord& record) {
-  if (ServerMetrics* metrics = metrics_.load()) {
-    metrics->AddHttpInFlight(-1);
-    metrics->CountHttp(record.route.empty() ? "other" : record.route, record.status,
-                       record.seconds);
+  Change(0, -1);
+  {
+    const std::lock_guard lock(mutex_);
+    if (metrics_ != nullptr) {
+      metrics_->CountHttp(record.route.empty() ? "other" : record.route, record.status,
+                          record.seconds);
+    }
   }
   const HttpRequest& request = *record.request;
   std::vector<LogField> fields = {{"id", request.request_id},

@@ -1,7 +1,7 @@
 // What the HTTP server tells goes to the log, a line per request, and to the metrics.
 #pragma once
 
-#include <atomic>
+#include <mutex>
 #include <string>
 
 #include "server/http/server.h"
@@ -13,8 +13,9 @@ namespace dsla {
 class AccessLog : public HttpObserver {
  public:
   explicit AccessLog(Log* log) : log_(log) {}  // which must outlive this
-  // From now on; until then nothing is counted. May be null.
-  void SetMetrics(ServerMetrics* metrics) { metrics_.store(metrics); }
+  // From now on; finished requests are not counted until then, what is open is handed over. May be
+  // null.
+  void SetMetrics(ServerMetrics* metrics);
 
   void OnConnections(int delta) override;
   void OnRequestStarted() override;
@@ -22,8 +23,12 @@ class AccessLog : public HttpObserver {
   void OnTrouble(const std::string& message) override;
 
  private:
+  void Change(int connections, int requests);
+
   Log* const log_;
-  std::atomic<ServerMetrics*> metrics_{nullptr};
+  std::mutex mutex_;
+  ServerMetrics* metrics_ = nullptr;
+  int connections_ = 0, requests_ = 0;  // open now
 };
 
 // A W3C traceparent, if it is one: its value may then go into a log.

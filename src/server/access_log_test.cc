@@ -56,6 +56,27 @@ TEST(AccessLogTest, OneLineWithoutTheText) {
   EXPECT_THAT(metrics.Render(EngineState()), HasSubstr("route=\"/v1/completions\""));
 }
 
+// What was open before there were metrics must not be missing when it closes.
+TEST(AccessLogTest, WhatIsOpenIsHandedOver) {
+  auto log = Log::Open({.file = ::testing::TempDir() + "dsla_access_log_open"});
+  ASSERT_TRUE(log.ok());
+  AccessLog access(log->get());
+  access.OnConnections(1);
+  access.OnConnections(1);
+  access.OnRequestStarted();
+  ServerMetrics metrics({.model = "m", .version = "1", .vllm_compat = false});
+  access.SetMetrics(&metrics);
+  EXPECT_THAT(metrics.Render(EngineState()), HasSubstr("\ndsla_http_connections 2\n"));
+  EXPECT_THAT(metrics.Render(EngineState()), HasSubstr("\ndsla_http_in_flight 1\n"));
+  access.OnConnections(-1);
+  access.OnConnections(-1);
+  AccessRecord record;
+  record.request = std::make_shared<const HttpRequest>();
+  access.OnRequestFinished(record);
+  EXPECT_THAT(metrics.Render(EngineState()), HasSubstr("\ndsla_http_connections 0\n"));
+  EXPECT_THAT(metrics.Render(EngineState()), HasSubstr("\ndsla_http_in_flight 0\n"));
+}
+
 TEST(AccessLogTest, TraceParents) {
   EXPECT_TRUE(SoundTraceParent("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"));
   EXPECT_FALSE(SoundTraceParent("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-0"));

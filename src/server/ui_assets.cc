@@ -11,7 +11,7 @@ void AddUiRoutes(Router& router) {
           {"Cache-Control", "no-cache"},  // to be asked for each time, with the ETag
           // Nothing from elsewhere, and in no other page's frame.
           {"Content-Security-Policy",
-           "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src "
+           "default-src 'none'; script-src 'self'; style-src 'self'; img-src "
            "'self' "
            "data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors "
            "'none'"},
