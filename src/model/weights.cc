@@ -78,15 +78,11 @@ int64_t ModelWeights::bytes() const {
 
 WeightFormat FormatFor(const ModelFile& file) {
   bool all_q4_1 = true;
-  for (const char* suffix : {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
-                             "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}) {
-    for (int l = 0; l < file.config().L; ++l) {
-      const TensorInfo* tensor = file.FindTensor(LayerTensorName(l, suffix) + ".weight");
-      DSLA_CHECK(tensor != nullptr);
-      if (tensor->type == "F32" || tensor->type == "F16" || tensor->type == "BF16")
-        return WeightFormat::kBF16;
-      all_q4_1 = all_q4_1 && tensor->type == "Q4_1";
-    }
+  for (const TensorInfo& tensor : file.tensors()) {
+    if (tensor.shape.size() != 2 || !tensor.name.starts_with("model.layers.")) continue;
+    if (tensor.type == "F32" || tensor.type == "F16" || tensor.type == "BF16")
+      return WeightFormat::kBF16;
+    all_q4_1 = all_q4_1 && tensor.type == "Q4_1";
   }
   return all_q4_1 ? WeightFormat::kInt4 : WeightFormat::kInt8;
 }

@@ -8,6 +8,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <random>
+#include <span>
 #include <vector>
 
 #include "base/buffer.h"
@@ -60,13 +61,15 @@ std::vector<float> Random(int64_t n, uint32_t seed) {
 
 void BM_Linear(benchmark::State& state) {
   const int64_t T = state.range(0), out = state.range(1), in = state.range(2);
-  const WeightFormat format = state.range(3) == 1 ? WeightFormat::kBF16 : WeightFormat::kF32;
+  const auto format = static_cast<WeightFormat>(state.range(3));
   const std::vector<float> weight = Random(out * in, 1);
   const int64_t rotation = T <= 8 ? int64_t{220} << 20 : int64_t{20} << 20;
-  const int64_t copies =
-      std::max<int64_t>(1, rotation / (out * in * (format == WeightFormat::kF32 ? 4 : 2)));
+  Arena arena;  // as a model's weights
   std::vector<Linear> layers;
-  for (int64_t i = 0; i < copies; ++i) layers.emplace_back(weight, out, in, format);
+  do {
+    layers.emplace_back(weight, out, in, format, std::span<const float>(), &arena);
+  } while (layers[0].bytes() * static_cast<int64_t>(layers.size() + 1) <= rotation);
+  const auto copies = static_cast<double>(layers.size());
   const std::vector<float> x = Random(T * in, 2);
   std::vector<float> y(static_cast<size_t>(T * out));
   Workspace workspace;
@@ -77,24 +80,29 @@ void BM_Linear(benchmark::State& state) {
     for (const Linear& layer : layers) layer.Forward(ctx, x.data(), in, T, y.data(), out);
     benchmark::DoNotOptimize(y.data());
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    best = std::min(best, seconds.count() / static_cast<double>(copies));
+    best = std::min(best, seconds.count() / copies);
   }
   const double bytes = static_cast<double>(layers[0].bytes());
   const double dram = DramBandwidth();
+  state.SetLabel(Name(format));
   state.counters["us"] = best * 1e6;
   state.counters["GB/s"] = bytes / best * 1e-9;
   state.counters["of_dram"] = bytes / best / dram;
   state.counters["dram_GB/s"] = dram * 1e-9;
   state.counters["GFLOP/s"] = 2e-9 * static_cast<double>(T * out * in) / best;
 }
+constexpr auto Arg(WeightFormat format) { return static_cast<int64_t>(format); }
+constexpr int64_t kF32 = Arg(WeightFormat::kF32), kBF16 = Arg(WeightFormat::kBF16);
+const std::vector<int64_t> kSixteenBitsAndLess = {kBF16, Arg(WeightFormat::kInt8),
+                                                  Arg(WeightFormat::kInt4)};
 // The matrices of SmolLM2-135M (C = 576, ffn 1536, V = 49152) and one of a 7B model.
 BENCHMARK(BM_Linear)
-    ->ArgNames({"T", "out", "in", "bf16"})
-    ->ArgsProduct({{1}, {576, 3072, 49152}, {576}, {1}})
-    ->ArgsProduct({{1}, {576}, {1536}, {1}})
-    ->ArgsProduct({{1}, {4096}, {4096}, {0, 1}})
-    ->ArgsProduct({{2, 4, 8, 16, 32, 64, 65, 128, 512}, {3072}, {576}, {1}})
-    ->ArgsProduct({{2, 4, 8, 16, 32, 64, 65, 128, 512}, {4096}, {4096}, {1}})
+    ->ArgNames({"T", "out", "in", "format"})
+    ->ArgsProduct({{1}, {576, 3072, 49152}, {576}, kSixteenBitsAndLess})
+    ->ArgsProduct({{1}, {576}, {1536}, kSixteenBitsAndLess})
+    ->ArgsProduct({{1}, {4096}, {4096}, {kF32, kBF16}})
+    ->ArgsProduct({{2, 4, 8, 16, 32, 64, 65, 128, 512}, {3072}, {576}, kSixteenBitsAndLess})
+    ->ArgsProduct({{2, 4, 8, 16, 32, 64, 65, 128, 512}, {4096}, {4096}, {kBF16}})
     ->UseRealTime()
     ->MeasureProcessCPUTime();
 
