@@ -107,6 +107,34 @@ struct Pool {
   DeviceBytes memory;
 };
 
+// T rows of random values through one layer: the buffers and the arguments but for the rows.
+struct Call {
+  Call(const DslaShape& s, const GpuLayer& layer, const Pool& pool, int T, int64_t workspace_bytes)
+      : q(RandomBf16(int64_t{T} * s.H * s.D, 1)),
+        k(RandomBf16(int64_t{T} * s.Hkv * s.D, 2)),
+        v(RandomBf16(int64_t{T} * s.Hkv * s.D, 3)),
+        claim(std::vector<float>(static_cast<size_t>(int64_t{T} * s.H), 4.f)),
+        out(int64_t{T} * s.H * s.D * 2),
+        workspace(workspace_bytes) {
+    args.shape = s;
+    args.layout = MakeSlotLayout(s);
+    args.weights = layer.weights();
+    args.T = T;
+    args.states = pool.View();
+    args.q = q.as<void>();
+    args.k = k.as<void>();
+    args.v = v.as<void>();
+    args.q_stride = s.H * s.D;
+    args.k_stride = args.v_stride = s.Hkv * s.D;
+    args.claim = s.window > 0 ? claim.as<float>() : nullptr;
+    args.out = out.as<void>();
+    args.workspace = workspace.as<void>();
+    args.workspace_bytes = workspace.bytes();
+  }
+  const DeviceBytes q, k, v, claim, out, workspace;
+  cuda::DslaCudaArgs args;
+};
+
 void BenchDecode(const Setup& setup, int N, cudaStream_t stream, const Machine& m) {
   const std::string name = std::string("decode ") + setup.name + " N " + std::to_string(N);
   if (name.find(m.only) == std::string::npos) return;
@@ -120,27 +148,10 @@ void BenchDecode(const Setup& setup, int N, cudaStream_t stream, const Machine& 
   for (int i = 0; i < sets * N; ++i) slots.push_back(i);
   std::shuffle(slots.begin(), slots.end(), rng);
   const DeviceBytes d_slots(slots), d_pos(pos);
-  const DeviceBytes q(RandomBf16(int64_t{N} * s.H * s.D, 1)),
-      k(RandomBf16(int64_t{N} * s.Hkv * s.D, 2)), v(RandomBf16(int64_t{N} * s.Hkv * s.D, 3));
-  const std::vector<float> claims(static_cast<size_t>(N * s.H), 4.f);
-  const DeviceBytes claim(claims), out(int64_t{N} * s.H * s.D * 2);
-  const DeviceBytes workspace(cuda::DecodeWorkspaceBytes(s, N));
-  cuda::DslaCudaArgs a;
-  a.shape = s;
-  a.layout = MakeSlotLayout(s);
-  a.weights = layer.weights();
-  a.rows.N = a.T = N;
+  Call call(s, layer, pool, N, cuda::DecodeWorkspaceBytes(s, N));
+  cuda::DslaCudaArgs& a = call.args;
+  a.rows.N = N;
   a.rows.pos = d_pos.as<int32_t>();
-  a.states = pool.View();
-  a.q = q.as<void>();
-  a.k = k.as<void>();
-  a.v = v.as<void>();
-  a.q_stride = s.H * s.D;
-  a.k_stride = a.v_stride = s.Hkv * s.D;
-  a.claim = s.window > 0 ? claim.as<float>() : nullptr;
-  a.out = out.as<void>();
-  a.workspace = workspace.as<void>();
-  a.workspace_bytes = workspace.bytes();
   // One graph of all sets, so that launches cost what they cost in a captured step of many layers.
   cudaGraph_t graph;
   cudaGraphExec_t exec;
@@ -175,28 +186,10 @@ void BenchPrefill(const Setup& setup, int T, int wave, cudaStream_t stream, cons
   const Pool pool(s, 1);
   const std::vector<int32_t> row_start{0, T}, pos{0}, slots{0};
   const DeviceBytes d_start(row_start), d_pos(pos), d_slots(slots);
-  const DeviceBytes q(RandomBf16(int64_t{T} * s.H * s.D, 1)),
-      k(RandomBf16(int64_t{T} * s.Hkv * s.D, 2)), v(RandomBf16(int64_t{T} * s.Hkv * s.D, 3));
-  const std::vector<float> claims(static_cast<size_t>(int64_t{T} * s.H), 4.f);
-  const DeviceBytes claim(claims), out(int64_t{T} * s.H * s.D * 2);
-  const DeviceBytes workspace(cuda::PrefillWorkspaceBytes(s, 1, T, chunks));
-  cuda::DslaCudaArgs a;
-  a.shape = s;
-  a.layout = MakeSlotLayout(s);
-  a.weights = layer.weights();
+  Call call(s, layer, pool, T, cuda::PrefillWorkspaceBytes(s, 1, T, chunks));
+  cuda::DslaCudaArgs& a = call.args;
   a.rows = {1, d_start.as<int32_t>(), d_pos.as<int32_t>()};
-  a.T = T;
   a.slots = d_slots.as<int32_t>();
-  a.states = pool.View();
-  a.q = q.as<void>();
-  a.k = k.as<void>();
-  a.v = v.as<void>();
-  a.q_stride = s.H * s.D;
-  a.k_stride = a.v_stride = s.Hkv * s.D;
-  a.claim = s.window > 0 ? claim.as<float>() : nullptr;
-  a.out = out.as<void>();
-  a.workspace = workspace.as<void>();
-  a.workspace_bytes = workspace.bytes();
   const double seconds =
       MedianSeconds(stream, 11, [&](int) { CheckCuda(cuda::Prefill(a, stream)); });
   const double bytes = double(T) * (2 * s.H + 2 * s.Hkv) * s.D * 2;
