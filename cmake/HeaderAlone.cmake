@@ -1,10 +1,18 @@
-# The target header_alone compiles every header under src/ by itself (twice in one file, so that its guard works too).
+# The target header_alone compiles headers under src/ by themselves (twice in one file, so that their guards work too). A
+# header that is the first include of the .cc beside it needs no such file: compiling that .cc shows the same.
 # It is built by name only. *-inl.h are parts of a SIMD source that Highway compiles once per target, not headers.
 function(dsla_header_alone)
   file(GLOB_RECURSE headers CONFIGURE_DEPENDS RELATIVE ${PROJECT_SOURCE_DIR}/src ${PROJECT_SOURCE_DIR}/src/*.h)
   list(FILTER headers EXCLUDE REGEX "-inl\\.h$")
   set(sources)
   foreach(header ${headers})
+    string(REGEX REPLACE "\\.h$" ".cc" own ${PROJECT_SOURCE_DIR}/src/${header})
+    if(EXISTS ${own})
+      file(STRINGS ${own} first REGEX "^#include" LIMIT_COUNT 1)
+      if(first STREQUAL "#include \"${header}\"")
+        continue()
+      endif()
+    endif()
     string(MAKE_C_IDENTIFIER ${header} name)
     set(source ${PROJECT_BINARY_DIR}/header_alone/${name}.cc)
     file(CONFIGURE OUTPUT ${source} CONTENT "#include \"${header}\"\n#include \"${header}\"\n")
