@@ -6,8 +6,8 @@
 #include <nlohmann/json.hpp>
 #include <set>
 
+#include "base/files.h"
 #include "base/mapped_file.h"
-#include "distill/files.h"
 #include "format/json.h"
 #include "format/safetensors.h"
 #include "format/safetensors_writer.h"

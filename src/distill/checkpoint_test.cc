@@ -9,8 +9,8 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 
-#include "distill/files.h"
-#include "distill/plot.h"
+#include "base/files.h"
+#include "base/plot.h"
 #include "distill/report.h"
 #include "distill/run_log.h"
 #include "format/testing/file_writers.h"

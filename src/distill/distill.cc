@@ -5,9 +5,9 @@
 #include <filesystem>
 
 #include "base/clock.h"
+#include "base/files.h"
 #include "base/mapped_file.h"
 #include "distill/distill_run.h"
-#include "distill/files.h"
 #include "distill/prepare.h"
 #include "distill/report.h"
 #include "distill/schedule.h"

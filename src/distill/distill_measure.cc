@@ -4,34 +4,18 @@
 #include <algorithm>
 #include <filesystem>
 
+#include "base/bootstrap.h"
 #include "base/clock.h"
+#include "base/files.h"
 #include "base/half.h"
 #include "base/mapped_file.h"
 #include "distill/distill_run.h"
-#include "distill/files.h"
-#include "distill/random.h"
 #include "format/json.h"
 
 namespace dsla::distill {
 namespace {
 
 constexpr int kMaxOrderRows = 4;  // sequences in one pass, so that a small device can take them
-
-// Bounds of the mean of `values` that 95% of bootstrap samples keep (Efron, Annals of Statistics
-// 1979).
-std::pair<double, double> BootstrapInterval(const std::vector<double>& values, uint64_t seed) {
-  constexpr int kSamples = 2000;
-  if (values.empty()) return {0, 0};
-  Random random(seed, {0xb007});
-  std::vector<double> means(kSamples);
-  for (double& mean : means) {
-    mean = 0;
-    for (size_t i = 0; i < values.size(); ++i) mean += values[random.Below(values.size())];
-    mean /= static_cast<double>(values.size());
-  }
-  std::sort(means.begin(), means.end());
-  return {means[kSamples / 40], means[kSamples - 1 - kSamples / 40]};
-}
 
 std::vector<std::vector<int>> LevelSets(const std::vector<int>& ladder,
                                         const std::vector<int>& levels) {
@@ -196,12 +180,12 @@ Status Run::Evaluate() {
   }
   nlohmann::json rows = nlohmann::json::array();
   for (size_t i = 0; i < sets.size(); ++i) {
-    const auto [low, high] =
-        BootstrapInterval(whole[i].row_kl, static_cast<uint64_t>(config_.seed));
+    const std::vector<double> ones(whole[i].row_kl.size(), 1);
+    const Estimate interval = Bootstrap(whole[i].row_kl, ones, static_cast<uint64_t>(config_.seed));
     rows.push_back({{"level", levels[i]},
                     {"kl", whole[i].kl / whole[i].tokens},
-                    {"kl_low", low},
-                    {"kl_high", high},
+                    {"kl_low", interval.low},
+                    {"kl_high", interval.high},
                     {"agreement", whole[i].agree / whole[i].tokens},
                     {"kl_suffix", suffix[i].kl / suffix[i].tokens},
                     {"kl_switched", switched[i].kl / switched[i].tokens},

@@ -9,9 +9,9 @@
 #include <filesystem>
 #include <numeric>
 
+#include "base/random.h"
 #include "distill/checkpoint.h"
 #include "distill/network.h"
-#include "distill/random.h"
 #include "distill/run_log.h"
 #include "distill/token_file.h"
 #include "format/adapter.h"

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <numeric>
 
-#include "distill/random.h"
+#include "base/random.h"
 
 namespace dsla {
 

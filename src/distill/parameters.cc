@@ -5,7 +5,7 @@
 #include <numbers>
 #include <numeric>
 
-#include "distill/random.h"
+#include "base/random.h"
 #include "format/adapter_layout.h"
 
 namespace dsla {

@@ -8,9 +8,9 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 
+#include "base/files.h"
 #include "base/mapped_file.h"
-#include "distill/files.h"
-#include "distill/plot.h"
+#include "base/report_document.h"
 #include "distill/run_log.h"
 #include "format/json.h"
 
@@ -19,64 +19,6 @@ namespace {
 
 using nlohmann::json;
 
-// A report is written twice from the same calls: as Markdown and as HTML.
-class Document {
- public:
-  void Title(const std::string& text) {
-    markdown_ += "# " + text + "\n\n";
-    html_ += "<h1>" + EscapeHtml(text) + "</h1>\n";
-  }
-  void Section(const std::string& text) {
-    markdown_ += "## " + text + "\n\n";
-    html_ += "<h2>" + EscapeHtml(text) + "</h2>\n";
-  }
-  void Text(const std::string& text) {
-    markdown_ += text + "\n\n";
-    html_ += "<p>" + EscapeHtml(text) + "</p>\n";
-  }
-  void Table(const std::vector<std::vector<std::string>>& rows) {
-    html_ += "<table>\n";
-    for (size_t i = 0; i < rows.size(); ++i) {
-      html_ += "<tr>";
-      markdown_ += "|";
-      for (const std::string& cell : rows[i]) {
-        markdown_ += " " + cell + " |";
-        html_ += fmt::format("<{0}>{1}</{0}>", i == 0 ? "th" : "td", EscapeHtml(cell));
-      }
-      markdown_ += "\n";
-      html_ += "</tr>\n";
-      if (i > 0) continue;
-      markdown_ += "|";
-      for (size_t c = 0; c < rows[0].size(); ++c) markdown_ += " --- |";
-      markdown_ += "\n";
-    }
-    markdown_ += "\n";
-    html_ += "</table>\n";
-  }
-  void Code(const std::string& text) {
-    markdown_ += "```\n" + text + "```\n\n";
-    html_ += "<pre>" + EscapeHtml(text) + "</pre>\n";
-  }
-  void Plot(const std::vector<PlotSeries>& series, const PlotOptions& options) {
-    html_ += LinePlot(series, options);
-  }
-
-  const std::string& markdown() const { return markdown_; }
-  std::string html(const std::string& title) const {
-    return "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>" +
-           EscapeHtml(title) +
-           "</title>\n<style>body{font:15px sans-serif;max-width:900px;margin:2em auto;padding:0 "
-           "1em}table{border-collapse:collapse;margin:1em 0}th,td{border:1px solid "
-           "#ccc;padding:3px 10px;text-align:right}pre{background:#f5f5f5;padding:1em;overflow:"
-           "auto}svg{display:block;margin:1em "
-           "0;max-width:100%;height:auto}</style></head><body>\n" +
-           html_ + "</body></html>\n";
-  }
-
- private:
-  std::string markdown_, html_;
-};
-
 Expected<std::optional<json>> ReadIfThere(const std::string& path) {
   if (!std::filesystem::exists(path)) return std::optional<json>();
   DSLA_ASSIGN_OR_RETURN(const std::string text, ReadTextFile(path, 64 << 20));
@@ -84,7 +26,7 @@ Expected<std::optional<json>> ReadIfThere(const std::string& path) {
   return std::optional<json>(std::move(value));
 }
 
-void AddTraining(const std::vector<json>& log, Document& document) {
+void AddTraining(const std::vector<json>& log, ReportDocument& document) {
   // A resumed run logs some steps again: the last word counts.
   std::map<std::string, std::map<int64_t, json>> steps;
   std::map<std::string, json> done;
@@ -123,7 +65,7 @@ void AddTraining(const std::vector<json>& log, Document& document) {
   document.Table(rows);
 }
 
-void AddOrder(const json& order, Document& document) {
+void AddOrder(const json& order, ReportDocument& document) {
   document.Section("Order");
   const std::vector<int> ladder = order.at("ladder");
   document.Text(fmt::format("Method: {}. Least sensitive first: {}.",
@@ -143,7 +85,7 @@ void AddOrder(const json& order, Document& document) {
                              .log_y = true});
 }
 
-void AddEvaluation(const json& evaluation, Document& document) {
+void AddEvaluation(const json& evaluation, ReportDocument& document) {
   document.Section("Evaluation");
   document.Text(fmt::format(
       "{} {} of {} tokens{}; KL(teacher || hybrid) in nats per token with the 95% bootstrap "
@@ -199,7 +141,7 @@ Status WriteReport(const std::string& folder) {
   DSLA_ASSIGN_OR_RETURN(const std::vector<json> log, ReadLog(folder + "/log.jsonl"));
   DSLA_ASSIGN_OR_RETURN(const auto order, ReadIfThere(folder + "/order.json"));
   DSLA_ASSIGN_OR_RETURN(const auto evaluation, ReadIfThere(folder + "/evaluate.json"));
-  Document document;
+  ReportDocument document;
   const std::string title = "Distillation report";
   document.Title(title);
   try {

@@ -6,9 +6,9 @@
 #include <string>
 #include <vector>
 
+#include "base/random.h"
 #include "base/status.h"
 #include "distill/network.h"
-#include "distill/random.h"
 #include "distill/token_file.h"
 
 namespace dsla {

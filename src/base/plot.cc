@@ -1,4 +1,4 @@
-#include "distill/plot.h"
+#include "base/plot.h"
 
 #include <fmt/format.h>
 
