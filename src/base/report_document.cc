@@ -45,7 +45,7 @@ void ReportDocument::Table(const std::vector<std::vector<std::string>>& rows) {
     if (i > 0) continue;
     markdown_ += "|";
     for (size_t c = 0; c < widths.size(); ++c)
-      markdown_ += " " + std::string(widths[c] - 1, '-') + (c == 0 ? "- |" : ": |");
+      markdown_ += fmt::format(" {:-<{}}{}", "", widths[c] - 1, c == 0 ? "- |" : ": |");
     markdown_ += "\n";
   }
   markdown_ += "\n";
