@@ -14,6 +14,7 @@ namespace dsla {
 // Rows are sorted by level, so that each layer's softmax rows come first and its DSLA rows last.
 struct HybridModel::Step {
   Products products = Products::kFastest;
+  const QueryVisitor* visit_queries = nullptr;
   int64_t T = 0;
   int N = 0;
   std::vector<const SequenceRows*> sequences;  // [N] by level, then by place in the batch
@@ -53,18 +54,35 @@ Expected<std::unique_ptr<HybridModel>> HybridModel::Load(const ExecContext& ctx,
   }
   model->config_ = config;
   model->options_ = options;
-  DSLA_ASSIGN_OR_RETURN(model->weights_, LoadWeights(ctx, file, options.weights));
-  model->ladder_.resize(config.L);
-  std::iota(model->ladder_.begin(), model->ladder_.end(), 0);
+  DSLA_ASSIGN_OR_RETURN(ModelWeights weights, LoadWeights(ctx, file, options.weights));
+  model->weights_ = std::make_shared<const ModelWeights>(std::move(weights));
+  model->Bind(std::move(adapter));
+  return model;
+}
+
+// Everything that follows from the adapter and the options.
+void HybridModel::Bind(std::shared_ptr<const Adapter> adapter) {
+  ladder_.resize(config_.L);
+  std::iota(ladder_.begin(), ladder_.end(), 0);
   if (adapter != nullptr) {
-    DSLA_CHECK(static_cast<int>(adapter->layers.size()) == config.L);
-    model->ladder_ = adapter->ladder;
-    model->adapter_ = BindAdapter(config, std::move(adapter), options.weights, options.kv_dtype);
+    DSLA_CHECK(static_cast<int>(adapter->layers.size()) == config_.L);
+    ladder_ = adapter->ladder;
+    adapter_ = BindAdapter(config_, std::move(adapter), options_.weights, options_.kv_dtype);
   }
-  model->rank_.resize(config.L);
-  for (int rank = 0; rank < config.L; ++rank) model->rank_[model->ladder_[rank]] = rank;
-  model->rope_ = RopeTable(config.rope.Frequencies(config.D),
-                           options.max_positions > 0 ? options.max_positions : config.max_position);
+  rank_.resize(config_.L);
+  for (int rank = 0; rank < config_.L; ++rank) rank_[ladder_[rank]] = rank;
+  rope_ = RopeTable(config_.rope.Frequencies(config_.D),
+                    options_.max_positions > 0 ? options_.max_positions : config_.max_position);
+}
+
+std::unique_ptr<HybridModel> HybridModel::WithAdapter(
+    std::shared_ptr<const Adapter> adapter) const {
+  DSLA_CHECK(this->adapter() != nullptr && adapter != nullptr);
+  std::unique_ptr<HybridModel> model(new HybridModel);
+  model->config_ = config_;
+  model->options_ = options_;
+  model->weights_ = weights_;
+  model->Bind(std::move(adapter));
   return model;
 }
 
@@ -82,8 +100,8 @@ SequenceCache HybridModel::NewSequence(CachePool& pool, int level) const {
 }
 
 int64_t HybridModel::weight_bytes(int level) const {
-  int64_t bytes = weights_.bytes();
-  if (!weights_.head.empty()) bytes -= weights_.embedding.bytes();  // only one row of it is read
+  int64_t bytes = weights_->bytes();
+  if (!weights_->head.empty()) bytes -= weights_->embedding.bytes();  // only one row of it is read
   for (int rank = 0; rank < level; ++rank) bytes += adapter_.layers[ladder_[rank]].bytes();
   return bytes;
 }
@@ -198,7 +216,7 @@ void HybridModel::DslaRows(const ExecContext& ctx, CachePool& pool, const Step& 
 
 void HybridModel::AttentionBlock(const ExecContext& ctx, CachePool& pool, Step& step,
                                  int layer) const {
-  const LayerWeights& weights = weights_.layers[layer];
+  const LayerWeights& weights = weights_->layers[layer];
   const int64_t C = config_.C, q = int64_t{config_.H} * config_.D,
                 kv = int64_t{config_.Hkv} * config_.D;
   const int64_t stride = q + 2 * kv;
@@ -233,6 +251,8 @@ void HybridModel::AttentionBlock(const ExecContext& ctx, CachePool& pool, Step& 
 
   if (softmax_sequences > 0) SoftmaxRows(ctx, pool, step, layer, softmax_sequences);
   if (dsla_rows > 0) DslaRows(ctx, pool, step, layer, softmax_sequences);
+  if (step.visit_queries != nullptr)
+    (*step.visit_queries)(layer, {step.qkv, static_cast<size_t>(q)});
 
   weights.o.Forward(ctx, step.attention, q, step.T, step.delta, C, Accumulate::kNo, step.products);
   if (dsla_rows > 0) {
@@ -297,12 +317,12 @@ void HybridModel::RunLayers(const ExecContext& ctx, CachePool& pool, Step& step)
     for (size_t i = 0; i < step.sequences[n]->tokens.size(); ++i) {
       const int32_t token = step.sequences[n]->tokens[i];
       DSLA_CHECK(token >= 0 && token < config_.V);
-      weights_.embedding.ReadRow(token,
-                                 step.hidden + (step.row_start[n] + static_cast<int64_t>(i)) * C);
+      weights_->embedding.ReadRow(token,
+                                  step.hidden + (step.row_start[n] + static_cast<int64_t>(i)) * C);
     }
   }
   for (int layer = 0; layer < config_.L; ++layer) {
-    const LayerWeights& weights = weights_.layers[layer];
+    const LayerWeights& weights = weights_->layers[layer];
     if (layer == 0) {
       RmsNorm(ctx, step.hidden, weights.attn_norm.data(), config_.norm_eps, T, C, step.normed);
     } else {
@@ -318,7 +338,7 @@ void HybridModel::RunLayers(const ExecContext& ctx, CachePool& pool, Step& step)
     weights.down.Forward(ctx, step.activation, config_.ffn, T, step.delta, C, Accumulate::kNo,
                          products);
   }
-  AddRmsNorm(ctx, step.hidden, step.delta, weights_.final_norm.data(), config_.norm_eps, T, C,
+  AddRmsNorm(ctx, step.hidden, step.delta, weights_->final_norm.data(), config_.norm_eps, T, C,
              step.normed);
 }
 
@@ -330,8 +350,8 @@ void HybridModel::Logits(const ExecContext& ctx, const Step& step, std::span<con
   float* gathered = ctx.workspace->Take<float>(count * C);
   for (int64_t i = 0; i < count; ++i)
     std::memcpy(gathered + i * C, step.normed + rows[i] * C, C * sizeof(float));
-  weights_.output().Forward(ctx, gathered, C, count, logits, config_.V, Accumulate::kNo,
-                            step.products);
+  weights_->output().Forward(ctx, gathered, C, count, logits, config_.V, Accumulate::kNo,
+                             step.products);
 }
 
 void HybridModel::Forward(const ExecContext& ctx, CachePool& pool,
@@ -354,6 +374,20 @@ Status HybridModel::Append(const ExecContext& ctx, CachePool& pool, SequenceCach
   const SequenceRows rows{.cache = &cache, .tokens = tokens, .logits_rows = logits_rows};
   Forward(ctx, pool, {&rows, 1}, logits, products);
   cache.Commit(count);
+  return Status::Ok();
+}
+
+Status HybridModel::AppendVisiting(const ExecContext& ctx, CachePool& pool, SequenceCache& cache,
+                                   int32_t token, const QueryVisitor& visit) const {
+  DSLA_CHECK(cache.level() == 0);
+  DSLA_RETURN_IF_ERROR(cache.Reserve(1));
+  const Workspace::Scope scope(*ctx.workspace);
+  const SequenceRows rows{.cache = &cache, .tokens = {&token, 1}, .logits_rows = 0};
+  Step step;
+  step.visit_queries = &visit;
+  PlaceRows(pool, {&rows, 1}, step);
+  RunLayers(ctx, pool, step);
+  cache.Commit(1);
   return Status::Ok();
 }
 

@@ -56,6 +56,10 @@ class HybridModel {
                                                      std::shared_ptr<const Adapter> adapter,
                                                      const ModelOptions& options);
 
+  // The same weights, shared, with another adapter in place of this model's own (there must be
+  // one): for what is measured against it, such as another ladder.
+  std::unique_ptr<HybridModel> WithAdapter(std::shared_ptr<const Adapter> adapter) const;
+
   const ModelConfig& config() const { return config_; }
   const ModelOptions& options() const { return options_; }
   const Adapter* adapter() const { return adapter_.adapter.get(); }
@@ -82,6 +86,13 @@ class HybridModel {
                 std::span<const int32_t> tokens, int logits_rows, Buffer<float>& logits,
                 Products products = Products::kFastest) const;
 
+  // As Append of one token to a sequence at level 0, for what is measured on the attention itself:
+  // `visit` gets each layer's rotated queries of the token, [H, D], when the cache holds its K and
+  // V.
+  using QueryVisitor = std::function<void(int layer, std::span<const float> q)>;
+  Status AppendVisiting(const ExecContext& ctx, CachePool& pool, SequenceCache& cache,
+                        int32_t token, const QueryVisitor& visit) const;
+
   // As the first Forward, but the logits are handed out by tiles of at most kLogitsTileRows rows,
   // in the batch's order, so that a prompt's are never held at once.
   static constexpr int64_t kLogitsTileRows = 64;
@@ -97,6 +108,7 @@ class HybridModel {
   struct Step;  // one Forward's arrays
 
   HybridModel() = default;
+  void Bind(std::shared_ptr<const Adapter> adapter);
   void PlaceRows(CachePool& pool, std::span<const SequenceRows> batch, Step& step) const;
   void RunLayers(const ExecContext& ctx, CachePool& pool, Step& step) const;
   void Logits(const ExecContext& ctx, const Step& step, std::span<const int64_t> rows,
@@ -110,7 +122,7 @@ class HybridModel {
 
   ModelConfig config_;
   ModelOptions options_;
-  ModelWeights weights_;
+  std::shared_ptr<const ModelWeights> weights_;
   BoundAdapter adapter_;
   std::vector<int> ladder_;  // the adapter's, or 0 .. L-1
   std::vector<int> rank_;    // by layer: its place in the ladder
