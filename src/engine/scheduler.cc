@@ -86,6 +86,15 @@ int Scheduler::StartLevel(const Sequence& sequence) const {
   return target;
 }
 
+// The highest level that a prefix may have been computed at. Under load, one of a higher level than
+// the target serves a request whose bounds allow it: computing it again would be load.
+int Scheduler::PrefixLevel(const Sequence& sequence) const {
+  const int start = StartLevel(sequence);
+  if (sequence.request.tier != Tier::kAuto || target_level_ == 0 || options_.deterministic)
+    return start;
+  return std::max(start, BoundsOf(sequence.request.tier, sequence.request.level).max);
+}
+
 int64_t Scheduler::Add(ScheduledRequest request) {
   DSLA_CHECK(!request.prompt.empty() && request.max_tokens >= 0);
   auto sequence = std::make_unique<Sequence>();
@@ -221,6 +230,10 @@ LoadSnapshot Scheduler::Snapshot() const {
                        .level = bounds.min,
                        .max_level = bounds.max,
                        .arrival = sequence.request.arrival};
+    if (!sequence.cache && sequence.leader != 0) {  // it will find those cached
+      entry.cached_tokens = sequence.shared;
+      entry.pending_tokens -= sequence.shared;
+    }
     entry.remaining_tokens =
         sequence.request.max_tokens - (sequence.size() - sequence.prompt_tokens);
     if (sequence.cache) {

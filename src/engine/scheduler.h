@@ -146,6 +146,9 @@ class Scheduler {
   Status Raise(int64_t id, int level);
 
   void set_target_level(int level) { target_level_ = level; }  // new sequences start at, in bounds
+  // Prompt tokens of a step that also writes replies, so that these do not wait long; 0 = as many
+  // as max_batch_tokens leaves. Never less than two pages; not if deterministic.
+  void set_prefill_limit(int tokens) { prefill_limit_ = tokens; }
   void set_auto_max_level(int level) { auto_max_level_ = level; }  // Tier::kAuto's highest
   int target_level() const { return target_level_; }
   int auto_max_level() const { return auto_max_level_; }
@@ -179,6 +182,7 @@ class Scheduler {
   Bounds BoundsOf(Tier tier, int level) const;
   int64_t BytesAt(int64_t tokens, int level) const;
   int StartLevel(const Sequence& sequence) const;
+  int PrefixLevel(const Sequence& sequence) const;
   void RecordInPrefixCache(Sequence& sequence);
   void NoteLevel(Sequence& sequence);
   EndedSequence End(Sequence& sequence, Status status);
@@ -192,6 +196,9 @@ class Scheduler {
                     std::vector<Grant>* grants);
   int PrefillUnit() const;
   bool MayOvertake(const Sequence& sequence) const;
+  bool AwaitsPrefix(Sequence& sequence) const;
+  bool Leads(const Sequence& leader, const Sequence& sequence, int shared) const;
+  int PrefixFrom(const Sequence& leader, const Sequence& sequence) const;
   bool PlanRows(Sequence& sequence, int end);
   int ChunkEnd(const Sequence& sequence, int from, int rows) const;
   bool IsDecode(const Sequence& sequence) const;
@@ -201,6 +208,7 @@ class Scheduler {
   bool TryAdmit(Sequence& sequence);
   bool Start(Sequence& sequence, int level, const PrefixCache::Hit& hit);
   PrefixCache::Hit LookUp(const Sequence& sequence, int level);
+  PrefixCache::Hit BestPrefix(const Sequence& sequence, int* level);
   bool ReplayRaises(Sequence& sequence, bool may_preempt);
   bool MakeRoom(const Sequence& in_need, int64_t bytes, bool may_preempt);
   bool MakeRaiseRoom(const Sequence& in_need, int level, bool may_preempt);
@@ -216,6 +224,7 @@ class Scheduler {
   std::unique_ptr<PrefixCache> prefix_cache_;
   int64_t next_id_ = 1;
   int target_level_ = 0;
+  int prefill_limit_ = 0;
   std::atomic<int> auto_max_level_ = 0;  // CanEverFit reads it from other threads
   int64_t preemptions_ = 0;
   Sequences running_;

@@ -131,6 +131,20 @@ PrefixCache::Hit Scheduler::LookUp(const Sequence& sequence, int level) {
        .multiple = options_.deterministic ? options_.deterministic_chunk : 0});
 }
 
+// The prefix to start from, and the level to start at in `level`: that of a longer prefix where one
+// of a higher level may serve.
+PrefixCache::Hit Scheduler::BestPrefix(const Sequence& sequence, int* level) {
+  if (sequence.preempted_history.empty()) {
+    if (const int highest = PrefixLevel(sequence); highest > *level) {
+      const PrefixCache::Hit high = LookUp(sequence, highest);
+      const int tokens = high.tokens;
+      const int high_level = tokens == 0 ? 0 : high.history.back().level;
+      if (high_level > *level && tokens > LookUp(sequence, *level).tokens) *level = high_level;
+    }
+  }
+  return LookUp(sequence, *level);
+}
+
 // Puts the sequence where it goes on from: at the start, or behind a prefix.
 bool Scheduler::Start(Sequence& sequence, int level, const PrefixCache::Hit& hit) {
   sequence.recorded = sequence.preempted_history;
@@ -172,15 +186,15 @@ int64_t Scheduler::PromisedBytes() const {
 bool Scheduler::TryAdmit(Sequence& sequence) {
   if (running() >= options_.max_running) return false;
   const bool first = running_.empty();
-  const int level = sequence.preempted_history.empty() ? StartLevel(sequence)
-                                                       : sequence.preempted_history.front().level;
+  int level = sequence.preempted_history.empty() ? StartLevel(sequence)
+                                                 : sequence.preempted_history.front().level;
   const int64_t promised = PromisedBytes();
   // No use in looking again while there is no more room than when it did not fit.
   const int64_t room = ObtainableBytes() - promised;
   if (!first && level == sequence.blocked_level && room <= sequence.blocked_room) return false;
   sequence.blocked_level = level;
   sequence.blocked_room = room;
-  const PrefixCache::Hit hit = LookUp(sequence, level);
+  const PrefixCache::Hit hit = BestPrefix(sequence, &level);
   if (!first) {
     const int last_level =
         sequence.preempted_history.empty() ? level : sequence.preempted_history.back().level;
@@ -202,7 +216,7 @@ bool Scheduler::TryAdmit(Sequence& sequence) {
   }
   for (auto& [id, other] : waiting_) {
     if (id >= sequence.id) break;
-    ++other->overtaken;
+    if (other->leader == 0) ++other->overtaken;  // else it waits for its own good
   }
   sequence.blocked_level = -1;
   auto node = waiting_.extract(sequence.id);

@@ -103,6 +103,7 @@ void Scheduler::PlanPrefills() {
   // An older one's raise may have pre-empted one that was looked at before.
   std::erase_if(by_age, [](const Sequence* sequence) { return !sequence->cache; });
   for (const auto& [id, sequence] : waiting_) {
+    AwaitsPrefix(*sequence);
     // Whoever was pre-empted for this step would only take the memory back.
     if (std::ranges::find(plan_.preempted, id) == plan_.preempted.end())
       by_age.push_back(sequence.get());
@@ -112,6 +113,8 @@ void Scheduler::PlanPrefills() {
   std::ranges::stable_sort(by_rest, {}, [](const Sequence* s) { return s->size() - s->length(); });
 
   int left = options_.max_batch_tokens - plan_.decode_rows;
+  if (plan_.decode_rows > 0 && prefill_limit_ > 0 && !options_.deterministic)
+    left = std::min(left, std::max(prefill_limit_, 2 * options_.page_size));
   std::vector<Grant> grants;
   const bool may_admit =
       GrantInOrder(by_age, std::max(left / 2, PrefillUnit()), true, &left, &grants);
@@ -135,7 +138,7 @@ bool Scheduler::GrantInOrder(std::span<Sequence* const> order, int rows, bool ma
     if (rows <= 0) break;
     if (!sequence->cache) {
       if (!may_admit || rows < std::min(PrefillUnit(), sequence->size())) continue;
-      if (!MayOvertake(*sequence)) continue;
+      if (AwaitsPrefix(*sequence) || !MayOvertake(*sequence)) continue;
       if (!TryAdmit(*sequence)) {
         may_admit = false;
         continue;
@@ -160,6 +163,51 @@ bool Scheduler::MayOvertake(const Sequence& sequence) const {
   return std::ranges::all_of(waiting_, [&](const auto& entry) {
     return entry.first >= sequence.id || entry.second->overtaken < options_.max_overtakes;
   });
+}
+
+// Whether a running prompt is computing a prefix of this one that it can start from, so that it
+// does best to wait: it will have its first token sooner than by computing the same beside it.
+bool Scheduler::AwaitsPrefix(Sequence& sequence) const {
+  if (prefix_cache_ == nullptr || !sequence.preempted_history.empty()) return false;
+  if (sequence.request.prompt_logprobs) return false;
+  const Sequence* leader = FindRunning(sequence.leader);
+  if (leader != nullptr && Leads(*leader, sequence, sequence.shared)) return true;
+  sequence.leader = 0;
+  for (const auto& [id, other] : running_) {
+    const int shared = PrefixFrom(*other, sequence);
+    if (!Leads(*other, sequence, shared)) continue;
+    sequence.leader = id;
+    sequence.shared = shared;
+    return true;
+  }
+  return false;
+}
+
+// Whether `leader` will leave a prefix of `shared` tokens at a level that serves `sequence`, and
+// has more than a page of it still to compute.
+bool Scheduler::Leads(const Sequence& leader, const Sequence& sequence, int shared) const {
+  if (shared - leader.length() <= options_.page_size || leader.replaying()) return false;
+  if (sequence.request.tier == Tier::kExact || options_.deterministic)
+    return leader.history == LevelHistory{{0, StartLevel(sequence)}};
+  return leader.cache->level() <= PrefixLevel(sequence);
+}
+
+// How much of `sequence` can start from what `leader` will have entered with the end of its prompt.
+int Scheduler::PrefixFrom(const Sequence& leader, const Sequence& sequence) const {
+  if (leader.length() >= leader.prompt_tokens ||
+      leader.request.cache_salt != sequence.request.cache_salt) {
+    return 0;
+  }
+  // At least one token is left to compute.
+  const std::span wanted = std::span(sequence.tokens).first(sequence.size() - 1);
+  const std::span given = std::span(leader.tokens).first(leader.prompt_tokens);
+  const auto same = std::ranges::mismatch(wanted, given).in1 - wanted.begin();
+  const int prompt_end = leader.prompt_tokens / PrefillUnit() * PrefillUnit();
+  if (same >= prompt_end) return prompt_end;
+  // Above level 0 a sequence resumes at snapshots only.
+  const int unit = leader.cache->level() == 0 || options_.deterministic ? PrefillUnit()
+                                                                        : options_.snapshot_stride;
+  return static_cast<int>(same) / unit * unit;
 }
 
 // Plans the rows up to `end`, or up to an earlier page's end where memory does not reach; false if

@@ -30,6 +30,9 @@ struct Scheduler::Sequence {
   bool cancelled = false;  // takes effect at the commit
   int preemptions = 0;
   int overtaken = 0;
+  // While it waits for a prefix that a running prompt is computing: whose, and how much of it.
+  int64_t leader = 0;      // 0: nobody's
+  int shared = 0;          // tokens, whole pages
   int blocked_level = -1;  // at which it last did not fit, and the room there was
   int64_t blocked_room = 0;
   int cached_tokens = 0;

@@ -37,6 +37,7 @@ struct Client {
 
 struct Totals {
   int64_t steps = 0, requests = 0, preemptions = 0, hits = 0, folds = 0, copies = 0, raises = 0;
+  int64_t awaited = 0;  // steps in which somebody waited for a prefix
   int64_t exhausted = 0, expired = 0, cancelled = 0, finished = 0;
 };
 
@@ -87,6 +88,7 @@ class Trace {
       }
       if (Pick(1, raise_odds) == 1) RaiseSomebody(totals);
       if (Pick(1, cancel_odds) == 1) CancelSomebody();
+      if (Pick(0, 15) == 0) scheduler_->set_prefill_limit(Pick(0, options_.max_batch_tokens));
       if (Pick(0, 7) == 0) scheduler_->set_target_level(Pick(0, options_.layers));
       Step();
       if (testing::Test::HasFailure()) return;
@@ -102,6 +104,7 @@ class Trace {
     totals->folds += model_->folds();
     totals->copies += model_->copies();
     totals->hits += hits_;
+    totals->awaited += awaited_;
     totals->exhausted += ends_[StatusCode::kResourceExhausted];
     totals->expired += ends_[StatusCode::kDeadlineExceeded];
     totals->cancelled += ends_[StatusCode::kCancelled];
@@ -208,11 +211,14 @@ class Trace {
 
   void CheckFairness(const std::set<int64_t>& was_running, const StepPlan& plan) {
     const LoadSnapshot load = scheduler_->Snapshot();
+    awaited_ += std::ranges::any_of(
+        load.waiting, [](const SequenceLoad& entry) { return entry.cached_tokens > 0; });
     // Nobody is overtaken for ever.
     for (const SequenceLoad& entry : load.running) {
       if (was_running.count(entry.id) > 0) continue;
       for (const SequenceLoad& waiting : load.waiting) {
         if (waiting.id > entry.id || was_running.count(waiting.id) > 0) continue;
+        if (waiting.cached_tokens > 0) continue;  // it waits for a prefix that is being computed
         ASSERT_LE(++clients_.at(waiting.id).overtaken, options_.max_overtakes);
       }
     }
@@ -331,7 +337,7 @@ class Trace {
   std::vector<std::vector<int32_t>> documents_;
   std::map<int64_t, Client> clients_;
   std::map<StatusCode, int64_t> ends_;
-  int64_t hits_ = 0;
+  int64_t hits_ = 0, awaited_ = 0;
   double now_ = 1;
 };
 
@@ -345,13 +351,15 @@ TEST(SchedulerSimulationTest, RandomTracesKeepTheInvariants) {
   }
   std::printf(
       "%ld steps, %ld requests: %ld finished, %ld expired, %ld cancelled, %ld out of memory; %ld "
-      "pre-emptions, %ld prefix hits, %ld raises, %ld folds, %ld state copies\n",
+      "pre-emptions, %ld prefix hits, %ld steps in which a prefix was awaited, %ld raises, %ld "
+      "folds, %ld state copies\n",
       totals.steps, totals.requests, totals.finished, totals.expired, totals.cancelled,
-      totals.exhausted, totals.preemptions, totals.hits, totals.raises, totals.folds,
-      totals.copies);
+      totals.exhausted, totals.preemptions, totals.hits, totals.awaited, totals.raises,
+      totals.folds, totals.copies);
   // The traces reach what they are there for.
-  for (int64_t count : {totals.finished, totals.expired, totals.cancelled, totals.exhausted,
-                        totals.preemptions, totals.hits, totals.raises, totals.copies})
+  for (int64_t count :
+       {totals.finished, totals.expired, totals.cancelled, totals.exhausted, totals.preemptions,
+        totals.hits, totals.awaited, totals.raises, totals.copies})
     EXPECT_GT(count, 20);
 }
 

@@ -324,6 +324,77 @@ TEST_F(SchedulerTest, ACachedPrefixIsCountedHonestlyAndFoldedToTheLevel) {
   EXPECT_EQ(ended_.at(again).cached_tokens, 20) << "the snapshot at the prompt's end";
 }
 
+TEST_F(SchedulerTest, APromptThatIsBeingComputedIsNotComputedTwice) {
+  Make(100 * kTokenPages);
+  const int64_t leader = Add(81, 3);
+  const int64_t same = Add(81, 1);    // the whole of it
+  const int64_t longer = Add(90, 1);  // and more
+  ScheduledRequest salted;
+  salted.cache_salt = "salt";
+  const int64_t foreign = Add(40, 1, Tier::kAuto, 0, salted);
+  Step();
+  Step();
+  EXPECT_EQ(scheduler_->running(), 2) << "the leader and the foreign one";
+  const LoadSnapshot load = scheduler_->Snapshot();
+  ASSERT_EQ(load.waiting.size(), 2u);
+  EXPECT_EQ(load.waiting[0].cached_tokens, 80) << "which it will find";
+  EXPECT_EQ(load.waiting[0].pending_tokens, 1);
+  RunUntilIdle();
+  EXPECT_EQ(ended_.at(leader).cached_tokens, 0);
+  EXPECT_EQ(ended_.at(foreign).cached_tokens, 0);
+  EXPECT_GE(ended_.at(same).cached_tokens, 76);  // it does not wait for the last page
+  EXPECT_GE(ended_.at(longer).cached_tokens, 76);
+}
+
+TEST_F(SchedulerTest, WhoeverAwaitsAPrefixGoesOnWithoutItsLeader) {
+  Make(100 * kTokenPages);
+  const int64_t leader = Add(81, 3);
+  const int64_t same = Add(81, 1);
+  Step();
+  EXPECT_EQ(shapes_.count(same), 0u);
+  scheduler_->Cancel(leader);
+  Step();
+  EXPECT_EQ(shapes_[same], Shape(32, 32)) << "from what the leader left";
+  RunUntilIdle();
+  EXPECT_EQ(ended_.at(same).cached_tokens, 32);
+}
+
+TEST_F(SchedulerTest, UnderLoadALongerPrefixOfAHigherLevelServes) {
+  Make(100 * kTokenPages);
+  scheduler_->set_auto_max_level(3);
+  scheduler_->set_target_level(3);
+  Add(41, 1);
+  RunUntilIdle();
+  scheduler_->set_target_level(1);
+  const int64_t under_load = Add(41, 1);
+  const int64_t full = Add(41, 1, Tier::kFull);
+  RunUntilIdle();
+  EXPECT_EQ(ended_.at(under_load).cached_tokens, 40);
+  EXPECT_EQ(ended_.at(under_load).levels, (LevelHistory{{0, 3}}));
+  EXPECT_EQ(ended_.at(full).levels, (LevelHistory{{0, 0}}));
+  scheduler_->set_target_level(0);
+  const int64_t calm = Add(45, 1);
+  RunUntilIdle();
+  EXPECT_EQ(ended_.at(calm).levels, (LevelHistory{{0, 0}})) << "quality first";
+}
+
+TEST_F(SchedulerTest, PromptsTakeFewerRowsWhereRepliesAreWritten) {
+  Make(100 * kTokenPages);
+  scheduler_->set_prefill_limit(12);
+  const int64_t first = Add(30, 9, Tier::kAuto, 1);
+  Step();
+  EXPECT_EQ(shapes_[first], Shape(0, 30)) << "nobody waits for a token";
+  const int64_t second = Add(40, 1, Tier::kAuto, 2);
+  Step();
+  EXPECT_EQ(shapes_[second], Shape(0, 12));
+  scheduler_->set_prefill_limit(1);
+  Step();
+  EXPECT_EQ(shapes_[second], Shape(12, 8)) << "two pages at least";
+  scheduler_->set_prefill_limit(0);
+  Step();
+  EXPECT_EQ(shapes_[second], Shape(20, 20));
+}
+
 TEST_F(SchedulerTest, PromptLogprobsReadNothingFromThePrefixCache) {
   Make(100 * kTokenPages);
   Add(14, 1);
