@@ -117,6 +117,7 @@ void Connection::Parse() {
       arrival_ = NowSeconds();
       SetDeadline(Waiting::kHead, host_->options().read_timeout);
     }
+    if (event != RequestReader::Event::kError && !HoldBody()) return;
     switch (event) {
       case RequestReader::Event::kNeedMore:
         if (reader_.head_done()) {
@@ -158,6 +159,23 @@ bool Connection::OnHead() {
   }
   if (reader_.expects_continue() && reader_.has_body() && in_.empty()) SendContinue();
   return true;
+}
+
+bool Connection::HoldBody() {
+  const int64_t more = reader_.body_received() - held_;
+  if (more <= 0) return true;
+  if (host_->HoldBodyBytes(more)) {
+    held_ += more;
+    return true;
+  }
+  FillRequest();
+  Refuse(ErrorResponse(TooManyBodyBytesError()), /*close=*/true);
+  return false;
+}
+
+void Connection::ReleaseBody() {
+  host_->ReleaseBodyBytes(held_);
+  held_ = 0;
 }
 
 void Connection::SendContinue() {
@@ -254,8 +272,9 @@ void Connection::FinishExchange() {
   const bool keep = exchange_->keep_alive() && !saw_end_;
   exchange_.reset();
   dispatched_ = Dispatched();
-  if (!keep) return Linger();
   reader_.Reset();
+  ReleaseBody();
+  if (!keep) return Linger();
   SetDeadline(Waiting::kIdle, host_->options().idle_timeout);
   Parse();
 }
@@ -312,6 +331,7 @@ void Connection::Close() {
     host_->RequestFinished(exchange_->Record());
     exchange_.reset();
   }
+  ReleaseBody();
   error_code ignored;
   stream_->socket().close(ignored);
   timer_.cancel();

@@ -29,6 +29,9 @@ class ConnectionHost {
   virtual std::shared_ptr<const std::atomic<bool>> closing() const = 0;
   virtual void RequestStarted() = 0;
   virtual void RequestFinished(const AccessRecord& record) = 0;
+  // Takes so many more bytes of the bound on bodies; false: they are not to be had.
+  virtual bool HoldBodyBytes(int64_t bytes) = 0;
+  virtual void ReleaseBodyBytes(int64_t bytes) = 0;
   virtual void Remove(const std::shared_ptr<ConnectionLink>& connection) = 0;
 };
 
@@ -49,7 +52,9 @@ class Connection : public ConnectionLink, public std::enable_shared_from_this<Co
   void OnRead(boost::system::error_code code, size_t bytes);
   void OnReadEnd(boost::system::error_code code);
   void Parse();
-  bool OnHead();  // false: refused
+  bool OnHead();    // false: refused
+  bool HoldBody();  // what has come of the body; false: refused
+  void ReleaseBody();
   void SendContinue();
   void OnRequest();
   void Refuse(HttpResponse response, bool close);
@@ -77,6 +82,7 @@ class Connection : public ConnectionLink, public std::enable_shared_from_this<Co
   RequestReader reader_;
   Dispatched dispatched_;  // of the request being read
   double arrival_ = 0;     // of its first byte
+  int64_t held_ = 0;       // bytes of its body that the server's bound counts
   std::shared_ptr<Exchange> exchange_;
   std::string continue_;  // an interim response that waits to be sent
   std::string write_;     // being sent

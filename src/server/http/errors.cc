@@ -189,6 +189,13 @@ HttpError TooManyConnectionsError() {
                1);
 }
 
+HttpError TooManyBodyBytesError() {
+  return After(
+      Make(503, kServerError, "too_many_request_bytes",
+           "the bodies of other requests take all the memory that the server has for them"),
+      1);
+}
+
 HttpError OutOfMemoryError() {
   return After(
       Make(503, kServerError, "out_of_memory", "the server has no memory for this request"), 1);

@@ -61,6 +61,7 @@ HttpError NumericalError();
 HttpError LoadingError();
 HttpError ShuttingDownError();
 HttpError TooManyConnectionsError();
+HttpError TooManyBodyBytesError();
 HttpError OutOfMemoryError();
 HttpError DeadlineError();
 

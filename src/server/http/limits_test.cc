@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <nlohmann/json.hpp>
+#include <thread>
 
 #include "base/clock.h"
 #include "server/http/testing/raw_client.h"
@@ -65,6 +66,48 @@ TEST(LimitsTest, BodyOverTheLimitByChunks) {
   for (int i = 0; i < 4; ++i) ASSERT_TRUE(client.Send(chunk));
   ExpectRefused(client.Read(), 413, "request_too_large");
   EXPECT_TRUE(client.ClosedWithin(10));
+}
+
+// However many connections there are, what they hold of bodies has one bound.
+TEST(LimitsTest, BodiesOfAllConnectionsTogether) {
+  HttpServerOptions options = SmallLimits();
+  options.max_body_total = 1500;
+  TestServer server(options);
+  const auto wait_for = [&](int64_t bytes) {
+    const double deadline = NowSeconds() + 30;
+    while (server.server().body_bytes() != bytes && NowSeconds() < deadline)
+      std::this_thread::yield();
+    EXPECT_EQ(server.server().body_bytes(), bytes);
+  };
+  const std::string full = PostJson("/echo", std::string(1000, ' '));
+  RawClient slow(server.port());
+  slow.Send(full.substr(0, full.size() - 100));
+  wait_for(900);
+  RawClient other(server.port());
+  const RawResponse refused = other.Call(full);
+  ExpectRefused(refused, 503, "too_many_request_bytes");
+  EXPECT_EQ(refused.headers.Get("Retry-After"), "1");
+  EXPECT_TRUE(other.ClosedWithin(10));
+  wait_for(900);
+  RawClient small(server.port());
+  EXPECT_EQ(small.Call(PostJson("/echo", std::string(500, ' '))).status, 200);
+  EXPECT_EQ(slow.Call(full.substr(full.size() - 100)).status, 200);
+  wait_for(0);
+
+  // A request is counted until it is answered.
+  RawClient waiting(server.port());
+  waiting.Send(PostJson("/hold", std::string(1000, ' ')));
+  const TestServer::Held held = server.TakeHeld();
+  ExpectRefused(RawClient(server.port()).Call(full), 503, "too_many_request_bytes");
+  held.responder->Respond(TextResponse(200, "done"));
+  EXPECT_EQ(waiting.Read().status, 200);
+  wait_for(0);
+  RawClient gone(server.port());  // and no longer when its client leaves in the middle
+  gone.Send(full.substr(0, full.size() - 1));
+  wait_for(999);
+  gone.Reset();
+  wait_for(0);
+  EXPECT_EQ(waiting.Call(full).status, 200);
 }
 
 TEST(LimitsTest, OneChunkThatClaimsTooMuch) {

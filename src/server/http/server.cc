@@ -1,5 +1,6 @@
 #include "server/http/server.h"
 
+#include <atomic>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/ip/tcp.hpp>
 #include <boost/asio/post.hpp>
@@ -74,6 +75,8 @@ struct HttpServer::Impl : public ConnectionHost {
   std::shared_ptr<const std::atomic<bool>> closing() const override { return closing_; }
   void RequestStarted() override;
   void RequestFinished(const AccessRecord& record) override;
+  bool HoldBodyBytes(int64_t bytes) override;
+  void ReleaseBodyBytes(int64_t bytes) override { body_bytes_ -= bytes; }
   void Remove(const std::shared_ptr<ConnectionLink>& connection) override;
 
   const HttpServerOptions options_;
@@ -85,6 +88,7 @@ struct HttpServer::Impl : public ConnectionHost {
   tcp::acceptor acceptor_;
   asio::steady_timer back_off_;
   bool accept_troubled_ = false;
+  std::atomic<int64_t> body_bytes_{0};
   int port_ = 0;
   std::vector<std::thread> threads_;
 
@@ -200,6 +204,12 @@ void HttpServer::Impl::RequestFinished(const AccessRecord& record) {
   if (--requests_ == 0) idle_.notify_all();
 }
 
+bool HttpServer::Impl::HoldBodyBytes(int64_t bytes) {
+  if (body_bytes_.fetch_add(bytes) + bytes <= options_.max_body_total) return true;
+  body_bytes_ -= bytes;
+  return false;
+}
+
 void HttpServer::Impl::Remove(const std::shared_ptr<ConnectionLink>& connection) {
   {
     const std::lock_guard lock(mutex_);
@@ -258,6 +268,8 @@ int HttpServer::requests() const {
   const std::lock_guard lock(impl_->mutex_);
   return impl_->requests_;
 }
+
+int64_t HttpServer::body_bytes() const { return impl_->body_bytes_; }
 
 bool HttpServer::WaitIdle(double seconds) {
   std::unique_lock lock(impl_->mutex_);
