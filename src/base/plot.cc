@@ -8,7 +8,8 @@
 namespace dsla {
 namespace {
 
-constexpr const char* kColours[] = {"#0b6e99", "#c4472b", "#4a7d2c", "#7b4ea3", "#a06a00"};
+constexpr const char* kColours[] = {"#0b6e99", "#c4472b", "#4a7d2c", "#7b4ea3",
+                                    "#a06a00", "#c2578c", "#2b8f83", "#666666"};
 constexpr int kLeft = 64, kRight = 16, kTop = 32, kBottom = 44;
 
 struct Axis {
@@ -60,6 +61,38 @@ Axis Fit(std::vector<double> values, bool log) {
   return axis;
 }
 
+// Where each series' name ends: on the title's line if all fit beside it, else on lines of their
+// own below it.
+struct Legend {
+  struct Place {
+    double x = 0;
+    int y = 0;
+  };
+  std::vector<Place> places;
+  int height = 0;  // of their own lines
+};
+Legend PlaceNames(const std::vector<PlotSeries>& series, const std::string& title, int width) {
+  constexpr double kLetter = 7, kGap = 14;
+  constexpr int kLine = 15;
+  double all = 0;
+  for (const PlotSeries& one : series) all += kLetter * static_cast<double>(one.name.size()) + kGap;
+  Legend legend;
+  const bool beside = all + kLetter * static_cast<double>(title.size()) <= width;
+  int line = beside ? 0 : 1;
+  double right = width;
+  for (const PlotSeries& one : series) {
+    const double length = kLetter * static_cast<double>(one.name.size());
+    if (!beside && right < width && right < length) {
+      right = width;
+      ++line;
+    }
+    legend.places.push_back({kLeft + right, kTop - 8 + kLine * line});
+    right -= length + kGap;
+  }
+  legend.height = kLine * line;
+  return legend;
+}
+
 }  // namespace
 
 std::string EscapeHtml(const std::string& text) {
@@ -93,9 +126,11 @@ std::string LinePlot(const std::vector<PlotSeries>& series, const PlotOptions& o
   }
   if (!options.log_y && !ys.empty()) ys.push_back(0);  // a length is read against zero
   const Axis x = Fit(xs, false), y = Fit(ys, options.log_y);
-  const int w = options.width - kLeft - kRight, h = options.height - kTop - kBottom;
+  const int w = options.width - kLeft - kRight;
+  const Legend legend = PlaceNames(series, options.title, w);
+  const int top = kTop + legend.height, h = options.height - top - kBottom;
   const auto px = [&](double value) { return kLeft + w * x.Share(value); };
-  const auto py = [&](double value) { return kTop + h * (1 - y.Share(value)); };
+  const auto py = [&](double value) { return top + h * (1 - y.Share(value)); };
 
   std::string svg = fmt::format(
       "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {0} {1}\" width=\"{0}\" "
@@ -106,7 +141,7 @@ std::string LinePlot(const std::vector<PlotSeries>& series, const PlotOptions& o
     svg += fmt::format(
         "<line x1=\"{0:.1f}\" x2=\"{0:.1f}\" y1=\"{1}\" y2=\"{2}\" stroke=\"#ddd\"/>"
         "<text x=\"{0:.1f}\" y=\"{3}\" text-anchor=\"middle\">{4:g}</text>\n",
-        px(tick), kTop, kTop + h, kTop + h + 15, tick);
+        px(tick), top, top + h, top + h + 15, tick);
   for (const double tick : Ticks(y))
     svg += fmt::format(
         "<line x1=\"{1}\" x2=\"{2}\" y1=\"{0:.1f}\" y2=\"{0:.1f}\" stroke=\"#ddd\"/>"
@@ -115,9 +150,8 @@ std::string LinePlot(const std::vector<PlotSeries>& series, const PlotOptions& o
   svg += fmt::format(
       "<text x=\"{}\" y=\"{}\" text-anchor=\"middle\">{}</text>\n"
       "<text transform=\"translate(14 {}) rotate(-90)\" text-anchor=\"middle\">{}</text>\n",
-      kLeft + w / 2, options.height - 10, EscapeHtml(options.x_label), kTop + h / 2,
+      kLeft + w / 2, options.height - 10, EscapeHtml(options.x_label), top + h / 2,
       EscapeHtml(options.y_label));
-  double legend = kLeft + w;
   for (size_t i = 0; i < series.size(); ++i) {
     const char* const colour = kColours[i % std::size(kColours)];
     std::string path, dots;
@@ -134,8 +168,7 @@ std::string LinePlot(const std::vector<PlotSeries>& series, const PlotOptions& o
                          path, colour, dots);
     if (series[i].name.empty()) continue;
     svg += fmt::format("<text x=\"{:.0f}\" y=\"{}\" text-anchor=\"end\" fill=\"{}\">{}</text>\n",
-                       legend, kTop - 8, colour, EscapeHtml(series[i].name));
-    legend -= 7.0 * static_cast<double>(series[i].name.size()) + 14;
+                       legend.places[i].x, legend.places[i].y, colour, EscapeHtml(series[i].name));
   }
   return svg + "</svg>\n";
 }

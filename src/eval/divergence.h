@@ -15,11 +15,15 @@
 
 namespace dsla {
 
+// log(sum(exp(x))) of a row of logits, the sum in fp64.
+double LogSumExp(std::span<const float> logits);
+
 // Forward KL(p || q) in nats of two rows of logits, sums in fp64, and whether both have the same
 // likeliest token.
 struct RowDivergence {
   double kl = 0;
   bool agree = false;
+  double q_log_sum = 0;  // LogSumExp(q_logits)
 };
 RowDivergence Divergence(std::span<const float> p_logits, std::span<const float> q_logits);
 
