@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <utility>
 
 #include "adapt/cost_model.h"
 
@@ -7,8 +6,8 @@ namespace dsla {
 namespace {
 
 // Of one chunk, about: large chunks are what the engine runs, and they cost less per token than
-// small ones. With two a level and three levels, 3 s in all.
-constexpr double kChunkSeconds = 0.6;
+// small ones. With two a level and two levels, a round over all points takes 2 s.
+constexpr double kChunkSeconds = 0.3;
 constexpr int64_t kSmallChunk = 32;  // the tail of a prompt
 constexpr int64_t kShortContext = 64;
 constexpr int64_t kLongContext = 4096;
@@ -29,15 +28,12 @@ CostMeasurements CalibrationPlan(const CalibrationLimits& limits) {
   const int64_t long_context = std::clamp<int64_t>(fits - chunk, 0, kLongContext);
   const int64_t short_context = std::min(kShortContext, long_context);
 
+  // The model is linear in the level: between the ends there is nothing to learn.
   std::vector<int> levels{0};
-  if (limits.top_level > 1) levels.push_back(limits.top_level / 2);
   if (limits.top_level > 0) levels.push_back(limits.top_level);
 
   CostMeasurements plan;
-  // The mid level last: without it the fit is less sure, but whole.
-  std::vector<int> order = levels;
-  if (order.size() == 3) std::swap(order[1], order[2]);
-  for (const int level : order) {
+  for (const int level : levels) {
     plan.prefill.push_back({.level = level, .tokens = chunk, .context = 0});
     plan.prefill.push_back({.level = level, .tokens = small, .context = 0});
     plan.prefill.push_back({.level = level, .tokens = chunk, .context = long_context});
@@ -45,11 +41,13 @@ CostMeasurements CalibrationPlan(const CalibrationLimits& limits) {
     plan.decode.push_back({.rows = {{level, long_context}}});
     plan.decode.push_back({.rows = std::vector<DecodeRow>(kSeveralRows, {level, short_context})});
   }
-  for (size_t i = 1; i < levels.size(); ++i) {
-    // One with long and one with short contexts is enough: every layer folds alike.
-    const int64_t length = i == 1 ? long_context : long_context / 4;
-    if (length > 0) plan.fold.push_back({.from = levels[i - 1], .to = levels[i], .length = length});
-  }
+  // One with a long and one with a short context is enough: every layer folds alike.
+  const int middle = limits.top_level / 2;
+  const auto fold = [&](int from, int to, int64_t length) {
+    if (to > from && length > 0) plan.fold.push_back({.from = from, .to = to, .length = length});
+  };
+  fold(0, std::max(middle, std::min(limits.top_level, 1)), long_context);
+  if (middle > 0) fold(middle, limits.top_level, long_context / 4);
   return plan;
 }
 

@@ -133,6 +133,14 @@ double CostModel::RowSeconds(int level, int64_t length) const {
   return softmax * (decode_[1] + decode_[3] * static_cast<double>(length)) + level * decode_[2];
 }
 
+CostModel CostModel::Scaled(const CostFactors& factors) const {
+  CostModel scaled = *this;
+  for (double& x : scaled.prefill_) x *= factors.prefill;
+  for (double& x : scaled.decode_) x *= factors.decode;
+  for (double& x : scaled.fold_) x *= factors.fold;
+  return scaled;
+}
+
 double CostModel::FoldSeconds(int from, int to, int64_t length) const {
   return to <= from ? 0 : Dot(FoldFeatures(from, to, length), fold_);
 }

@@ -51,6 +51,11 @@ struct CostMeasurements {
   std::vector<FoldPoint> fold;
 };
 
+// Measured time by predicted time, of each kind of work.
+struct CostFactors {
+  double prefill = 1, decode = 1, fold = 1;
+};
+
 class CostModel {
  public:
   CostModel() = default;  // everything costs nothing: layers() is 0
@@ -70,10 +75,14 @@ class CostModel {
   double DecodeSeconds(std::span<const DecodeRow> rows) const;  // one step
   double FoldSeconds(int from, int to, int64_t length) const;
 
-  // Parts, for sums over many sequences: what a step costs whatever it does, and what one decode
-  // row adds.
+  // Parts, for sums over many sequences: what a step costs whatever it does (one of decodes alone,
+  // one with prefill), and what one decode row adds.
   double step_seconds() const { return decode_[0]; }
+  double prefill_step_seconds() const { return prefill_[0]; }
   double RowSeconds(int level, int64_t length) const;
+
+  // The same with every time multiplied by its kind's factor.
+  CostModel Scaled(const CostFactors& factors) const;
 
   // Largest relative error over the points it was fitted to.
   double max_error() const { return max_error_; }
@@ -91,10 +100,9 @@ class CostModel {
   double max_error_ = 0;
 };
 
-// What to measure at start-up: levels 0, the middle and the top, short and long contexts, one row
-// and several. A few seconds' work: `tokens_per_second` is a rough prefill rate that scales the
-// chunks, so that a slow machine measures less. Prefill and decode points come level by level, in
-// the order of their importance.
+// What to measure at start-up: levels 0 and the top, short and long contexts, one row and several.
+// A few seconds' work: `tokens_per_second` is a rough prefill rate that scales the chunks, so that
+// a slow machine measures less.
 struct CalibrationLimits {
   int layers = 0;
   int top_level = 0;          // 0 = there is no adapter

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "adapt/cost_model.h"
 #include "base/status.h"
 
 namespace dsla {
@@ -54,6 +55,13 @@ struct LevelDecision {
   std::string reason;
 };
 
+// What a finished step did, and how long it took without the folds before it.
+struct StepTime {
+  std::vector<PrefillPoint> prefill;  // its chunks; their own seconds mean nothing here
+  std::vector<DecodeRow> decode;
+  double seconds = 0;
+};
+
 // The words that reasons begin with; metrics count changes by them. "admin" is the operator's.
 inline constexpr const char* kReasonWords[] = {"ttft",   "tpot", "memory", "queue",
                                                "prompt", "calm", "fixed",  "admin"};
@@ -65,6 +73,12 @@ class LevelPolicy {
   // To be called before each step and, with nothing to do, about once a second, so that the target
   // goes back when the load is gone. Cheap enough for that: most calls change nothing.
   virtual LevelDecision Decide(const LoadSnapshot& load) = 0;
+
+  // Every step and every fold of a running sequence, for a policy that predicts them.
+  virtual void ObserveStep(const StepTime& /*step*/) {}
+  virtual void ObserveFold(const FoldPoint& /*fold*/) {}
+  // By what its cost model is corrected now; 1 where there is none.
+  virtual CostFactors cost_factors() const { return {}; }
 };
 
 }  // namespace dsla

@@ -238,6 +238,82 @@ TEST(PolicySimulation, BackAtZeroWithinAMinuteOfCalm) {
   EXPECT_EQ(result.requests.back().level, 0);
 }
 
+// --- A calibration gone wrong ---
+
+// Passes on all but what was measured.
+class Deaf final : public LevelPolicy {
+ public:
+  explicit Deaf(std::unique_ptr<LevelPolicy> policy) : policy_(std::move(policy)) {}
+  const char* name() const override { return policy_->name(); }
+  LevelDecision Decide(const LoadSnapshot& load) override { return policy_->Decide(load); }
+
+ private:
+  const std::unique_ptr<LevelPolicy> policy_;
+};
+
+// A policy that takes the server for `speed` times as fast as it is.
+std::unique_ptr<LevelPolicy> Mistaken(const SimOptions& server, double speed, double ttft = 2) {
+  PolicyOptions options = Policy("slo", server, 22);
+  options.cost = Cost(speed);
+  options.slo.ttft = ttft;
+  return Make(options);
+}
+
+// Requests that come a little less fast than the server can take them. A model that is several
+// times too slow sees them pile up, and levels that would help.
+TEST(PolicySimulation, ATooSlowModelDoesNotKeepTheLevelUp) {
+  SimOptions server = Server(400000);
+  std::vector<SimRequest> trace;
+  for (int i = 0; i < 300; ++i) {
+    trace.push_back({.arrival = 3.0 * i, .prompt = 1500, .reply = 60, .max_level = 22});
+  }
+  const auto level_seconds = [&](LevelPolicy& policy) {
+    const SimResult result = Simulate(server, trace, policy);
+    EXPECT_TRUE(result.finished);
+    double sum = 0;
+    for (size_t i = 0; i < result.targets.size(); ++i) {
+      const double end = i + 1 < result.targets.size() ? result.targets[i + 1].first : result.end;
+      sum += result.targets[i].second * (end - result.targets[i].first);
+    }
+    return sum / result.end;  // mean target
+  };
+  const auto right = Make(Policy("slo", server, 22));
+  const double mean = level_seconds(*right);
+  for (const double speed : {0.25, 0.125}) {
+    const auto corrected = Mistaken(server, speed);
+    Deaf deaf(Mistaken(server, speed));
+    const double with = level_seconds(*corrected), without = level_seconds(deaf);
+    std::printf(
+        "model %.0f times too slow: mean target %.2f, %.2f without correction, %.2f right\n",
+        1 / speed, with, without, mean);
+    EXPECT_LT(with, mean + 1);
+    EXPECT_GT(without, mean + 6);
+  }
+}
+
+// A model that is many times too fast sees no need to do anything about a burst.
+TEST(PolicySimulation, ATooFastModelDoesNotMissABurst) {
+  constexpr unsigned kSeed = 42;
+  constexpr double kTtft = 20;
+  const SimOptions server = Server(200000);  // memory does not bind: time alone does
+  const std::vector<SimRequest> trace = BurstTrace(kSeed);
+  const auto end = [&](LevelPolicy& policy) { return LastEnd(Simulate(server, trace, policy)); };
+  const double zero = end(*Make(Policy("fixed", server, 22)));
+  const double right = end(*Mistaken(server, 1, kTtft));
+  for (const double speed : {8.0, 48.0}) {
+    Deaf deaf(Mistaken(server, speed, kTtft));
+    const double with = end(*Mistaken(server, speed, kTtft)), without = end(deaf);
+    std::printf(
+        "model %.0f times too fast: done after %.1f s, %.1f s without correction, %.1f s right, "
+        "%.1f s at level 0\n",
+        speed, with, without, right, zero);
+    EXPECT_LT(with, right + 0.2 * (zero - right));
+    if (speed > 8) {
+      EXPECT_GT(without, right + 0.5 * (zero - right));
+    }
+  }
+}
+
 TEST(PolicySimulation, WithoutLoadNobodyIsConverted) {
   SimOptions server = Server(60000);
   std::vector<SimRequest> trace;

@@ -41,7 +41,8 @@ int LowestMeeting(int levels, double limit, Figure figure) {
 
 SloPolicy::SloPolicy(const SloOptions& options, CostModel cost, int max_level)
     : options_(options),
-      cost_(std::move(cost)),
+      measured_(std::move(cost)),
+      cost_(measured_),
       max_level_(max_level),
       last_look_(kNever),
       last_change_(kNever) {}
@@ -61,6 +62,7 @@ LevelDecision SloPolicy::Decide(const LoadSnapshot& load) {
   preempted_ = std::isfinite(last_look_) && load.preemptions > preemptions_;
   preemptions_ = load.preemptions;
   last_look_ = load.now;
+  cost_ = measured_.Scaled(correction_.factors());
 
   estimates_.resize(max_level_ + 1);
   const EstimateOptions options{options_.prefill_chunk, options_.growth_tokens};

@@ -10,6 +10,9 @@
 // the fold's own, while a time target binds. Largest saving per second of folding first; folds may
 // take a bounded share of the time, and no more than a bounded pause between two steps.
 //
+// The cost model is the one measured at the start, corrected by the steps and folds that ran since
+// (cost_correction.h), so that a calibration gone wrong does not last.
+//
 // Up: at once, then after a cool-down. Down: when a lower level has sufficed with a margin for
 // calm_seconds without a break, to the highest that was needed in that time; with the load gone the
 // target is 0 after two such spans at most.
@@ -18,6 +21,7 @@
 #include <string>
 #include <vector>
 
+#include "adapt/cost_correction.h"
 #include "adapt/cost_model.h"
 #include "adapt/load_estimate.h"
 #include "adapt/make_policy.h"
@@ -31,6 +35,9 @@ class SloPolicy final : public LevelPolicy {
 
   const char* name() const override { return "slo"; }
   LevelDecision Decide(const LoadSnapshot& load) override;
+  void ObserveStep(const StepTime& step) override { correction_.ObserveStep(measured_, step); }
+  void ObserveFold(const FoldPoint& fold) override { correction_.ObserveFold(measured_, fold); }
+  CostFactors cost_factors() const override { return correction_.factors(); }
 
  private:
   // Levels that single criteria ask for, and what follows from them together.
@@ -57,7 +64,9 @@ class SloPolicy final : public LevelPolicy {
   void ChooseRaises(const LoadSnapshot& load, const Want& want, LevelDecision& decision);
 
   const SloOptions options_;
-  const CostModel cost_;
+  const CostModel measured_;   // at the start
+  CostCorrection correction_;  // by what was seen since
+  CostModel cost_;             // the two together, as of the last look
   const int max_level_;
   std::vector<LoadEstimate> estimates_;  // [max_level + 1], of the last look
 

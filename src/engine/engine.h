@@ -71,6 +71,7 @@ struct EngineState {
   std::string policy;
   int target_level = 0;
   int max_level = 0;                // of Tier::kAuto
+  CostFactors cost_factors;         // measured steps and folds by what the policy's cost model said
   std::vector<int> rows_per_level;  // [L + 1] running sequences by level
   int running = 0;
   int queued = 0;

@@ -455,6 +455,68 @@ TEST_F(EngineTest, ThePolicyIsFollowedAndRecorded) {
   EXPECT_EQ(WaitIdle(engine).target_level, 0);
 }
 
+// Raises at 5 tokens as above, and keeps what it is told of steps and folds.
+class ObservingPolicy final : public LevelPolicy {
+ public:
+  struct Seen {
+    std::vector<StepTime> steps;
+    std::vector<FoldPoint> folds;
+  };
+  explicit ObservingPolicy(Seen* seen) : seen_(seen) {}
+  const char* name() const override { return "observing"; }
+  LevelDecision Decide(const LoadSnapshot& load) override {
+    LevelDecision decision{.target = 1, .raises = {}, .reason = "queue: test"};
+    for (const SequenceLoad& running : load.running) {
+      if (running.cached_tokens >= 5 && running.level < 2)
+        decision.raises.push_back({running.id, 2});
+    }
+    return decision;
+  }
+  void ObserveStep(const StepTime& step) override { seen_->steps.push_back(step); }
+  void ObserveFold(const FoldPoint& fold) override { seen_->folds.push_back(fold); }
+  CostFactors cost_factors() const override { return {.prefill = 2, .decode = 3, .fold = 4}; }
+
+ private:
+  Seen* const seen_;  // read by the test once the engine is gone
+};
+
+TEST_F(EngineTest, ThePolicyIsToldWhatStepsAndFoldsTook) {
+  ObservingPolicy::Seen seen;
+  {
+    TestEngine engine(model(), *tokenizer_, Options(), std::make_unique<ObservingPolicy>(&seen),
+                      [](int64_t step) {
+                        if (step == 3) throw std::runtime_error("on purpose");
+                      });
+    EXPECT_FALSE(
+        engine.Submit(Greedy(100, 40))->Wait().status.ok());  // its step counts for nothing
+    EXPECT_TRUE(engine.Submit(Greedy(4, 20))->Wait().status.ok());
+    const EngineState state = WaitIdle(engine);
+    EXPECT_EQ(state.cost_factors.decode, 3);
+    EXPECT_EQ(static_cast<int64_t>(seen.steps.size()), state.steps - 1);
+  }
+  // A prompt of 100 tokens in two chunks, a decode step; then, at 4 tokens, the next request.
+  ASSERT_GE(seen.steps.size(), 4u);
+  ASSERT_EQ(seen.steps[0].prefill.size(), 1u);
+  EXPECT_EQ(seen.steps[0].prefill[0].tokens, 64);
+  EXPECT_EQ(seen.steps[0].prefill[0].context, 0);
+  EXPECT_EQ(seen.steps[0].prefill[0].level, 1);
+  EXPECT_TRUE(seen.steps[0].decode.empty());
+  EXPECT_EQ(seen.steps[1].prefill[0].tokens, 36);
+  EXPECT_EQ(seen.steps[1].prefill[0].context, 64);
+  ASSERT_EQ(seen.steps[2].decode.size(), 1u);
+  EXPECT_EQ(seen.steps[2].decode[0].length, 100);
+  EXPECT_EQ(seen.steps[3].prefill[0].tokens, 4);
+  for (const StepTime& step : seen.steps) {
+    EXPECT_GT(step.seconds, 0);
+    EXPECT_LT(step.seconds, 100);
+  }
+  ASSERT_GE(seen.folds.size(), 1u);
+  EXPECT_EQ(seen.folds.back().from, 1);
+  EXPECT_EQ(seen.folds.back().to, 2);
+  EXPECT_GE(seen.folds.back().length, 5);
+  EXPECT_GT(seen.folds.back().seconds, 0);
+}
+
 // In calm the policy brings the target down although no request comes.
 TEST_F(EngineTest, AnIdleEngineStillAsksItsPolicy) {
   std::atomic<bool> calm = false;

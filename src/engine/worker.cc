@@ -86,6 +86,7 @@ SequenceCache Worker::NewSequence(int level) { return model_->NewSequence(pool_,
 
 Status Worker::Raise(SequenceCache& cache, int level) {
   const double begin = NowSeconds();
+  const int from = cache.level();
   Status status;
   try {
     status = model_->Raise(ctx_, pool_, cache, level);
@@ -93,7 +94,10 @@ Status Worker::Raise(SequenceCache& cache, int level) {
     cache.AbortRaise();
     status = ResourceExhausted("out of memory while folding {} tokens", cache.length());
   }
-  fold_seconds_ += NowSeconds() - begin;
+  const double seconds = NowSeconds() - begin;
+  fold_seconds_ += seconds;
+  if (status.ok())
+    policy_->ObserveFold({.from = from, .to = level, .length = cache.length(), .seconds = seconds});
   return status;
 }
 
@@ -227,18 +231,36 @@ void Worker::Step() {
   double model_seconds = 0;
   int generated = 0;
   if (!plan.rows.empty()) {
+    DescribeStep(plan);
     const double start = NowSeconds();
-    RunModel(plan);
+    const bool ran = RunModel(plan);
     const double now = NowSeconds();
     model_seconds = now - start;
     generated = EmitRows(plan, now);
     for (const EndedSequence& ended : scheduler_.Commit(results_)) Finish(ended);
+    step_time_.seconds = NowSeconds() - begin - fold_seconds_;
+    if (ran) policy_->ObserveStep(step_time_);
   }
   SettleQueue();
   Publish(begin, model_seconds + fold_seconds_, plan, generated);
 }
 
-void Worker::RunModel(const StepPlan& plan) {
+void Worker::DescribeStep(const StepPlan& plan) {
+  step_time_.prefill.clear();
+  step_time_.decode.clear();
+  for (const PlannedRows& rows : plan.rows) {
+    const int level = rows.cache->level();
+    const int length = rows.cache->length();
+    if (rows.phase == Phase::kDecode) {
+      step_time_.decode.push_back({.level = level, .length = length});
+    } else {
+      step_time_.prefill.push_back(
+          {.level = level, .tokens = static_cast<int64_t>(rows.tokens.size()), .context = length});
+    }
+  }
+}
+
+bool Worker::RunModel(const StepPlan& plan) {
   const size_t count = plan.rows.size();
   row_requests_.clear();
   batch_.clear();
@@ -265,8 +287,9 @@ void Worker::RunModel(const StepPlan& plan) {
     what.resize(std::min(what.find('\n'), what.size()));  // the rest is a stack trace
     failed = Error(StatusCode::kInternal, "a step failed: {}", what);
   }
-  if (failed.ok()) return;
+  if (failed.ok()) return true;
   for (Outcome& outcome : outcomes_) outcome.status = failed;
+  return false;
 }
 
 void Worker::Finish(const EndedSequence& ended) {
@@ -350,6 +373,7 @@ void Worker::Publish(double begin, double model_seconds, const StepPlan& plan, i
   state_.state_bytes = held(BlockKind::kSlot);
   state_.prefix_cache_bytes = ledger.idle_bytes();
   state_.preemptions = scheduler_.preemptions();
+  state_.cost_factors = policy_->cost_factors();
   if (plan.rows.empty()) return;
   ++state_.steps;
   state_.prefill_tokens += plan.prefill_rows;

@@ -69,7 +69,8 @@ class Worker : private CacheOps {
   void Decide();
   void NoteEvent(LevelEvent event);
   void Step();
-  void RunModel(const StepPlan& plan);
+  bool RunModel(const StepPlan& plan);      // false: it failed, as the outcomes say
+  void DescribeStep(const StepPlan& plan);  // into step_time_, while the caches are as before it
   void Finish(const EndedSequence& ended);
   void Deliver(ActiveRequest& active);
   void EndAll();
@@ -109,6 +110,7 @@ class Worker : private CacheOps {
   std::mutex failure_mutex_;  // of their statuses, while rows are sampled side by side
   std::vector<RowResult> results_;
   double fold_seconds_ = 0;
+  StepTime step_time_;  // for the policy
   SlidingQuantile ttft_, tpot_;
 
   // For the next SettleQueue.

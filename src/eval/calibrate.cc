@@ -4,46 +4,54 @@
 #include <cstring>
 #include <vector>
 
+#include "adapt/calibration_run.h"
 #include "base/clock.h"
 #include "cache/cache_pool.h"
 
 namespace dsla {
 namespace {
 
-constexpr int kProbeTokens = 64;  // of the first run, which says how fast the machine is
-constexpr int kRounds = 3;        // at most; the fastest counts: what disturbs only adds
-constexpr int kDecodeSteps = 3;   // of one decode point in a round
+constexpr int kProbeTokens = 64;  // of the first runs, which say how fast the machine is
+constexpr int kProbeRuns = 4;     // at most; the first one warms up
+constexpr double kProbeSeconds = 0.5;
+// Short steps are repeated, the fastest counts: what disturbs only adds.
+constexpr int kDecodeSteps = 6;  // at most, of one run of a decode point
+constexpr double kDecodeSeconds = 0.1;
 
-class Calibrator {
+class ModelProbe final : public CostProbe {
  public:
-  Calibrator(const ExecContext& ctx, const HybridModel& model, CachePool& pool)
+  ModelProbe(const ExecContext& ctx, const HybridModel& model, CachePool& pool)
       : ctx_(ctx), model_(model), pool_(pool) {}
 
-  // Tokens per second of a short prompt at level 0; the first run warms up.
+  // Tokens per second of a short prompt at level 0.
   Expected<double> ProbeRate(int tokens) {
-    double seconds = 0;
-    for (int run = 0; run < 2; ++run) {
+    const double start = NowSeconds();
+    double best = 0;
+    for (int run = 0; run < kProbeRuns; ++run) {
       SequenceCache cache = model_.NewSequence(pool_, 0);
-      DSLA_ASSIGN_OR_RETURN(seconds, Prefill(cache, tokens));
+      DSLA_ASSIGN_OR_RETURN(const double seconds, Prefill(cache, tokens));
+      best = std::max(best, tokens / std::max(seconds, 1e-9));
+      if (run > 0 && NowSeconds() > start + kProbeSeconds) break;
     }
-    return tokens / std::max(seconds, 1e-9);
+    return best;
   }
 
-  // Keeps the shorter of the point's time and this one's.
-  Status Measure(PrefillPoint& point) {
+  double Now() override { return NowSeconds(); }
+
+  Expected<double> Run(const PrefillPoint& point) override {
     SequenceCache cache = model_.NewSequence(pool_, point.level);
     DSLA_RETURN_IF_ERROR(MakeContext(cache, point.context));
-    DSLA_ASSIGN_OR_RETURN(const double seconds, Prefill(cache, point.tokens));
-    Keep(point.seconds, seconds);
-    return Status::Ok();
+    return Prefill(cache, point.tokens);
   }
 
-  Status Measure(DecodePoint& point) {
+  Expected<double> Run(const DecodePoint& point) override {
     std::vector<SequenceCache> caches;
     for (const DecodeRow& row : point.rows) {
       caches.push_back(model_.NewSequence(pool_, row.level));
       DSLA_RETURN_IF_ERROR(MakeContext(caches.back(), row.length));
     }
+    const double start = NowSeconds();
+    double best = 0;
     for (int step = 0; step < kDecodeSteps; ++step) {
       std::vector<SequenceRows> batch;
       const int32_t token = 1;
@@ -54,31 +62,29 @@ class Calibrator {
         rows.tokens = {&token, 1};
         batch.push_back(rows);
       }
-      Keep(point.seconds, Forward(batch));
+      const double seconds = Forward(batch);
+      best = step == 0 ? seconds : std::min(best, seconds);
       for (SequenceCache& cache : caches) cache.Commit(1);
+      if (step > 0 && NowSeconds() > start + kDecodeSeconds) break;
     }
-    return Status::Ok();
+    return best;
   }
 
-  Status Measure(FoldPoint& point) {
+  Expected<double> Run(const FoldPoint& point) override {
+    double best = 0;
     // Twice: the first one also pays for slots that were never touched.
     for (int run = 0; run < 2; ++run) {
       SequenceCache cache = model_.NewSequence(pool_, point.from);
       DSLA_RETURN_IF_ERROR(MakeContext(cache, point.length));
       const double start = NowSeconds();
       DSLA_RETURN_IF_ERROR(model_.Raise(ctx_, pool_, cache, point.to));
-      Keep(point.seconds, NowSeconds() - start);
+      const double seconds = NowSeconds() - start;
+      best = run == 0 ? seconds : std::min(best, seconds);
     }
-    return Status::Ok();
+    return best;
   }
 
  private:
-  static void Keep(double& best, double seconds) {
-    // A clock's tick at least: a time of 0 could not be fitted.
-    seconds = std::max(seconds, 1e-9);
-    best = best == 0 ? seconds : std::min(best, seconds);
-  }
-
   double Forward(std::span<const SequenceRows> batch) {
     const double start = NowSeconds();
     model_.Forward(ctx_, pool_, batch, logits_);
@@ -125,44 +131,6 @@ class Calibrator {
   Buffer<float> logits_;
 };
 
-// Measures the points once more. Those that do not fit the memory stay at 0, as do, where time has
-// run out, those of the least important level.
-class Round {
- public:
-  Round(Calibrator& calibrator, CostMeasurements& points, int top_level, double deadline)
-      : calibrator_(calibrator), points_(points), top_level_(top_level), deadline_(deadline) {}
-
-  Status Run() {
-    // The plan ends with the middle level, where it has one: the fit can do without it.
-    const int last = points_.prefill.back().level;
-    const int optional = last < top_level_ && last > 0 ? last : -1;
-    for (PrefillPoint& p : points_.prefill) DSLA_RETURN_IF_ERROR(Measure(p, p.level != optional));
-    for (DecodePoint& p : points_.decode) {
-      DSLA_RETURN_IF_ERROR(Measure(p, p.rows[0].level != optional));
-    }
-    for (FoldPoint& p : points_.fold) DSLA_RETURN_IF_ERROR(Measure(p, &p == &points_.fold[0]));
-    return Status::Ok();
-  }
-
- private:
-  template <typename Point>
-  Status Measure(Point& point, bool needed) {
-    if (NowSeconds() > deadline_ && (!needed || point.seconds > 0)) return Status::Ok();
-    const Status status = calibrator_.Measure(point);
-    return status.code() == StatusCode::kResourceExhausted ? Status::Ok() : status;
-  }
-
-  Calibrator& calibrator_;
-  CostMeasurements& points_;
-  const int top_level_;
-  const double deadline_;
-};
-
-template <typename Point>
-void DropUnmeasured(std::vector<Point>& points) {
-  std::erase_if(points, [](const Point& point) { return point.seconds == 0; });
-}
-
 }  // namespace
 
 Expected<CostModel> Calibrate(const ExecContext& ctx, const HybridModel& model,
@@ -177,34 +145,17 @@ Expected<CostModel> Calibrate(const ExecContext& ctx, const HybridModel& model,
   const int64_t page_tokens = model.cache_geometry().page_size;
   const int64_t memory_tokens =
       options.memory_bytes / (L * model.cache_geometry().page_bytes()) * page_tokens;
-  Calibrator calibrator(ctx, model, pool);
+  ModelProbe measured(ctx, model, pool);
   const double start = NowSeconds();
   const auto probe = static_cast<int>(std::max<int64_t>(
       1, std::min<int64_t>({kProbeTokens, memory_tokens, model.max_positions()})));
-  DSLA_ASSIGN_OR_RETURN(const double rate, calibrator.ProbeRate(probe));
-  CostMeasurements points = CalibrationPlan({.layers = L,
-                                             .top_level = options.top_level,
-                                             .max_positions = model.max_positions(),
-                                             .memory_tokens = memory_tokens,
-                                             .tokens_per_second = rate});
-  const double deadline = start + options.target_seconds;
-  for (int round = 0; round < kRounds && (round == 0 || NowSeconds() < deadline); ++round) {
-    DSLA_RETURN_IF_ERROR(Round(calibrator, points, options.top_level, deadline).Run());
-  }
-  DropUnmeasured(points.prefill);
-  DropUnmeasured(points.decode);
-  DropUnmeasured(points.fold);
-  // Without a measured point a kind of layer would seem to cost nothing.
-  const auto at_top = [&](int level) { return level == options.top_level; };
-  if (points.prefill.size() < 2 || points.decode.size() < 2 ||
-      std::none_of(points.prefill.begin(), points.prefill.end(),
-                   [&](const PrefillPoint& p) { return at_top(p.level); }) ||
-      std::none_of(points.decode.begin(), points.decode.end(),
-                   [&](const DecodePoint& p) { return at_top(p.rows[0].level); })) {
-    return ResourceExhausted("{} bytes of cache are too few to measure the cost model in",
-                             options.memory_bytes);
-  }
-  return CostModel::Fit(L, points);
+  DSLA_ASSIGN_OR_RETURN(const double rate, measured.ProbeRate(probe));
+  const CostMeasurements plan = CalibrationPlan({.layers = L,
+                                                 .top_level = options.top_level,
+                                                 .max_positions = model.max_positions(),
+                                                 .memory_tokens = memory_tokens,
+                                                 .tokens_per_second = rate});
+  return RunCalibration(measured, L, options.top_level, plan, start + options.most_seconds);
 }
 
 }  // namespace dsla

@@ -1,5 +1,5 @@
 // Measures the cost model that the level policy decides by: a few prefill chunks, decode steps and
-// folds at levels 0, the middle and the top, with short and long contexts, on this machine and with
+// folds at levels 0 and the top, with short and long contexts, on this machine and with
 // these threads. Runs before the server takes requests; the longest contexts are not computed but
 // made up (their keys and values are zeros), so that it takes seconds.
 #pragma once
@@ -14,9 +14,11 @@
 namespace dsla {
 
 struct CalibrateOptions {
-  int64_t memory_bytes = 0;   // of the cache: contexts are cut to what fits
-  int top_level = 0;          // the highest that a policy may choose
-  double target_seconds = 4;  // after it, only what the fit cannot do without is measured
+  int64_t memory_bytes = 0;  // of the cache: contexts are cut to what fits
+  int top_level = 0;         // the highest that a policy may choose
+  // After it, every point having been measured once, none is measured again. A quiet machine takes
+  // half of it; one that is busy with other things is measured until it gives the same time twice.
+  double most_seconds = 8;
 };
 
 // kResourceExhausted when not even the shortest context fits the memory.

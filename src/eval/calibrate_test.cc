@@ -12,7 +12,7 @@ TEST(Calibrate, MeasuresEveryLevelAndLength) {
   SmallModel small("llama3", /*with_adapter=*/true);
   const int L = small.model().config().L;
   const auto cost = Calibrate(small.ctx(), small.model(),
-                              {.memory_bytes = 64 << 20, .top_level = L, .target_seconds = 1});
+                              {.memory_bytes = 64 << 20, .top_level = L, .most_seconds = 1});
   ASSERT_TRUE(cost.ok()) << cost.status().message();
   EXPECT_EQ(cost->layers(), L);
   for (int level = 0; level <= L; ++level) {
@@ -28,7 +28,7 @@ TEST(Calibrate, MeasuresEveryLevelAndLength) {
 TEST(Calibrate, WithoutAnAdapter) {
   SmallModel small("llama3");
   const auto cost =
-      Calibrate(small.ctx(), small.model(), {.memory_bytes = 64 << 20, .target_seconds = 1});
+      Calibrate(small.ctx(), small.model(), {.memory_bytes = 64 << 20, .most_seconds = 1});
   ASSERT_TRUE(cost.ok()) << cost.status().message();
   EXPECT_GT(cost->PrefillSeconds(0, 64, 0), 0);
   EXPECT_EQ(cost->FoldSeconds(0, 1, 100), 0);
@@ -42,7 +42,7 @@ TEST(Calibrate, LittleMemory) {
   for (const int blocks : {1, 2, 4, 16, 64}) {
     const int64_t memory = blocks * L * (geometry.page_bytes() + geometry.slot_block_bytes());
     const auto cost = Calibrate(small.ctx(), small.model(),
-                                {.memory_bytes = memory, .top_level = L, .target_seconds = 1});
+                                {.memory_bytes = memory, .top_level = L, .most_seconds = 1});
     if (!cost.ok()) {
       EXPECT_EQ(cost.status().code(), StatusCode::kResourceExhausted) << cost.status().message();
       EXPECT_LT(blocks, 16);

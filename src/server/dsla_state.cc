@@ -38,6 +38,9 @@ Json ControllerJson(const EngineState& state, const PolicyOptions& options) {
                    {"tpot_seconds", options.slo.tpot},
                    {"cooldown_seconds", options.slo.up_cooldown},
                    {"calm_seconds", options.slo.calm_seconds}};
+    json["cost_factors"] = {{"prefill", state.cost_factors.prefill},
+                            {"decode", state.cost_factors.decode},
+                            {"fold", state.cost_factors.fold}};
   }
   if (state.policy == "paper") {
     json["paper"] = {{"queue", options.paper.queue},
@@ -109,7 +112,12 @@ PolicyOptions DslaControl::options() const {
 }
 
 std::string DslaControl::StateJson() const {
-  return DslaStateJson(engine_->state(), ladder_, options());
+  const std::lock_guard lock(mutex_);
+  EngineState state = engine_->state();
+  // The engine takes up a change with its next step; whoever asked for it sees it at once.
+  state.policy = options_.policy;
+  state.max_level = options_.max_level;
+  return DslaStateJson(state, ladder_, options_);
 }
 
 Status DslaControl::Apply(const DslaCommand& command) {

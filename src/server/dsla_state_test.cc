@@ -98,6 +98,27 @@ TEST(DslaControl, AppliesAndKeepsTheRest) {
   EXPECT_EQ(engine.policy_->Decide({}).target, 3);  // where it stood
 }
 
+// Whatever the server was started with, an operator can go to any other policy and back.
+TEST(DslaControl, FromEveryPolicyToEveryOther) {
+  for (const char* from : {"fixed", "paper", "slo"}) {
+    for (const char* to : {"fixed", "paper", "slo"}) {
+      FakeEngine engine;
+      engine.state_.target_level = 3;
+      PolicyOptions options = SomeOptions();
+      options.policy = from;
+      DslaControl control(&engine, SomeLadder(), options);
+      const Status status = control.Apply({.policy = to, .level = {}, .max_level = {}});
+      ASSERT_TRUE(status.ok()) << from << " to " << to << ": " << status.message();
+      EXPECT_STREQ(engine.policy_->name(), to) << from;
+      EXPECT_EQ(control.options().policy, to);
+      const auto shown = nlohmann::json::parse(control.StateJson());
+      EXPECT_EQ(shown["controller"]["policy"], to);  // before the engine's next step, too
+      ASSERT_TRUE(control.Apply({.policy = from, .level = {}, .max_level = {}}).ok());
+      EXPECT_STREQ(engine.policy_->name(), from) << to;
+    }
+  }
+}
+
 TEST(DslaControl, ARefusalChangesNothing) {
   FakeEngine engine;
   DslaControl control(&engine, SomeLadder(), SomeOptions());
@@ -127,6 +148,7 @@ TEST(DslaState, SaysWhatTheEngineIsDoing) {
   s.queued = 9;
   s.page_bytes = 123;
   s.decode_tokens_per_second = 55.5;
+  s.cost_factors = {.prefill = 0.5, .decode = 2, .fold = 1};
   LevelEvent target;
   target.time = 40;
   target.to = 2;
@@ -145,6 +167,7 @@ TEST(DslaState, SaysWhatTheEngineIsDoing) {
   EXPECT_EQ(json["controller"]["policy"], "slo");
   EXPECT_EQ(json["controller"]["target_level"], 2);
   EXPECT_EQ(json["controller"]["slo"]["ttft_seconds"], 2.0);
+  EXPECT_EQ(json["controller"]["cost_factors"]["decode"], 2.0);
   EXPECT_FALSE(json["controller"].contains("paper"));
   EXPECT_EQ(json["running"]["by_level"], s.rows_per_level);
   EXPECT_EQ(json["queue"]["requests"], 9);

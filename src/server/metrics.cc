@@ -4,6 +4,7 @@
 #include <cmath>
 #include <initializer_list>
 #include <iterator>
+#include <variant>
 
 #include "base/check.h"
 
@@ -125,6 +126,95 @@ std::string FinishName(const RequestResult& result) {
   return result.status.code() == StatusCode::kCancelled ? Name(FinishReason::kCancelled) : "error";
 }
 
+// A number of the engine's state as it is. `vllm`: what vLLM calls it, where it has a name for it.
+struct Figure {
+  const char* type;
+  std::variant<bool EngineState::*, int EngineState::*, int64_t EngineState::*,
+               double EngineState::*>
+      member;
+  const char* name;
+  const char* help;
+  const char* vllm[2] = {};
+
+  double Of(const EngineState& state) const {
+    return std::visit([&](auto m) { return static_cast<double>(state.*m); }, member);
+  }
+};
+
+constexpr Figure kFigures[] = {
+    {"gauge",
+     &EngineState::target_level,
+     "dsla_target_level",
+     "Level at which new sequences of tier auto start.",
+     {}},
+    {"gauge", &EngineState::max_level, "dsla_max_level", "Highest level of tier auto.", {}},
+    {"gauge",
+     &EngineState::running,
+     "dsla_requests_running",
+     "Sequences in the batch.",
+     {"vllm:num_requests_running"}},
+    {"gauge",
+     &EngineState::queued,
+     "dsla_requests_queued",
+     "Requests that wait for their first step.",
+     {"vllm:num_requests_waiting"}},
+    {"gauge", &EngineState::queued_tokens, "dsla_queued_tokens", "Prompt tokens that wait.", {}},
+    {"gauge",
+     &EngineState::oldest_wait_seconds,
+     "dsla_oldest_wait_seconds",
+     "How long the oldest queued request has waited.",
+     {}},
+    {"gauge", &EngineState::budget_bytes, "dsla_memory_budget_bytes", "Cache memory there is.", {}},
+    {"counter", &EngineState::steps, "dsla_steps_total", "Steps of the engine.", {}},
+    {"counter", &EngineState::busy_seconds, "dsla_step_seconds_total", "Time in steps.", {}},
+    {"counter",
+     &EngineState::model_seconds,
+     "dsla_model_seconds_total",
+     "Of it, in the model, folds and sampling.",
+     {}},
+    {"counter",
+     &EngineState::prompt_tokens,
+     "dsla_prompt_tokens_total",
+     "Prompt tokens asked for.",
+     {"vllm:prompt_tokens_total", "vllm:prefix_cache_queries_total"}},
+    {"counter",
+     &EngineState::cached_tokens,
+     "dsla_cached_tokens_total",
+     "Of them, found in the prefix cache.",
+     {"vllm:prefix_cache_hits_total"}},
+    {"counter",
+     &EngineState::prefill_tokens,
+     "dsla_prefill_tokens_total",
+     "Prompt tokens computed, again after pre-emption included.",
+     {}},
+    {"counter",
+     &EngineState::generated_tokens,
+     "dsla_generated_tokens_total",
+     "Tokens of replies.",
+     {"vllm:generation_tokens_total"}},
+    {"counter",
+     &EngineState::preemptions,
+     "dsla_preemptions_total",
+     "Sequences put back to the queue for want of memory.",
+     {"vllm:num_preemptions_total"}},
+    {"counter",
+     &EngineState::numerical_errors,
+     "dsla_numerical_errors_total",
+     "Requests ended by logits that are no numbers.",
+     {}},
+    {"gauge",
+     &EngineState::prefill_tokens_per_second,
+     "dsla_prefill_tokens_per_second",
+     "Over the last seconds.",
+     {}},
+    {"gauge",
+     &EngineState::decode_tokens_per_second,
+     "dsla_decode_tokens_per_second",
+     "Over the last seconds.",
+     {}},
+    {"gauge", &EngineState::draining, "dsla_draining", "1 while new requests are refused.", {}},
+};
+
 double Share(int64_t part, int64_t whole) {
   return whole > 0 ? static_cast<double>(part) / static_cast<double>(whole) : 0;
 }
@@ -233,10 +323,12 @@ void ServerMetrics::RenderEngine(const EngineState& s, std::string& out) const {
   Text text(out);
   text.Gauge("dsla_build_info", "Always 1; what is running.")
       .Sample(1, {{"version", options_.version}, {"model", options_.model}});
-  text.Gauge("dsla_target_level", "Level at which new sequences of tier auto start.")
-      .Sample(s.target_level);
-  text.Gauge("dsla_max_level", "Highest level of tier auto.").Sample(s.max_level);
   text.Gauge("dsla_policy", "1 for the policy in force.").Sample(1, {{"policy", s.policy}});
+  text.Gauge("dsla_cost_factor",
+             "Measured times by what the cost model of the start said of them; 1: as it said.")
+      .Sample(s.cost_factors.prefill, {{"kind", "prefill"}})
+      .Sample(s.cost_factors.decode, {{"kind", "decode"}})
+      .Sample(s.cost_factors.fold, {{"kind", "fold"}});
   text.Gauge("dsla_level_sequences", "Running sequences by level.");
   for (size_t level = 0; level < s.rows_per_level.size(); ++level) {
     text.Sample(s.rows_per_level[level], {{"level", std::to_string(level)}});
@@ -251,45 +343,17 @@ void ServerMetrics::RenderEngine(const EngineState& s, std::string& out) const {
                   {{"scope", key.scope}, {"dir", key.dir}, {"reason", key.reason}});
     }
   }
-  text.Gauge("dsla_requests_running", "Sequences in the batch.").Sample(s.running);
-  text.Gauge("dsla_requests_queued", "Requests that wait for their first step.").Sample(s.queued);
-  text.Gauge("dsla_queued_tokens", "Prompt tokens that wait.")
-      .Sample(static_cast<double>(s.queued_tokens));
-  text.Gauge("dsla_oldest_wait_seconds", "How long the oldest queued request has waited.")
-      .Sample(s.oldest_wait_seconds);
-  text.Gauge("dsla_memory_budget_bytes", "Cache memory there is.")
-      .Sample(static_cast<double>(s.budget_bytes));
   text.Gauge("dsla_memory_bytes",
              "Cache memory in use: pages of softmax layers, states of dual-state layers, and what "
              "the prefix cache alone holds.")
       .Sample(static_cast<double>(s.page_bytes), {{"kind", "pages"}})
       .Sample(static_cast<double>(s.state_bytes), {{"kind", "states"}})
       .Sample(static_cast<double>(s.prefix_cache_bytes), {{"kind", "prefix_cache"}});
-  const auto counter = [&](const char* name, const char* help, double value) {
-    text.Counter(name, help).Sample(value);
-  };
-  counter("dsla_steps_total", "Steps of the engine.", static_cast<double>(s.steps));
-  counter("dsla_step_seconds_total", "Time in steps.", s.busy_seconds);
-  counter("dsla_model_seconds_total", "Of it, in the model, folds and sampling.", s.model_seconds);
-  counter("dsla_prompt_tokens_total", "Prompt tokens asked for.",
-          static_cast<double>(s.prompt_tokens));
-  counter("dsla_cached_tokens_total", "Of them, found in the prefix cache.",
-          static_cast<double>(s.cached_tokens));
-  counter("dsla_prefill_tokens_total", "Prompt tokens computed, again after pre-emption included.",
-          static_cast<double>(s.prefill_tokens));
-  counter("dsla_generated_tokens_total", "Tokens of replies.",
-          static_cast<double>(s.generated_tokens));
-  counter("dsla_preemptions_total", "Sequences put back to the queue for want of memory.",
-          static_cast<double>(s.preemptions));
-  counter("dsla_numerical_errors_total", "Requests ended by logits that are no numbers.",
-          static_cast<double>(s.numerical_errors));
-  text.Gauge("dsla_prefill_tokens_per_second", "Over the last seconds.")
-      .Sample(s.prefill_tokens_per_second);
-  text.Gauge("dsla_decode_tokens_per_second", "Over the last seconds.")
-      .Sample(s.decode_tokens_per_second);
+  for (const Figure& figure : kFigures) {
+    text.Family(figure.name, figure.type, figure.help).Sample(figure.Of(s));
+  }
   text.Gauge("dsla_seconds_since_progress", "Since the last finished step; 0 with nothing to do.")
       .Sample(s.idle ? 0 : std::max(0.0, s.now - s.last_progress));
-  text.Gauge("dsla_draining", "1 while new requests are refused.").Sample(s.draining ? 1 : 0);
 }
 
 void ServerMetrics::RenderRequests(std::string& out) const {
@@ -333,26 +397,15 @@ void ServerMetrics::RenderHttp(std::string& out) const {
 void ServerMetrics::RenderVllm(const EngineState& s, std::string& out) const {
   Text text(out);
   const Labels model = {{"model_name", options_.model}};
-  const auto gauge = [&](const char* name, const char* help, double value) {
-    text.Gauge(name, help).Sample(value, model);
-  };
-  const auto counter = [&](const char* name, const char* help, double value) {
-    text.Counter(name, help).Sample(value, model);
-  };
-  gauge("vllm:num_requests_running", "As dsla_requests_running.", s.running);
-  gauge("vllm:num_requests_waiting", "As dsla_requests_queued.", s.queued);
-  gauge("vllm:kv_cache_usage_perc", "Share of the cache memory that sequences hold, 1 is all.",
-        Share(s.page_bytes + s.state_bytes, s.budget_bytes));
-  counter("vllm:prefix_cache_queries_total", "As dsla_prompt_tokens_total.",
-          static_cast<double>(s.prompt_tokens));
-  counter("vllm:prefix_cache_hits_total", "As dsla_cached_tokens_total.",
-          static_cast<double>(s.cached_tokens));
-  counter("vllm:num_preemptions_total", "As dsla_preemptions_total.",
-          static_cast<double>(s.preemptions));
-  counter("vllm:prompt_tokens_total", "As dsla_prompt_tokens_total.",
-          static_cast<double>(s.prompt_tokens));
-  counter("vllm:generation_tokens_total", "As dsla_generated_tokens_total.",
-          static_cast<double>(s.generated_tokens));
+  for (const Figure& figure : kFigures) {
+    for (const char* name : figure.vllm) {
+      if (name == nullptr) continue;
+      text.Family(name, figure.type, fmt::format("As {}.", figure.name))
+          .Sample(figure.Of(s), model);
+    }
+  }
+  text.Gauge("vllm:kv_cache_usage_perc", "Share of the cache memory that sequences hold, 1 is all.")
+      .Sample(Share(s.page_bytes + s.state_bytes, s.budget_bytes), model);
   {
     const std::lock_guard lock(mutex_);
     // vLLM knows stop, length and abort.

@@ -139,6 +139,8 @@ EngineState SomeState() {
   s.prompt_tokens = 5000;
   s.cached_tokens = 1250;
   s.generated_tokens = 123456789;
+  s.preemptions = 6;
+  s.cost_factors = {.prefill = 1.5, .decode = 0.5, .fold = 2};
   return s;
 }
 
@@ -186,6 +188,8 @@ TEST(Metrics, EngineState) {
   EXPECT_EQ(Value(f, "dsla_cached_tokens_total"), 1250);
   EXPECT_EQ(Value(f, "dsla_generated_tokens_total"), 123456789);
   EXPECT_EQ(Value(f, "dsla_seconds_since_progress"), 1.5);
+  EXPECT_EQ(Value(f, "dsla_cost_factor", {{"kind", "prefill"}}), 1.5);
+  EXPECT_EQ(Value(f, "dsla_cost_factor", {{"kind", "fold"}}), 2);
 }
 
 TEST(Metrics, Requests) {
@@ -263,6 +267,13 @@ TEST(Metrics, VllmNames) {
   EXPECT_EQ(Value(f, "vllm:num_requests_waiting", model), 4);
   EXPECT_EQ(Value(f, "vllm:kv_cache_usage_perc", model), 0.5);
   EXPECT_EQ(Value(f, "vllm:prefix_cache_hits_total", model), 1250);
+  // Two of vLLM's are one of ours.
+  EXPECT_EQ(Value(f, "vllm:prefix_cache_queries_total", model), 5000);
+  EXPECT_EQ(Value(f, "vllm:prompt_tokens_total", model), 5000);
+  EXPECT_EQ(Value(f, "vllm:generation_tokens_total", model), 123456789);
+  EXPECT_EQ(Value(f, "vllm:num_preemptions_total", model), 6);
+  EXPECT_EQ(f.at("vllm:num_preemptions_total").type, "counter");
+  EXPECT_EQ(f.at("vllm:num_requests_waiting").type, "gauge");
   EXPECT_EQ(Value(f, "vllm:request_success_total", {{"finished_reason", "length"}}), 1);
   EXPECT_EQ(Value(f, "vllm:request_success_total", {{"finished_reason", "stop"}}), 0);
   for (const char* name :

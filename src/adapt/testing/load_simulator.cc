@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <deque>
 
+#include "adapt/cost_correction.h"
 #include "adapt/load_estimate.h"
 #include "base/check.h"
 
@@ -119,6 +120,10 @@ class Simulator {
       now_ += seconds;
       result_.fold_seconds += seconds;
       ++result_.raises;
+      policy_.ObserveFold({.from = s->load.level,
+                           .to = raise.level,
+                           .length = s->load.cached_tokens,
+                           .seconds = seconds});
       s->load.level = raise.level;
     }
   }
@@ -154,21 +159,23 @@ class Simulator {
       waiting_.push_front(s);
       ++result_.preemptions;
     }
-    double seconds = o_.cost.step_seconds();
+    StepTime step;
     int left = o_.chunk;
     std::vector<int> takes(running_.size(), 0);
     for (size_t i = 0; i < running_.size(); ++i) {
       const SequenceLoad& s = running_[i].load;
       if (s.pending_tokens == 0) {
-        seconds += o_.cost.RowSeconds(s.level, s.cached_tokens);
+        step.decode.push_back({.level = s.level, .length = s.cached_tokens});
       } else if (left > 0) {
         takes[i] = std::min(left, s.pending_tokens);
         left -= takes[i];
-        seconds += o_.cost.PrefillSeconds(s.level, takes[i], s.cached_tokens) -
-                   o_.cost.PrefillSeconds(s.level, 0, 0);
+        step.prefill.push_back({.level = s.level, .tokens = takes[i], .context = s.cached_tokens});
       }
     }
-    now_ += std::max(seconds, 1e-6);
+    const StepParts parts = PredictStep(o_.cost, step);
+    step.seconds = std::max(parts.prefill + parts.decode, 1e-6);
+    now_ += step.seconds;
+    policy_.ObserveStep(step);
     for (size_t i = 0; i < running_.size(); ++i) Advance(running_[i], takes[i]);
     std::erase_if(running_, [&](const Sequence& s) {
       return s.first_token >= 0 && s.load.remaining_tokens == 0;

@@ -359,6 +359,7 @@ TEST(Errors, BeforeTheFirstByteHaveAStatus) {
   for (const auto& [status, http, code] : std::vector<std::tuple<Status, int, std::string>>{
            {Status(StatusCode::kDeadlineExceeded, "late"), 504, "timeout"},
            {Status(StatusCode::kCancelled, "the end"), 503, "shutting_down"},
+           {Status(StatusCode::kResourceExhausted, "secret"), 503, "out_of_memory"},
            {Status(StatusCode::kInternal, "numerical_error: NaN"), 500, "numerical_error"},
            {Status(StatusCode::kInternal, "secret"), 500, "internal_error"}}) {
     for (const char* stream : {"true", "false"}) {
