@@ -195,8 +195,7 @@ void Linear::Storage::ForwardQuantized(const ExecContext& ctx, const float* x, i
                                        int64_t T, float* y, int64_t y_stride,
                                        bool accumulate) const {
   const Workspace::Scope scope(*ctx.workspace);
-  const QuantRows rows{.high = ctx.workspace->Take<int8_t>(T * quant.stride()),
-                       .low = ctx.workspace->Take<int8_t>(T * quant.stride()),
+  const QuantRows rows{.q = ctx.workspace->Take<int16_t>(T * quant.stride()),
                        .scale = ctx.workspace->Take<float>(T * quant.groups()),
                        .sum = ctx.workspace->Take<float>(T * quant.groups())};
   QuantizeRows(quant, x, x_stride, T, rows);
