@@ -5,11 +5,13 @@
 #include <atomic>
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
 
 #include "cli/commands.h"
 #include "cli/model_args.h"
 #include "distill/config.h"
+#include "distill/write.h"
 
 namespace dsla {
 namespace {
@@ -30,6 +32,45 @@ struct DistillArgs {
   std::vector<std::pair<size_t, std::string>> values;  // flags given, by their place in the table
 };
 
+struct WriteArgs {
+  std::string model;
+  WriteJob job;
+};
+
+// What a command needs of its model and the machine.
+struct Setting {
+  std::unique_ptr<ModelFile> model;
+  Workspace workspace;
+  ExecContext ctx;
+};
+
+Status Prepare(const std::string& model, int threads, Setting& setting) {
+  std::string path = model;
+  if (path.empty()) {
+    DSLA_ASSIGN_OR_RETURN(path, DefaultModelPath());
+  }
+  DSLA_ASSIGN_OR_RETURN(setting.model, ModelFile::Open(path));
+  setting.ctx.workspace = &setting.workspace;
+  setting.ctx.threads = ThreadCount(threads);
+  std::signal(SIGINT, OnInterrupt);
+  std::signal(SIGTERM, OnInterrupt);
+  return Status::Ok();
+}
+
+Status RunWrite(WriteArgs& args) {
+  if (args.job.out.empty()) return InvalidArgument("--out is required");
+  Setting setting;
+  DSLA_RETURN_IF_ERROR(Prepare(args.model, args.job.threads, setting));
+  args.job.interrupted = [] { return interrupted.load(); };
+  DSLA_ASSIGN_OR_RETURN(const WriteOutcome outcome,
+                        WriteTexts(setting.ctx, *setting.model, args.job));
+  if (!outcome.finished)
+    return Error(StatusCode::kCancelled,
+                 "interrupted after {} texts; the same command goes on from here",
+                 outcome.documents);
+  return Status::Ok();
+}
+
 Status RunDistill(DistillArgs& args) {
   DistillConfig& config = args.job.config;
   // Recipe, file, flags: the later one counts.
@@ -44,23 +85,59 @@ Status RunDistill(DistillArgs& args) {
   }
   if (args.job.out.empty()) return InvalidArgument("--out is required");
   if (args.job.data.empty()) return InvalidArgument("--data is required");
-  std::string path = args.model;
-  if (path.empty()) {
-    DSLA_ASSIGN_OR_RETURN(path, DefaultModelPath());
-  }
-  DSLA_ASSIGN_OR_RETURN(const std::unique_ptr<ModelFile> model, ModelFile::Open(path));
-  Workspace workspace;
-  ExecContext ctx;
-  ctx.workspace = &workspace;
-  ctx.threads = ThreadCount(config.threads);
-  std::signal(SIGINT, OnInterrupt);
-  std::signal(SIGTERM, OnInterrupt);
+  DSLA_ASSIGN_OR_RETURN(args.job.ranks, CompleteRanks(args.job.ranks, std::getenv));
+  Setting setting;
+  DSLA_RETURN_IF_ERROR(Prepare(args.model, config.threads, setting));
   args.job.interrupted = [] { return interrupted.load(); };
-  DSLA_ASSIGN_OR_RETURN(const DistillOutcome outcome, Distill(ctx, *model, args.job));
+  DSLA_ASSIGN_OR_RETURN(const DistillOutcome outcome,
+                        Distill(setting.ctx, *setting.model, args.job));
   if (!outcome.finished && interrupted)
     return Error(StatusCode::kCancelled, "interrupted in {}; the same command goes on from here",
                  outcome.stage);
   return Status::Ok();
+}
+
+// `write` under `distill`: its command is chosen after that of distill itself.
+void AddWrite(CLI::App& distill, Command& chosen) {
+  auto args = std::make_shared<WriteArgs>();
+  WriteJob& job = args->job;
+  CLI::App& command = *distill.add_subcommand(
+      "write", "let the model write texts, one JSON line each, to train on");
+  command.footer(
+      "Example:\n"
+      "  dsla distill write --prompts text.jsonl --documents 20000 --out own.jsonl --device cuda\n"
+      "Cut short, it goes on when the same command is given again.");
+  const auto add = [&](const char* name, auto& value, const char* help, const char* type) {
+    return command.add_option(name, value, help)->type_name(type)->capture_default_str();
+  };
+  command
+      .add_option("-m,--model", args->model,
+                  "GGUF file or Hugging Face directory [default: SmolLM2-135M-Instruct]")
+      ->type_name("PATH");
+  command.add_option("-o,--out", job.out, "JSON lines with a field \"text\"")->type_name("PATH");
+  command
+      .add_option(
+          "--prompts", job.prompts,
+          "text (JSONL, plain, or one token file) whose documents' openings begin the texts "
+          "[the BOS token does]")
+      ->type_name("PATH");
+  add("--prompt-tokens", job.prompt_tokens, "of an opening", "tokens");
+  add("--documents", job.documents, "texts to write", "N");
+  add("--length", job.length, "of a text at most, its opening included", "tokens");
+  add("--batch", job.batch, "texts at a time", "N");
+  add("--temperature", job.temperature, "0: always the most likely token", "VALUE");
+  add("--top-p", job.top_p, "draw from the likeliest tokens that hold so much", "VALUE");
+  add("--seed", job.seed, "of openings and draws", "N");
+  add("--device", job.device, "cpu, cuda or cuda:N", "DEVICE");
+  add("--dtype", job.dtype, "of products: auto (bf16 on a GPU), fp32 or bf16", "TYPE");
+  add("--threads", job.threads, "CPU threads, 0: all cores", "N");
+  command.add_flag("-q,--quiet", job.quiet, "no progress on standard error");
+  command.callback([args, &chosen] {
+    chosen = [args] {
+      const Status status = RunWrite(*args);
+      return status.ok() ? 0 : Fail(status);
+    };
+  });
 }
 
 }  // namespace
@@ -72,6 +149,9 @@ void AddDistill(CLI::App& app, Command& chosen) {
       "Examples:\n"
       "  dsla distill --data text.jsonl --out adapter.dsla.safetensors --device cuda\n"
       "  dsla distill --data text.jsonl --out a.safetensors --stage align --stop-after 500\n"
+      "  torchrun --no-python --nproc-per-node 4 dsla distill --data text.jsonl --out "
+      "a.safetensors "
+      "--device cuda\n"
       "A run that was cut short goes on when the same command is given again.");
   const auto group = "Distillation";
   command
@@ -108,6 +188,21 @@ void AddDistill(CLI::App& app, Command& chosen) {
       .add_option("--stop-after", args->job.stop_after, "leave a checkpoint and end after so long")
       ->type_name("SECONDS")
       ->group(group);
+  command
+      .add_option("--ranks", args->job.ranks.ranks,
+                  "processes that train together, each given this command with its --rank "
+                  "[WORLD_SIZE, or 1]")
+      ->type_name("N")
+      ->group(group);
+  command.add_option("--rank", args->job.ranks.rank, "which of them this is, from 0 [RANK]")
+      ->type_name("N")
+      ->group(group);
+  command
+      .add_option("--rendezvous", args->job.ranks.rendezvous,
+                  "where they meet: HOST:PORT of rank 0, or file:PATH, a new file that all see "
+                  "[MASTER_ADDR:MASTER_PORT]")
+      ->type_name("WHERE")
+      ->group(group);
   command.add_option("--config", args->config, "TOML file of the settings below")
       ->type_name("PATH")
       ->group(group);
@@ -132,7 +227,9 @@ void AddDistill(CLI::App& app, Command& chosen) {
         ->type_name(keys[i].unit.empty() ? "VALUE" : keys[i].unit)
         ->group("Settings");
   }
-  command.callback([args, &chosen] {
+  AddWrite(command, chosen);
+  command.callback([args, &command, &chosen] {
+    if (!command.get_subcommands().empty()) return;  // that one was chosen already
     chosen = [args] {
       const Status status = RunDistill(*args);
       return status.ok() ? 0 : Fail(status);

@@ -132,6 +132,9 @@ std::vector<ConfigKey> ConfigKeys(DistillConfig& c) {
        training},
       {"run.clip", "", "largest norm of the gradient (align: of each layer's), 0: none", &c.clip,
        training},
+      {"run.checkpoint_layers", "layers",
+       "run again together in chain's backward pass instead of kept, 0: all are kept",
+       &c.checkpoint_layers, ""},
       {"run.log_every", "steps", "between lines of the log", &c.log_every, ""},
       {"run.checkpoint_seconds", "s", "between checkpoints", &c.checkpoint_seconds, ""},
   };
@@ -286,6 +289,7 @@ Status CompleteConfig(const ModelConfig& model, DistillConfig* config) {
                                    {"chain.cosine_weight", c.cosine_weight},
                                    {"run.clip", c.clip},
                                    {"run.warmup_steps", double(c.warmup_steps)},
+                                   {"run.checkpoint_layers", double(c.checkpoint_layers)},
                                    {"evaluate.recall", double(c.evaluate_recall)},
                                    {"run.threads", double(c.threads)},
                                    {"run.checkpoint_seconds", c.checkpoint_seconds}})

@@ -49,6 +49,7 @@ struct DistillConfig {
   int threads = 0;
   int warmup_steps = 30;
   double lr_floor = 0.05, clip = 1;
+  int checkpoint_layers = 0;
   int log_every = 10;
   double checkpoint_seconds = 60;
 };

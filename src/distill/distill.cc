@@ -1,6 +1,7 @@
 #include "distill/distill.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <filesystem>
 
@@ -37,6 +38,13 @@ Expected<std::string> FileHash(const std::string& path) {
   return hash.HexDigest();
 }
 
+// FNV-1a over the bits, not negative.
+int64_t HashOf(const std::vector<float>& values) {
+  uint64_t hash = 0xcbf29ce484222325;
+  for (const float value : values) hash = (hash ^ std::bit_cast<uint32_t>(value)) * 0x100000001b3;
+  return static_cast<int64_t>(hash >> 1);
+}
+
 // The first line in which two texts differ, of each: "a" and "b".
 std::string FirstDifference(const std::string& a, const std::string& b) {
   size_t line = 0;
@@ -50,34 +58,53 @@ std::string FirstDifference(const std::string& a, const std::string& b) {
 
 }  // namespace
 
-const std::vector<Run::Stage>& Run::Stages() {
+const std::vector<Run::Stage>& Run::AllStages() {
   static const std::vector<Stage> stages = {
-      {"prepare", &Run::Prepare}, {"init", &Run::Init},   {"align", &Run::Align},
-      {"order", &Run::Order},     {"chain", &Run::Chain}, {"evaluate", &Run::Evaluate},
+      {"prepare", &Run::Prepare}, {"init", &Run::Init},         {"align", &Run::Align, true},
+      {"order", &Run::Order},     {"chain", &Run::Chain, true}, {"evaluate", &Run::Evaluate},
       {"export", &Run::Export}};
   return stages;
 }
 
 Expected<DistillOutcome> Run::All() {
-  DSLA_RETURN_IF_ERROR(Setup());
   DistillOutcome outcome;
+  if (job_.ranks.ranks <= 1) return Stages(outcome);
+  DSLA_ASSIGN_OR_RETURN(ranks_, Ranks::Join(job_.ranks));
+  try {
+    return Stages(outcome);
+  } catch (const std::exception& error) {  // a rank that is gone leaves collectives so
+    const std::string what = error.what();
+    return Error(StatusCode::kUnavailable, "rank {} of {}: {}", ranks_->rank(), ranks_->size(),
+                 what.substr(0, what.find('\n')));
+  }
+}
+
+Expected<DistillOutcome> Run::Stages(DistillOutcome outcome) {
+  DSLA_RETURN_IF_ERROR(Setup());
   bool known = job_.stage.empty();
-  for (const Stage& stage : Stages()) known = known || job_.stage == stage.name;
+  for (const Stage& stage : AllStages()) known = known || job_.stage == stage.name;
   if (!known)
     return InvalidArgument(
         "stage '{}' is not one of prepare, init, align, order, chain, evaluate, export",
         job_.stage);
-  for (const Stage& stage : Stages()) {
+  if (ranks_ != nullptr) DSLA_RETURN_IF_ERROR(NeedTokens());
+  for (const Stage& stage : AllStages()) {
     if (!job_.stage.empty() && job_.stage != stage.name) continue;
     outcome.stage = stage.name;
-    DSLA_RETURN_IF_ERROR((this->*stage.run)());
+    Status status;
+    if (stage.together || Leads()) status = (this->*stage.run)();
+    if (ranks_ != nullptr) {
+      DSLA_RETURN_IF_ERROR(ranks_->Agree(status));
+      stopped_ = ranks_->Max({stopped_ ? 1 : 0})[0] != 0;
+    }
+    DSLA_RETURN_IF_ERROR(status);
     if (stopped_) {
       log_->Say(fmt::format("stopped in {}; the same command goes on from here", stage.name));
       return outcome;
     }
   }
   outcome.finished = true;
-  DSLA_RETURN_IF_ERROR(WriteReport(work_));
+  if (Leads()) DSLA_RETURN_IF_ERROR(WriteReport(work_));
   return outcome;
 }
 
@@ -85,17 +112,37 @@ Status Run::Setup() {
   started_ = NowSeconds();
   if (job_.out.empty()) return InvalidArgument("no adapter file is named (--out)");
   DSLA_RETURN_IF_ERROR(CompleteConfig(model_.config(), &config_));
+  if (ranks_ != nullptr) {
+    const int longest = *std::max_element(config_.lengths.begin(), config_.lengths.end());
+    if (config_.tokens_per_step / longest < ranks_->size())
+      return InvalidArgument(
+          "data.tokens_per_step: {} tokens are {} sequences of {}, fewer than the {} ranks",
+          config_.tokens_per_step, config_.tokens_per_step / longest, longest, ranks_->size());
+    if (config_.device == "cuda")
+      config_.device = fmt::format("cuda:{}", std::max(0, job_.ranks.local_rank));
+  }
   DSLA_ASSIGN_OR_RETURN(layout_, ParameterLayout::Create(model_.config(), config_.adapter));
   DSLA_ASSIGN_OR_RETURN(fingerprint_, model_.Fingerprint());
   work_ = job_.work.empty() ? job_.out + ".work" : job_.work;
-  DSLA_RETURN_IF_ERROR(MakeDirectories(work_));
-  DSLA_ASSIGN_OR_RETURN(RunLog log, RunLog::Open(Path("log.jsonl"), job_.quiet));
+  // Ranks other than 0 write nothing.
+  if (Leads()) DSLA_RETURN_IF_ERROR(MakeDirectories(work_));
+  DSLA_ASSIGN_OR_RETURN(
+      RunLog log, RunLog::Open(Leads() ? Path("log.jsonl") : "/dev/null", job_.quiet || !Leads()));
   log_.emplace(std::move(log));
-  DSLA_RETURN_IF_ERROR(WriteFileAtomically(Path("config.toml"), WriteToml(config_)));
+  if (Leads()) DSLA_RETURN_IF_ERROR(WriteFileAtomically(Path("config.toml"), WriteToml(config_)));
   return log_->Event("run", {{"model", model_.path()},
                              {"fingerprint", fingerprint_},
                              {"stage", job_.stage},
+                             {"ranks", ranks_ == nullptr ? 1 : ranks_->size()},
                              {"parameters", layout_->size()}});
+}
+
+Status Run::InTurn(const std::function<Status()>& action) {
+  Status status;
+  if (Leads()) status = action();
+  if (ranks_ == nullptr) return status;
+  DSLA_RETURN_IF_ERROR(ranks_->Agree(status));
+  return Leads() ? status : action();
 }
 
 bool Run::MustStop() const {
@@ -160,12 +207,17 @@ Status Run::Prepare() { return NeedTokens(); }
 Status Run::NeedTokens() {
   if (train_) return Status::Ok();
   if (job_.data.empty()) return InvalidArgument("no data files are named (--data)");
-  DSLA_ASSIGN_OR_RETURN(const std::string train, PrepareOne(job_.data, "train"));
+  std::string train, valid;
+  DSLA_RETURN_IF_ERROR(InTurn([&]() -> Status {
+    DSLA_ASSIGN_OR_RETURN(train, PrepareOne(job_.data, "train"));
+    if (job_.valid.empty()) return Status::Ok();
+    DSLA_ASSIGN_OR_RETURN(valid, PrepareOne(job_.valid, "valid"));
+    return Status::Ok();
+  }));
   DSLA_ASSIGN_OR_RETURN(train_tokens_, TokenFile::Open(train));
   DSLA_ASSIGN_OR_RETURN(data_hash_, FileHash(train));
   int64_t train_last = train_tokens_->documents();
   if (!job_.valid.empty()) {
-    DSLA_ASSIGN_OR_RETURN(const std::string valid, PrepareOne(job_.valid, "valid"));
     DSLA_ASSIGN_OR_RETURN(valid_tokens_, TokenFile::Open(valid));
     valid_last_ = valid_tokens_->documents();
   } else {
@@ -208,6 +260,8 @@ Status Run::NeedNetwork() {
   options.device = config_.device;
   options.dtype = config_.dtype;
   options.threads = config_.threads;
+  options.ranks = ranks_.get();
+  options.checkpoint_layers = config_.checkpoint_layers;
   DSLA_ASSIGN_OR_RETURN(network_, Network::Create(model_, *layout_, options));
   log_->Say(fmt::format("{} on {}: {} parameters a layer, {} layers", model_.config().name,
                         network_->device_name(), layout_->row(), layout_->layers()));
@@ -320,7 +374,14 @@ Status Run::Train(const Training& training, const std::vector<float>& start) {
     now.done = done;
     now.seconds = seconds_before + NowSeconds() - begin;
     last_save = NowSeconds();
-    return SaveCheckpoint(now, work_, training.stage);
+    if (ranks_ != nullptr) {  // rank 0's parameters are everybody's
+      const int64_t hash = HashOf(now.state.values);
+      if (ranks_->Max({hash, -hash}) != std::vector<int64_t>{hash, -hash})
+        return Error(StatusCode::kInternal, "{}: the ranks' parameters differ after step {}",
+                     training.stage, now.step - 1);
+    }
+    const Status saved_now = Leads() ? SaveCheckpoint(now, work_, training.stage) : Status::Ok();
+    return ranks_ == nullptr ? saved_now : ranks_->Agree(saved_now);
   };
   while (now.step < training.steps) {
     const int64_t step = now.step;
@@ -352,11 +413,16 @@ Status Run::Train(const Training& training, const std::vector<float>& start) {
                    elapsed / static_cast<double>(now.step - first_step) *
                        static_cast<double>(training.steps - now.step));
     if (now.step == training.steps) break;
-    if (MustStop()) {
+    bool stop = MustStop(), checkpoint = NowSeconds() - last_save >= config_.checkpoint_seconds;
+    if (ranks_ != nullptr) {  // clocks differ: what one wants, all do
+      const std::vector<int64_t> wanted = ranks_->Max({stop ? 1 : 0, checkpoint ? 1 : 0});
+      stop = wanted[0] != 0, checkpoint = wanted[1] != 0;
+    }
+    if (stop) {
       stopped_ = true;
       return save(false);
     }
-    if (NowSeconds() - last_save >= config_.checkpoint_seconds) {
+    if (checkpoint) {
       DSLA_RETURN_IF_ERROR(save(false));
       logged = now.step, logged_tokens = now.tokens, last_log = NowSeconds();
     }
@@ -374,7 +440,7 @@ Status Run::Align() {
       (config_.align_tokens + config_.tokens_per_step - 1) / config_.tokens_per_step;
   return Train({"align", 'a', Stream::kAlign, steps,
                 [&](int64_t step) {
-                  network_->Align(train_->Training(Stream::kAlign, step));
+                  network_->Align(Own(train_->Training(Stream::kAlign, step)));
                   const double share =
                       LearningRateShare(step, steps, config_.warmup_steps, config_.lr_floor);
                   UpdateOptions update;
@@ -419,7 +485,7 @@ Status Run::Chain() {
                   chain.kl_weight = config_.kl_weight;
                   chain.align_weight = config_.align_weight;
                   chain.cosine_weight = config_.cosine_weight;
-                  network_->Chain(batch, chain);
+                  network_->Chain(Own(std::move(batch)), chain);
                   const double share = LearningRateShare(turn_step, turn_steps,
                                                          config_.warmup_steps, config_.lr_floor);
                   UpdateOptions update;

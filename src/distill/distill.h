@@ -19,6 +19,7 @@
 #include "base/exec.h"
 #include "base/status.h"
 #include "distill/config.h"
+#include "distill/ranks.h"
 #include "format/model_file.h"
 
 namespace dsla {
@@ -33,7 +34,11 @@ struct DistillJob {
   DistillConfig config;
   double stop_after = 0;  // seconds, then a checkpoint is left and the run ends; 0: no limit
   bool quiet = false;
-  // Asked between steps: whether to leave a checkpoint and end.
+  // The processes that train together. All are given the same job but for their rank, and see the
+  // same files: rank 0 writes them, and does alone what is not align or chain. Rank r of a machine
+  // takes its GPU r.
+  RankOptions ranks;
+  // Asked between steps: whether to leave a checkpoint and end. One rank's yes counts for all.
   std::function<bool()> interrupted;
 };
 
@@ -45,7 +50,8 @@ struct DistillOutcome {
 // Errors, each one line: kInvalidArgument for settings, too few tokens, a stage whose input is not
 // there, a folder that holds the work of other settings; kDataLoss for data that are no text and
 // damaged work; kInternal for files that cannot be written, and for a loss that is no number, which
-// ends the run, names the batch and leaves the last good checkpoint.
+// ends the run, names the batch and leaves the last good checkpoint; kUnavailable where other ranks
+// do not come, have failed or are gone.
 Expected<DistillOutcome> Distill(const ExecContext& ctx, const ModelFile& model,
                                  const DistillJob& job);
 

@@ -1,6 +1,7 @@
 // One run of Distill: what the stages share. Internal to the room.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -27,9 +28,11 @@ class Run {
   struct Stage {
     const char* name;
     Status (Run::*run)();
+    bool together = false;  // by all ranks, not by rank 0 alone
   };
-  static const std::vector<Stage>& Stages();
+  static const std::vector<Stage>& AllStages();
 
+  Expected<DistillOutcome> Stages(DistillOutcome outcome);
   Status Setup();
   Status Prepare();
   Status Init();
@@ -60,6 +63,13 @@ class Run {
   Status Train(const Training& training, const std::vector<float>& start);
   Status CheckLosses(const Training& training, int64_t first_step,
                      const std::vector<double>& losses) const;
+  // What rank 0 does before the others do the same; alone, what this process does.
+  Status InTurn(const std::function<Status()>& action);
+  bool Leads() const { return ranks_ == nullptr || ranks_->rank() == 0; }
+  // This rank's part of a batch.
+  TokenBatch Own(TokenBatch batch) const {
+    return ranks_ == nullptr ? batch : PartOf(batch, ranks_->rank(), ranks_->size());
+  }
   bool MustStop() const;
   Status Done(const char* stage, nlohmann::json fields = nlohmann::json::object());
 
@@ -76,6 +86,7 @@ class Run {
   bool stopped_ = false;
   std::optional<RunLog> log_;
   std::optional<ParameterLayout> layout_;
+  std::unique_ptr<Ranks> ranks_;  // null: alone. Outlives the network
   std::unique_ptr<Network> network_;
   std::optional<TokenFile> train_tokens_, valid_tokens_;
   std::string data_hash_;

@@ -209,6 +209,40 @@ TEST_F(DistillTest, GradientsMatchDifferences) {
   }
 }
 
+// Every loss, a switch, a layer that is frozen and one that is not converted.
+TEST_F(DistillTest, RecomputedLayersGiveTheSameBits) {
+  const TokenBatch batch = Batch(2, 70);
+  std::vector<std::vector<float>> gradients;
+  std::vector<double> losses;
+  for (const int layers : {0, 1, 2, 3}) {
+    NetworkOptions options;
+    options.dtype = "fp32";
+    options.threads = 1;
+    options.checkpoint_layers = layers;
+    const auto layout =
+        ParameterLayout::Create(model_->config(), {.window = 8, .sinks = 2, .rank = 4});
+    const auto network = Network::Create(*model_, *layout, options);
+    ASSERT_TRUE(network.ok()) << network.status().message();
+    (*network)->SetValues(RandomValues(*layout));
+    ChainStep step = Converted({0, 2});
+    step.align_weight = 0.5;
+    step.cosine_weight = 0.3;
+    (*network)->Chain(batch, step);
+    step = Converted({2, 1});
+    step.trained = {2};
+    step.switch_at = 30;
+    (*network)->Chain(batch, step);
+    gradients.push_back((*network)->Gradients());
+    const std::vector<double> both = (*network)->TakeLosses();
+    losses.insert(losses.end(), both.begin(), both.end());
+  }
+  for (size_t i = 1; i < gradients.size(); ++i) {
+    EXPECT_EQ(gradients[i], gradients[0]) << i << " layers";
+    EXPECT_EQ(losses[2 * i], losses[0]);
+    EXPECT_EQ(losses[2 * i + 1], losses[1]);
+  }
+}
+
 TEST_F(DistillTest, PaddingChangesNothing) {
   const auto network = NewNetwork({.window = 8, .sinks = 2, .rank = 4});
   network->SetValues(RandomValues(network->layout()));

@@ -15,6 +15,7 @@
 
 #include "base/status.h"
 #include "distill/parameters.h"
+#include "distill/ranks.h"
 #include "format/model_file.h"
 
 namespace dsla {
@@ -23,6 +24,13 @@ struct NetworkOptions {
   std::string device = "cpu";  // cpu, cuda or cuda:N
   std::string dtype = "auto";  // of products: fp32, bf16; auto: bf16 on a GPU, fp32 on the CPU
   int threads = 0;             // on the CPU; 0: all cores
+  // Who trains together: batches are then parts of the whole (PartOf), and all ranks call Align,
+  // Chain, Update and TakeLosses in the same order. Must outlive the network; null: this process
+  // alone.
+  Ranks* ranks = nullptr;
+  // Chain keeps of so many layers only their input and runs them again in its backward pass, to the
+  // same bits: a third more time for what is kept per layer. 0: keeps all.
+  int checkpoint_layers = 0;
 };
 
 // Sequences of equal length. With fewer tokens in a row than `length` the rest is padding at its
@@ -34,7 +42,17 @@ struct TokenBatch {
   std::vector<int32_t> counts;   // [rows] tokens that are none of the padding; empty: all
   std::vector<int32_t> targets;  // recall: [rows, length], the token that the position must
                                  // predict, -1 where nothing is asked; empty: no recall
+  // Of the whole batch, where this is a part of one that several ranks train on; 0: it is whole.
+  int all_rows = 0;
+  std::vector<int32_t> all_counts;  // [all_rows]; empty: all tokens
+
+  // Positions from `begin` on that count, of the whole batch.
+  int64_t Counted(int begin) const;
 };
+
+// Part `part` of `parts` of a batch: consecutive rows, as even as can be. There are no fewer rows
+// than parts.
+TokenBatch PartOf(const TokenBatch& batch, int part, int parts);
 
 struct ChainStep {
   std::vector<int> converted;  // layers that run as DSLA
@@ -106,9 +124,10 @@ class Network {
   // One AdamW step (Loshchilov, Hutter, ICLR 2019) of the layers that have gradients, which are
   // cleared.
   void Update(const UpdateOptions& options);
-  // The gradients that have added up since the last update, in the layout's order.
+  // The gradients that have added up since the last update, in the layout's order; of several
+  // ranks this one's share, which Update sums.
   std::vector<float> Gradients() const;
-  // The losses noted since the last call, in order.
+  // The losses noted since the last call, in order; of the whole batches.
   std::vector<double> TakeLosses();
 
   // No gradients. With `switch_at` the teacher runs the positions before, which do not count.

@@ -12,6 +12,32 @@ constexpr int kMinGap = 64;
 
 }  // namespace
 
+int64_t TokenBatch::Counted(int begin) const {
+  const std::vector<int32_t>& ends = all_rows > 0 ? all_counts : counts;
+  const int64_t n = all_rows > 0 ? all_rows : rows, first = std::max(begin, count_from);
+  if (ends.empty()) return n * std::max<int64_t>(0, length - first);
+  int64_t counted = 0;
+  for (const int32_t end : ends) counted += std::max<int64_t>(0, end - first);
+  return counted;
+}
+
+TokenBatch PartOf(const TokenBatch& batch, int part, int parts) {
+  DSLA_CHECK(batch.all_rows == 0 && batch.rows >= parts && part >= 0 && part < parts);
+  const int64_t first = int64_t{batch.rows} * part / parts,
+                last = int64_t{batch.rows} * (part + 1) / parts;
+  TokenBatch own = batch;
+  own.rows = static_cast<int>(last - first);
+  own.all_rows = batch.rows;
+  own.all_counts = batch.counts;
+  const auto cut = [&](std::vector<int32_t>& values, int64_t row) {
+    if (!values.empty()) values = {values.begin() + first * row, values.begin() + last * row};
+  };
+  cut(own.ids, batch.length);
+  cut(own.targets, batch.length);
+  cut(own.counts, 1);
+  return own;
+}
+
 const char* Name(Recall kind) {
   switch (kind) {
     case Recall::kCopy:

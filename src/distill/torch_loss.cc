@@ -27,12 +27,12 @@ Tensor LogProbabilities(const Tensor& hidden, const Tensor& head) {
 }  // namespace
 
 Tensor KlGradient(const Tensor& head, const Tensor& hidden, const Tensor& teacher,
-                  const Tensor& counted, double weight, Tensor* gradient) {
+                  const Tensor& counted, int64_t of, double weight, Tensor* gradient) {
   const Tensor student = hidden.detach().flatten(0, 1), target = teacher.flatten(0, 1);
   const int64_t n = student.size(0);
   const auto fp32 = student.options().dtype(at::kFloat);
   Tensor share = counted.defined() ? counted.flatten() : at::ones({n}, fp32);
-  share = share / share.sum();
+  share = of > 0 ? share / static_cast<double>(of) : share / share.sum();
   Tensor total = at::zeros({}, fp32), d = at::empty_like(student);
   const int64_t step = Positions(head);
   for (int64_t i = 0; i < n; i += step) {
@@ -50,13 +50,16 @@ Tensor KlGradient(const Tensor& head, const Tensor& hidden, const Tensor& teache
   return total;
 }
 
-Tensor NormalisedError(const Tensor& y, const Tensor& o, const Tensor& counted, Tensor* gradient) {
+Tensor NormalisedError(const Tensor& y, const Tensor& o, const Tensor& counted, Ranks* ranks,
+                       Tensor* gradient) {
   Tensor difference = y.detach().to(at::kFloat).sub(o), reference = o.to(at::kFloat);
   if (counted.defined()) {
     difference = difference * counted.unsqueeze(2);
     reference = reference * counted.unsqueeze(2);
   }
-  const Tensor scale = reference.square().sum().clamp_min_(1e-20).reciprocal_();
+  Tensor scale = reference.square().sum();
+  if (ranks != nullptr) ranks->Sum(scale);
+  scale.clamp_min_(1e-20).reciprocal_();
   const Tensor error = difference.square().sum() * scale;
   if (gradient != nullptr) *gradient = difference.mul_(scale * 2).to(y.scalar_type());
   return error;

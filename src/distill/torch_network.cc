@@ -20,9 +20,10 @@
 
 #include "base/exec.h"
 #include "distill/network.h"
-#include "distill/torch_device.h"
 #include "distill/torch_layers.h"
 #include "distill/torch_loss.h"
+#include "distill/torch_recompute.h"
+#include "distill/torch_teacher.h"
 #include "format/sha256.h"
 
 namespace dsla {
@@ -36,46 +37,6 @@ using distill::Teacher;
 using distill::TeacherLayer;
 
 namespace {
-
-Expected<Tensor> ReadTensor(const ModelFile& file, const std::string& name, const TensorInfo& info,
-                            at::Device device, at::ScalarType type) {
-  Tensor host = at::empty(info.shape, at::kFloat);
-  DSLA_RETURN_IF_ERROR(
-      file.Read(name, {host.mutable_data_ptr<float>(), static_cast<size_t>(host.numel())}));
-  return host.to(device, type);
-}
-
-// What one layer of the teacher holds, from the file's tensors.
-Expected<TeacherLayer> ReadLayer(const ModelFile& file, int l, at::Device device,
-                                 at::ScalarType type) {
-  Status status;
-  const auto read = [&](const char* suffix) {
-    const std::string name = LayerTensorName(l, suffix);
-    const TensorInfo* info = file.FindTensor(name);
-    if (info == nullptr || !status.ok()) return Tensor();
-    auto tensor = ReadTensor(file, name, *info, device, type);
-    if (!tensor.ok()) return status = tensor.status(), Tensor();
-    return std::move(tensor).value();
-  };
-  TeacherLayer layer;
-  layer.attn_norm = read("input_layernorm.weight");
-  layer.mlp_norm = read("post_attention_layernorm.weight");
-  layer.q_norm = read("self_attn.q_norm.weight");
-  layer.k_norm = read("self_attn.k_norm.weight");
-  const std::vector<Tensor> qkv = {read("self_attn.q_proj.weight"), read("self_attn.k_proj.weight"),
-                                   read("self_attn.v_proj.weight")};
-  const std::vector<Tensor> bias = {read("self_attn.q_proj.bias"), read("self_attn.k_proj.bias"),
-                                    read("self_attn.v_proj.bias")};
-  layer.o = read("self_attn.o_proj.weight");
-  layer.o_bias = read("self_attn.o_proj.bias");
-  const std::vector<Tensor> gate_up = {read("mlp.gate_proj.weight"), read("mlp.up_proj.weight")};
-  layer.down = read("mlp.down_proj.weight");
-  DSLA_RETURN_IF_ERROR(status);
-  layer.qkv = at::cat(qkv);
-  if (bias[0].defined()) layer.qkv_bias = at::cat(bias);
-  layer.gate_up = at::cat(gate_up);
-  return layer;
-}
 
 std::vector<float> ToHost(const Tensor& x) {
   const Tensor host = x.detach().to(at::kCPU, at::kFloat).contiguous();
@@ -112,9 +73,13 @@ struct Network::Impl {
   std::vector<AdapterTensors> leaves, frozen;  // the same memory, with and without gradients
   std::vector<bool> touched;                   // layers with gradients since the last update
   std::vector<Tensor> losses;
+  Ranks* ranks = nullptr;
+  int checkpoint_layers = 0;
 
   const ModelConfig& config() const { return teacher.config; }
   at::TensorOptions fp32() const { return at::TensorOptions(at::kFloat).device(device); }
+
+  struct Hybrid;
 
   void BindParameters();
   AdapterTensors Bind(int layer, bool leaf);
@@ -222,38 +187,83 @@ TeacherPass Network::Impl::RunTeacher(const Tensor& ids, bool keep_keys, bool ke
   return pass;
 }
 
-// The hybrid's hidden states from `switch_at` on. Below `entry_layer` it is the teacher.
+// One pass of a hybrid. The backward pass may run layers again (Recompute), so nothing here refers
+// to what dies before.
+struct Network::Impl::Hybrid {
+  const Impl* n;
+  const TeacherPass* teacher;  // of the whole step
+  RopeTables rope;
+  std::vector<bool> converted, trained;
+  int switch_at;
+  bool want_outputs, want_cosines;
+
+  // The stream h behind layer l. `extras` gets the layer's attention output, then the cosine of its
+  // gates, as far as they are wanted and the layer has them.
+  Tensor Layer(int l, const Tensor& h, std::vector<Tensor>* extras) const {
+    const TeacherLayer& layer = n->teacher.layers[l];
+    const AdapterTensors* adapter = !converted[l] ? nullptr
+                                    : trained[l]  ? &n->leaves[l]
+                                                  : &n->frozen[l];
+    const Tensor x = distill::Norm(h, layer.attn_norm, n->config().norm_eps);
+    const Heads heads = distill::Project(n->teacher, layer, x, rope, adapter);
+    Prefix prefix;
+    if (switch_at > 0) {
+      const Prefix& keys = teacher->keys[l];
+      prefix = {keys.k.narrow(1, 0, switch_at), keys.k_plain.narrow(1, 0, switch_at),
+                keys.v.narrow(1, 0, switch_at)};
+    }
+    const Tensor attention =
+        adapter == nullptr ? distill::SoftmaxAttention(heads, prefix)
+                           : distill::DslaAttention(heads, prefix, x, *adapter, n->op_options);
+    const Tensor out = distill::OutputProjection(layer, attention, adapter);
+    if (HasOutput(l)) extras->push_back(out);
+    if (HasCosine(l)) {
+      const Tensor gates = DslaGates(heads.k_plain, adapter->op.gate_weight, adapter->op.gate_bias,
+                                     n->op_options.gate_floor)
+                               .exp();
+      extras->push_back(at::cosine_similarity(gates.select(3, 0), gates.select(3, 1), -1).mean());
+    }
+    return distill::MlpBlock(n->teacher, layer, h + out);
+  }
+  bool HasOutput(int l) const { return converted[l] && want_outputs; }
+  bool HasCosine(int l) const {
+    return converted[l] && want_cosines && n->layout.settings().states == 2;
+  }
+};
+
+// The hybrid's hidden states from `switch_at` on. Below `entry_layer` it is the teacher. `pass`
+// must live until the backward pass is over.
 Tensor Network::Impl::RunHybrid(const TeacherPass& pass, const Tensor& ids,
                                 const std::vector<bool>& converted,
                                 const std::vector<bool>& trained, int switch_at, int entry_layer,
                                 std::vector<std::pair<int, Tensor>>* outputs,
                                 std::vector<Tensor>* cosines) {
   const int64_t T = ids.size(1);
-  const RopeTables rope = Rope(switch_at, T);
+  const auto hybrid =
+      std::make_shared<const Hybrid>(Hybrid{this, &pass, Rope(switch_at, T), converted, trained,
+                                            switch_at, outputs != nullptr, cosines != nullptr});
   Tensor h = pass.entry.narrow(1, switch_at, T - switch_at);
-  for (int l = entry_layer; l < config().L; ++l) {
-    const TeacherLayer& layer = teacher.layers[l];
-    const AdapterTensors* adapter = !converted[l] ? nullptr : trained[l] ? &leaves[l] : &frozen[l];
-    const Tensor x = distill::Norm(h, layer.attn_norm, config().norm_eps);
-    const Heads heads = distill::Project(teacher, layer, x, rope, adapter);
-    Prefix prefix;
-    if (switch_at > 0) {
-      const Prefix& keys = pass.keys[l];
-      prefix = {keys.k.narrow(1, 0, switch_at), keys.k_plain.narrow(1, 0, switch_at),
-                keys.v.narrow(1, 0, switch_at)};
+  for (int begin = entry_layer; begin < config().L;) {
+    const int end = std::min(begin + std::max(1, checkpoint_layers), config().L);
+    const auto body = [hybrid, begin, end](const Tensor& in) {
+      std::vector<Tensor> all(1);
+      Tensor out = in;
+      for (int l = begin; l < end; ++l) out = hybrid->Layer(l, out, &all);
+      all[0] = out;
+      return all;
+    };
+    bool learns = h.requires_grad();
+    for (int l = begin; l < end; ++l) learns = learns || trained[l];
+    const std::vector<Tensor> all = learns && checkpoint_layers > 0 && at::GradMode::is_enabled()
+                                        ? distill::Recompute(h, body)
+                                        : body(h);
+    h = all[0];
+    auto extra = all.begin() + 1;
+    for (int l = begin; l < end; ++l) {
+      if (hybrid->HasOutput(l)) outputs->emplace_back(l, *extra++);
+      if (hybrid->HasCosine(l)) cosines->push_back(*extra++);
     }
-    const Tensor attention = adapter == nullptr
-                                 ? distill::SoftmaxAttention(heads, prefix)
-                                 : distill::DslaAttention(heads, prefix, x, *adapter, op_options);
-    const Tensor out = distill::OutputProjection(layer, attention, adapter);
-    if (adapter != nullptr && outputs != nullptr) outputs->emplace_back(l, out);
-    if (adapter != nullptr && cosines != nullptr && adapter->op.mix.size(1) == 2) {
-      const Tensor gates = DslaGates(heads.k_plain, adapter->op.gate_weight, adapter->op.gate_bias,
-                                     op_options.gate_floor)
-                               .exp();
-      cosines->push_back(at::cosine_similarity(gates.select(3, 0), gates.select(3, 1), -1).mean());
-    }
-    h = distill::MlpBlock(teacher, layer, h + out);
+    begin = end;
   }
   return distill::Norm(h, teacher.final_norm, config().norm_eps);
 }
@@ -265,47 +275,15 @@ Expected<std::unique_ptr<Network>> Network::Create(const ModelFile& file,
                                                    const ParameterLayout& layout,
                                                    const NetworkOptions& options) {
   auto impl = std::make_unique<Impl>(layout);
-  const ModelConfig& config = file.config();
-  if (config.sliding_window > 0)
-    return Unsupported("'{}' has a sliding window of {} tokens, which the trainer does not know",
-                       file.path(), config.sliding_window);
-  DSLA_ASSIGN_OR_RETURN(impl->device, distill::OpenDevice(options.device));
-  const bool bf16 = options.dtype == "bf16" || (options.dtype == "auto" && !impl->device.is_cpu());
-  if (!bf16 && options.dtype != "fp32" && options.dtype != "auto")
-    return InvalidArgument("dtype '{}' is not one of auto, fp32, bf16", options.dtype);
-  impl->type = bf16 ? at::kBFloat16 : at::kFloat;
+  DSLA_ASSIGN_OR_RETURN(const distill::Placement placement,
+                        distill::Place(options.device, options.dtype));
+  impl->device = placement.device, impl->type = placement.type;
+  impl->ranks = options.ranks;
+  impl->checkpoint_layers = options.checkpoint_layers;
   at::set_num_threads(ThreadCount(options.threads));
-  if (!impl->device.is_cpu()) {
-    int64_t weights = 0;
-    for (const auto& [name, shape] : RequiredTensors(config)) {
-      int64_t numel = bf16 ? 2 : 4;
-      for (const int64_t n : shape) numel *= n;
-      weights += numel;
-    }
-    const int64_t need = weights + 16 * layout.size(), free = distill::FreeMemory(impl->device);
-    if (need > free)
-      return ResourceExhausted(
-          "'{}' needs {:.1f} GiB for weights and optimiser, {} has {:.1f} free", file.path(),
-          static_cast<double>(need) / (1 << 30), options.device,
-          static_cast<double>(free) / (1 << 30));
-  }
-  Teacher& teacher = impl->teacher;
-  teacher.config = config;
-  const auto read = [&](const char* name, Tensor* to) -> Status {
-    const TensorInfo* info = file.FindTensor(name);
-    if (info == nullptr) return NotFound("'{}' has no tensor {}", file.path(), name);
-    DSLA_ASSIGN_OR_RETURN(*to, ReadTensor(file, name, *info, impl->device, impl->type));
-    return Status::Ok();
-  };
-  DSLA_RETURN_IF_ERROR(read("model.embed_tokens.weight", &teacher.embedding));
-  DSLA_RETURN_IF_ERROR(read("model.norm.weight", &teacher.final_norm));
-  teacher.head = teacher.embedding;
-  if (!config.tied_embeddings) DSLA_RETURN_IF_ERROR(read("lm_head.weight", &teacher.head));
-  for (int l = 0; l < config.L; ++l) {
-    DSLA_ASSIGN_OR_RETURN(TeacherLayer layer, ReadLayer(file, l, impl->device, impl->type));
-    teacher.layers.push_back(std::move(layer));
-  }
-  impl->frequencies = config.rope.Frequencies(config.D);
+  // Parameters, gradients and two moments, fp32.
+  DSLA_ASSIGN_OR_RETURN(impl->teacher, distill::ReadTeacher(file, placement, 16 * layout.size()));
+  impl->frequencies = file.config().rope.Frequencies(file.config().D);
   const AdapterSettings& settings = layout.settings();
   impl->op_options.chunked.window = settings.window;
   impl->op_options.chunked.sinks = settings.sinks;
@@ -426,7 +404,7 @@ void Network::Align(const TokenBatch& batch) {
     const Tensor y = distill::OutputProjection(
         layer, distill::DslaAttention(own, {}, x, adapter, n.op_options), &adapter);
     Tensor gradient;
-    total.add_(distill::NormalisedError(y, out, counted, &gradient));
+    total.add_(distill::NormalisedError(y, out, counted, n.ranks, &gradient));
     torch::autograd::backward({y}, {gradient});
     n.touched[l] = true;
   });
@@ -445,7 +423,7 @@ double Network::AlignmentError(const TokenBatch& batch) {
     const Heads own = distill::WithDelta(n.teacher, layer, heads, x, rope, adapter);
     const Tensor y = distill::OutputProjection(
         layer, distill::DslaAttention(own, {}, x, adapter, n.op_options), &adapter);
-    total.add_(distill::NormalisedError(y, out, counted, nullptr));
+    total.add_(distill::NormalisedError(y, out, counted, nullptr, nullptr));
   });
   return total.item().toDouble() / n.config().L;
 }
@@ -472,26 +450,29 @@ void Network::Chain(const TokenBatch& batch, const ChainStep& step) {
   {
     const at::NoGradGuard no_grad;
     Tensor gradient;
-    const Tensor kl =
-        distill::KlGradient(n.teacher.head, hidden, pass.hidden.narrow(1, begin, length), counted,
-                            step.kl_weight, &gradient);
+    const Tensor kl = distill::KlGradient(
+        n.teacher.head, hidden, pass.hidden.narrow(1, begin, length), counted,
+        batch.all_rows > 0 ? batch.Counted(step.switch_at) : 0, step.kl_weight, &gradient);
     loss.add_(kl, step.kl_weight);
     roots.push_back(hidden);
     gradients.push_back(gradient);
     const double share = 1.0 / static_cast<double>(step.converted.size());
     for (const auto& [l, y] : outputs) {
       Tensor d;
-      loss.add_(distill::NormalisedError(y, pass.outputs[l].narrow(1, begin, length), counted, &d),
+      loss.add_(distill::NormalisedError(y, pass.outputs[l].narrow(1, begin, length), counted,
+                                         n.ranks, &d),
                 step.align_weight * share);
       if (!y.requires_grad()) continue;
       roots.push_back(y);
       gradients.push_back(d.mul_(step.align_weight * share));
     }
+    // A mean over rows: each rank's part of it.
+    const double rows = batch.all_rows > 0 ? double(batch.rows) / batch.all_rows : 1.0;
     for (const Tensor& cos : cosines) {
-      loss.add_(cos.detach(), step.cosine_weight * share);
+      loss.add_(cos.detach(), step.cosine_weight * share * rows);
       if (!cos.requires_grad()) continue;
       roots.push_back(cos);
-      gradients.push_back(at::zeros({}, cos.options()).add_(step.cosine_weight * share));
+      gradients.push_back(at::zeros({}, cos.options()).add_(step.cosine_weight * share * rows));
     }
   }
   torch::autograd::backward(roots, gradients);
@@ -502,6 +483,7 @@ void Network::Chain(const TokenBatch& batch, const ChainStep& step) {
 void Network::Update(const UpdateOptions& options) {
   Impl& n = *impl_;
   const at::NoGradGuard no_grad;
+  if (n.ranks != nullptr) n.ranks->Sum(n.grads);
   if (options.clip > 0) {
     const Tensor norms = n.grads.square().sum(1, /*keepdim=*/true);  // [L, 1]
     const Tensor norm = (options.clip_per_layer ? norms : norms.sum()).sqrt_();
@@ -536,7 +518,9 @@ std::vector<float> Network::Gradients() const { return ToHost(impl_->grads); }
 
 std::vector<double> Network::TakeLosses() {
   if (impl_->losses.empty()) return {};
-  const std::vector<double> losses = ToDoubles(at::stack(impl_->losses));
+  Tensor stacked = at::stack(impl_->losses);
+  if (impl_->ranks != nullptr) impl_->ranks->Sum(stacked);
+  const std::vector<double> losses = ToDoubles(stacked);
   impl_->losses.clear();
   return losses;
 }
