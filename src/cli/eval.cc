@@ -1,84 +1,163 @@
-// dsla eval: how far each level is from level 0 on given text.
+// dsla eval: how far each level is from level 0 on given text, on recall and on what it writes, and
+// how far its controls are.
+#include <fmt/ranges.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
+#include <iterator>
 #include <nlohmann/json.hpp>
 
+#include "base/files.h"
 #include "cli/commands.h"
 #include "cli/model_args.h"
-#include "eval/divergence.h"
 #include "eval/documents.h"
+#include "eval/evaluation.h"
+#include "eval/evaluation_report.h"
 
 namespace dsla {
 namespace {
 
 struct EvalArgs {
   ModelArgs model;
-  std::string data;
-  std::vector<int> levels;
+  std::vector<std::string> data;
   DocumentOptions documents;
-  double switch_at = 0.5;
+  std::vector<std::string> controls;
+  EvaluationOptions evaluation;
+  EvaluationReportOptions report;
+  std::string html;
   bool json = false;
 };
 
-nlohmann::json ToJson(const DivergenceReport& report, const EvalArgs& args) {
-  nlohmann::json levels = nlohmann::json::array();
-  for (const LevelDivergence& row : report.levels) {
-    levels.push_back({{"level", row.level},
-                      {"kl", row.kl},
-                      {"agreement", row.agreement},
-                      {"kl_suffix", row.kl_suffix},
-                      {"kl_switched", row.kl_switched},
-                      {"tokens", row.tokens},
-                      {"suffix_tokens", row.suffix_tokens}});
+// The controls named, "all" for what the adapter allows.
+Status ReadControls(const EvalArgs& args, const Adapter& adapter, EvaluationOptions& options) {
+  for (const std::string& name : args.controls) {
+    if (name == "all") {
+      for (const Control control : ControlsOf(adapter)) options.controls.push_back(control);
+      continue;
+    }
+    DSLA_ASSIGN_OR_RETURN(const Control control, ParseControl(name));
+    if (control == Control::kGivenOrder)
+      return InvalidArgument("control given-order: name the layers with --order");
+    options.controls.push_back(control);
   }
-  return {{"data", args.data},
-          {"documents", report.documents},
-          {"switch_at", args.switch_at},
-          {"teacher_loss", report.teacher_loss},
-          {"levels", std::move(levels)}};
+  if (!options.order.empty()) options.controls.push_back(Control::kGivenOrder);
+  return Status::Ok();
+}
+
+// Of all files together, at most max_docs.
+Expected<std::vector<std::vector<int32_t>>> ReadData(const EvalArgs& args,
+                                                     const Tokenizer& tokenizer, int context) {
+  DocumentOptions options = args.documents;
+  if (options.max_tokens == 0 || options.max_tokens > context) options.max_tokens = context;
+  if (options.min_tokens < 2)
+    return InvalidArgument("--min-tokens: {} is under 2", options.min_tokens);
+  std::vector<std::vector<int32_t>> documents;
+  for (const std::string& path : args.data) {
+    DSLA_ASSIGN_OR_RETURN(auto more, ReadDocuments(path, tokenizer, options));
+    std::move(more.begin(), more.end(), std::back_inserter(documents));
+    if (args.documents.max_docs <= 0) continue;
+    options.max_docs = args.documents.max_docs - static_cast<int>(documents.size());
+    if (options.max_docs == 0) break;
+  }
+  return documents;
 }
 
 Status Eval(const EvalArgs& args) {
-  // Beside level 0, one run per level is in memory from the start and one switched.
-  DSLA_ASSIGN_OR_RETURN(const LoadedModel loaded,
-                        LoadModel(args.model, 1 + 2 * static_cast<int>(args.levels.size())));
+  EvaluationOptions options = args.evaluation;
+  // Beside level 0, each level is in memory from the start and once for each switch; recall forks
+  // what it reads.
+  const size_t levels = std::max<size_t>(1, options.levels.size());
+  const int sequences = 4 + static_cast<int>(levels * (1 + options.switches.size()));
+  DSLA_ASSIGN_OR_RETURN(const LoadedModel loaded, LoadModel(args.model, sequences));
   if (loaded.adapter == nullptr)
     return InvalidArgument("'{}' has no adapter: there is only level 0", loaded.file->path());
-  DivergenceOptions options;
-  options.switch_at = args.switch_at;
-  options.levels = args.levels;
   if (options.levels.empty()) options.levels = {loaded.adapter->top_level};
-  DocumentOptions documents_options = args.documents;
-  const int context = loaded.model->max_positions();
-  if (documents_options.max_tokens == 0 || documents_options.max_tokens > context)
-    documents_options.max_tokens = context;
-  if (documents_options.min_tokens < 2)
-    return InvalidArgument("--min-tokens: {} is under 2", documents_options.min_tokens);
+  options.control_memory_bytes = loaded.memory_bytes;
+  DSLA_RETURN_IF_ERROR(ReadControls(args, *loaded.adapter, options));
   DSLA_ASSIGN_OR_RETURN(const auto documents,
-                        ReadDocuments(args.data, *loaded.tokenizer, documents_options));
+                        ReadData(args, *loaded.tokenizer, loaded.model->max_positions()));
   DSLA_ASSIGN_OR_RETURN(CachePool pool, loaded.NewPool());
   const bool progress = ::isatty(STDERR_FILENO) != 0;
   DSLA_ASSIGN_OR_RETURN(
-      const DivergenceReport report,
-      MeasureDivergence(loaded.ctx, *loaded.model, pool, documents, options, [&](int64_t done) {
-        if (progress) fmt::print(stderr, "\rdocument {} of {}\033[K", done, documents.size());
+      const Evaluation evaluation,
+      Evaluate(loaded.ctx, *loaded.model, pool, documents, options, [&](const std::string& line) {
+        if (progress) fmt::print(stderr, "\r{}\033[K", line);
       }));
   if (progress) fmt::print(stderr, "\r\033[K");
-  if (args.json) {
-    fmt::print("{}\n", ToJson(report, args).dump(2));
-    return Status::Ok();
+  EvaluationReportOptions report = args.report;
+  report.data = fmt::format("{}", fmt::join(args.data, ", "));
+  if (!args.html.empty()) {
+    const ReportDocument document = EvaluationDocument(evaluation, options, report);
+    DSLA_RETURN_IF_ERROR(WriteFileAtomically(args.html, document.html("Evaluation")));
   }
-  fmt::print("{} documents, {} tokens of {}; level 0: {:.4f} nats per token\n\n", report.documents,
-             report.levels.front().tokens, args.data, report.teacher_loss);
-  fmt::print("           from the start        after {:.0f}% of the document\n",
-             args.switch_at * 100);
-  fmt::print("level      KL    top-1    KL from the start   KL switched\n");
-  for (const LevelDivergence& row : report.levels) {
-    fmt::print("{:5} {:7.4f}  {:6.1f}%   {:17.4f} {:13.4f}\n", row.level, row.kl,
-               row.agreement * 100, row.kl_suffix, row.kl_switched);
-  }
+  if (args.json)
+    fmt::print("{}\n", EvaluationJson(evaluation, options, report).dump(2));
+  else
+    fmt::print("{}", EvaluationDocument(evaluation, options, report).markdown());
   return Status::Ok();
+}
+
+// A list of numbers or names.
+template <typename T>
+CLI::Option* AddList(CLI::App& command, const std::string& name, T& to, const std::string& text,
+                     const std::string& type) {
+  return command.add_option(name, to, text)
+      ->type_name(type)
+      ->allow_extra_args(false)
+      ->delimiter(',')
+      ->group("Evaluation");
+}
+
+void AddParts(CLI::App& command, EvalArgs& args) {
+  const auto group = "Parts";
+  command.add_flag("--by-position", args.report.by_position, "figures by position in the document")
+      ->group(group);
+  command
+      .add_flag("--recall", args.evaluation.measure_recall,
+                "copies, key-value tables and needles: what was said is said again")
+      ->group(group);
+  command
+      .add_flag("--generate", args.evaluation.measure_generation,
+                "greedy continuations of the documents; with --recall answers written freely too")
+      ->group(group);
+  AddList(command, "--controls", args.controls,
+          "window, zeroed, history, recency, bypass, random-order, entropy-order or all: the same\n"
+          "figures for the adapter with one thing changed",
+          "NAME,NAME,...")
+      ->group(group);
+  AddList(command, "--order", args.evaluation.order,
+          "a control whose layers convert in this order, those left out after them", "N,N,...")
+      ->group(group);
+  RecallOptions& recall = args.evaluation.recall;
+  AddList(command, "--recall-gaps", recall.gaps, "distances of copies, tokens", "N,N,...")
+      ->capture_default_str()
+      ->group(group);
+  AddList(command, "--recall-lengths", recall.lengths, "lengths of tables and needles, tokens",
+          "N,N,...")
+      ->capture_default_str()
+      ->group(group);
+  AddList(command, "--recall-depths", recall.depths, "depths of needles, 0 to 1", "N,N,...")
+      ->capture_default_str()
+      ->group(group);
+  command.add_option("--recall-texts", recall.texts, "texts of each task")
+      ->type_name("N")
+      ->capture_default_str()
+      ->group(group);
+  GenerationOptions& generation = args.evaluation.generation;
+  command
+      .add_option("--generate-prompt", generation.prompt, "tokens of each document to go on from")
+      ->type_name("N")
+      ->capture_default_str()
+      ->group(group);
+  command.add_option("--generate-tokens", generation.tokens, "tokens to write")
+      ->type_name("N")
+      ->capture_default_str()
+      ->group(group);
+  command.add_option("--seed", args.evaluation.seed, "of recall's tokens, orders and intervals")
+      ->type_name("N")
+      ->capture_default_str()
+      ->group(group);
 }
 
 }  // namespace
@@ -88,22 +167,18 @@ void AddEval(CLI::App& app, Command& chosen) {
   CLI::App& command =
       *app.add_subcommand("eval", "measure how far each level is from level 0 on given text");
   command.footer(
-      "Example:\n  dsla eval --data documents.jsonl --levels 8,15,22 --max-docs 8 --max-tokens "
-      "1024");
+      "Examples:\n  dsla eval --data documents.jsonl --levels 8,15,22 --max-docs 8 --max-tokens "
+      "1024\n  dsla eval --data documents.jsonl --levels 15,22 --by-position --switch-at "
+      "0.5,0.25,0.75 --recall --generate --controls all --report report.html");
   const auto group = "Evaluation";
   command
       .add_option("-d,--data", args->data,
-                  "JSONL with a field \"text\" per line, or one plain text")
-      ->type_name("PATH")
+                  "JSONL with a field \"text\" per line, or plain text, one document a file")
+      ->type_name("PATH...")
       ->required()
       ->group(group);
-  command
-      .add_option("--levels", args->levels,
-                  "levels to measure, as 8,15,22 [default: the adapter's top level]")
-      ->type_name("N,N,...")
-      ->allow_extra_args(false)
-      ->delimiter(',')
-      ->group(group);
+  AddList(command, "--levels", args->evaluation.levels,
+          "levels to measure, as 8,15,22 [default: the adapter's top level]", "N,N,...");
   command.add_option("--min-tokens", args->documents.min_tokens, "leave out shorter documents")
       ->type_name("N")
       ->capture_default_str()
@@ -118,16 +193,21 @@ void AddEval(CLI::App& app, Command& chosen) {
                   "stop after so many documents [default: all]")
       ->type_name("N")
       ->group(group);
-  command
-      .add_option("--switch-at", args->switch_at,
-                  "where the switched run folds, as a share of the document")
-      ->type_name("SHARE")
-      ->capture_default_str()
+  AddList(command, "--switch-at", args->evaluation.switches,
+          "where the switched runs fold, as shares of the document; the first is the one in the\n"
+          "JSON's kl_switched",
+          "SHARE,...")
+      ->capture_default_str();
+  command.add_flag("--json", args->json, "print one JSON object instead of Markdown")->group(group);
+  command.add_option("--report", args->html, "also write an HTML page with plots")
+      ->type_name("FILE")
       ->group(group);
-  command.add_flag("--json", args->json, "print one JSON object")->group(group);
+  AddParts(command, *args);
   args->model.AddTo(command);
   command.callback([args, &chosen] {
     chosen = [args] {
+      args->evaluation.recall.write = args->evaluation.measure_generation;
+      args->evaluation.recall.seed = args->evaluation.generation.seed = args->evaluation.seed;
       const Status status = Eval(*args);
       return status.ok() ? 0 : Fail(status);
     };
