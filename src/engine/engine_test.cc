@@ -487,24 +487,23 @@ TEST_F(EngineTest, ThePolicyIsToldWhatStepsAndFoldsTook) {
                       [](int64_t step) {
                         if (step == 3) throw std::runtime_error("on purpose");
                       });
-    EXPECT_FALSE(
-        engine.Submit(Greedy(100, 40))->Wait().status.ok());  // its step counts for nothing
+    EXPECT_FALSE(engine.Submit(Greedy(96, 40))->Wait().status.ok());  // its step counts for nothing
     EXPECT_TRUE(engine.Submit(Greedy(4, 20))->Wait().status.ok());
     const EngineState state = WaitIdle(engine);
     EXPECT_EQ(state.cost_factors.decode, 3);
     EXPECT_EQ(static_cast<int64_t>(seen.steps.size()), state.steps - 1);
   }
-  // A prompt of 100 tokens in two chunks, a decode step; then, at 4 tokens, the next request.
+  // A prompt of 96 tokens in two chunks, a decode step; then, at 4 tokens, the next request.
   ASSERT_GE(seen.steps.size(), 4u);
   ASSERT_EQ(seen.steps[0].prefill.size(), 1u);
   EXPECT_EQ(seen.steps[0].prefill[0].tokens, 64);
   EXPECT_EQ(seen.steps[0].prefill[0].context, 0);
   EXPECT_EQ(seen.steps[0].prefill[0].level, 1);
   EXPECT_TRUE(seen.steps[0].decode.empty());
-  EXPECT_EQ(seen.steps[1].prefill[0].tokens, 36);
+  EXPECT_EQ(seen.steps[1].prefill[0].tokens, 32);
   EXPECT_EQ(seen.steps[1].prefill[0].context, 64);
   ASSERT_EQ(seen.steps[2].decode.size(), 1u);
-  EXPECT_EQ(seen.steps[2].decode[0].length, 100);
+  EXPECT_EQ(seen.steps[2].decode[0].length, 96);
   EXPECT_EQ(seen.steps[3].prefill[0].tokens, 4);
   for (const StepTime& step : seen.steps) {
     EXPECT_GT(step.seconds, 0);
