@@ -13,7 +13,7 @@
 #include "base/clock.h"
 #include "cli/commands.h"
 #include "cli/serve_args.h"
-#include "eval/calibrate.h"
+#include "cli/serve_cost.h"
 #include "format/chat/chat_template.h"
 #include "server/access_log.h"
 #include "server/config.h"
@@ -171,11 +171,11 @@ Status Program::MakeEngine() {
   } else {
     // Whatever the policy at the start, an administrator may change to slo.
     const double start = NowSeconds();
-    DSLA_ASSIGN_OR_RETURN(policy_.cost,
-                          Calibrate(model_.ctx, *model_.model,
-                                    {.memory_bytes = model_.memory_bytes,
-                                     .top_level = std::max(policy_.max_level, ladder_.top_level)}));
-    log_->Write(LogLevel::kInfo, "calibrated",
+    DSLA_ASSIGN_OR_RETURN(
+        ServeCost cost,
+        CostForServing(model_, std::max(policy_.max_level, ladder_.top_level), args_.cost_model));
+    policy_.cost = std::move(cost.model);
+    log_->Write(LogLevel::kInfo, cost.measured ? "calibrated" : "cost_model_read",
                 {{"cost", policy_.cost.Summary()}, {"seconds", NowSeconds() - start}});
   }
   DSLA_ASSIGN_OR_RETURN(std::unique_ptr<LevelPolicy> policy, MakePolicy(policy_));

@@ -73,6 +73,12 @@ void AddHttpLimits(CLI::App& command, ServeArgs& args) {
       ->type_name("SIZE")
       ->capture_default_str()
       ->group(group);
+  command
+      .add_option("--max-body-total", args.max_body_total,
+                  "request bodies of all connections together; more are refused with 503")
+      ->type_name("SIZE")
+      ->capture_default_str()
+      ->group(group);
   command.add_option("--max-connections", http.max_connections, "connections at once")
       ->type_name("N")
       ->check(CLI::Range(1, 1000000))
@@ -166,6 +172,12 @@ void AddPolicy(CLI::App& command, ServeArgs& args) {
   target("--slo-ttft", policy.slo.ttft, "target of the time to the first token");
   target("--slo-tpot", policy.slo.tpot, "target of the time per token after it");
   target("--slo-cooldown", policy.slo.up_cooldown, "least time between two rises");
+  command
+      .add_option("--cost-model", args.cost_model,
+                  "file of the cost model: read where it is there, else measured and written "
+                  "[default: measured at each start]")
+      ->type_name("FILE")
+      ->group(group);
   target("--slo-calm", policy.slo.calm_seconds, "calm before the level goes down");
   command
       .add_option("--paper-queue", policy.paper.queue, "waiting requests at which paper converts")
@@ -262,6 +274,13 @@ Expected<HttpServerOptions> HttpOptionsOf(const ServeArgs& args) {
   const auto bytes = ParseBytes(args.max_body);
   if (!bytes.ok()) return InvalidArgument("--max-body: {}", bytes.status().message());
   options.limits.body_bytes = *bytes;
+  const auto total = ParseBytes(args.max_body_total);
+  if (!total.ok()) return InvalidArgument("--max-body-total: {}", total.status().message());
+  if (*total < *bytes) {
+    return InvalidArgument("--max-body-total: {} is less than one body may have, --max-body {}",
+                           args.max_body_total, args.max_body);
+  }
+  options.max_body_total = *total;
   return options;
 }
 

@@ -21,7 +21,7 @@ struct ServeArgs {
   std::string config;
 
   HttpServerOptions http;
-  std::string max_body = "16M";
+  std::string max_body = "16M", max_body_total = "256M";
   std::vector<std::string> api_keys, admin_keys;
   std::string api_key_file, admin_key_file;
   bool no_ui = false, open_metrics = false;
@@ -35,7 +35,8 @@ struct ServeArgs {
   int max_in_flight = 4096;
 
   PolicyOptions policy;
-  int max_level = -1;  // -1: the adapter's top level
+  int max_level = -1;      // -1: the adapter's top level
+  std::string cost_model;  // file of the cost model; empty: measured at each start
 
   std::string log_file, log_format = "text", log_level = "info";
   std::string metrics_compat;

@@ -1,0 +1,75 @@
+#!/usr/bin/env python3
+"""The operator's side: policies changed while the server runs, from whatever it was started with, and the file of the cost
+model. Standard library alone."""
+
+import json
+import pathlib
+import subprocess
+import tempfile
+
+from serving import ADMIN_KEY, KEY, call, chat, check, finish, parse_arguments, serving
+
+ARGUMENTS = ["--context", 1024, "--memory", "128M"]
+
+
+def change(running, fields, key=ADMIN_KEY):
+    return call(running, "POST", "/v1/dsla", fields, {"Authorization": f"Bearer {key}"})
+
+
+def controller(running):
+    return call(running, "GET", "/v1/dsla").json["controller"]
+
+
+def check_policies(running):
+    check(controller(running)["policy"] == "paper", "started with the paper's policy")
+    check(change(running, {"policy": "slo"}, KEY).error[:2] == (403, "admin_key_required"), "not without the admin key")
+    for policy in ("slo", "fixed", "paper", "fixed", "slo", "paper", "slo"):
+        reply = change(running, {"policy": policy})
+        check(reply.status == 200, f"to {policy}: {reply.status} {reply.body[:120] if reply.status != 200 else ''}")
+        reply = chat(running, max_tokens=2)  # a step, so that the engine has seen it
+        now = controller(running)
+        check(reply.status == 200 and now["policy"] == policy, f"and {now['policy']} it is")
+    factors = controller(running)["cost_factors"]
+    check(all(1 / 64 <= factors[kind] <= 64 for kind in ("prefill", "decode", "fold")), f"slo says its corrections: {factors}")
+    check(change(running, {"level": 7}).status == 200, "a fixed level")
+    reply = chat(running, max_tokens=2)
+    check(reply.headers["X-Dsla-Level"] == "7", f"a reply's level is {reply.headers['X-Dsla-Level']}")
+    check(change(running, {"max_level": 3}).error[0] == 400, "a bound below the fixed level is refused")
+    check(change(running, {"policy": "paper", "max_level": 3}).status == 200, "with another policy it is not")
+    chat(running, max_tokens=2)
+    check(controller(running)["max_level"] == 3, "and is in force")
+    check(change(running, {"policy": "best"}).error[0] == 400, "an unknown policy is refused")
+    check(change(running, {"policy": "slo", "level": 2}).error[0] == 400, "a level with slo, too")
+
+
+def main():
+    arguments = parse_arguments(__doc__)
+    with tempfile.TemporaryDirectory() as name:
+        file = pathlib.Path(name) / "cost.json"
+        cost = ["--cost-model", file]
+        with serving(arguments.program, *ARGUMENTS, *cost, "--policy", "paper") as running:
+            check(file.exists() and "calibrated" in running.log.read_text(), "the cost model is measured and written")
+            check_policies(running)
+        written = file.read_text()
+        with serving(arguments.program, *ARGUMENTS, *cost) as running:
+            log = running.log.read_text()
+            check("cost_model_read" in log and "calibrated" not in log, "another start reads it")
+            check(chat(running, max_tokens=2).status == 200, "and serves")
+        check(file.read_text() == written, "and leaves it as it was")
+        model = json.loads(written)
+        for what, text, words in (
+            ("of another model", json.dumps({**model, "measured_with": "another model"}), "another model"),
+            ("cut off", written[: len(written) // 2], "cost.json"),
+            ("of something else", "{}", "not a file that dsla serve wrote"),
+            ("with a negative time", json.dumps({**model, "cost_model": {**model["cost_model"], "fold": [-1, 0]}}), "fold"),
+        ):
+            file.write_text(text)
+            command = [arguments.program, "serve", "--port", "0", *ARGUMENTS, *cost]
+            result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
+            last = result.stderr.strip().splitlines()[-1]
+            check(result.returncode == 2 and words in last, f"a file {what}: {result.returncode}, {last[:150]!r}")
+    finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+#!/usr/bin/env python3
+"""`dsla serve` as a process, on a small random model: signals, exit codes, too few descriptors, a full disk, a full cache.
+Standard library alone."""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+from serving import KEY, call, check, completions, events, finish, parse_arguments, serving, server
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "load"))
+
+import small_model  # noqa: E402
+
+ONE = ["--threads", "1"]  # the model is too small for more
+DESCRIPTORS = 64  # of the server that runs out of them
+
+
+def wait_for(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return met
+
+
+def refused(program, model, arguments, words, environment=None):
+    """The program must end with exit code 2 and one last line on standard error that has all of `words`."""
+    command = [program, "serve", "--model", model, *([] if "--port" in arguments else ["--port", "0"]), *arguments]
+    shown = " ".join(map(str, arguments)) or environment
+    try:
+        result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=30,
+                                env={**os.environ, **(environment or {})})  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return check(False, f"{shown}: serves")
+    lines = result.stderr.strip().splitlines() or [""]
+    good = result.returncode == 2 and lines[-1].startswith("dsla: ") and all(word in lines[-1] for word in words)
+    return check(good, f"{shown}: {result.returncode}, {lines[-1]!r}")
+
+
+def check_refusals(program, folder, model):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        refused(program, model, ["--port", port], [f"127.0.0.1:{port}"])
+    refused(program, model, ["--host", "203.0.113.7"], ["203.0.113.7"])
+    refused(program, model, ["--host", "no-such-host.invalid"], ["--host", "no-such-host.invalid"])
+    config = folder / "config.toml"
+    for text, words in {
+        "max-runing = 3\n": ["max-runing", "max-running"],
+        "max-running = 'many'\n": ["max-running"],
+        "max-running = \n": ["config.toml"],
+    }.items():
+        config.write_text(text)
+        refused(program, model, ["--config", config], words)
+    refused(program, model, ["--config", folder / "none.toml"], ["none.toml"])
+    refused(program, model, [], ["DSLA_MAX_RUNING"], {"DSLA_MAX_RUNING": "3"})
+    refused(program, model, ["--max-body", "1M", "--max-body-total", "1K"], ["--max-body-total"])
+    refused(program, model, ["--tls-cert", "x.pem"], ["--tls-key"])
+    refused(program, model, ["--api-key-file", folder / "none"], ["none"])
+    refused(program, model, ["--log-file", folder / "none" / "log"], ["log"])
+    refused(program, model, ["--max-level", "3"], ["--max-level", "no adapter"])
+    refused(program, model, ["--memory", "lots"], ["lots"])
+    refused(program, folder / "nothing", [], ["nothing"])
+    broken = folder / "broken"
+    small_model.write(broken)
+    weights = broken / "model.safetensors"
+    whole = weights.read_bytes()
+    for name, data in {"truncated": whole[: len(whole) // 2], "of a huge header": b"\xff" * 8 + whole[8:], "empty": b""}.items():
+        weights.write_bytes(data)
+        refused(program, broken, [], ["model.safetensors"])
+        print(f"      (weights {name})", flush=True)
+
+
+def long_stream(running, tokens=14000, replies=8):
+    """A connection on which a reply of seconds has begun."""
+    body = json.dumps({"prompt": "Once", "max_tokens": tokens, "n": replies, "ignore_eos": True, "stream": True})
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+    connection = socket.create_connection(("127.0.0.1", running.port), 60)
+    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+    check(b"200 OK" in connection.recv(1 << 12), "a long stream begins")
+    return connection
+
+
+def read_all(connection):
+    """In a thread, so that the server never waits for it; the result is the list's one entry once the server has closed."""
+    result = []
+
+    def read():
+        data = b""
+        with contextlib.suppress(OSError):
+            while part := connection.recv(1 << 16):
+                data += part
+        result.append(data)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    return thread, result
+
+
+def check_second_signal(program, model):
+    with serving(program, "--model", model, *ONE, "--drain-timeout", 60) as running:
+        reader, _ = read_all(long_stream(running))
+        running.process.send_signal(signal.SIGTERM)
+        check(wait_for(lambda: call(running, "GET", "/ready").status == 503), "SIGTERM: /ready says 503")
+        check(call(running, "GET", "/live").status == 200, "and /live 200: no restart is wanted")
+        reply = completions(running, prompt="x", max_tokens=1)
+        check(reply.error[:2] == (503, "shutting_down"), f"a new request is refused: {reply.error}")
+        check(reply.headers["Retry-After"] is not None, "with Retry-After")
+        check(running.process.poll() is None, "what runs goes on")
+        started = time.monotonic()
+        running.process.send_signal(signal.SIGTERM)
+        code = running.process.wait(20)
+        check(code == 1 and time.monotonic() - started < 5, f"a second SIGTERM ends it at once, exit code {code}")
+        reader.join(20)
+
+
+def check_drain_limit(program, model):
+    with serving(program, "--model", model, *ONE, "--drain-timeout", "0.3") as running:
+        reader, received = read_all(long_stream(running))
+        started = time.monotonic()
+        code = running.terminate(30)
+        seconds = time.monotonic() - started
+        check(code == 0 and 0.2 < seconds < 10, f"SIGTERM with a drain limit of 0.3 s: exit code {code} after {seconds:.1f} s")
+        reader.join(20)
+        check(received and b"[DONE]" not in received[0], "the stream was cut off")
+        check("drain_timeout" in running.log_end(20), "and the log says so")
+    with serving(program, "--model", model, *ONE) as running:
+        check(running.terminate(20) == 0, "SIGTERM with nothing to do: exit code 0")
+    with serving(program, "--model", model, *ONE) as running:
+        running.process.send_signal(signal.SIGINT)
+        check(running.process.wait(20) == 0, "Control-C too")
+
+
+def check_hangup_and_pipe(program, folder, model):
+    log = folder / "serve.log"
+    with serving(program, "--model", model, *ONE, "--log-file", log) as running:
+        check(wait_for(lambda: "ready" in log.read_text()), "the log goes to its file")
+        rotated = folder / "serve.log.1"
+        log.rename(rotated)
+        running.process.send_signal(signal.SIGHUP)
+        check(wait_for(lambda: log.exists() and "log_reopened" in log.read_text()), "SIGHUP: the log's name is opened again")
+        running.process.send_signal(signal.SIGPIPE)
+        check(completions(running, prompt="x", max_tokens=2).status == 200, "SIGPIPE: nothing happens")
+        check(wait_for(lambda: "/v1/completions" in log.read_text()), "requests are logged in the new file")
+        check("/v1/completions" not in rotated.read_text(), "and not in the old one")
+
+
+def check_full_disk(program, model):
+    with serving(program, "--model", model, *ONE, "--log-file", "/dev/full") as running:
+        for _ in range(20):
+            reply = completions(running, prompt="x", max_tokens=2)
+        check(reply.status == 200 and call(running, "GET", "/ready").status == 200, "no room for the log: served all the same")
+        check(running.terminate(20) == 0, "and stopped as always")
+
+
+def check_descriptors(program, model, folder):
+    with contextlib.ExitStack() as stack:
+        running = server.Server(["--model", model, *ONE, "--keep-alive", "60", "--read-timeout", "60"], folder / "few.log", program)
+        running.command = ["sh", "-c", f'ulimit -n {DESCRIPTORS}; exec "$@"', "sh", *running.command]
+        stack.enter_context(running)
+        idle = [socket.create_connection(("127.0.0.1", running.port), 20) for _ in range(DESCRIPTORS + 20)]
+        check(wait_for(lambda: "cannot accept" in running.log.read_text()), "out of descriptors: the log says so")
+        time_before = process_seconds(running.pid)
+        idle[0].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        check(b"200" in idle[0].recv(1 << 12), "those who are in are served")
+        check(running.log.read_text().count("cannot accept") == 1, "it is said once")
+        check(process_seconds(running.pid) - time_before < 1, "and it does not spin")
+        for connection in idle:
+            connection.close()
+        check(call(running, "GET", "/health").status == 200, "with descriptors free again, everybody is")
+
+
+def process_seconds(pid):
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def together(running, count, **fields):
+    replies = [None] * count
+
+    def ask(i):
+        replies[i] = completions(running, prompt=f"Request {i}:", ignore_eos=True, temperature=0, **fields)
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return replies
+
+
+def preemptions(running):
+    return call(running, "GET", "/v1/dsla").json["totals"]["preemptions"]
+
+
+# Of the small model a page takes 8 KiB in each of 8 layers, so that a request of 460 tokens takes 512 KiB in the end: all
+# have room to begin, two to end.
+TIGHT = ["--memory", "1M", "--no-prefix-cache"]
+
+
+def check_preemption(program, model):
+    with serving(program, "--model", model, *ONE, *TIGHT, "--deterministic") as running:
+        reply = completions(running, prompt="x", max_tokens=8000)
+        check(reply.error[:2] == (400, "request_too_large_for_cache"), f"more than the cache can hold: {reply.error}")
+        alone = [completions(running, prompt=f"Request {i}:", ignore_eos=True, temperature=0, max_tokens=450) for i in range(6)]
+        check(preemptions(running) == 0, "one after another: nobody is pre-empted")
+        crowd = together(running, 6, max_tokens=450)
+        check(preemptions(running) > 0, f"six at once in memory for two: {preemptions(running)} pre-emptions")
+        same = [a.status == b.status == 200 and a.json["choices"] == b.json["choices"] for a, b in zip(alone, crowd, strict=True)]
+        check(all(same), "every reply is, bit for bit, that of the request alone")
+        held = lambda: call(running, "GET", "/v1/dsla").json["memory"]["page_bytes"]  # noqa: E731
+        check(wait_for(lambda: held() == 0), "and nothing is held afterwards")
+    # Nobody may be pre-empted: who cannot go on fails with an error, in the stream where that has begun, and others go on.
+    with serving(program, "--model", model, *ONE, *TIGHT, "--max-preemptions", 0) as running:
+        crowd = together(running, 6, max_tokens=450, stream=True)
+        ends = [events(reply.body)[-1] for reply in crowd]
+        failed = [json.loads(end)["error"]["code"] for end in ends if end != "[DONE]"]
+        check(0 < len(failed) < 6 and set(failed) == {"out_of_memory"}, f"past the cap: {len(failed)} of 6 end with {set(failed)}")
+        check(all(reply.status == 200 for reply in crowd), "in their streams")
+        check(preemptions(running) == 0, "and nobody was pre-empted")
+        check(completions(running, prompt="x", max_tokens=4).status == 200, "the server goes on")
+
+
+def main():
+    arguments = parse_arguments(__doc__)
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        model = folder / "model"
+        small_model.write(model)
+        for part in (
+            lambda: check_refusals(arguments.program, folder, model),
+            lambda: check_second_signal(arguments.program, model),
+            lambda: check_drain_limit(arguments.program, model),
+            lambda: check_hangup_and_pipe(arguments.program, folder, model),
+            lambda: check_full_disk(arguments.program, model),
+            lambda: check_descriptors(arguments.program, model, folder),
+            lambda: check_preemption(arguments.program, model),
+        ):
+            part()
+    finish()
+
+
+if __name__ == "__main__":
+    main()
