@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <sys/wait.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
@@ -190,6 +191,13 @@ TEST_F(CliTest, EvalAndBenchMeasure) {
                              " --decode 4 --repetitions 1 --format json --kl");
   ASSERT_EQ(bench.exit_code, 0) << bench.err;
   EXPECT_EQ(nlohmann::json::parse(bench.out)["levels"].size(), 2u);
+  const std::string depths = "bench " + Model() + "--text " + (folder_ / "text.txt").string() +
+                             " --depths 0,70 --prefill 8 --decode 2 --repetitions 1 --format ";
+  const auto tests = nlohmann::json::parse(Dsla(depths + "json").out)["tests"];
+  EXPECT_EQ(tests.size(), 8u) << "prefill and decode at two depths and two levels";
+  const std::string csv = Dsla(depths + "csv --batch 1,3").out;
+  EXPECT_EQ(std::count(csv.begin(), csv.end(), '\n'), 13) << csv;
+  EXPECT_THAT(csv, HasSubstr(",3,0,2,70,1,"));
 }
 
 TEST_F(CliTest, HelpNamesEveryCommandAndOption) {

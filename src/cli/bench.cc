@@ -1,9 +1,12 @@
-// dsla bench: speed and cache of each level on one text, beside the machine's limits.
+// dsla bench: speed and cache of each level on one text, or speed at given depths of context,
+// beside the machine's limits.
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <nlohmann/json.hpp>
 
+#include "cli/bench_report.h"
 #include "cli/commands.h"
 #include "cli/model_args.h"
 #include "eval/cost.h"
@@ -20,6 +23,8 @@ struct BenchArgs {
   std::string text;
   SpeedOptions speed;
   int max_tokens = 0;
+  std::vector<int> depths, batches = {1};
+  int prefill_tokens = 512;
   bool kl = false;
   std::string format = "text";
 };
@@ -81,9 +86,7 @@ nlohmann::json ToJson(const LoadedModel& loaded, const MachineLimits& machine, i
 }
 
 // The first row is what the others are compared with.
-void PrintTable(const std::vector<Row>& rows, bool kl, bool markdown) {
-  const std::string separator = markdown ? " | " : "  ";
-  const std::string edge = markdown ? "| " : "";
+void PrintLevels(const std::vector<Row>& rows, bool kl, bool markdown) {
   const std::vector<std::string> names = {
       "level", "prefill tok/s", "x",         "GFLOP",   "of GEMM rate", "decode tok/s",
       "x",     "MB per step",   "of memory", "fold ms", "cache MB",     "of level 0"};
@@ -105,19 +108,7 @@ void PrintTable(const std::vector<Row>& rows, bool kl, bool markdown) {
                                                 static_cast<double>(base.speed.cache_bytes))});
     if (kl) cells.back().push_back(fmt::format("{:.4f}", row.kl));
   }
-  for (size_t r = 0; r < cells.size(); ++r) {
-    std::string line = edge;
-    for (size_t c = 0; c < cells[r].size(); ++c) {
-      line += fmt::format("{:>{}}", cells[r][c], cells[0][c].size());
-      line += c + 1 < cells[r].size() ? separator : (markdown ? " |" : "");
-    }
-    fmt::print("{}\n", line);
-    if (r == 0 && markdown) {
-      std::string rule = "|";
-      for (size_t c = 0; c < cells[0].size(); ++c) rule += " ---: |";
-      fmt::print("{}\n", rule);
-    }
-  }
+  PrintTable(cells, markdown);
 }
 
 Status MeasureKl(const LoadedModel& loaded, CachePool& pool,
@@ -137,16 +128,116 @@ Status MeasureKl(const LoadedModel& loaded, CachePool& pool,
   return Status::Ok();
 }
 
-Status Bench(const BenchArgs& args) {
-  if (args.format != "text" && args.format != "markdown" && args.format != "json") {
-    return InvalidArgument("--format: '{}' is not one of text, markdown, json", args.format);
+Status CheckArgs(const BenchArgs& args) {
+  const auto& formats = {"text", "markdown", "csv", "json"};
+  if (std::find(formats.begin(), formats.end(), args.format) == formats.end()) {
+    return InvalidArgument("--format: '{}' is not one of text, markdown, csv, json", args.format);
   }
   if (args.speed.repetitions < 1)
     return InvalidArgument("--repetitions: {} is not positive", args.speed.repetitions);
   if (args.speed.decode_tokens < 1)
     return InvalidArgument("--decode: {} is not positive", args.speed.decode_tokens);
-  DSLA_ASSIGN_OR_RETURN(const LoadedModel loaded,
-                        LoadModel(args.model, 1 + static_cast<int>(args.speed.levels.size())));
+  if (args.prefill_tokens < 0)
+    return InvalidArgument("--prefill: {} is negative", args.prefill_tokens);
+  for (const int sequences : args.batches) {
+    if (sequences < 1) return InvalidArgument("--batch: {} is not positive", sequences);
+  }
+  if (args.depths.empty() && args.batches != std::vector<int>{1})
+    return InvalidArgument("--batch goes with --depths");
+  if (!args.depths.empty() && args.kl)
+    return InvalidArgument("--kl is measured on the whole text, without --depths");
+  return Status::Ok();
+}
+
+class Progress {
+ public:
+  void Show(const std::string& what) const {
+    if (shown_) fmt::print(stderr, "\r{}\033[K", what);
+  }
+  void Clear() const { Show(""); }
+
+ private:
+  bool shown_ = ::isatty(STDERR_FILENO) != 0;
+};
+
+void PrintMachine(const LoadedModel& loaded, const std::string& kv, const MachineLimits& machine,
+                  const std::string& what) {
+  fmt::print("{}, {} weights, {} cache; {}; {} threads\n", loaded.model->config().name,
+             Name(loaded.model->options().weights), kv, what, loaded.ctx.threads);
+  fmt::print("machine: memory read {:.1f} GB/s, fp32 GEMM {:.0f} GFLOP/s\n\n",
+             machine.read_bytes_per_second / 1e9, machine.gemm_flops / 1e9);
+}
+
+Status BenchDepths(const BenchArgs& args, const std::vector<int>& levels, const LoadedModel& loaded,
+                   CachePool& pool, const std::vector<int32_t>& text) {
+  const DepthOptions options{.levels = levels,
+                             .depths = args.depths,
+                             .batches = args.batches,
+                             .prefill_tokens = args.prefill_tokens,
+                             .decode_tokens = args.speed.decode_tokens,
+                             .repetitions = args.speed.repetitions,
+                             .prefill_chunk = args.speed.prefill_chunk};
+  const Progress progress;
+  progress.Show("measuring the machine");
+  const MachineLimits machine = MeasureMachine(loaded.ctx);
+  DSLA_ASSIGN_OR_RETURN(const auto speeds,
+                        MeasureDepths(loaded.ctx, *loaded.model, pool, text, options,
+                                      [&](const std::string& what) { progress.Show(what); }));
+  progress.Clear();
+  const auto tests = TestsOf(*loaded.model, machine, options, speeds);
+  if (args.format == "csv") {
+    PrintCsv(loaded, args.model.kv, tests);
+  } else if (args.format == "json") {
+    const nlohmann::json json = {{"model", loaded.model->config().name},
+                                 {"weights", Name(loaded.model->options().weights)},
+                                 {"threads", loaded.ctx.threads},
+                                 {"read_bytes_per_second", machine.read_bytes_per_second},
+                                 {"gemm_flops", machine.gemm_flops},
+                                 {"tests", ToJson(tests)}};
+    fmt::print("{}\n", json.dump(2));
+  } else {
+    PrintMachine(loaded, args.model.kv, machine,
+                 fmt::format("medians of {} runs", options.repetitions));
+    PrintTests(tests, args.format == "markdown");
+  }
+  return Status::Ok();
+}
+
+Status BenchText(const BenchArgs& args, const SpeedOptions& speed, const LoadedModel& loaded,
+                 CachePool& pool, const std::vector<std::vector<int32_t>>& text) {
+  const Progress progress;
+  progress.Show("measuring the machine");
+  const MachineLimits machine = MeasureMachine(loaded.ctx);
+  DSLA_ASSIGN_OR_RETURN(const auto speeds,
+                        MeasureSpeed(loaded.ctx, *loaded.model, pool, text.front(), speed,
+                                     [&](const std::string& what) { progress.Show(what); }));
+  const auto tokens = static_cast<int64_t>(text.front().size());
+  std::vector<Row> rows = MakeRows(loaded, machine, tokens, speeds, speed);
+  if (args.kl) {
+    progress.Show("measuring the KL divergence from level 0");
+    DSLA_RETURN_IF_ERROR(MeasureKl(loaded, pool, text, rows));
+  }
+  progress.Clear();
+  if (args.format == "json") {
+    fmt::print("{}\n", ToJson(loaded, machine, tokens, rows, args.kl).dump(2));
+  } else if (args.format == "csv") {
+    PrintCsv(loaded, args.model.kv, TestsOf(*loaded.model, machine, tokens, speed, speeds));
+  } else {
+    PrintMachine(
+        loaded, args.model.kv, machine,
+        fmt::format("{} tokens of {}, then {} decoded", tokens, args.text, speed.decode_tokens));
+    PrintLevels(rows, args.kl, args.format == "markdown");
+  }
+  return Status::Ok();
+}
+
+Status Bench(const BenchArgs& args) {
+  DSLA_RETURN_IF_ERROR(CheckArgs(args));
+  // The text, and at depths copies of it for the largest batch; else one context for each level.
+  const int most = *std::max_element(args.batches.begin(), args.batches.end());
+  const int contexts =
+      1 + (args.depths.empty() ? static_cast<int>(args.speed.levels.size()) : most);
+  DSLA_ASSIGN_OR_RETURN(const LoadedModel loaded, LoadModel(args.model, contexts));
   SpeedOptions speed = args.speed;
   if (speed.levels.empty()) {
     speed.levels = {0};
@@ -160,33 +251,8 @@ Status Bench(const BenchArgs& args) {
   document.max_docs = 1;
   DSLA_ASSIGN_OR_RETURN(const auto text, ReadDocuments(args.text, *loaded.tokenizer, document));
   DSLA_ASSIGN_OR_RETURN(CachePool pool, loaded.NewPool());
-
-  const bool progress = ::isatty(STDERR_FILENO) != 0;
-  const auto show = [&](const std::string& what) {
-    if (progress) fmt::print(stderr, "\r{}\033[K", what);
-  };
-  show("measuring the machine");
-  const MachineLimits machine = MeasureMachine(loaded.ctx);
-  DSLA_ASSIGN_OR_RETURN(const auto speeds,
-                        MeasureSpeed(loaded.ctx, *loaded.model, pool, text.front(), speed, show));
-  const auto tokens = static_cast<int64_t>(text.front().size());
-  std::vector<Row> rows = MakeRows(loaded, machine, tokens, speeds, speed);
-  if (args.kl) {
-    show("measuring the KL divergence from level 0");
-    DSLA_RETURN_IF_ERROR(MeasureKl(loaded, pool, text, rows));
-  }
-  if (progress) fmt::print(stderr, "\r\033[K");
-  if (args.format == "json") {
-    fmt::print("{}\n", ToJson(loaded, machine, tokens, rows, args.kl).dump(2));
-    return Status::Ok();
-  }
-  fmt::print("{}, {} weights, {} cache; {} tokens of {}, then {} decoded; {} threads\n",
-             loaded.model->config().name, Name(loaded.model->options().weights), args.model.kv,
-             tokens, args.text, speed.decode_tokens, loaded.ctx.threads);
-  fmt::print("machine: memory read {:.1f} GB/s, fp32 GEMM {:.0f} GFLOP/s\n\n",
-             machine.read_bytes_per_second / 1e9, machine.gemm_flops / 1e9);
-  PrintTable(rows, args.kl, args.format == "markdown");
-  return Status::Ok();
+  if (!args.depths.empty()) return BenchDepths(args, speed.levels, loaded, pool, text.front());
+  return BenchText(args, speed, loaded, pool, text);
 }
 
 }  // namespace
@@ -199,8 +265,10 @@ void AddBench(CLI::App& app, Command& chosen) {
       "Prefill counts every operation the shapes require, decode every byte; 'of GEMM rate' and "
       "'of memory' are the\n"
       "shares of what this machine was measured to do at best. 'x' compares with the first "
-      "level.\n\n"
-      "Example:\n  dsla bench --text /usr/share/common-licenses/GPL-3 --levels 0,8,15,22 --kl");
+      "level. With --depths, --prefill tokens are read and --decode tokens decoded after so many "
+      "tokens of context.\n\n"
+      "Examples:\n  dsla bench --text /usr/share/common-licenses/GPL-3 --levels 0,8,15,22 --kl\n"
+      "  dsla bench --text /usr/share/common-licenses/GPL-3 --depths 0,2000,7600 --batch 1,8");
   const auto group = "Bench";
   command.add_option("--text", args->text, "the text that is read")
       ->type_name("PATH")
@@ -233,8 +301,27 @@ void AddBench(CLI::App& app, Command& chosen) {
       ->capture_default_str()
       ->check(CLI::PositiveNumber)
       ->group(group);
+  command
+      .add_option("--depths", args->depths,
+                  "measure after so many tokens of context each (the text, repeated if shorter)")
+      ->type_name("N,N,...")
+      ->allow_extra_args(false)
+      ->delimiter(',')
+      ->group(group);
+  command.add_option("--batch", args->batches, "with --depths: sequences that decode together")
+      ->type_name("N,N,...")
+      ->allow_extra_args(false)
+      ->delimiter(',')
+      ->capture_default_str()
+      ->group(group);
+  command
+      .add_option("--prefill", args->prefill_tokens,
+                  "with --depths: tokens that one sequence reads in one step; 0: none")
+      ->type_name("N")
+      ->capture_default_str()
+      ->group(group);
   command.add_flag("--kl", args->kl, "measure the KL divergence from level 0 too")->group(group);
-  command.add_option("--format", args->format, "text, markdown or json")
+  command.add_option("--format", args->format, "text, markdown, csv or json")
       ->type_name("NAME")
       ->capture_default_str()
       ->group(group);

@@ -105,7 +105,9 @@ Expected<std::vector<LevelSpeed>> MeasureSpeed(
          .prefill_seconds = Median(samples[i].prefill),
          .decode_seconds = Median(samples[i].decode),
          .fold_seconds = Median(samples[i].fold),
-         .cache_bytes = CacheBytesAt(model, options.levels[i], static_cast<int64_t>(text.size()))});
+         .cache_bytes = CacheBytesAt(model, options.levels[i], static_cast<int64_t>(text.size())),
+         .prefill_runs = samples[i].prefill,
+         .decode_steps = samples[i].decode});
   }
   return result;
 }

@@ -29,6 +29,7 @@ struct LevelSpeed {
   double decode_seconds = 0;   // one step
   double fold_seconds = 0;     // level 0 -> level with the whole text cached; 0 for level 0
   int64_t cache_bytes = 0;     // after the text
+  std::vector<double> prefill_runs, decode_steps;  // what those are the medians of
 };
 
 Expected<std::vector<LevelSpeed>> MeasureSpeed(
