@@ -30,27 +30,63 @@ using DF = hn::ScalableTag<float>;
 using VF = hn::Vec<DF>;
 constexpr int kLanes = HWY_LANES(float);
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-// Rows that one pass handles: 4 keys x 3 rows of accumulators, or 2 x 4, fill the registers.
+// Rows that one pass handles: their weights for 4 keys, or 2 with 4 rows, fill the registers.
 constexpr int kGroup = 4;
 // Rows of K or V requested ahead of their use: with pages in any order the hardware prefetcher
 // loses the stream at each page.
 constexpr int kAhead = 32;
 
+// Channels in the order in which the kernels below hold them. Two neighbouring bf16 are the halves
+// of one 32-bit lane, which a shift and a mask widen, cheaper than a widening load per vector: of
+// every 2 N channels come first the N of even index, then the N of odd index. Queries, widened rows
+// and partial results are in this order too; fp32 caches keep their own.
+template <typename T>
+constexpr int Place(int d) {
+  constexpr int kPair = 2 * kLanes;
+  return sizeof(T) == 4 ? d : d / kPair * kPair + d % 2 * kLanes + d % kPair / 2;
+}
+// Vector `kHalf` of the two that begin at p.
+template <int kHalf>
+HWY_INLINE VF LoadHalf(const bf16* p) {
+  const DF d;
+  const hn::RebindToUnsigned<DF> du;
+  const auto raw = hn::LoadU(du, reinterpret_cast<const uint32_t*>(p));
+  return hn::BitCast(d,
+                     kHalf == 0 ? hn::ShiftLeft<16>(raw) : hn::And(raw, hn::Set(du, 0xffff0000u)));
+}
+template <int kHalf>
+HWY_INLINE VF LoadHalf(const float* p) {
+  return hn::LoadU(DF(), p + kHalf * kLanes);
+}
+
+// Two lines at once: a row of 64 bf16.
 template <typename T>
 HWY_INLINE void PrefetchRow(const T* row, int D) {
   constexpr int kPerLine = 64 / static_cast<int>(sizeof(T));
-  for (int d = 0; d < D; d += kPerLine) hwy::Prefetch(row + d);
+  hwy::Prefetch(row);
+  hwy::Prefetch(row + kPerLine);
+  for (int d = 2 * kPerLine; d < D; d += kPerLine) hwy::Prefetch(row + d);
 }
 
-// The sums over the lanes of four vectors, into to[0..3].
+// Sums over the lanes of four vectors in two steps: two of them pair by pair, then all.
 #if HWY_TARGET == HWY_SCALAR  // which has one lane and no shuffles
-HWY_INLINE void StoreSums4(VF a, VF b, VF c, VF e, float* to) {
-  to[0] = hn::GetLane(a);
-  to[1] = hn::GetLane(b);
-  to[2] = hn::GetLane(c);
-  to[3] = hn::GetLane(e);
+struct TwoSums {
+  VF a, b;
+};
+HWY_INLINE TwoSums SumPairs(VF a, VF b) { return {a, b}; }
+HWY_INLINE void StoreSums4(const TwoSums& ab, const TwoSums& ce, float* to) {
+  to[0] = hn::GetLane(ab.a);
+  to[1] = hn::GetLane(ab.b);
+  to[2] = hn::GetLane(ce.a);
+  to[3] = hn::GetLane(ce.b);
 }
 #else
+using TwoSums = VF;
+// Within each 128-bit block: pairs.
+HWY_INLINE TwoSums SumPairs(VF a, VF b) {
+  const DF d;
+  return hn::Add(hn::InterleaveLower(d, a, b), hn::InterleaveUpper(d, a, b));
+}
 // The sum of the 128-bit blocks.
 template <class D>
 HWY_INLINE void StoreBlockSum(D d, hn::Vec<D> x, float* to) {
@@ -61,73 +97,78 @@ HWY_INLINE void StoreBlockSum(D d, hn::Vec<D> x, float* to) {
     StoreBlockSum(half, hn::Add(hn::LowerHalf(half, x), hn::UpperHalf(half, x)), to);
   }
 }
-HWY_INLINE void StoreSums4(VF a, VF b, VF c, VF e, float* to) {
+// Pairs of pairs, then the blocks.
+HWY_INLINE void StoreSums4(TwoSums ab, TwoSums ce, float* to) {
   const DF d;
   const hn::Repartition<double, DF> dd;
-  // Within each 128-bit block: pairs, then pairs of pairs.
-  const auto ab =
-      hn::BitCast(dd, hn::Add(hn::InterleaveLower(d, a, b), hn::InterleaveUpper(d, a, b)));
-  const auto ce =
-      hn::BitCast(dd, hn::Add(hn::InterleaveLower(d, c, e), hn::InterleaveUpper(d, c, e)));
+  const auto first = hn::BitCast(dd, ab), last = hn::BitCast(dd, ce);
   StoreBlockSum(d,
-                hn::Add(hn::BitCast(d, hn::InterleaveLower(dd, ab, ce)),
-                        hn::BitCast(d, hn::InterleaveUpper(dd, ab, ce))),
+                hn::Add(hn::BitCast(d, hn::InterleaveLower(dd, first, last)),
+                        hn::BitCast(d, hn::InterleaveUpper(dd, first, last))),
                 to);
 }
 #endif
 
-// One vector of channels of Scores: sum_{r,j} += q_r k_j, lane by lane. The queries and one key at
-// a time, so that with the sums they just fit 16 registers: a spilled sum would be a chain through
-// memory.
-template <int R, int kKeys, typename T>
-HWY_INLINE void ScoreStep(const float* q, int Dp, const T* const (&row)[kKeys], int i,
-                          VF (&sum)[R][kKeys]) {
-  const DF d;
-  VF qv[R];
-  for (int r = 0; r < R; ++r) qv[r] = hn::Load(d, q + r * Dp + i);
-  for (int j = 0; j < kKeys; ++j) {
-    const VF k = LoadF32(d, row[j] + i);
-    for (int r = 0; r < R; ++r) sum[r][j] = hn::MulAdd(qv[r], k, sum[r][j]);
+// Loaded once: GCC would repeat the load as an operand of each product, and loads are what limits.
+HWY_INLINE VF LoadOnce(const float* p) {
+  VF v = hn::Load(DF(), p);
+#if HWY_ARCH_X86
+  asm("" : "+x"(v.raw));
+#endif
+  return v;
+}
+
+// One vector of channels of TwoKeys: sum_{r,j} += q_r k_j, lane by lane.
+template <int kHalf, int R, typename T>
+HWY_INLINE void ScoreStep(const float* q, int Dp, const T* first, const T* second, int i,
+                          VF (&a)[R], VF (&b)[R]) {
+  const VF k = LoadHalf<kHalf>(first + i), next = LoadHalf<kHalf>(second + i);
+  for (int r = 0; r < R; ++r) {
+    const VF qv = LoadOnce(q + r * Dp + i + kHalf * kLanes);
+    a[r] = hn::MulAdd(qv, k, a[r]);
+    b[r] = hn::MulAdd(qv, next, b[r]);
   }
+}
+
+// q_r . k for two keys. Two at a time leave registers to spare: with four, one of the sums is
+// spilled, a chain through memory that took twice the time of the products. The latency of the
+// chains of two hides behind the next two keys.
+template <int R, typename T>
+HWY_INLINE void TwoKeys(const float* q, int Dp, const T* first, const T* second,
+                        TwoSums (&sums)[R]) {
+  const DF d;
+  VF a[R], b[R];
+  for (int r = 0; r < R; ++r) a[r] = b[r] = hn::Zero(d);
+  for (int i = 0; i < Dp; i += 2 * kLanes) {
+    ScoreStep<0>(q, Dp, first, second, i, a, b);
+    ScoreStep<1>(q, Dp, first, second, i, a, b);
+  }
+  for (int r = 0; r < R; ++r) sums[r] = SumPairs(a[r], b[r]);
 }
 
 // scores[r * kDecodeKeys + s] = q_r . k_s for R rows and `keys` keys, rounded up to whole steps. k
 // goes on past the last key: see RowsAndAhead.
 template <int R, typename T>
 void Scores(const float* q, int Dp, const T* const* k, int keys, float* scores) {
-  const DF d;
-  constexpr int kKeys = R <= 3 ? 4 : 2;
-  for (int s = 0; s < keys; s += kKeys) {
-    for (int j = 0; j < kKeys; ++j) PrefetchRow(k[s + j + kAhead], Dp);
-    const T* row[kKeys];
-    for (int j = 0; j < kKeys; ++j) row[j] = k[s + j];
-    VF sum[R][kKeys];
-    for (int r = 0; r < R; ++r)
-      for (int j = 0; j < kKeys; ++j) sum[r][j] = hn::Zero(d);
-    for (int i = 0; i < Dp; i += kLanes) ScoreStep(q, Dp, row, i, sum);
-    if constexpr (kKeys == 4) {
-      for (int r = 0; r < R; ++r)
-        StoreSums4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], scores + r * kDecodeKeys + s);
-    } else {
-      for (int j = 0; j < kKeys; ++j) {
-        float of_row[4];
-        StoreSums4(sum[0][j], sum[1][j], sum[2][j], sum[3][j], of_row);
-        for (int r = 0; r < 4; ++r) scores[r * kDecodeKeys + s + j] = of_row[r];
-      }
-    }
+  for (int s = 0; s < keys; s += 4) {
+    for (int j = 0; j < 4; ++j) PrefetchRow(k[s + j + kAhead], Dp);
+    TwoSums ab[R], ce[R];
+    TwoKeys(q, Dp, k[s], k[s + 1], ab);
+    TwoKeys(q, Dp, k[s + 2], k[s + 3], ce);
+    for (int r = 0; r < R; ++r) StoreSums4(ab[r], ce[r], scores + r * kDecodeKeys + s);
   }
 }
 
 // One vector of channels of Accumulate: out_r += sum_j weight_{r,j} v_j.
-template <int R, int kKeys, typename T>
+template <int kHalf, int R, int kKeys, typename T>
 HWY_INLINE void AccumulateStep(const VF (&weight)[R][kKeys], const T* const (&row)[kKeys], int i,
                                float* out, int64_t out_stride) {
   const DF d;
   VF sum[R];
-  float* to = out + i;
+  float* to = out + i + kHalf * kLanes;
   for (int r = 0; r < R; ++r) sum[r] = hn::Load(d, to + r * out_stride);
   for (int j = 0; j < kKeys; ++j) {
-    const VF v = LoadF32(d, row[j] + i);
+    const VF v = LoadHalf<kHalf>(row[j] + i);
     for (int r = 0; r < R; ++r) sum[r] = hn::MulAdd(weight[r][j], v, sum[r]);
   }
   for (int r = 0; r < R; ++r) hn::Store(sum[r], d, to + r * out_stride);
@@ -138,7 +179,7 @@ template <int R, typename T>
 void Accumulate(const float* p, const T* const* v, int keys, int Dp, float* out,
                 int64_t out_stride) {
   const DF d;
-  constexpr int kKeys = R <= 3 ? 4 : 2;
+  constexpr int kKeys = R <= 3 ? 4 : 2;  // their weights stay in registers
   for (int s = 0; s < keys; s += kKeys) {
     for (int j = 0; j < kKeys; ++j) PrefetchRow(v[s + j + kAhead], Dp);
     const T* row[kKeys];
@@ -147,7 +188,10 @@ void Accumulate(const float* p, const T* const* v, int keys, int Dp, float* out,
       row[j] = v[s + j];
       for (int r = 0; r < R; ++r) weight[r][j] = hn::Set(d, p[r * kDecodeKeys + s + j]);
     }
-    for (int i = 0; i < Dp; i += kLanes) AccumulateStep(weight, row, i, out, out_stride);
+    for (int i = 0; i < Dp; i += 2 * kLanes) {
+      AccumulateStep<0>(weight, row, i, out, out_stride);
+      AccumulateStep<1>(weight, row, i, out, out_stride);
+    }
   }
 }
 
@@ -226,13 +270,28 @@ void RowsAndAhead(const void* base, const void* next, const PagedAttentionArgs& 
   if (next_begin < next_end) RowsOf(next, a, n, head, next_begin, next_end, rows + padded);
 }
 
+// D channels in the kernels' order from `from` in its own, zeros up to Dp.
+inline void WidenRow(const float* from, int D, int Dp, float* to) {
+  std::copy(from, from + D, to);
+  std::fill(to + D, to + Dp, 0.f);
+}
+inline void WidenRow(const bf16* from, int D, int Dp, float* to) {
+  const DF d;
+  int i = 0;
+  for (; i + 2 * kLanes <= D; i += 2 * kLanes) {
+    hn::Store(LoadHalf<0>(from + i), d, to + i);
+    hn::Store(LoadHalf<1>(from + i), d, to + i + kLanes);
+  }
+  std::fill(to + i, to + Dp, 0.f);
+  for (; i < D; ++i) to[Place<bf16>(i)] = ToFloat(from[i]);
+}
+
 // Copies `keys` rows to dense fp32 ones, padded with zeros to Dp, and points `wide` at them.
 template <typename T>
 void Widen(const T* const* rows, int keys, int D, int Dp, float* panel, const float** wide) {
   for (int s = 0; s < keys; ++s) {
     float* to = panel + int64_t{s} * Dp;
-    ConvertRow(rows[s], to, static_cast<size_t>(D));
-    std::fill(to + D, to + Dp, 0.f);
+    WidenRow(rows[s], D, Dp, to);
     wide[s] = to;
   }
   std::fill(wide + keys, wide + RoundUp(keys, 4) + kAhead, wide[keys - 1]);
@@ -248,16 +307,30 @@ struct Range {
   int keys() const { return end - begin; }
 };
 
-inline void LoadQueries(const PagedAttentionArgs& a, const Range& t) {
+template <typename T>
+void LoadQueries(const PagedAttentionArgs& a, const Range& t) {
+  const DF d;
+  const VF scale = hn::Set(d, a.scale);
   for (int r = 0; r < t.R; ++r) {
     const float* from = a.q + (a.rows.row_start[t.n] + r / t.G) * a.q_stride +
                         (int64_t{t.head} * t.G + r % t.G) * t.D;
     float* to = t.q + int64_t{r} * t.Dp;
-    for (int d = 0; d < t.D; ++d) to[d] = a.scale * from[d];
-    std::fill(to + t.D, to + t.Dp, 0.f);
+    int i = 0;
+    for (; i + 2 * kLanes <= t.D; i += 2 * kLanes) {
+      VF first, second;
+      if constexpr (sizeof(T) == 4) {
+        first = hn::LoadU(d, from + i);
+        second = hn::LoadU(d, from + i + kLanes);
+      } else {
+        hn::LoadInterleaved2(d, from + i, first, second);
+      }
+      hn::Store(hn::Mul(scale, first), d, to + i);
+      hn::Store(hn::Mul(scale, second), d, to + i + kLanes);
+    }
+    std::fill(to + i, to + t.Dp, 0.f);
+    for (; i < t.D; ++i) to[Place<T>(i)] = a.scale * from[i];
   }
 }
-
 template <typename T>
 void AllScores(const Range& t, const T* const* k) {
   for (int r = 0; r < t.R; r += kGroup)
@@ -299,7 +372,7 @@ void Attend(const PagedAttentionArgs& a, int n, int head, int begin, int end, fl
   const T* v[kMaxRows];
   RowsAndAhead(a.kv.k, a.kv.v, a, n, head, begin, end, begin, end, k);
   RowsAndAhead(a.kv.v, a.kv.k, a, n, head, begin, end, end, tokens, v);
-  LoadQueries(a, t);
+  LoadQueries<T>(a, t);
   // Straight from the cache if one pass serves all rows and D is whole vectors, else through a
   // dense fp32 copy, so that each row is converted once.
   if (t.R <= kGroup && t.D == t.Dp) {
@@ -314,6 +387,25 @@ void Attend(const PagedAttentionArgs& a, int n, int head, int begin, int end, fl
     Widen(v, t.keys(), t.D, t.Dp, t.panel, wide);
     AllAccumulate(t, wide);
   }
+}
+
+// scale times D channels in the kernels' order, to `to` in their own.
+template <typename T>
+void StoreRow(const float* from, int D, float scale, float* to) {
+  const DF d;
+  const VF by = hn::Set(d, scale);
+  int i = 0;
+  for (; i + 2 * kLanes <= D; i += 2 * kLanes) {
+    const VF first = hn::Mul(by, hn::Load(d, from + i));
+    const VF second = hn::Mul(by, hn::Load(d, from + i + kLanes));
+    if constexpr (sizeof(T) == 4) {
+      hn::StoreU(first, d, to + i);
+      hn::StoreU(second, d, to + i + kLanes);
+    } else {
+      hn::StoreInterleaved2(first, second, d, to + i);
+    }
+  }
+  for (; i < D; ++i) to[i] = scale * from[Place<T>(i)];
 }
 
 }  // namespace decode_internal
@@ -353,8 +445,10 @@ inline void DecodeMerge(const PagedAttentionArgs& args, int n, int head, float* 
     }
     const int64_t to =
         (args.rows.row_start[n] + r / G) * int64_t{args.H} + int64_t{head} * G + r % G;
-    const float scale = 1.f / sum;
-    for (int j = 0; j < D; ++j) args.out[to * D + j] = first[j] * scale;
+    if (args.kv.dtype == DType::kBF16)
+      decode_internal::StoreRow<bf16>(first, D, 1.f / sum, args.out + to * D);
+    else
+      decode_internal::StoreRow<float>(first, D, 1.f / sum, args.out + to * D);
     if (args.lse) args.lse[to] = max + std::log(sum);
   }
 }
