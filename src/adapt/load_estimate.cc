@@ -85,13 +85,21 @@ int64_t BytesAt(const LoadSnapshot& load, int layers, int level, int64_t tokens)
   return (layers - level) * pages * load.page_bytes + level * load.slot_bytes;
 }
 
+int BreakEvenTokens(const LoadSnapshot& load) {
+  if (load.page_bytes == 0) return 0;
+  return static_cast<int>(load.slot_bytes * load.page_size / load.page_bytes);
+}
+
 LoadEstimate EstimateLoad(const LoadSnapshot& load, const CostModel& cost,
                           const EstimateOptions& options, int target, bool raise_running) {
   Estimator estimator(load, cost, options);
-  for (const SequenceLoad& s : load.running) {
-    estimator.Add(s, raise_running ? LevelAt(s, target) : s.level, true);
-  }
-  for (const SequenceLoad& s : load.waiting) estimator.Add(s, LevelAt(s, target), false);
+  const int break_even = BreakEvenTokens(load);
+  const auto level = [&](const SequenceLoad& s) {
+    return s.cached_tokens + s.pending_tokens < break_even ? s.level : LevelAt(s, target);
+  };
+  for (const SequenceLoad& s : load.running)
+    estimator.Add(s, raise_running ? level(s) : s.level, true);
+  for (const SequenceLoad& s : load.waiting) estimator.Add(s, level(s), false);
   return estimator.Finish();
 }
 

@@ -29,8 +29,11 @@ int LevelAt(const SequenceLoad& sequence, int target);
 // Cache bytes of `tokens` tokens at `level`; whole pages.
 int64_t BytesAt(const LoadSnapshot& load, int layers, int level, int64_t tokens);
 
+// Tokens below which a converted layer takes more than its cache would.
+int BreakEvenTokens(const LoadSnapshot& load);
+
 // With every running sequence raised to `target` (raise_running) or left at its level, and every
-// waiting one started at it.
+// waiting one started at it; but for sequences short of the break-even length.
 LoadEstimate EstimateLoad(const LoadSnapshot& load, const CostModel& cost,
                           const EstimateOptions& options, int target, bool raise_running);
 

@@ -50,6 +50,10 @@ struct LevelDecision {
     int level;
   };
   std::vector<Raise> raises;  // in order; each to a higher level within its bounds
+  // Prompt tokens of a step that writes replies too; 0 = as many as a step holds.
+  int prefill_limit = 0;
+  // Auto sequences with prompts of fewer tokens start at their lowest level, whatever the target.
+  int short_prompt = 0;
   // Why the target or the raises changed, one line: a word from the list below, a colon, figures
   // ("ttft: 12 waiting, 8.1 s at level 0, target 2.0 s"). Empty when nothing changed.
   std::string reason;

@@ -15,8 +15,12 @@ constexpr double kMostOfGain = 0.9;
 constexpr double kPayback = 1.2;
 // Estimates this near a target defer to what was measured.
 constexpr double kNearTarget = 0.5;
+// Pages of prompt that a step takes at least.
+constexpr int kFewestPages = 4;
 // Steps from 0 to the top when measurements, not estimates, drive the target.
 constexpr int kFeedbackSteps = 8;
+// And from the top to 0 at most.
+constexpr int kDownSteps = 4;
 
 constexpr double kNever = -std::numeric_limits<double>::infinity();
 
@@ -50,6 +54,8 @@ SloPolicy::SloPolicy(const SloOptions& options, CostModel cost, int max_level)
 LevelDecision SloPolicy::Decide(const LoadSnapshot& load) {
   LevelDecision decision;
   decision.target = target_;
+  decision.prefill_limit = prefill_limit_;
+  decision.short_prompt = BreakEvenTokens(load);
   const double elapsed = load.now - last_look_;
   if (elapsed < options_.evaluate_interval) return decision;
   // Not asked for so long: there was nothing to do.
@@ -64,8 +70,9 @@ LevelDecision SloPolicy::Decide(const LoadSnapshot& load) {
   last_look_ = load.now;
   cost_ = measured_.Scaled(correction_.factors());
 
+  decision.prefill_limit = prefill_limit_ = PrefillLimit(load);
   estimates_.resize(max_level_ + 1);
-  const EstimateOptions options{options_.prefill_chunk, options_.growth_tokens};
+  const EstimateOptions options{prefill_limit_, options_.growth_tokens};
   for (int k = 0; k <= max_level_; ++k) {
     estimates_[k] = EstimateLoad(load, cost_, options, k, /*raise_running=*/true);
   }
@@ -74,6 +81,27 @@ LevelDecision SloPolicy::Decide(const LoadSnapshot& load) {
   MoveTarget(load, want, decision);
   ChooseRaises(load, want, decision);
   return decision;
+}
+
+// The most whole pages of prompt that leave the step within the target per token beside the replies
+// that run; kFewestPages, below which a chunk's own cost shows, where there are none.
+int SloPolicy::PrefillLimit(const LoadSnapshot& load) const {
+  const int page = std::max(1, load.page_size);
+  double seconds = options_.tpot;
+  int level = target_;
+  int64_t context = 0;
+  for (const SequenceLoad& s : load.running) {
+    if (s.pending_tokens == 0) {
+      seconds -= cost_.RowSeconds(s.level, s.cached_tokens);
+    } else if (s.cached_tokens >= context) {
+      level = s.level;
+      context = s.cached_tokens;
+    }
+  }
+  int pages = options_.prefill_chunk / page;
+  while (pages > kFewestPages && cost_.PrefillSeconds(level, pages * page, context) > seconds)
+    --pages;
+  return std::max(1, pages) * page;
 }
 
 SloPolicy::Want SloPolicy::WantedLevel(const LoadSnapshot& load, double margin) const {
@@ -163,7 +191,7 @@ void SloPolicy::MoveTarget(const LoadSnapshot& load, const Want& want, LevelDeci
     target_ = want.level;
   } else {
     const int low = std::max(want.level, WantedLevel(load, options_.down_margin).level);
-    if (low >= target_) {
+    if (low >= target_ || (low > 0 && target_ - low < max_level_ / kDownSteps)) {
       calm_ = false;
       return;
     }
@@ -203,7 +231,7 @@ std::vector<SloPolicy::Candidate> SloPolicy::Candidates(const LoadSnapshot& load
                         .bytes = static_cast<double>(bytes),
                         .value = static_cast<double>(bytes) / fold};
     if (!memory) {
-      const int chunk = options_.prefill_chunk;
+      const int chunk = prefill_limit_;
       const int more = std::min(s.remaining_tokens, options_.growth_tokens);
       const double saved =
           cost_.PromptSeconds(s.level, s.pending_tokens, s.cached_tokens, chunk) -
@@ -223,7 +251,7 @@ std::vector<SloPolicy::Candidate> SloPolicy::Candidates(const LoadSnapshot& load
 void SloPolicy::ChooseRaises(const LoadSnapshot& load, const Want& want, LevelDecision& decision) {
   if (target_ == 0 || fold_credit_ <= 0) return;
   const LoadEstimate unraised =
-      EstimateLoad(load, cost_, {options_.prefill_chunk, options_.growth_tokens}, target_,
+      EstimateLoad(load, cost_, {prefill_limit_, options_.growth_tokens}, target_,
                    /*raise_running=*/false);
   double excess = static_cast<double>(unraised.memory_bytes) -
                   static_cast<double>(load.budget_bytes) * options_.memory_share;

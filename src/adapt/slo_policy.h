@@ -13,9 +13,16 @@
 // The cost model is the one measured at the start, corrected by the steps and folds that ran since
 // (cost_correction.h), so that a calibration gone wrong does not last.
 //
+// Prompts short of their break-even length start at level 0: a higher one takes more memory and gains
+// next to no time.
+//
+// Prompts are cut so that a step that writes replies, too, keeps to the target per token, as far as
+// cutting helps: quality is not spent on what smaller chunks give.
+//
 // Up: at once, then after a cool-down. Down: when a lower level has sufficed with a margin for
-// calm_seconds without a break, to the highest that was needed in that time; with the load gone the
-// target is 0 after two such spans at most.
+// calm_seconds without a break, to the highest that was needed in that time, and by a quarter of
+// the ladder or more, as every level has prefixes of its own; with the load gone the target is 0
+// after two such spans at most.
 #pragma once
 
 #include <string>
@@ -56,6 +63,7 @@ class SloPolicy final : public LevelPolicy {
     double value;          // bytes or seconds saved per second of folding
   };
 
+  int PrefillLimit(const LoadSnapshot& load) const;
   Want WantedLevel(const LoadSnapshot& load, double margin) const;
   void ApplyFeedback(const LoadSnapshot& load, Want& want) const;
   std::string UpReason(const LoadSnapshot& load, const Want& want) const;
@@ -71,6 +79,7 @@ class SloPolicy final : public LevelPolicy {
   std::vector<LoadEstimate> estimates_;  // [max_level + 1], of the last look
 
   int target_ = 0;
+  int prefill_limit_ = 0;    // tokens, of the last look
   double last_look_;         // seconds, -inf before the first
   double last_change_;       // of the target
   double calm_since_ = 0;    // with calm_

@@ -134,7 +134,10 @@ void PrefixCache::Insert(std::span<const int32_t> tokens, std::string_view salt,
     FillPages(child, sequence);
     node = child;
   }
-  if (copy) TakeSnapshot(node, std::move(slots), sequence);
+  if (copy) {
+    TakeSnapshot(node, std::move(slots), sequence);
+    ThinSnapshots(*node);
+  }
   Touch(node);
 }
 

@@ -10,8 +10,8 @@
 // with every token, so a snapshot is copied on the way in and on the way out.
 //
 // All of it is optional memory: entries keep blocks that nobody else needs, Reclaim gives them up
-// at once (least recently used first, leaves before what they hang on), and nothing is ever copied
-// or waited for to evict. The memory that only the cache keeps is Ledger::idle_bytes().
+// at once (least recently used first, pages that only lower levels would read before all, leaves
+// before what they hang on), and nothing is ever copied or waited for to evict. The memory that only the cache keeps is Ledger::idle_bytes().
 #pragma once
 
 #include <cstdint>
@@ -89,7 +89,8 @@ class PrefixCache {
   // Enters the whole pages of a sequence's first `tokens` tokens, as far as the sequence still has
   // them, by reference: takes no memory. What is there already is kept and marked as used. With
   // `snapshot`, which needs tokens == sequence.length(), a multiple of the page size, and level
-  // > 0, also its states, if there is room or entries of older use can be given up for it. Pages of
+  // > 0, also its states, if there is room or entries of older use can be given up for it; of the
+  // snapshots before it on an unbranched path those at about doubling distances are kept. Pages of
   // a history above level 0 are of use only before a snapshot, and are entered only with one.
   // `path` is the sequence's own memo of keys; empty at first.
   void Insert(std::span<const int32_t> tokens, std::string_view salt,
@@ -114,6 +115,9 @@ class PrefixCache {
   void FillPages(Node* node, const SequenceCache& sequence);
   Expected<Reservation> ReserveSnapshot(std::span<const PrefixKey> path, int level);
   void TakeSnapshot(Node* node, Reservation slots, const SequenceCache& sequence);
+  void ThinSnapshots(const Node& newest);
+  void DropSnapshot(Node* node);
+  bool Shed(Node* leaf);
   int64_t Gain(const Node& node) const;  // bytes that dropping it would free
   bool ReclaimUsedBefore(int64_t bytes, int64_t time);
   void Drop(Node* leaf);

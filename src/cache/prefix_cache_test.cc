@@ -214,6 +214,49 @@ TEST_F(PrefixCacheTest, ASnapshotTakesIdleMemoryOnly) {
   EXPECT_EQ(cache_.Blocks().size(), 6u);
 }
 
+TEST_F(PrefixCacheTest, SnapshotsAreThinnedToDoublingDistances) {
+  const auto tokens = Tokens(40);
+  SequenceCache sequence(&ledger_, kLadder, kPage, 2);
+  for (int end = 4; end <= 36; end += 4) {
+    ASSERT_TRUE(sequence.Reserve(4).ok());
+    sequence.Commit(4);
+    Insert(std::span(tokens).first(end), {{0, 2}}, sequence, true);
+  }
+  std::vector<int> resumes;
+  for (int end = 40; end > 4; end -= 4) {
+    const int at = cache_.Lookup({.tokens = std::span(tokens).first(end), .level = 2}).tokens;
+    if (at > 0 && (resumes.empty() || resumes.back() != at)) resumes.push_back(at);
+  }
+  EXPECT_EQ(cache_.snapshots(), static_cast<int64_t>(resumes.size()));
+  ASSERT_GE(resumes.size(), 3u);
+  EXPECT_EQ(resumes[0], 36);
+  EXPECT_EQ(resumes[1], 32);
+  EXPECT_LE(resumes.size(), 5u);
+}
+
+TEST_F(PrefixCacheTest, ReclaimTakesFirstWhatOnlyLowerLevelsWouldRead) {
+  const auto tokens = Tokens(13);
+  {
+    SequenceCache raised = Run(std::span(tokens).first(8), 0);
+    Insert(std::span(tokens).first(8), {{0, 0}}, raised);
+    Raise(&raised, 3);
+    ASSERT_TRUE(raised.Reserve(4).ok());
+    raised.Commit(4);
+    Insert(std::span(tokens).first(12), {{0, 0}, {8, 3}}, raised, true);
+  }
+  EXPECT_EQ(cache_.Lookup({.tokens = tokens}).tokens, 8);
+  // 3 layers have their states in the snapshot: two pages each of those are of no use to it.
+  ASSERT_TRUE(cache_.Reclaim(ledger_.free_bytes() + 600));
+  EXPECT_EQ(cache_.Lookup({.tokens = tokens}).tokens, 0);
+  const auto hit = cache_.Lookup({.tokens = tokens, .level = 3});
+  ASSERT_EQ(hit.tokens, 12);
+  SequenceCache second(&ledger_, kLadder, kPage, 3);
+  ASSERT_TRUE(cache_.Adopt(hit, &second).ok());
+  second.Release();
+  ASSERT_TRUE(cache_.Reclaim(ledger_.config().budget_bytes));
+  EXPECT_EQ(cache_.entries(), 0);
+}
+
 TEST_F(PrefixCacheTest, ClearGivesEverythingBack) {
   const auto tokens = Tokens(8);
   {

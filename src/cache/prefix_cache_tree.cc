@@ -88,6 +88,32 @@ void PrefixCache::TakeSnapshot(Node* node, Reservation slots, const SequenceCach
   ++snapshots_;
 }
 
+// A long prompt leaves many, each as large as hundreds of tokens; who begins like it parts from it
+// near its end, where prompts branch, or anywhere: so many near the end and few far from it.
+void PrefixCache::ThinSnapshots(const Node& newest) {
+  int kept = 0;  // distance of the last one kept
+  for (Node* node = newest.parent; node != nullptr; node = node->parent) {
+    if (node->snapshot.empty()) continue;
+    const int distance = newest.tokens - node->tokens;
+    if (node->children > 1 || distance >= 2 * kept) {
+      kept = distance;
+    } else {
+      DropSnapshot(node);
+    }
+  }
+}
+
+void PrefixCache::DropSnapshot(Node* node) {
+  if (node->snapshot.empty()) return;
+  for (const int32_t slot : node->snapshot) {
+    if (slot < 0) continue;
+    ledger_->SetRetained(BlockKind::kSlot, slot, false);
+    ledger_->Free(BlockKind::kSlot, slot);
+  }
+  node->snapshot.clear();
+  --snapshots_;
+}
+
 int64_t PrefixCache::Gain(const Node& node) const {
   int64_t bytes = 0;
   for (int32_t page : node.pages) {
@@ -107,6 +133,7 @@ bool PrefixCache::ReclaimUsedBefore(int64_t bytes, int64_t time) {
     for (auto it = leaves_.begin(); it != leaves_.end() && it->first < time;) {
       if (ledger_->free_bytes() >= bytes) return true;
       Node* node = it->second;
+      if (Shed(node)) continue;
       if (!all && Gain(*node) == 0) {
         ++it;
         continue;
@@ -119,6 +146,29 @@ bool PrefixCache::ReclaimUsedBefore(int64_t bytes, int64_t time) {
   return ledger_->free_bytes() >= bytes;
 }
 
+// Gives up the pages that the leaf and the snapshots on its own branch do not need: those of layers
+// that have their states there. What is left is a small part of the memory and all of the tokens;
+// only to resume at a lower level is no longer possible. False if that frees nothing.
+bool PrefixCache::Shed(Node* leaf) {
+  const int64_t free = ledger_->free_bytes();
+  const Node* needs = nullptr;  // the snapshot of the lowest level so far
+  for (Node* node = leaf; node->parent != nullptr; node = node->parent) {
+    if (node != leaf && node->children > 1) break;
+    if (!node->snapshot.empty() && (needs == nullptr || node->level < needs->level)) needs = node;
+    if (needs == nullptr) break;  // of level 0: all of its pages are needed
+    if (node->covers >= needs->level) continue;
+    for (int layer = 0; layer < options_.layers; ++layer) {
+      int32_t& page = node->pages[layer];
+      if (page < 0 || needs->snapshot[layer] < 0) continue;
+      ledger_->SetRetained(BlockKind::kPage, page, false);
+      ledger_->Free(BlockKind::kPage, page);
+      page = -1;
+    }
+    node->covers = needs->level;
+  }
+  return ledger_->free_bytes() > free;
+}
+
 void PrefixCache::Drop(Node* node) {
   // And the parents that were only steps on the way to it.
   while (node != nullptr && node->children == 0) {
@@ -127,12 +177,7 @@ void PrefixCache::Drop(Node* node) {
       ledger_->SetRetained(BlockKind::kPage, page, false);
       ledger_->Free(BlockKind::kPage, page);
     }
-    for (int32_t slot : node->snapshot) {
-      if (slot < 0) continue;
-      ledger_->SetRetained(BlockKind::kSlot, slot, false);
-      ledger_->Free(BlockKind::kSlot, slot);
-    }
-    if (!node->snapshot.empty()) --snapshots_;
+    DropSnapshot(node);
     Node* parent = node->parent;
     if (parent != nullptr) {
       --parent->children;

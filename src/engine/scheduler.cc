@@ -69,13 +69,14 @@ Status Scheduler::CanEverFit(int64_t prompt_tokens, int64_t max_tokens, Tier tie
       prompt_tokens, max_tokens, needed, bounds.min, bounds.max, budget);
 }
 
-// The policy's target within the tier's bounds, and not below the lowest level at which the whole
-// request fits the cache.
+// The policy's target within the tier's bounds, the lowest for short prompts, and not below the
+// lowest level at which the whole request fits the cache.
 int Scheduler::StartLevel(const Sequence& sequence) const {
   const Bounds bounds = BoundsOf(sequence.request.tier, sequence.request.level);
   const int64_t budget = ledger_->config().budget_bytes;
   const auto fits = [&](int level) { return BytesAt(sequence.final_length(), level) <= budget; };
-  const int target = std::clamp(target_level_, bounds.min, bounds.max);
+  const bool is_short = sequence.prompt_tokens < short_prompt_;
+  const int target = is_short ? bounds.min : std::clamp(target_level_, bounds.min, bounds.max);
   for (int level = target; level <= bounds.max; ++level) {
     if (fits(level)) return level;
   }

@@ -149,6 +149,8 @@ class Scheduler {
   // Prompt tokens of a step that also writes replies, so that these do not wait long; 0 = as many
   // as max_batch_tokens leaves. Never less than two pages; not if deterministic.
   void set_prefill_limit(int tokens) { prefill_limit_ = tokens; }
+  // Prompts of fewer tokens start at the lowest level of tier auto, whatever the target.
+  void set_short_prompt(int tokens) { short_prompt_ = tokens; }
   void set_auto_max_level(int level) { auto_max_level_ = level; }  // Tier::kAuto's highest
   int target_level() const { return target_level_; }
   int auto_max_level() const { return auto_max_level_; }
@@ -225,6 +227,7 @@ class Scheduler {
   int64_t next_id_ = 1;
   int target_level_ = 0;
   int prefill_limit_ = 0;
+  int short_prompt_ = 0;
   std::atomic<int> auto_max_level_ = 0;  // CanEverFit reads it from other threads
   int64_t preemptions_ = 0;
   Sequences running_;

@@ -179,6 +179,8 @@ void Worker::Decide() {
   const double decided = NowSeconds();
   next_decision_ = decided + (decided - now) / kDecisionShare;
 
+  scheduler_.set_prefill_limit(decision.prefill_limit);
+  scheduler_.set_short_prompt(decision.short_prompt);
   const int from = scheduler_.target_level();
   const int target = std::clamp(decision.target, 0, model_->max_level());
   if (target != from) {

@@ -44,6 +44,8 @@ class Simulator {
         result_.targets.push_back({now_, decision.target});
       }
       target_ = decision.target;
+      prefill_limit_ = decision.prefill_limit;
+      short_prompt_ = decision.short_prompt;
       Raise(decision);
       Admit();
       if (running_.empty()) {
@@ -131,7 +133,7 @@ class Simulator {
   void Admit() {
     while (!waiting_.empty() && static_cast<int>(running_.size()) < o_.max_running) {
       Sequence s = waiting_.front();
-      s.load.level = LevelAt(s.load, target_);
+      if (s.load.pending_tokens >= short_prompt_) s.load.level = LevelAt(s.load, target_);
       const int64_t need = Bytes(s.load, s.load.pending_tokens + 1);
       if (!running_.empty() && Committed() + need > o_.budget_bytes) return;
       waiting_.pop_front();
@@ -160,7 +162,9 @@ class Simulator {
       ++result_.preemptions;
     }
     StepTime step;
-    int left = o_.chunk;
+    const bool replies =
+        std::ranges::any_of(running_, [](const Sequence& s) { return s.load.pending_tokens == 0; });
+    int left = replies && prefill_limit_ > 0 ? std::min(prefill_limit_, o_.chunk) : o_.chunk;
     std::vector<int> takes(running_.size(), 0);
     for (size_t i = 0; i < running_.size(); ++i) {
       const SequenceLoad& s = running_[i].load;
@@ -211,7 +215,7 @@ class Simulator {
   const SimObserver& observer_;
   SimResult result_;
   double now_ = 0;
-  int target_ = 0;
+  int target_ = 0, prefill_limit_ = 0, short_prompt_ = 0;
   size_t next_ = 0, done_ = 0;
   std::deque<Sequence> waiting_;
   std::vector<Sequence> running_;
