@@ -174,7 +174,7 @@ void AddEval(CLI::App& app, Command& chosen) {
   command
       .add_option("-d,--data", args->data,
                   "JSONL with a field \"text\" per line, or plain text, one document a file")
-      ->type_name("PATH...")
+      ->type_name("PATH")
       ->required()
       ->group(group);
   AddList(command, "--levels", args->evaluation.levels,

@@ -113,7 +113,7 @@ Expected<Control> ParseControl(std::string_view name) {
     if (control != Control::kGivenOrder)
       all += fmt::format("{}{}", all.empty() ? "" : ", ", Name(control));
   }
-  return InvalidArgument("control '{}' is not one of {}", name, all);
+  return InvalidArgument("control '{}' is not one of {}, all", name, all);
 }
 
 std::vector<Control> ControlsOf(const Adapter& adapter) {

@@ -84,9 +84,11 @@ Expected<GenerationReport> MeasureGeneration(const ExecContext& ctx, const Hybri
   if (options.prompt < 1 || options.tokens < 1)
     return InvalidArgument("generation: a prompt of {} and {} tokens to write must be positive",
                            options.prompt, options.tokens);
-  if (int64_t{options.prompt} + options.tokens > model.max_positions())
+  // A document is no longer than the context, and its prompt no longer than half of it.
+  const int longest = std::min(options.prompt, model.max_positions() / 2);
+  if (options.tokens > model.max_positions() - longest)
     return InvalidArgument(
-        "generation: a prompt of {} and {} tokens to write exceed the context {}", options.prompt,
+        "generation: a prompt of {} and {} tokens to write exceed the context {}", longest,
         options.tokens, model.max_positions());
   const Subject teacher{&model, &pool, 0};
   std::vector<Values> values(1 + subjects.size());

@@ -200,6 +200,11 @@ TEST_F(RecallRunTest, WritingAtLevelZeroIsTheSameAsLevelZero) {
   EXPECT_EQ(report->scores[1].same_switched.mean, 12);
   EXPECT_LT(report->scores[2].same.mean, 12);
   EXPECT_EQ(report->scores[1].repetition.mean, report->scores[0].repetition.mean);
+  EXPECT_EQ(MeasureGeneration(small_.ctx(), small_.model(), small_.pool(), subjects, documents,
+                              {.prompt = 512, .tokens = 300, .seed = 1})
+                .status()
+                .message(),
+            "generation: a prompt of 256 and 300 tokens to write exceed the context 512");
 }
 
 TEST(GenerationTest, RepetitionIsTheShareOfRunsSeenBefore) {
