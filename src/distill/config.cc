@@ -57,6 +57,10 @@ std::string ConfigKey::flag() const {
 std::vector<ConfigKey> ConfigKeys(DistillConfig& c) {
   const std::string all = "iaoce", training = "aoce", from_chain = "ce", order = "oce";
   return {
+      {"adapter.operator", "",
+       "dsla; or, as controls that cannot be exported, window (no states) or paper (its own "
+       "operator)",
+       &c.op, all},
       {"adapter.window", "tokens", "last tokens kept in exact attention, 0: none",
        &c.adapter.window, all},
       {"adapter.sinks", "tokens", "first tokens kept in exact attention", &c.adapter.sinks, all},
@@ -193,16 +197,21 @@ std::string WriteToml(const DistillConfig& config) {
 
 Status ApplyRecipe(const std::string& name, DistillConfig* config) {
   if (name == "default") return Status::Ok();
-  if (name != "paper") return InvalidArgument("recipe '{}' is not one of default, paper", name);
+  if (name != "paper" && name != "paper-operator")
+    return InvalidArgument("recipe '{}' is not one of default, paper, paper-operator", name);
+  if (name == "paper-operator") config->op = "paper";
   config->adapter.window = 0;
   config->adapter.sinks = 0;
   config->adapter.states = 2;
+  config->adapter.features_per_channel = 1;
   config->half_lives.recency_min = 2;
   config->half_lives.recency_max = 64;
   config->order_method = "entropy";
   config->chain_method = "chained";
   config->chain_switch_share = 0;
   config->recall_share = 0;
+  config->kl_weight = 1;
+  config->align_weight = 0;
   config->cosine_weight = 0.01;
   return Status::Ok();
 }
@@ -227,6 +236,23 @@ Status CompleteConfig(const ModelConfig& model, DistillConfig* config) {
         return InvalidArgument("{}: {} is not in 1 to {}", key, level, model.L);
     return Status::Ok();
   };
+  DSLA_RETURN_IF_ERROR(one_of("adapter.operator", c.op, {"dsla", "window", "paper"}));
+  c.adapter.op = c.op == "dsla"     ? Operator::kDsla
+                 : c.op == "window" ? Operator::kWindow
+                                    : Operator::kPaper;
+  if (c.op == "window") {
+    DSLA_RETURN_IF_ERROR(check(c.adapter.window > 0, "adapter.window", "the operator is a window"));
+    DSLA_RETURN_IF_ERROR(
+        check(c.cosine_weight == 0, "chain.cosine_weight", "the operator window has no gates"));
+  }
+  if (c.op == "paper") {
+    DSLA_RETURN_IF_ERROR(
+        check(c.adapter.window == 0, "adapter.window", "the paper's operator has none"));
+    DSLA_RETURN_IF_ERROR(check(c.adapter.features_per_channel == 1, "adapter.features_per_channel",
+                               "the paper's operator has no feature map"));
+    DSLA_RETURN_IF_ERROR(check(c.chain_switch_share == 0, "chain.switch_share",
+                               "the paper's operator cannot be folded from a KV cache"));
+  }
   if (c.top_level == 0) c.top_level = std::max(1, model.L * 3 / 4);
   DSLA_RETURN_IF_ERROR(check(c.top_level > 0 && c.top_level <= model.L, "adapter.top_level",
                              fmt::format("{} is not in 1 to {}", c.top_level, model.L)));

@@ -15,6 +15,7 @@
 namespace dsla {
 
 struct DistillConfig {
+  std::string op = "dsla";  // CompleteConfig sets adapter.op by it
   AdapterSettings adapter;
   HalfLives half_lives;
   int top_level = 0;  // 0: three quarters of the layers
@@ -80,8 +81,8 @@ Status ReadToml(const std::string& path, DistillConfig* config);
 // Every key with its value, unit and meaning, as a TOML file.
 std::string WriteToml(const DistillConfig& config);
 
-// "default" or "paper". The paper's: no window, dual states, entropy order, layers chained one by
-// one, KL + lambda cos.
+// "default", "paper" or "paper-operator". The paper's: no window, dual states, entropy order,
+// layers chained one by one, KL + lambda cos; on this project's operator or on its own.
 Status ApplyRecipe(const std::string& name, DistillConfig* config);
 
 // Fills in what depends on the model (levels, top level) and checks all values against each other

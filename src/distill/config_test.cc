@@ -106,6 +106,32 @@ TEST(ConfigTest, CompleteFillsLevelsAndRefusesWhatDoesNotFit) {
   EXPECT_THAT(ApplyRecipe("best", &config).message(), HasSubstr("recipe 'best'"));
 }
 
+TEST(ConfigTest, OperatorsTakeOnlyWhatTheyKnow) {
+  const auto complete = [](auto change) {
+    DistillConfig config;
+    config.lengths = {64};
+    config.length_shares = {1};
+    change(config);
+    ModelConfig model = SmallConfig();
+    model.max_position = 4096;
+    const Status status = CompleteConfig(model, &config);
+    return std::pair{status.message(), config.adapter.op};
+  };
+  EXPECT_EQ(complete([](auto&) {}).second, Operator::kDsla);
+  EXPECT_THAT(complete([](auto& c) { c.op = "fast"; }).first,
+              HasSubstr("adapter.operator: 'fast' is not one of dsla, window, paper"));
+  EXPECT_EQ(complete([](auto& c) { c.op = "window"; }).second, Operator::kWindow);
+  EXPECT_THAT(complete([](auto& c) { c.op = "window", c.adapter.window = 0; }).first,
+              HasSubstr("adapter.window"));
+  EXPECT_THAT(complete([](auto& c) { c.op = "paper"; }).first, HasSubstr("adapter.window"));
+  EXPECT_THAT(complete([](auto& c) { c.op = "paper", c.adapter.window = 0; }).first,
+              HasSubstr("chain.switch_share"));
+  const auto [message, op] =
+      complete([](auto& c) { EXPECT_TRUE(ApplyRecipe("paper-operator", &c).ok()); });
+  EXPECT_EQ(message, "");
+  EXPECT_EQ(op, Operator::kPaper);
+}
+
 TEST(ConfigTest, StageSettingsHoldWhatTheStageDependsOnAlone) {
   DistillConfig config = SmallSettings(), other = config;
   other.chain_lr = 1;

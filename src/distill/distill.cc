@@ -289,6 +289,8 @@ Status Run::Init() {
   const TokenBatch batch =
       train_->Text(Stream::kStart, 0, std::max(1, config_.tokens_per_step / config_.lengths[0]),
                    config_.lengths[0]);
+  if (!job_.start.empty() && config_.adapter.op != Operator::kDsla)
+    return InvalidArgument("--start: the operator {} has no adapters", config_.op);
   if (!job_.start.empty()) {
     DSLA_ASSIGN_OR_RETURN(const auto adapter, Adapter::Open(job_.start, model_.config()));
     DSLA_RETURN_IF_ERROR(adapter->CheckBase(fingerprint_, model_.path()));
@@ -303,6 +305,14 @@ Status Run::Init() {
           values[l * layout_->row() + bias->offset + h] =
               lse[l * bias->size + h] - kClaimBelowWindow;
     }
+  }
+  // Without a denominator the output has any size; each head begins with the teacher's.
+  if (const ParameterTensor* scale = layout_->Find("log_scale"); scale != nullptr) {
+    network_->SetValues(values);
+    const std::vector<float> fit = network_->LogHeadScales(batch);
+    for (int l = 0; l < layout_->layers(); ++l)
+      std::copy_n(fit.begin() + l * scale->size, scale->size,
+                  values.begin() + l * layout_->row() + scale->offset);
   }
   network_->SetValues(values);
   Checkpoint checkpoint;
@@ -501,6 +511,10 @@ Status Run::Export() {
   DSLA_RETURN_IF_ERROR(NeedTokens());
   DSLA_RETURN_IF_ERROR(NeedOrder());
   DSLA_ASSIGN_OR_RETURN(const std::vector<float> values, ResultOf("chain", 'c'));
+  if (config_.adapter.op != Operator::kDsla) {
+    log_->Say(fmt::format("the operator {} is a control: no adapter is written", config_.op));
+    return Done("export");
+  }
   Adapter adapter = layout_->ToAdapter(values);
   adapter.base_fingerprint = fingerprint_;
   adapter.base_name = fs::path(model_.path()).filename().string();

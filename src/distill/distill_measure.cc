@@ -163,10 +163,12 @@ Status Run::Evaluate() {
   }
   std::vector<Divergence> whole(sets.size()), suffix(sets.size()), switched(sets.size());
   const int half = length / 2;
+  const bool folds = config_.adapter.op != Operator::kPaper;  // from a KV cache
   for (size_t b = 0; b < batches.size(); ++b) {
     TokenBatch& batch = batches[b];
     const auto from_start = network_->Measure(batch, sets);
-    const auto after_switch = network_->Measure(batch, sets, half);
+    const auto after_switch =
+        folds ? network_->Measure(batch, sets, half) : std::vector<Divergence>(sets.size());
     batch.count_from = half;
     const auto second_half = network_->Measure(batch, sets);
     for (size_t i = 0; i < sets.size(); ++i) {
@@ -188,7 +190,8 @@ Status Run::Evaluate() {
                     {"kl_high", interval.high},
                     {"agreement", whole[i].agree / whole[i].tokens},
                     {"kl_suffix", suffix[i].kl / suffix[i].tokens},
-                    {"kl_switched", switched[i].kl / switched[i].tokens},
+                    {"kl_switched", folds ? nlohmann::json(switched[i].kl / switched[i].tokens)
+                                          : nlohmann::json()},
                     {"tokens", whole[i].tokens}});
   }
   nlohmann::json recall = nlohmann::json::array();
@@ -225,9 +228,10 @@ Status Run::Evaluate() {
                                  {"switched_at", half},    {"teacher", network_->TeacherHash()}};
   DSLA_RETURN_IF_ERROR(WriteFileAtomically(Path("evaluate.json"), result.dump(1) + "\n"));
   for (const auto& row : rows)
-    log_->Say(fmt::format("level {:3}: KL {:.4f}, top-1 agreement {:.3f}, switched {:.4f}",
-                          row["level"].get<int>(), row["kl"].get<double>(),
-                          row["agreement"].get<double>(), row["kl_switched"].get<double>()));
+    log_->Say(fmt::format(
+        "level {:3}: KL {:.4f}, top-1 agreement {:.3f}, switched {}", row["level"].get<int>(),
+        row["kl"].get<double>(), row["agreement"].get<double>(),
+        folds ? fmt::format("{:.4f}", row["kl_switched"].get<double>()) : std::string("never")));
   return Done("evaluate", {{"seconds", NowSeconds() - begin}});
 }
 

@@ -158,9 +158,11 @@ TEST_F(DistillTest, GradientsMatchDifferences) {
   for (const AdapterSettings& settings :
        {AdapterSettings{.window = 8, .sinks = 2, .rank = 4},
         AdapterSettings{.window = 0, .sinks = 0, .features_per_channel = 2, .rank = 4},
-        AdapterSettings{.window = 8, .sinks = 0, .states = 1, .rank = 0}}) {
-    SCOPED_TRACE(
-        fmt::format("W {} states {} rank {}", settings.window, settings.states, settings.rank));
+        AdapterSettings{.window = 8, .sinks = 0, .states = 1, .rank = 0},
+        AdapterSettings{.window = 8, .sinks = 2, .rank = 4, .op = Operator::kWindow},
+        AdapterSettings{.window = 0, .sinks = 0, .rank = 4, .op = Operator::kPaper}}) {
+    SCOPED_TRACE(fmt::format("W {} states {} rank {} operator {}", settings.window, settings.states,
+                             settings.rank, static_cast<int>(settings.op)));
     const auto network = NewNetwork(settings);
     const std::vector<float> values = RandomValues(network->layout());
     const TokenBatch batch = Batch(2, 70);
@@ -199,7 +201,7 @@ TEST_F(DistillTest, GradientsMatchDifferences) {
       SCOPED_TRACE("chain, switched, all losses");
       ExpectGradient(*network, values, [&] {
         ChainStep step = Converted({2, 0});
-        step.switch_at = 30;
+        step.switch_at = settings.op == Operator::kPaper ? 0 : 30;
         step.kl_weight = 0.7;
         step.align_weight = 0.5;
         step.cosine_weight = 0.3;
@@ -429,6 +431,8 @@ TEST_F(DistillTest, BadInputIsNamedInOneLine) {
   EXPECT_THAT(message([](auto& j) { j.config.dtype = "fp8"; }), HasSubstr("dtype 'fp8'"));
   EXPECT_THAT(message([](auto& j) { j.out = "/proc/none/a"; }), HasSubstr("/proc/none"));
   EXPECT_THAT(message([](auto& j) { j.start = "/none.safetensors"; }), HasSubstr("/none.safe"));
+  EXPECT_THAT(message([](auto& j) { j.start = "x", j.config.op = "window"; }),
+              HasSubstr("the operator window has no adapters"));
   // An adapter of the same sizes for another model.
   const auto layout = ParameterLayout::Create(model_->config(), Job("x").config.adapter);
   Adapter other = layout->ToAdapter(layout->Start({}, 1));

@@ -112,6 +112,9 @@ class Network {
   std::vector<float> MeanWindowLse(const TokenBatch& batch);
   // The scale by which each layer's DSLA output fits the teacher's best, [L].
   std::vector<double> OutputScales(const TokenBatch& batch);
+  // The natural log of the scale (1e-6 at least) by which each query head's attention fits the
+  // teacher's best, [L, H].
+  std::vector<float> LogHeadScales(const TokenBatch& batch);
   // The paper's sensitivity: entropy in bits of the last query's attention, mean over heads and
   // rows, by layer [L].
   std::vector<double> AttentionEntropy(const TokenBatch& batch);

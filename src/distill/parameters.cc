@@ -41,6 +41,13 @@ AdapterLayer ParameterLayout::EmptyLayer() const {
   return layer;
 }
 
+void ParameterLayout::Add(const std::string& name, std::vector<int64_t> shape) {
+  const int64_t size =
+      std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<int64_t>());
+  tensors_.push_back({name, std::move(shape), row_, size});
+  row_ += size;
+}
+
 Expected<ParameterLayout> ParameterLayout::Create(const ModelConfig& config,
                                                   const AdapterSettings& settings) {
   ParameterLayout layout;
@@ -51,13 +58,26 @@ Expected<ParameterLayout> ParameterLayout::Create(const ModelConfig& config,
   const AdapterLayer layer = layout.EmptyLayer();
   if (const Status status = CheckAdapterSettings(layer, dims, "adapter settings"); !status.ok())
     return InvalidArgument("{}", status.message());
+  const bool control = settings.op != Operator::kDsla;
   for (const AdapterTensor& tensor : AdapterTensors(layer, dims)) {
-    const int64_t size = std::accumulate(tensor.shape.begin(), tensor.shape.end(), int64_t{1},
-                                         std::multiplies<int64_t>());
-    layout.tensors_.push_back({tensor.suffix, tensor.shape, layout.row_, size});
-    layout.row_ += size;
-    if (tensor.suffix[0] == 'q' || tensor.suffix[0] == 'o') layout.low_rank_ = layout.row_;
+    const bool low_rank = tensor.suffix[0] == 'q' || tensor.suffix[0] == 'o';
+    if (control && !low_rank) continue;
+    layout.Add(tensor.suffix, tensor.shape);
+    if (low_rank) layout.low_rank_ = layout.row_;
   }
+  if (settings.op != Operator::kPaper) return layout;
+  const int64_t kv = config.Hkv * config.D, r = settings.rank, states = settings.states;
+  for (const char* name : {"k", "v"}) {
+    if (r == 0) break;
+    layout.Add(fmt::format("{}_a", name), {r, config.C});
+    layout.Add(fmt::format("{}_b", name), {kv, r});
+  }
+  layout.low_rank_ = layout.row_;
+  layout.Add("gate_a", {states, kPaperGateRank, config.C});
+  layout.Add("gate_b", {states, kv, kPaperGateRank});
+  layout.Add("gate_bias", {states, config.Hkv, config.D});
+  layout.Add("mix", {1, states});
+  layout.Add("log_scale", {config.H});
   return layout;
 }
 
@@ -73,8 +93,8 @@ std::vector<float> ParameterLayout::Start(const HalfLives& half_lives, uint64_t 
     Random random(seed, {static_cast<uint64_t>(l)});
     for (const ParameterTensor& tensor : tensors_) {
       float* const to = values.data() + l * row_ + tensor.offset;
-      if (tensor.name == "q_a" || tensor.name == "o_a") {
-        const double scale = 1 / std::sqrt(static_cast<double>(tensor.shape[1]));
+      if (tensor.name.ends_with("_a")) {
+        const double scale = 1 / std::sqrt(static_cast<double>(tensor.shape.back()));
         for (int64_t i = 0; i < tensor.size; ++i)
           to[i] = static_cast<float>(random.Normal() * scale);
       } else if (tensor.name == "phi_q" || tensor.name == "phi_k") {
@@ -98,7 +118,7 @@ std::vector<float> ParameterLayout::Start(const HalfLives& half_lives, uint64_t 
 }
 
 Adapter ParameterLayout::ToAdapter(std::span<const float> values) const {
-  DSLA_CHECK(static_cast<int64_t>(values.size()) == size());
+  DSLA_CHECK(settings_.op == Operator::kDsla && static_cast<int64_t>(values.size()) == size());
   Adapter adapter;
   for (int l = 0; l < layers_; ++l) {
     AdapterLayer layer = EmptyLayer();
@@ -116,6 +136,7 @@ Adapter ParameterLayout::ToAdapter(std::span<const float> values) const {
 
 Expected<std::vector<float>> ParameterLayout::FromAdapter(const Adapter& adapter,
                                                           const std::string& path) const {
+  DSLA_CHECK(settings_.op == Operator::kDsla);
   const AdapterLayer want = EmptyLayer();
   if (static_cast<int>(adapter.layers.size()) != layers_)
     return InvalidArgument("'{}' has {} layers, the model {}", path, adapter.layers.size(),

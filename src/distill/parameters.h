@@ -15,6 +15,16 @@
 
 namespace dsla {
 
+// What a converted layer computes. Only kDsla can be served; the others are controls, trained and
+// measured beside it.
+enum class Operator {
+  kDsla,    // the project's: window, sinks and states that can be folded out of a KV cache
+  kWindow,  // exact attention over window and sinks alone
+  kPaper,   // that of Ro et al. (ICML 2025): gates from the layer's input through a low rank,
+           // neither feature map nor denominator nor RoPE, K and V with deltas of their own
+};
+constexpr int kPaperGateRank = 16;  // gated linear attention's (Yang et al., ICML 2024)
+
 // What all layers of a trained adapter share.
 struct AdapterSettings {
   int window = 256;              // W, tokens; 0: the states alone
@@ -23,6 +33,7 @@ struct AdapterSettings {
   int features_per_channel = 1;  // F = this times D: 1 or 2
   int rank = 32;                 // r of the low-rank deltas on W_q and W_o; 0: none
   double gate_floor = -2.25;     // smallest log gate
+  Operator op = Operator::kDsla;
 
   friend bool operator==(const AdapterSettings&, const AdapterSettings&) = default;
 };
@@ -59,6 +70,7 @@ class ParameterLayout {
   // over the channels with `seed`; claims are zero and are set from a first batch.
   std::vector<float> Start(const HalfLives& half_lives, uint64_t seed) const;
 
+  // Of Operator::kDsla alone, as FromAdapter.
   Adapter ToAdapter(std::span<const float> values) const;
   // The values of an adapter with exactly these settings in every layer; kInvalidArgument, naming
   // the setting and `path`, for another.
@@ -66,6 +78,7 @@ class ParameterLayout {
 
  private:
   AdapterLayer EmptyLayer() const;
+  void Add(const std::string& name, std::vector<int64_t> shape);
 
   AdapterSettings settings_;
   std::vector<ParameterTensor> tensors_;

@@ -108,10 +108,13 @@ void AddEvaluation(const json& evaluation, ReportDocument& document) {
                                 row.at("kl_high").get<double>()),
                     fmt::format("{:.3f}", row.at("agreement").get<double>()),
                     fmt::format("{:.4f}", row.at("kl_suffix").get<double>()),
-                    fmt::format("{:.4f}", row.at("kl_switched").get<double>())});
+                    row.at("kl_switched").is_null()
+                        ? "-"
+                        : fmt::format("{:.4f}", row.at("kl_switched").get<double>())});
     kl.points.emplace_back(row.at("level").get<double>(), row.at("kl").get<double>());
-    switched.points.emplace_back(row.at("level").get<double>(),
-                                 row.at("kl_switched").get<double>());
+    if (!row.at("kl_switched").is_null())
+      switched.points.emplace_back(row.at("level").get<double>(),
+                                   row.at("kl_switched").get<double>());
   }
   document.Table(rows);
   document.Plot({kl, switched}, {.title = "KL against converted layers",

@@ -3,12 +3,17 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/log_sigmoid.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/rms_norm.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <ATen/ops/silu.h>
+#include <ATen/ops/stack.h>
 
+#include <cmath>
 #include <optional>
+
+#include "format/adapter_layout.h"
 
 namespace dsla::distill {
 namespace {
@@ -34,10 +39,44 @@ Tensor Queries(const Teacher& teacher, const TeacherLayer& layer, const Tensor& 
   if (adapter != nullptr && adapter->q_a.defined()) q = q + LowRank(x, adapter->q_a, adapter->q_b);
   q = q.unflatten(2, {c.H, c.D});
   if (layer.q_norm.defined()) q = Norm(q, layer.q_norm, c.norm_eps);
+  if (adapter != nullptr && adapter->kind == Operator::kPaper) return q;
   return DslaRope(q, rope.cos, rope.sin);
 }
 
+// x's part of K or V through the low rank a, b, behind `plain`.
+Tensor WithLowRank(const Tensor& plain, const Tensor& x, const Tensor& a, const Tensor& b) {
+  return a.defined() ? plain + LowRank(x, a, b).unflatten(2, {plain.size(2), plain.size(3)})
+                     : plain;
+}
+
+// S_i = G_i S_i + k^T v, o = q (g S_1 + (1 - g) S_2), with the scale D^-1/2 and one of each head.
+Tensor PaperAttention(const Heads& heads, const Tensor& x, const AdapterTensors& adapter,
+                      const DslaLayerOptions& options) {
+  const int64_t H = heads.q.size(2), D = heads.q.size(3);
+  const Tensor k = WithLowRank(heads.k_plain, x, adapter.k_a, adapter.k_b),
+               v = WithLowRank(heads.v, x, adapter.v_a, adapter.v_b);
+  const Tensor mix = adapter.op.mix.softmax(1).expand({H, adapter.op.mix.size(1)}).contiguous();
+  const Tensor q = heads.q * (1 / std::sqrt(static_cast<double>(D)));
+  const DslaChunkedResult lin =
+      DslaChunked(q, mix, k, LogGates(heads, x, adapter, options), v, {}, {}, options.chunked);
+  return lin.num * adapter.log_scale.exp().unsqueeze(1);
+}
+
 }  // namespace
+
+Tensor LogGates(const Heads& heads, const Tensor& x, const AdapterTensors& adapter,
+                const DslaLayerOptions& options) {
+  if (adapter.kind != Operator::kPaper)
+    return DslaGates(heads.k_plain, adapter.op.gate_weight, adapter.op.gate_bias,
+                     options.gate_floor);
+  const Tensor wide = x.to(at::kFloat);
+  std::vector<Tensor> logits;
+  for (int64_t i = 0; i < adapter.gate_a.size(0); ++i)
+    logits.push_back(at::linear(at::linear(wide, adapter.gate_a[i]), adapter.gate_b[i])
+                         .unflatten(2, {heads.v.size(2), heads.v.size(3)}) +
+                     adapter.op.gate_bias[i]);
+  return (at::log_sigmoid(at::stack(logits, 3)) / kGateDivisor).clamp_min(options.gate_floor);
+}
 
 Tensor Norm(const Tensor& x, const Tensor& weight, double eps) {
   return at::rms_norm(x, {x.size(-1)}, weight, eps);
@@ -80,6 +119,16 @@ Tensor SoftmaxAttention(const Heads& heads, const Prefix& prefix) {
 
 Tensor DslaAttention(const Heads& heads, const Prefix& prefix, const Tensor& x,
                      const AdapterTensors& adapter, const DslaLayerOptions& options) {
+  if (adapter.kind == Operator::kPaper) {
+    DSLA_CHECK(!prefix.k.defined());
+    return PaperAttention(heads, x, adapter, options).to(x.scalar_type()).flatten(2);
+  }
+  if (adapter.kind == Operator::kWindow)
+    return DslaWindowAttention(heads.q, Behind(prefix.k, heads.k), Behind(prefix.v, heads.v),
+                               options.chunked.window, options.chunked.sinks,
+                               options.chunked.segment)
+        .out.to(x.scalar_type())
+        .flatten(2);
   Tensor claim;
   if (adapter.claim.defined()) {
     claim = at::linear(x, adapter.claim.to(x.scalar_type())).to(at::kFloat) + adapter.claim_bias;

@@ -6,6 +6,7 @@
 
 #include <vector>
 
+#include "distill/parameters.h"
 #include "format/config.h"
 #include "ops/dsla/dsla_autograd.h"
 
@@ -31,16 +32,21 @@ struct Teacher {
 
 // The adapter's parameters of one layer, fp32, as leaves or views of the flat array.
 struct AdapterTensors {
+  Operator kind = Operator::kDsla;
   Tensor q_a, q_b, o_a, o_b;  // undefined if the rank is 0
   DslaLayerParams op;
   Tensor claim, claim_bias;  // undefined without a window
+  // Of Operator::kPaper: deltas of K and V; gates; the log of each head's output scale [H].
+  Tensor k_a, k_b, v_a, v_b;
+  Tensor gate_a, gate_b;  // [states, r, C], [states, Hkv D, r]; bias and mix [1, states] lie in op
+  Tensor log_scale;
 };
 
 struct RopeTables {
   Tensor cos, sin;  // [T, D / 2] fp32
 };
 
-// q, k rotated; k_plain before RoPE.
+// q, k rotated (q of Operator::kPaper is not); k_plain before RoPE.
 struct Heads {
   Tensor q_plain;  // the projection alone, without delta, norm and RoPE
   Tensor q, k, k_plain, v;
@@ -60,6 +66,11 @@ Heads WithDelta(const Teacher& teacher, const TeacherLayer& layer, const Heads& 
                 const Tensor& x, const RopeTables& rope, const AdapterTensors& adapter);
 // Causal attention of the last T positions of the stream. [B, T, H D].
 Tensor SoftmaxAttention(const Heads& heads, const Prefix& prefix);
+// The natural log of a converted layer's gates [B, T, Hkv, states, F]; it has states.
+Tensor LogGates(const Heads& heads, const Tensor& x, const AdapterTensors& adapter,
+                const DslaLayerOptions& options);
+// A converted layer's attention, of whatever operator. [B, T, H D]. Operator::kPaper takes no
+// prefix.
 Tensor DslaAttention(const Heads& heads, const Prefix& prefix, const Tensor& x,
                      const AdapterTensors& adapter, const DslaLayerOptions& options);
 // The output projection of attention's output [B, T, H D]; with `adapter`, its delta.

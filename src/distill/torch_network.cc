@@ -115,6 +115,10 @@ AdapterTensors Network::Impl::Bind(int layer, bool leaf) {
     return bound;
   };
   AdapterTensors bound;
+  bound.kind = layout.settings().op;
+  bound.k_a = view("k_a"), bound.k_b = view("k_b"), bound.v_a = view("v_a"),
+  bound.v_b = view("v_b"), bound.gate_a = view("gate_a"), bound.gate_b = view("gate_b"),
+  bound.log_scale = view("log_scale");
   bound.q_a = view("q_a"), bound.q_b = view("q_b"), bound.o_a = view("o_a"),
   bound.o_b = view("o_b");
   bound.op = {view("phi_q"), view("phi_k"), view("gate_weight"), view("gate_bias"), view("mix")};
@@ -218,16 +222,15 @@ struct Network::Impl::Hybrid {
     const Tensor out = distill::OutputProjection(layer, attention, adapter);
     if (HasOutput(l)) extras->push_back(out);
     if (HasCosine(l)) {
-      const Tensor gates = DslaGates(heads.k_plain, adapter->op.gate_weight, adapter->op.gate_bias,
-                                     n->op_options.gate_floor)
-                               .exp();
+      const Tensor gates = distill::LogGates(heads, x, *adapter, n->op_options).exp();
       extras->push_back(at::cosine_similarity(gates.select(3, 0), gates.select(3, 1), -1).mean());
     }
     return distill::MlpBlock(n->teacher, layer, h + out);
   }
   bool HasOutput(int l) const { return converted[l] && want_outputs; }
   bool HasCosine(int l) const {
-    return converted[l] && want_cosines && n->layout.settings().states == 2;
+    return converted[l] && want_cosines && n->layout.settings().states == 2 &&
+           n->layout.Find("gate_bias") != nullptr;
   }
 };
 
@@ -290,6 +293,7 @@ Expected<std::unique_ptr<Network>> Network::Create(const ModelFile& file,
   // A GPU has the memory for a whole sequence's temporaries, and wants few large kernels.
   if (!impl->device.is_cpu()) impl->op_options.chunked.segment = 8192;
   impl->op_options.gate_floor = settings.gate_floor;
+  impl->op_options.chunked.balanced = settings.op != Operator::kPaper;
   impl->BindParameters();
   return std::unique_ptr<Network>(new Network(std::move(impl)));
 }
@@ -371,6 +375,25 @@ std::vector<double> Network::OutputScales(const TokenBatch& batch) {
     scales.push_back((y * out).sum() / y.square().sum().clamp_min(1e-20));
   });
   return ToDoubles(at::stack(scales));
+}
+
+std::vector<float> Network::LogHeadScales(const TokenBatch& batch) {
+  const at::NoGradGuard no_grad;
+  Impl& n = *impl_;
+  std::vector<Tensor> scales;
+  n.ForEachLayer(n.Ids(batch), [&](int l, const Tensor&, const Tensor& x, const Heads& heads,
+                                   const Tensor&, const RopeTables& rope) {
+    const AdapterTensors& adapter = n.frozen[l];
+    const Heads own = distill::WithDelta(n.teacher, n.teacher.layers[l], heads, x, rope, adapter);
+    const auto by_head = [&](const Tensor& y) {
+      return y.to(at::kFloat).unflatten(2, {n.config().H, n.config().D});
+    };
+    const Tensor y = by_head(distill::DslaAttention(own, {}, x, adapter, n.op_options)),
+                 o = by_head(distill::SoftmaxAttention(heads, {}));
+    const Tensor scale = (y * o).sum({0, 1, 3}) / y.square().sum({0, 1, 3}).clamp_min(1e-20);
+    scales.push_back(scale.clamp_min(1e-6).log());
+  });
+  return ToHost(at::stack(scales));
 }
 
 std::vector<double> Network::AttentionEntropy(const TokenBatch& batch) {

@@ -20,9 +20,10 @@
 // and, as nothing depends on the choice of R, for the gates of the chunk's row t
 //   da_t = sum_{s >= t in the chunk} (Q~ dQ~ - K~ dK~)_s + sum over columns of S' dS' - e^{a_t}
 //   phi_k dk'_t
-// where dk' = dK~ e^{R-G}: the formula for the whole sequence, cut at the chunk's end, which is the
-// same in exact arithmetic and does not carry the rounding of bf16 operands along the sequence
-// (relative error of da at 4,096 tokens: 3e-3, against 1.4e-2 uncut).
+// where dk' = dK~ e^{R-G}; keys that are not balanced have K~ = phi_k e^{R-G} and not the last
+// term. It is the formula for the whole sequence, cut at the chunk's end, which is the same in
+// exact arithmetic and does not carry the rounding of bf16 operands along the sequence (relative
+// error of da at 4,096 tokens: 3e-3, against 1.4e-2 uncut).
 namespace dsla {
 namespace autograd {
 namespace {
@@ -38,13 +39,14 @@ struct Plan {
   int64_t begin, first_query;  // multiples of C: nothing to do before `begin`; states only before
                                // `first_query`
   Rows keys, queries;
+  bool balanced;
   at::ScalarType operand, sum;
 
   Plan(const Tensor& phi_q, const Tensor& phi_k, const Tensor& a, const Tensor& v, bool initial,
        const DslaChunkedOptions& options) {
     B = phi_q.size(0), T = phi_q.size(1), H = phi_q.size(2), F = phi_q.size(3);
     Hkv = phi_k.size(2), G = H / Hkv, D = v.size(3), states = a.size(3), K = states * F;
-    E = ValueColumns(D), C = options.chunk;
+    E = ValueColumns(D), C = options.chunk, balanced = options.balanced;
     operand = phi_q.scalar_type(), sum = SumType(phi_q);
     const int64_t enter = phi_k.size(1) - options.window;  // keys before this one enter
     const int64_t tokens = std::max(enter, T);
@@ -109,7 +111,8 @@ Segment LoadKeys(const Plan& p, const Tensor& phi_k, const Tensor& a, const Tens
   s.enter = middle.exp().transpose(3, 4);
   s.leave = (last - middle).exp().transpose(3, 4);
   // One rounding: the product is formed in the sum type.
-  s.kt = at::expm1(s.a).mul_(s.phi_k).neg_().flatten(4).mul_(s.fall).to(p.operand);
+  s.kt = p.balanced ? at::expm1(s.a).mul_(s.phi_k).neg_().flatten(4).mul_(s.fall).to(p.operand)
+                    : s.fall.view(s.a.sizes()).mul(s.phi_k).flatten(4).to(p.operand);
   return s;
 }
 
@@ -259,8 +262,8 @@ class ChunkedFunction : public torch::autograd::Function<ChunkedFunction> {
                                const DslaChunkedOptions& options) {
     const Tensor state = initial_state.value_or(Tensor()), norm = initial_norm.value_or(Tensor());
     ctx->save_for_backward({phi_q, mix, phi_k, a, v, state, norm});
-    ctx->saved_data["options"] =
-        std::vector<int64_t>{options.window, options.sinks, options.chunk, options.segment};
+    ctx->saved_data["options"] = std::vector<int64_t>{options.window, options.sinks, options.chunk,
+                                                      options.segment, options.balanced ? 1 : 0};
     ctx->set_materialize_grads(false);
     const Plan p(phi_q, phi_k, a, v, state.defined(), options);
     Tensor num = at::zeros({p.B, p.T, p.H, p.D}, a.options());
@@ -286,7 +289,8 @@ class ChunkedFunction : public torch::autograd::Function<ChunkedFunction> {
     const Tensor &phi_q = saved[0], &mix = saved[1], &phi_k = saved[2], &a = saved[3],
                  &v = saved[4];
     const std::vector<int64_t> numbers = ctx->saved_data["options"].toIntVector();
-    const DslaChunkedOptions options{numbers[0], numbers[1], numbers[2], numbers[3]};
+    const DslaChunkedOptions options{numbers[0], numbers[1], numbers[2], numbers[3],
+                                     numbers[4] != 0};
     const Plan p(phi_q, phi_k, a, v, saved[5].defined(), options);
     const bool need_v = ctx->needs_input_grad(4);
 
@@ -320,10 +324,11 @@ class ChunkedFunction : public torch::autograd::Function<ChunkedFunction> {
       const SegmentGrads g = SegmentBackward(p, s, entered, products, d_out, need_v, &dstate);
       if (need_v) p.keys.Put(dv, FromChunks(g.dve.narrow(4, 0, p.D)), begin, end);
       const Tensor dk = g.dkt.mul_(s.fall).view(s.a.sizes());  // dk'
-      const Tensor keep = s.a.exp();
-      const Tensor dgates = g.da.view(s.a.sizes()).sub_(keep.mul(s.phi_k).mul_(dk));
+      Tensor dgates = g.da.view(s.a.sizes());
+      if (p.balanced) dgates.sub_(s.a.exp().mul_(s.phi_k).mul_(dk));
       p.keys.Put(da, FromChunks(dgates), begin, end);
-      p.keys.Put(dphi_k, FromChunks(at::expm1(s.a).mul_(dk).sum(4).neg_()), begin, end);
+      const Tensor dkeys = p.balanced ? at::expm1(s.a).mul_(dk).neg_() : dk;
+      p.keys.Put(dphi_k, FromChunks(dkeys.sum(4)), begin, end);
       if (!s.has_queries) continue;
       const Tensor dq = g.dqt.view({p.B, s.n, p.Hkv, p.G, p.C, p.states, p.F})
                             .mul_(s.rise.view({p.B, s.n, p.Hkv, 1, p.C, p.states, p.F}));

@@ -31,6 +31,9 @@ struct DslaChunkedOptions {
   // Tokens per chunk, even. exp(chunk / 2 * -a) must not overflow: with a >= -2.25, 64 is safe.
   int64_t chunk = 64;
   int64_t segment = 1024;  // tokens whose temporaries exist at a time, rounded up to whole chunks
+  // Keys enter as (1 - e^a) phi_k. False: as phi_k, as in gated linear attention (Yang et al., ICML
+  // 2024); phi_q and phi_k may then have any sign, and `den` says nothing.
+  bool balanced = true;
 };
 
 struct DslaChunkedResult {

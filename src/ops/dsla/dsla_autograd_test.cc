@@ -31,6 +31,8 @@ std::vector<Case> Cases() {
       {.T = 9, .prefix = 2, .window = 8, .sinks = 2},  // one token enters
       {.T = 30, .window = 25, .sinks = 1, .chunk = 2, .segment = 2},
       {.T = 50, .window = 3, .initial = true, .chunk = 64, .segment = 1024},
+      {.T = 40, .balanced = false},
+      {.H = 3, .Hkv = 3, .states = 1, .window = 5, .sinks = 2, .initial = true, .balanced = false},
   };
 }
 
@@ -71,7 +73,8 @@ TEST(DslaChunked, GradientsEqualAutogradThroughTheRecurrence) {
 
 TEST(DslaChunked, GradientsEqualFiniteDifferences) {
   for (const Case& c : {Case{.B = 1, .T = 21, .window = 4, .sinks = 2},
-                        Case{.B = 1, .T = 21, .prefix = 6, .window = 3, .initial = true}}) {
+                        Case{.B = 1, .T = 21, .prefix = 6, .window = 3, .initial = true},
+                        Case{.B = 1, .T = 21, .balanced = false}}) {
     const Inputs in = MakeInputs(c);
     RequireGrad(in);
     const std::vector<Tensor> all = in.All(), grads = Grads(Loss(Chunked(c, in)), all);

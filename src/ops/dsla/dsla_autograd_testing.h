@@ -43,12 +43,13 @@ struct Case {
           sinks = 0;
   bool initial = false;
   int64_t chunk = 8, segment = 16;
+  bool balanced = true;
 
-  DslaChunkedOptions options() const { return {window, sinks, chunk, segment}; }
+  DslaChunkedOptions options() const { return {window, sinks, chunk, segment, balanced}; }
   std::string name() const {
     return c10::str("T=", T, " prefix=", prefix, " H=", H, " Hkv=", Hkv, " F=", F,
                     " states=", states, " W=", window, " S=", sinks, " initial=", initial,
-                    " chunk=", chunk, " segment=", segment);
+                    " chunk=", chunk, " segment=", segment, " balanced=", balanced);
   }
 };
 
@@ -110,7 +111,8 @@ inline DslaChunkedResult Naive(const Case& c, const Inputs& in) {
     const int64_t s = t - c.window;
     if (s >= c.sinks) {
       const Tensor keep = in.a.select(1, s).exp();  // [B, Hkv, states, F]
-      const Tensor k = ((1 - keep) * in.phi_k.select(1, s).unsqueeze(2)).flatten(2);
+      const Tensor entering = c.balanced ? 1 - keep : at::ones_like(keep);
+      const Tensor k = (entering * in.phi_k.select(1, s).unsqueeze(2)).flatten(2);
       S = S * keep.flatten(2).unsqueeze(3) + k.unsqueeze(3) * in.v.select(1, s).unsqueeze(2);
       z = z * keep.flatten(2) + k;
     }
