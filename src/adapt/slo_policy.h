@@ -13,8 +13,8 @@
 // The cost model is the one measured at the start, corrected by the steps and folds that ran since
 // (cost_correction.h), so that a calibration gone wrong does not last.
 //
-// Prompts short of their break-even length start at level 0: a higher one takes more memory and gains
-// next to no time.
+// Prompts short of their break-even length start at level 0: a higher one takes more memory and
+// gains next to no time.
 //
 // Prompts are cut so that a step that writes replies, too, keeps to the target per token, as far as
 // cutting helps: quality is not spent on what smaller chunks give.

@@ -11,7 +11,8 @@
 //
 // All of it is optional memory: entries keep blocks that nobody else needs, Reclaim gives them up
 // at once (least recently used first, pages that only lower levels would read before all, leaves
-// before what they hang on), and nothing is ever copied or waited for to evict. The memory that only the cache keeps is Ledger::idle_bytes().
+// before what they hang on), and nothing is ever copied or waited for to evict. The memory that
+// only the cache keeps is Ledger::idle_bytes().
 #pragma once
 
 #include <cstdint>

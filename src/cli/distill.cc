@@ -11,6 +11,7 @@
 #include "cli/commands.h"
 #include "cli/model_args.h"
 #include "distill/config.h"
+#include "distill/controls.h"
 #include "distill/write.h"
 
 namespace dsla {
@@ -26,6 +27,7 @@ void OnInterrupt(int signal) {
 
 struct DistillArgs {
   std::string model, config, recipe = "default";
+  std::vector<std::string> controls;
   DistillJob job;
   bool print_config = false;
   DistillConfig shown;                                 // what the table of flags is bound to
@@ -89,8 +91,11 @@ Status RunDistill(DistillArgs& args) {
   Setting setting;
   DSLA_RETURN_IF_ERROR(Prepare(args.model, config.threads, setting));
   args.job.interrupted = [] { return interrupted.load(); };
+  const bool controls = !args.controls.empty();
+  if (args.controls == std::vector<std::string>{"all"}) args.controls = {};
   DSLA_ASSIGN_OR_RETURN(const DistillOutcome outcome,
-                        Distill(setting.ctx, *setting.model, args.job));
+                        controls ? RunControls(setting.ctx, *setting.model, args.job, args.controls)
+                                 : Distill(setting.ctx, *setting.model, args.job));
   if (!outcome.finished && interrupted)
     return Error(StatusCode::kCancelled, "interrupted in {}; the same command goes on from here",
                  outcome.stage);
@@ -206,13 +211,23 @@ void AddDistill(CLI::App& app, Command& chosen) {
   command.add_option("--config", args->config, "TOML file of the settings below")
       ->type_name("PATH")
       ->group(group);
-  command.add_option("--recipe", args->recipe, "default or paper")
+  command.add_option("--recipe", args->recipe, "default, paper or paper-operator")
       ->type_name("NAME")
       ->capture_default_str()
       ->group(group);
   command.add_flag("--print-config", args->print_config, "print the settings as TOML and end")
       ->group(group);
   command.add_flag("-q,--quiet", args->job.quiet, "no progress on standard error")->group(group);
+  std::string names = "all, or some of";
+  for (const Control& control : Controls()) names += fmt::format(" {}", control.name);
+  command
+      .add_option("--controls", args->controls,
+                  "train and measure these beside each other into one table (OUT.controls/"
+                  "controls.md): " +
+                      names)
+      ->type_name("NAME,...")
+      ->delimiter(',')
+      ->group(group);
   const std::vector<ConfigKey> keys = ConfigKeys(args->shown);
   // Where training runs is asked for most, so it has a short name too.
   const auto flag = [](const ConfigKey& key) {

@@ -21,7 +21,7 @@ enum class Operator {
   kDsla,    // the project's: window, sinks and states that can be folded out of a KV cache
   kWindow,  // exact attention over window and sinks alone
   kPaper,   // that of Ro et al. (ICML 2025): gates from the layer's input through a low rank,
-           // neither feature map nor denominator nor RoPE, K and V with deltas of their own
+            // neither feature map nor denominator nor RoPE, K and V with deltas of their own
 };
 constexpr int kPaperGateRank = 16;  // gated linear attention's (Yang et al., ICML 2024)
 

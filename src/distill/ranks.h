@@ -26,8 +26,8 @@ struct RankOptions {
   int local_rank = -1;     // this one among those of its machine: which GPU; -1: as rank
   std::string rendezvous;  // HOST:PORT, where rank 0 listens, or file:PATH, a file that is not
                            // there yet in a folder that all see
-  bool served = false;  // somebody else (torchrun's agent) listens at HOST:PORT
-  std::string attempt;  // tells the keys of one start from those of another at the same store
+  bool served = false;     // somebody else (torchrun's agent) listens at HOST:PORT
+  std::string attempt;     // tells the keys of one start from those of another at the same store
 };
 
 // Fills in what `given` leaves open from RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT,

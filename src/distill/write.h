@@ -15,7 +15,7 @@ namespace dsla {
 struct WriteJob {
   std::vector<std::string> prompts;  // text files or one token file: their documents' openings
                                      // begin the texts. Empty: the BOS token does
-  std::string out;  // JSON lines, one object with a string "text" each
+  std::string out;                   // JSON lines, one object with a string "text" each
   int64_t documents = 1000;
   int prompt_tokens = 32;  // of an opening; documents that are not longer are left out
   int length = 1024;       // tokens of a text at most, its opening included
