@@ -168,9 +168,14 @@ TEST(ReportTest, SaysWhatTheRunFolderHolds) {
   const Status status = WriteReport(folder.path());
   ASSERT_TRUE(status.ok()) << status.message();
   const std::string markdown = testing::ReadFile(folder.path() + "/report.md");
-  EXPECT_THAT(markdown, HasSubstr("| 1 | 0.0123 | 0.0100 to 0.0200 | 0.950 | 0.0200 | 0.0210 |"));
-  EXPECT_THAT(markdown, HasSubstr("| align | 20 of 20 | 200 | 1:01 | 9 | 0.2500 |"));
-  EXPECT_THAT(markdown, HasSubstr("| copy, gap 16 | 80 | 0.500 | 0.400 |"));
+  // Cells are padded to columns; what they say is what matters here.
+  std::string rows;
+  for (const char c : markdown) {
+    if (c != ' ' || rows.empty() || rows.back() != ' ') rows += c;
+  }
+  EXPECT_THAT(rows, HasSubstr("| 1 | 0.0123 | 0.0100 to 0.0200 | 0.950 | 0.0200 | 0.0210 |"));
+  EXPECT_THAT(rows, HasSubstr("| align | 20 of 20 | 200 | 1:01 | 9 | 0.2500 |"));
+  EXPECT_THAT(rows, HasSubstr("| copy, gap 16 | 80 | 0.500 | 0.400 |"));
   EXPECT_THAT(markdown, HasSubstr("Least sensitive first: 1 0."));
   const std::string html = testing::ReadFile(folder.path() + "/report.html");
   EXPECT_THAT(html, HasSubstr("<svg"));
