@@ -157,6 +157,15 @@ bool PrefixCache::Shed(Node* leaf) {
     if (!node->snapshot.empty() && (needs == nullptr || node->level < needs->level)) needs = node;
     if (needs == nullptr) break;  // of level 0: all of its pages are needed
     if (node->covers >= needs->level) continue;
+    const auto idle = [&](int layer) {
+      const int32_t page = node->pages[layer];
+      return page >= 0 && needs->snapshot[layer] >= 0 &&
+             ledger_->references(BlockKind::kPage, page) == 1;
+    };
+    // A sequence holds it, and with it all before it: nothing is to be had.
+    bool any = false;
+    for (int layer = 0; layer < options_.layers && !any; ++layer) any = idle(layer);
+    if (!any) break;
     for (int layer = 0; layer < options_.layers; ++layer) {
       int32_t& page = node->pages[layer];
       if (page < 0 || needs->snapshot[layer] < 0) continue;

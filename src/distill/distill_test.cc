@@ -11,6 +11,7 @@
 
 #include "base/random.h"
 #include "distill/checkpoint.h"
+#include "distill/distill_testing.h"
 #include "distill/network.h"
 #include "distill/run_log.h"
 #include "distill/token_file.h"
@@ -26,17 +27,10 @@ using testing::TempDir;
 
 constexpr uint64_t kSeed = 11;
 
-ModelConfig Config() {
-  ModelConfig config = testing::TinyConfig("llama");
-  config.L = 3, config.C = 32, config.H = 4, config.Hkv = 2, config.D = 8, config.ffn = 48;
-  config.V = 64, config.max_position = 256;
-  return config;
-}
-
 class DistillTest : public ::testing::Test {
  protected:
   void SetUp() override {
-    const ModelConfig config = Config();
+    const ModelConfig config = testing::TrainingModel();
     testing::Weights weights = testing::RandomWeights(config, kSeed);
     const std::string path = folder_.Write("m.gguf", testing::TinyGguf(config, weights).Build());
     auto file = ModelFile::Open(path);
@@ -57,25 +51,15 @@ class DistillTest : public ::testing::Test {
   }
 
   DistillJob Job(const std::string& name) const {
-    DistillJob job;
-    job.data = {folder_.path() + "/data.tokens"};
-    job.out = folder_.path() + "/" + name;
-    job.quiet = true;
+    DistillJob job = testing::TrainingJob(folder_.path(), name);
     DistillConfig& c = job.config;
-    c.adapter = {.window = 8, .sinks = 2, .rank = 4};
-    c.half_lives = {16, 64, 2, 8};
-    c.lengths = {64, 96};
-    c.length_shares = {0.5, 0.5};
+    c.order_method = DistillConfig().order_method;
     c.tokens_per_step = 192;
     c.align_tokens = 192 * 30;
     c.chain_tokens = 192 * 20;
-    c.warmup_steps = 3;
     c.order_sequences = 4;
-    c.order_length = 64;
     c.evaluate_length = 96;
     c.evaluate_documents = 3;
-    c.evaluate_recall = 2;
-    c.threads = 1;
     c.log_every = 5;
     return job;
   }
