@@ -36,7 +36,8 @@ set(DSLA_CUDA_ARCHS 80 90a CACHE STRING "Compute capabilities to build GPU code 
 # dsla_cuda_library(NAME <name> SRCS <files.cu>): the shared library dsla_<name>, with a runtime of its own linked in, so
 # that nothing of CUDA is needed to link against it or to start. No CUDA language is enabled: nvcc runs by plain commands, so
 # that configuring tries no compiler. A kernel that spills registers or uses local memory fails the build, as does every other
-# warning of ptxas (serialised wgmma is one).
+# warning of ptxas (serialised wgmma is one). COMPILE_OPTIONS of a source are added to its own command. Sources may lie in other
+# folders of src/: their objects are named after their path there.
 function(dsla_cuda_library)
   cmake_parse_arguments(ARG "" "NAME" "SRCS" ${ARGN})
   cmake_path(GET DSLA_NVCC PARENT_PATH toolkit)
@@ -51,10 +52,17 @@ function(dsla_cuda_library)
   endforeach()
   set(objects)
   foreach(source ${ARG_SRCS})
-    set(object ${CMAKE_CURRENT_BINARY_DIR}/${source}.o)
+    cmake_path(ABSOLUTE_PATH source BASE_DIRECTORY ${CMAKE_CURRENT_SOURCE_DIR} NORMALIZE OUTPUT_VARIABLE path)
+    cmake_path(RELATIVE_PATH path BASE_DIRECTORY ${PROJECT_SOURCE_DIR}/src OUTPUT_VARIABLE name)
+    string(REPLACE / _ object ${name})
+    set(object ${CMAKE_CURRENT_BINARY_DIR}/${object}.o)
+    get_source_file_property(options ${source} COMPILE_OPTIONS)
+    if(NOT options)
+      set(options)
+    endif()
     add_custom_command(OUTPUT ${object} DEPFILE ${object}.d
-      COMMAND ${CMAKE_CXX_COMPILER_LAUNCHER} ${DSLA_NVCC} ${flags} -MD -MF ${object}.d -MT ${object} -c ${CMAKE_CURRENT_SOURCE_DIR}/${source} -o ${object}
-      DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/${source} COMMENT "nvcc ${source}" VERBATIM)
+      COMMAND ${CMAKE_CXX_COMPILER_LAUNCHER} ${DSLA_NVCC} ${flags} ${options} -MD -MF ${object}.d -MT ${object} -c ${path} -o ${object}
+      DEPENDS ${path} COMMENT "nvcc ${name}" VERBATIM)
     list(APPEND objects ${object})
   endforeach()
   add_library(dsla_${ARG_NAME} SHARED ${objects})
