@@ -78,7 +78,7 @@ void CheckShape(const DslaShape& shape, const DslaSlotLayout& layout, const Dsla
 // wait. An error stays for cudaGetLastError.
 template <typename Params>
 void StartEarly(void (*kernel)(Params), dim3 grid, int threads, const Params& p,
-                cudaStream_t stream) {
+                cudaStream_t stream, size_t dynamic_shared_bytes = 0) {
   int device = 0, major = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
@@ -88,6 +88,7 @@ void StartEarly(void (*kernel)(Params), dim3 grid, int threads, const Params& p,
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = dynamic_shared_bytes;
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = major >= 9 ? 1 : 0;
