@@ -20,8 +20,19 @@ else()
     elseif(dsla_nvcc_version VERSION_LESS DSLA_CUDA_OLDEST)
       set(dsla_cuda_status "toolkit ${dsla_nvcc_version} is older than ${DSLA_CUDA_OLDEST} (${DSLA_NVCC})")
     else()
-      set(dsla_cuda_status "toolkit ${dsla_nvcc_version} (${DSLA_NVCC})")
-      set(DSLA_HAVE_CUDA TRUE)
+      # FlashInfer's headers, and the CCCL that they need, from the wheel in the project's own .venv (or DSLA_FLASHINFER_DIR).
+      if("${DSLA_FLASHINFER_DIR}" MATCHES "^$|/\\.venv/" AND NOT EXISTS "${DSLA_FLASHINFER_DIR}/include/flashinfer")
+        unset(DSLA_FLASHINFER_DIR CACHE)  # a .venv made since, or made anew with another Python version
+      endif()
+      file(GLOB dsla_flashinfer_dir ${PROJECT_SOURCE_DIR}/.venv/lib/python3*/site-packages/flashinfer/data)
+      set(DSLA_FLASHINFER_DIR "${dsla_flashinfer_dir}" CACHE PATH "The flashinfer package's data folder (with include/ and cccl/)")
+      if(EXISTS "${DSLA_FLASHINFER_DIR}/include/flashinfer/attention/prefill.cuh")
+        set(dsla_cuda_status "toolkit ${dsla_nvcc_version} (${DSLA_NVCC})")
+        set(DSLA_HAVE_CUDA TRUE)
+      else()
+        string(CONCAT dsla_cuda_status "FlashInfer's headers are missing (DSLA_FLASHINFER_DIR is '${DSLA_FLASHINFER_DIR}'): run "
+               "./quickstart, or set DSLA_FLASHINFER_DIR to flashinfer/data of an installed flashinfer-python")
+      endif()
     endif()
   endif()
 endif()
@@ -36,14 +47,16 @@ set(DSLA_CUDA_ARCHS 80 90a CACHE STRING "Compute capabilities to build GPU code 
 # dsla_cuda_library(NAME <name> SRCS <files.cu>): the shared library dsla_<name>, with a runtime of its own linked in, so
 # that nothing of CUDA is needed to link against it or to start. No CUDA language is enabled: nvcc runs by plain commands, so
 # that configuring tries no compiler. A kernel that spills registers or uses local memory fails the build, as does every other
-# warning of ptxas (serialised wgmma is one). COMPILE_OPTIONS of a source are added to its own command. Sources may lie in other
-# folders of src/: their objects are named after their path there.
+# warning of ptxas (serialised wgmma is one), but in a source with the property DSLA_FOREIGN_KERNELS: what it instantiates is not
+# ours to change. Sources may lie in other folders of src/: their objects are named after their path there.
 function(dsla_cuda_library)
   cmake_parse_arguments(ARG "" "NAME" "SRCS" ${ARGN})
   cmake_path(GET DSLA_NVCC PARENT_PATH toolkit)
   cmake_path(GET toolkit PARENT_PATH toolkit)
   set(flags -std=c++20 -O3 -I${PROJECT_SOURCE_DIR}/src --expt-relaxed-constexpr -Xcompiler=-fPIC,-Wall,-Wextra,-Werror,-fvisibility=hidden
-      -Xptxas=--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error --Werror=all-warnings)
+      --Werror=all-warnings)
+  set(checks -Xptxas=--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error)
+  set(foreign -isystem ${DSLA_FLASHINFER_DIR}/include -isystem ${DSLA_FLASHINFER_DIR}/cccl/libcudacxx/include)
   if(NOT CMAKE_BUILD_TYPE STREQUAL "Debug")
     list(APPEND flags -DNDEBUG)
   endif()
@@ -56,9 +69,10 @@ function(dsla_cuda_library)
     cmake_path(RELATIVE_PATH path BASE_DIRECTORY ${PROJECT_SOURCE_DIR}/src OUTPUT_VARIABLE name)
     string(REPLACE / _ object ${name})
     set(object ${CMAKE_CURRENT_BINARY_DIR}/${object}.o)
-    get_source_file_property(options ${source} COMPILE_OPTIONS)
-    if(NOT options)
-      set(options)
+    get_source_file_property(is_foreign ${source} DSLA_FOREIGN_KERNELS)
+    set(options ${checks})
+    if(is_foreign)
+      set(options ${foreign})
     endif()
     add_custom_command(OUTPUT ${object} DEPFILE ${object}.d
       COMMAND ${CMAKE_CXX_COMPILER_LAUNCHER} ${DSLA_NVCC} ${flags} ${options} -MD -MF ${object}.d -MT ${object} -c ${path} -o ${object}

@@ -50,7 +50,7 @@ def check(root, registered, tests, with_cuda):
             if path.suffix == ".py":
                 if kind == "test" and not any(str(path.resolve()) in command for command in tests.values()):
                     errors.append(f"{name}: no CTest test runs it (add_test)")
-            elif path.suffix == ".cu" and not with_cuda:
+            elif (path.suffix == ".cu" or path.parent.name == "cuda") and not with_cuda:
                 continue
             elif (kind, path.resolve()) not in registered:
                 errors.append(f"{name}: not in the build (declare it with dsla_{kind} in its folder's CMakeLists.txt)")
@@ -64,7 +64,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=pathlib.Path, default=pathlib.Path(__file__).resolve().parent.parent)
     parser.add_argument("--build", type=pathlib.Path, required=True, help="a configured build folder with tests")
-    parser.add_argument("--with-cuda", action="store_true", help="*_test.cu must be registered too")
+    parser.add_argument("--with-cuda", action="store_true", help="*_test.cu and tests in folders named cuda must be registered too")
     args = parser.parse_args()
     registered = read_registered(args.build / "registered.txt")
     count, errors = check(args.root.resolve(), registered, ctest_tests(args.build), args.with_cuda)

@@ -187,8 +187,11 @@ class RegisteredTest(TreeTest):
 
     def test_cuda_sources_count_where_cuda_is(self):
         self.write("src/a_test.cu", "")
+        self.write("src/cuda/b_test.cc", "")
         self.assertEqual(self.check([], {}), [])
-        self.assertIn("src/a_test.cu: not in the build", self.check([], {}, with_cuda=True)[0])
+        errors = self.check([], {}, with_cuda=True)
+        self.assertIn("src/a_test.cu: not in the build", errors[0])
+        self.assertIn("src/cuda/b_test.cc: not in the build", errors[1])
 
     def test_script_on_a_configured_build(self):
         self.write("build/registered.txt", f"test\ta_test\t{self.root}/src/a_test.cc\n")

@@ -208,6 +208,17 @@ install_requirements() {
   echo "note: installed ${todo[*]}"
 }
 
+# What the CUDA part needs, if the build will find a CUDA toolkit that is new enough (in step with cmake/Cuda.cmake).
+cuda_requirements() {
+  local nvcc version
+  for nvcc in "${CUDA_HOME:-}/bin/nvcc" "${CUDA_PATH:-}/bin/nvcc" /usr/local/cuda/bin/nvcc "$(command -v nvcc)"; do
+    [[ -x $nvcc ]] || continue
+    version=$("$nvcc" --version | sed -n 's/.*release \([0-9]*\.[0-9]*\).*/\1/p')
+    [[ $(printf '%s\n' 12.8 "$version" | sort -V | head -n 1) != 12.8 ]] || echo requirements-cuda.txt
+    return 0
+  done
+}
+
 # --- Builds ----------------------------------------------------------------------------------------------------------
 
 # A translation unit that includes libtorch takes up to 2.5 GiB.
