@@ -13,13 +13,12 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <memory>
 #include <random>
 #include <string>
 #include <vector>
 
-#include "ops/dsla/cuda/dsla_cuda_testing.cuh"
+#include "gpu_timing.cuh"
 
 namespace dsla {
 namespace {
@@ -29,37 +28,6 @@ struct Machine {
   const char* only = "";  // lines whose name has this
 };
 
-double MedianSeconds(cudaStream_t stream, int repeats, const std::function<void(int)>& run) {
-  cudaEvent_t begin, end;
-  CheckCuda(cudaEventCreate(&begin));
-  CheckCuda(cudaEventCreate(&end));
-  for (int i = 0; i < 3; ++i) run(i);
-  std::vector<double> seconds;
-  for (int i = 0; i < repeats; ++i) {
-    CheckCuda(cudaEventRecord(begin, stream));
-    run(i);
-    CheckCuda(cudaEventRecord(end, stream));
-    CheckCuda(cudaEventSynchronize(end));
-    float ms = 0;
-    CheckCuda(cudaEventElapsedTime(&ms, begin, end));
-    seconds.push_back(ms * 1e-3);
-  }
-  CheckCuda(cudaEventDestroy(begin));
-  CheckCuda(cudaEventDestroy(end));
-  std::sort(seconds.begin(), seconds.end());
-  return seconds[seconds.size() / 2];
-}
-
-double CopyBandwidth(cudaStream_t stream) {
-  const int64_t bytes = int64_t{2} << 30;
-  const DeviceBytes from(bytes), to(bytes);
-  const double s = MedianSeconds(stream, 10, [&](int) {
-    CheckCuda(cudaMemcpyAsync(to.as<void>(), from.as<void>(), size_t(bytes),
-                              cudaMemcpyDeviceToDevice, stream));
-  });
-  return 2.0 * static_cast<double>(bytes) / s;
-}
-
 void Report(const char* what, double seconds, double bytes, double flops, const Machine& m) {
   const double by_bytes = bytes / m.bytes_per_second, by_flops = flops / m.flops;
   std::printf("%-46s %9.1f us %9.1f MB %8.2f GFLOP  limit %8.1f us (%s)  share %5.1f%%\n", what,
@@ -67,16 +35,6 @@ void Report(const char* what, double seconds, double bytes, double flops, const 
               by_bytes > by_flops ? "memory" : "matrix",
               100 * std::max(by_bytes, by_flops) / seconds);
   std::fflush(stdout);
-}
-
-std::vector<bf16> RandomBf16(int64_t n, uint32_t seed) {
-  // A short period is enough for timing and quick to make.
-  std::mt19937 rng(seed);
-  std::normal_distribution<float> normal;
-  std::vector<bf16> pool(1 << 16), x(static_cast<size_t>(n));
-  for (bf16& v : pool) v = ToBf16(normal(rng));
-  for (size_t i = 0; i < x.size(); ++i) x[i] = pool[(i * 40503 + i / 65536) % pool.size()];
-  return x;
 }
 
 struct Setup {
