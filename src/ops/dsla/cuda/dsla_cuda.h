@@ -16,15 +16,10 @@
 
 #include <cstdint>
 
+#include "ops/cuda/stream.h"
 #include "ops/dsla/dsla.h"
 
-struct CUstream_st;  // cudaStream_t is a pointer to it
-
 namespace dsla::cuda {
-
-using Stream = CUstream_st*;
-
-#define DSLA_CUDA_EXPORT __attribute__((visibility("default")))
 
 // Query heads per KV head up to which decode works.
 inline constexpr int kMaxGroup = 8;
