@@ -3,22 +3,26 @@
 // nearer limit that it reaches. Decode rotates over more than 200 MB of slots, so that no state is
 // found in the L2 cache, and is replayed from a CUDA graph, as a server does.
 //
-//   dsla_gpu [--tflops 780] [--only "prefill H32"]
+//   dsla_gpu [--tflops 780] [--only "prefill H32"] [--wave 136] [--kernels]
 //
 // --tflops is the rate of a large bf16 matrix product on this card (bench/gpu/rivals.py measures
-// it).
+// it). --wave does only waves of so many chunks. --kernels also prints the time of each kernel,
+// between events, so that none overlaps another.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "gpu_timing.cuh"
+#include "ops/dsla/cuda/prefill_trace.h"
 
 namespace dsla {
 namespace {
@@ -26,6 +30,8 @@ namespace {
 struct Machine {
   double bytes_per_second = 0, flops = 0;
   const char* only = "";  // lines whose name has this
+  int wave = 0;           // 0: several
+  bool kernels = false;
 };
 
 void Report(const char* what, double seconds, double bytes, double flops, const Machine& m) {
@@ -34,6 +40,49 @@ void Report(const char* what, double seconds, double bytes, double flops, const 
               seconds * 1e6, bytes * 1e-6, flops * 1e-9, std::max(by_bytes, by_flops) * 1e6,
               by_bytes > by_flops ? "memory" : "matrix",
               100 * std::max(by_bytes, by_flops) / seconds);
+  std::fflush(stdout);
+}
+
+// The time of each kernel of a call, those of the same name together: medians over calls.
+void ReportKernels(cudaStream_t stream, const std::function<void()>& run) {
+  struct Mark {
+    const char* kernel;
+    cudaEvent_t event;
+  };
+  std::vector<Mark> marks;
+  const auto mark = [](const char* kernel, cudaStream_t on, void* to) {
+    cudaEvent_t event;
+    CheckCuda(cudaEventCreate(&event));
+    CheckCuda(cudaEventRecord(event, on));
+    static_cast<std::vector<Mark>*>(to)->push_back({kernel, event});
+  };
+  std::vector<std::string> names;
+  std::map<std::string, std::vector<float>> times;
+  for (int repeat = 0; repeat < 7; ++repeat) {
+    mark("", stream, &marks);
+    cuda::SetLaunchTrace(mark, &marks);
+    run();
+    cuda::SetLaunchTrace(nullptr, nullptr);
+    CheckCuda(cudaStreamSynchronize(stream));
+    std::map<std::string, float> sums;
+    for (size_t i = 1; i < marks.size(); ++i) {
+      float ms = 0;
+      CheckCuda(cudaEventElapsedTime(&ms, marks[i - 1].event, marks[i].event));
+      sums[marks[i].kernel] += ms * 1e3f;
+      if (std::find(names.begin(), names.end(), marks[i].kernel) == names.end())
+        names.push_back(marks[i].kernel);
+    }
+    for (const auto& [name, us] : sums) times[name].push_back(us);
+    for (const Mark& m : marks) CheckCuda(cudaEventDestroy(m.event));
+    marks.clear();
+  }
+  std::printf("   ");
+  for (const std::string& name : names) {
+    std::vector<float>& t = times[name];
+    std::sort(t.begin(), t.end());
+    std::printf(" %s %.1f", name.c_str(), t[t.size() / 2]);
+  }
+  std::printf(" us\n");
   std::fflush(stdout);
 }
 
@@ -156,6 +205,7 @@ void BenchPrefill(const Setup& setup, int T, int wave, cudaStream_t stream, cons
                    double(s.H) * (2.0 * s.D * s.D + 2.0 * s.D * s.SF() + 64.0 * (s.SF() + s.D) +
                                   4.0 * s.D * (s.window + s.sinks)));
   Report(name.c_str(), seconds, bytes, flops, m);
+  if (m.kernels) ReportKernels(stream, [&] { CheckCuda(cuda::Prefill(a, stream)); });
 }
 
 void BenchFold(const Setup& setup, int T, int wave, cudaStream_t stream, const Machine& m) {
@@ -192,16 +242,23 @@ void BenchFold(const Setup& setup, int T, int wave, cudaStream_t stream, const M
   const double bytes = double(T) * s.Hkv * s.D * 4;
   const double flops = double(T) * s.Hkv * (4.0 * s.D * s.SF() + 2.0 * s.D * s.D);
   Report(name.c_str(), seconds, bytes, flops, m);
+  if (m.kernels) ReportKernels(stream, [&] { CheckCuda(cuda::Fold(a, stream)); });
 }
 
 int Main(int argc, char** argv) {
   Machine m;
   m.flops = 780e12;
-  for (int i = 1; i + 1 < argc; ++i)
-    if (std::strcmp(argv[i], "--tflops") == 0)
-      m.flops = std::atof(argv[i + 1]) * 1e12;
+  for (int i = 1; i < argc; ++i)
+    if (std::strcmp(argv[i], "--kernels") == 0)
+      m.kernels = true;
+    else if (i + 1 == argc)
+      break;
+    else if (std::strcmp(argv[i], "--tflops") == 0)
+      m.flops = std::atof(argv[++i]) * 1e12;
     else if (std::strcmp(argv[i], "--only") == 0)
-      m.only = argv[i + 1];
+      m.only = argv[++i];
+    else if (std::strcmp(argv[i], "--wave") == 0)
+      m.wave = std::atoi(argv[++i]);
   int count = 0;
   if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
     std::fprintf(stderr, "dsla_gpu: no CUDA device here\n");
@@ -222,11 +279,12 @@ int Main(int argc, char** argv) {
     for (int N : {1, 8, 32, 128}) BenchDecode(s, N, stream, m);
   for (const Setup& s : {wide, bare, grouped, small})
     for (int T : {2048, 8192, 65536})
-      for (int wave : {32, 130})
-        if (wave <= T / 64 + 2) BenchPrefill(s, T, wave, stream, m);
+      for (int wave : m.wave > 0 ? std::vector<int>{m.wave} : std::vector<int>{32, 136})
+        if (m.wave > 0 || wave <= T / 64 + 8) BenchPrefill(s, T, wave, stream, m);
   for (const Setup& s : {wide, grouped, small})
     for (int T : {8192, 65536})
-      for (int wave : {16, 130}) BenchFold(s, T, wave, stream, m);
+      for (int wave : m.wave > 0 ? std::vector<int>{m.wave} : std::vector<int>{16, 136})
+        BenchFold(s, T, wave, stream, m);
   return 0;
 }
 

@@ -1,6 +1,7 @@
-// Carries the states of a sequence from chunk to chunk, leaving e^R S of every chunk for its
-// queries.
+// Carries the states of a sequence from chunk to chunk:
 //   S^ = e^R S,  S' = e^{L-R} (S^ + K~^T V)
+// Three kernels of one loop: `summary` finds what a segment adds to states of zero, and its total
+// decay; `carry` leaves e^R S of every chunk for its queries; `fold` wants only the last state.
 // The state is held transposed, so that its accumulators are, once rounded, mma's B operand of the
 // queries' product with it.
 #include "ops/dsla/cuda/prefill.cuh"
@@ -9,6 +10,8 @@ namespace dsla::cuda {
 namespace {
 
 constexpr int kThreads = 128, kStages = 3;
+
+enum class Pass { kSummary, kCarry, kFold };
 
 constexpr int kChannels = 32;  // of a block; all value columns
 
@@ -43,7 +46,7 @@ __device__ __forceinline__ void Fetch(const PrefillParams& p, CarryStage<D>& s, 
                                       int c0) {
   constexpr int kC = kChannels, kKeyPieces = kC / 8;
   const Layer& l = p.layer;
-  const int64_t part = int64_t{index - p.first} * l.Hkv + h;
+  const int64_t part = int64_t{index} * l.Hkv + h;
   const __nv_bfloat16* key = p.key + (part * l.SF + c0 / D * D) * kChunk + c0 % D;
   for (int i = threadIdx.x; i < kChunk * kKeyPieces; i += kThreads) {
     const int row = i / kKeyPieces, c = i % kKeyPieces;
@@ -75,71 +78,98 @@ __device__ __forceinline__ void Fetch(const PrefillParams& p, CarryStage<D>& s, 
   }
 }
 
-// grid (blocks of channels, Hkv, N)
-template <int D, bool kFold>
+// grid (blocks of channels, Hkv, segments)
+template <int D, Pass kPass>
 __global__ void __launch_bounds__(kThreads, D == 128 ? 3 : 4)
     CarryKernel(const __grid_constant__ PrefillParams p) {
+  constexpr bool kFold = kPass == Pass::kFold;
   constexpr int kC = kChannels, kM = D / 64, kN = kC / 8;
   extern __shared__ __align__(16) std::byte memory[];
   auto* stages = reinterpret_cast<CarryStage<D>*>(memory);
   const Layer& l = p.layer;
-  const int n = blockIdx.z, h = blockIdx.y, c0 = blockIdx.x * kC;
+  const int h = blockIdx.y, c0 = blockIdx.x * kC;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const int begin = max(p.chunk_start[n], p.first);
-  const int end = min(p.chunk_start[n + 1], p.first + p.wave_chunks);
-  // A sequence without chunks still is reset by a fold, in the call's first wave.
-  const bool empty = kFold && p.first == 0 && p.chunk_start[n] == p.chunk_start[n + 1];
-  if (begin >= end && !empty) return;
-  const bool fresh = kFold && (empty || begin == p.chunk_start[n]);
-
-  const int pos = l.pos[n], first_chunk = p.chunk_start[n], last_chunk = p.chunk_start[n + 1] - 1;
-  const int64_t row_start = kFold ? 0 : l.row_start[n];
-  Chunk first{}, last{};
-  if (!empty) {
-    first = p.chunks[first_chunk];
-    last = p.chunks[last_chunk];
+  // With segments all but the scan before `carry` has ended when it starts.
+  if (kPass != Pass::kCarry || p.segment == 0) {
+    AwaitPrevious();
+    AllowNext();
   }
-  const auto chunk_at = [&](int index) -> Chunk {
-    return {n, first.e0 + (index - first_chunk) * kChunk, index == first_chunk ? first.lo : 0,
-            index == last_chunk ? last.hi : kChunk};
+  const Segment segment = SegmentOf(p, blockIdx.z);
+  const int n = segment.n;
+  if (segment.count < 0 || (kPass == Pass::kSummary && (segment.flags & kLast))) {
+    AwaitPrevious();
+    return;
+  }
+  const int pos = l.pos[n];
+  const int64_t row_start = kFold ? 0 : l.row_start[n];
+  const auto chunk_at = [&](int i) -> Chunk {
+    return {n, segment.e0 + i * kChunk, i == 0 ? segment.lo : 0,
+            i == segment.count - 1 ? segment.hi : kChunk};
   };
-  const auto page_at = [&](int index) {
-    if (!kFold || index >= end) return -1;
-    const int e0 = chunk_at(index).e0;
+  const auto page_at = [&](int i) {
+    if (!kFold || i >= segment.count) return -1;
+    const int e0 = segment.e0 + i * kChunk;
     return IsSpan<D>(l, p.pages, n, e0)
                ? p.pages.pages[p.pages.page_start[n] + e0 / p.pages.page_size]
                : -1;
   };
-  const auto fetch = [&](int index, int page) {
-    if (index < end)
-      Fetch<D, kFold>(p, stages[(index - begin) % kStages], chunk_at(index), pos, row_start, page,
-                      index, h, c0);
+  const auto fetch = [&](int i, int page) {
+    if (i < segment.count)
+      Fetch<D, kFold>(p, stages[i % kStages], chunk_at(i), pos, row_start, page, segment.at + i, h,
+                      c0);
     CommitCopies();
   };
-  for (int i = 0; i < kStages - 1; ++i) fetch(begin + i, page_at(begin + i));
-  int page = page_at(begin + kStages - 1);
+  for (int i = 0; i < kStages - 1; ++i) fetch(i, page_at(i));
+  int page = page_at(kStages - 1);
+  if (kPass == Pass::kCarry && p.segment > 0) {
+    AwaitPrevious();
+    AllowNext();
+  }
+
+  // Where the states come from and go to: the slot, or this segment's part of `start`. Only the
+  // sequence's last segment of a prefill, or a wave's chunks where there are no segments, end in
+  // the slot; the scan writes it otherwise.
+  const bool alone = p.segment == 0 || IsWhole(segment);
+  const bool zero =
+      kPass == Pass::kSummary || (kFold && (p.segment > 0 || (segment.flags & kFirst)));
+  const bool from_slot = kPass == Pass::kCarry ? alone : !zero;
+  const bool to_slot =
+      kPass != Pass::kSummary && (alone || (kPass == Pass::kCarry && (segment.flags & kLast)));
+  const bool to_store = !to_slot && kPass != Pass::kCarry;
   std::byte* slot = SlotBase(l, n);
   float* state = reinterpret_cast<float*>(slot + l.at.state) + (int64_t{h} * l.SF + c0) * D;
   float* norm = reinterpret_cast<float*>(slot + l.at.norm) + int64_t{h} * l.SF + c0;
+  const int64_t store = (int64_t{segment.store} * l.Hkv + h) * l.SF + c0;
+  float4* start = reinterpret_cast<float4*>(p.start + store * D) + threadIdx.x;
   const int v0 = warp * (D / 4);  // this warp's value columns
   float acc[kM][kN][4];
-  float z = fresh || threadIdx.x >= kC ? 0 : norm[threadIdx.x];
+  float z = 0, total = 1;
+  if (!zero && threadIdx.x < kC)
+    z = from_slot ? norm[threadIdx.x] : p.start_norm[store + threadIdx.x];
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
-    for (int j = 0; j < kN; ++j)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        acc[m][j][i] =
-            fresh ? 0 : state[(8 * j + 2 * t + i % 2) * D + v0 + 16 * m + g + 8 * (i / 2)];
+    for (int j = 0; j < kN; ++j) {
+      float4 x{};
+      if (!zero && from_slot) {
+        const float* from = state + (8 * j + 2 * t) * D + v0 + 16 * m + g;
+        x = {from[0], from[D], from[8], from[D + 8]};
+      } else if (!zero) {
+        x = start[(m * kN + j) * kThreads];
+      }
+      acc[m][j][0] = x.x;
+      acc[m][j][1] = x.y;
+      acc[m][j][2] = x.z;
+      acc[m][j][3] = x.w;
+    }
 
-  for (int index = begin; index < end; ++index) {
+  for (int i = 0; i < segment.count; ++i) {
     WaitCopies<kStages - 2>();
     __syncthreads();
-    fetch(index + kStages - 1, page);
-    page = page_at(index + kStages);
-    const CarryStage<D>& s = stages[(index - begin) % kStages];
-    const int64_t part = int64_t{index - p.first} * l.Hkv + h;
+    fetch(i + kStages - 1, page);
+    page = page_at(i + kStages);
+    const CarryStage<D>& s = stages[i % kStages];
+    const int64_t part = int64_t{segment.at + i} * l.Hkv + h;
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
       const float4 decay = s.decay[4 * j + t];  // of channels 2t, 2t + 1: e^R, e^{L-R} each
@@ -151,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 3 : 4)
         acc[m][j][3] *= decay.z;
       }
     }
-    if constexpr (!kFold) {
+    if constexpr (kPass == Pass::kCarry) {
       uint4* to = reinterpret_cast<uint4*>(p.state + (part * l.SF + c0 / D * D) * D);
 #pragma unroll
       for (int m = 0; m < kM; ++m)
@@ -167,8 +197,9 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 3 : 4)
       const float2 decay = reinterpret_cast<const float2*>(s.decay)[threadIdx.x];
       const float* sums = reinterpret_cast<const float*>(s.key_sum) + threadIdx.x;
       z *= decay.x;
-      if constexpr (!kFold) p.norm[part * l.SF + c0 + threadIdx.x] = z;
+      if constexpr (kPass == Pass::kCarry) p.norm[part * l.SF + c0 + threadIdx.x] = z;
       z = (z + ((sums[0] + sums[kC]) + (sums[2 * kC] + sums[3 * kC]))) * decay.y;
+      if constexpr (kPass != Pass::kCarry) total *= decay.x * decay.y;
     }
     const uint32_t v = SharedAddress(s.v), key = SharedAddress(s.key);
 #pragma unroll
@@ -201,29 +232,52 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 3 : 4)
       }
     }
   }
+  if (!to_slot && !to_store) return;
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
-    for (int j = 0; j < kN; ++j)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        state[(8 * j + 2 * t + i % 2) * D + v0 + 16 * m + g + 8 * (i / 2)] = acc[m][j][i];
-  if (threadIdx.x < kC) norm[threadIdx.x] = z;
+    for (int j = 0; j < kN; ++j) {
+      const float(&x)[4] = acc[m][j];
+      if (to_store) {
+        start[(m * kN + j) * kThreads] = {x[0], x[1], x[2], x[3]};
+        continue;
+      }
+      float* to = state + (8 * j + 2 * t) * D + v0 + 16 * m + g;
+      to[0] = x[0];
+      to[D] = x[1];
+      to[8] = x[2];
+      to[D + 8] = x[3];
+    }
+  if (threadIdx.x >= kC) return;
+  if (to_store) p.start_decay[store + threadIdx.x] = total;
+  (to_store ? p.start_norm + store : norm)[threadIdx.x] = z;
 }
 
-template <int D, bool kFold>
-void Launch(const PrefillParams& p, cudaStream_t stream) {
-  const dim3 grid(p.layer.SF / kChannels, p.layer.Hkv, p.layer.N);
-  Start(CarryKernel<D, kFold>, grid, kThreads, kStages * sizeof(CarryStage<D>), p, stream);
+template <int D, Pass kPass>
+void Launch(const char* name, const PrefillParams& p, cudaStream_t stream) {
+  const dim3 grid(p.layer.SF / kChannels, p.layer.Hkv, p.wave_segments);
+  Start<CarryKernel<D, kPass>>(name, grid, kThreads, kStages * sizeof(CarryStage<D>), p, stream);
+}
+template <int D>
+void Launch(const char* name, Pass pass, const PrefillParams& p, cudaStream_t stream) {
+  if (pass == Pass::kCarry)
+    Launch<D, Pass::kCarry>(name, p, stream);
+  else if (pass == Pass::kSummary)
+    Launch<D, Pass::kSummary>(name, p, stream);
+  else
+    Launch<D, Pass::kFold>(name, p, stream);
 }
 
 }  // namespace
 
+void LaunchSummary(const PrefillParams& p, int D, cudaStream_t stream) {
+  const Pass pass = p.fold ? Pass::kFold : Pass::kSummary;
+  D == 64 ? Launch<64>("summary", pass, p, stream) : Launch<128>("summary", pass, p, stream);
+}
+
 void LaunchCarry(const PrefillParams& p, int D, cudaStream_t stream) {
-  if (D == 64)
-    p.fold ? Launch<64, true>(p, stream) : Launch<64, false>(p, stream);
-  else
-    p.fold ? Launch<128, true>(p, stream) : Launch<128, false>(p, stream);
+  D == 64 ? Launch<64>("carry", Pass::kCarry, p, stream)
+          : Launch<128>("carry", Pass::kCarry, p, stream);
 }
 
 }  // namespace dsla::cuda

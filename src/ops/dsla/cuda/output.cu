@@ -50,15 +50,20 @@ __global__ void __launch_bounds__(kThreads, 2)
   extern __shared__ __align__(16) std::byte memory[];
   auto& shared = *reinterpret_cast<OutputShared<D>*>(memory);
   const Layer& l = p.layer;
-  const int index = p.first + blockIdx.y, head = blockIdx.x, h = head / l.G;
-  if (index >= p.chunk_start[l.N]) return;
-  const Chunk chunk = p.chunks[index];
+  const int head = blockIdx.x, h = head / l.G;
+  const Chunk chunk = ChunkOf(p, blockIdx.y);
+  if (chunk.n < 0) {
+    AwaitPrevious();
+    return;
+  }
   const int64_t part = int64_t{blockIdx.y} * l.Hkv + h;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int blocks = l.SF / D;
 
   FetchMatrix<D>(shared.matrix[1], l.weights.phi_q + int64_t{head} * D * D);
   CommitCopies();
+  AwaitPrevious();
+  AllowNext();
   const auto fetch_block = [&](int b) {
     FetchMatrix<D>(shared.matrix[b % 2], p.state + (part * l.SF + b * D) * D);
     FetchKeys<D>(shared.key[b % 2], p.key + (part * l.SF + b * D) * kChunk);
@@ -126,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (b + 1 < blocks)
       fetch_block(b + 1);
     else
-      FetchValues<D>(p, shared.key[(b + 1) % 2], chunk, h);
+      FetchValues<D>(p, shared.key[(b + 1) % 2], ChunkOf(p, blockIdx.y), h);
     CommitCopies();
     const bool negative = b % (l.F / D) == 1;
     const float sign = negative ? -1.f : 1.f;
@@ -196,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       Mma(acc[2 * j + 1], a, b[2], b[3]);
     }
   }
-  const Chunk again = p.chunks[index];  // read twice: registers are short in between
+  const Chunk again = ChunkOf(p, blockIdx.y);  // read twice: registers are short in between
   const int64_t row0 = FirstRow(l, again);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -225,8 +230,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <int D>
 void Launch(const PrefillParams& p, cudaStream_t stream) {
-  Start(OutputKernel<D>, dim3(p.layer.H, p.wave_chunks), kThreads, sizeof(OutputShared<D>), p,
-        stream);
+  Start<OutputKernel<D>>("output", dim3(p.layer.H, p.wave_chunks), kThreads,
+                         sizeof(OutputShared<D>), p, stream);
 }
 
 }  // namespace

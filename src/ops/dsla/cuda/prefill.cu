@@ -1,64 +1,21 @@
-// Plans chunks on the device, runs the chunked form's kernels wave by wave, and writes rings and
-// sinks.
+// Runs the chunked form's kernels wave by wave, and writes rings and sinks.
+#include <algorithm>
+
 #include "base/check.h"
 #include "ops/dsla/cuda/prefill.cuh"
 
 namespace dsla::cuda {
 namespace {
 
-constexpr int kPlanThreads = 256;
-
-// The chunks that times [pos, pos + count) of a sequence touch; of a fold, times [0, pos).
-__device__ __forceinline__ int2 Range(const PrefillParams& p, int n) {
-  const Layer& l = p.layer;
-  const int begin = p.fold ? 0 : l.pos[n] - l.W;
-  const int end = (p.fold ? 0 : l.row_start[n + 1] - l.row_start[n]) + l.pos[n] - l.W;
-  return {begin, end};
-}
-__device__ __forceinline__ int FloorChunk(int e) { return e >> 6; }  // of 64, rounds down
-static_assert(kChunk == 64);
-
-// One block. The plan is made here so that a call needs nothing but device arrays.
-__global__ void __launch_bounds__(kPlanThreads)
-    PlanKernel(const __grid_constant__ PrefillParams p) {
-  __shared__ int sums[kPlanThreads];
-  const int N = p.layer.N, thread = threadIdx.x;
-  int before = 0;
-  for (int base = 0; base < N; base += kPlanThreads) {
-    const int n = base + thread;
-    int count = 0;
-    if (n < N) {
-      const int2 r = Range(p, n);
-      if (r.x < r.y) count = FloorChunk(r.y - 1) - FloorChunk(r.x) + 1;
-    }
-    sums[thread] = count;
-    __syncthreads();
-    for (int step = 1; step < kPlanThreads; step *= 2) {
-      const int other = thread >= step ? sums[thread - step] : 0;
-      __syncthreads();
-      sums[thread] += other;
-      __syncthreads();
-    }
-    if (n < N) p.chunk_start[n] = before + sums[thread] - count;
-    before += sums[kPlanThreads - 1];
-    __syncthreads();
-  }
-  if (thread == 0) p.chunk_start[N] = before;
-  __syncthreads();
-  for (int n = 0; n < N; ++n) {
-    const int2 r = Range(p, n);
-    const int first = p.chunk_start[n], last = p.chunk_start[n + 1];
-    for (int i = first + thread; i < last; i += kPlanThreads) {
-      const int e0 = (FloorChunk(r.x) + (i - first)) * kChunk;
-      p.chunks[i] = {n, e0, max(r.x - e0, 0), min(r.y - e0, kChunk)};
-    }
-  }
-}
+thread_local LaunchTrace trace = nullptr;
+thread_local void* trace_context = nullptr;
 
 // grid (Hkv, N). After the queries: the last W tokens to the ring, the first S to the sinks.
 template <int D, bool kFold>
 __global__ void RingKernel(const __grid_constant__ PrefillParams p) {
   constexpr int kPieces = D / 8;
+  AwaitPrevious();
+  AllowNext();
   const Layer& l = p.layer;
   const int n = blockIdx.y, h = blockIdx.x, pos = l.pos[n];
   const int count = kFold ? pos : l.row_start[n + 1] - l.row_start[n];
@@ -96,9 +53,9 @@ template <int D>
 void LaunchRing(const PrefillParams& p, cudaStream_t stream) {
   const dim3 grid(p.layer.Hkv, p.layer.N);
   if (p.fold)
-    Start(RingKernel<D, true>, grid, 256, 0, p, stream);
+    Start<RingKernel<D, true>>("ring", grid, 256, 0, p, stream);
   else
-    Start(RingKernel<D, false>, grid, 256, 0, p, stream);
+    Start<RingKernel<D, false>>("ring", grid, 256, 0, p, stream);
 }
 
 // Takes parts of the workspace, 256-byte aligned; only counts them while there is none.
@@ -113,22 +70,61 @@ struct Carver {
   }
 };
 
-int64_t Carve(const DslaShape& s, int N, int64_t T, int chunks, bool fold, std::byte* base,
+// Chunks of a segment; 0 where the blocks of `carry` that a sequence has fill a GPU by themselves,
+// or none of the call's sequences has so many chunks. A sequence has the same results in both
+// cases. Only the shape decides, so results do not depend on the other sequences of a call.
+int SegmentChunks(const DslaShape& s, int64_t T) {
+  const int blocks = s.Hkv * s.SF() / 32;
+  const int segment = blocks >= 192 ? 0 : blocks >= 48 ? 16 : 8;
+  const int64_t most = T < 2 ? T : (T - 2) / kChunk + 2;  // chunks of one sequence
+  return most > segment ? segment : 0;
+}
+
+// The waves of a call, at most `chunks` chunks each but no fewer than two segments.
+void PlanWaves(const DslaShape& s, int N, int64_t T, int chunks, bool fold, PrefillParams* p) {
+  const int most = MaxChunks(N, T), segment = SegmentChunks(s, T);
+  p->segment = segment;
+  p->fold = fold;
+  p->wave_chunks = std::min(std::max(chunks, std::max(2 * segment, 1)), most);
+  p->waves = (most + p->wave_chunks - 1) / std::max(p->wave_chunks, 1);
+  p->wave_segments = N;
+  if (segment == 0) return;
+  if (p->wave_chunks < most) {
+    // A segment that does not fit leaves chunks of a wave unused, but not if there is one sequence.
+    p->wave_chunks = p->wave_chunks / segment * segment;
+    const int used = N == 1 ? p->wave_chunks : p->wave_chunks - segment + 1;
+    p->waves = (most + used - 1) / used;
+  }
+  p->wave_segments += p->wave_chunks / segment;
+}
+
+int64_t Carve(const DslaShape& s, int N, int64_t T, int wave, bool fold, std::byte* base,
               PrefillParams* p) {
   Carver c{base};
-  p->chunk_start = c.Take<int>(N + 1);
-  p->chunks = c.Take<Chunk>(MaxChunks(N, T));
-  const int64_t parts = int64_t{chunks} * s.Hkv;
+  PlanWaves(s, N, T, wave, fold, p);
+  // The plan's part is as large for any wave, so that a larger wave never takes less.
+  const int64_t most = MaxChunks(N, T), chunks = p->wave_chunks, parts = chunks * s.Hkv;
+  const int64_t slots = p->segment > 0 ? 3 * most + 2 * p->segment : 2 * most;
+  DSLA_CHECK(p->waves <= most && p->waves * chunks <= slots);
+  p->chunks = c.Take<Chunk>(slots);
+  p->wave_first = c.Take<int>(most + 1);
+  p->segments = c.Take<Segment>(most + N);
   p->decay = c.Take<float2>(parts * s.SF());
   p->key_sum = c.Take<float>(parts * s.SF() * 4);
   p->key = c.Take<__nv_bfloat16>(parts * s.SF() * kChunk);
   if (!fold) {
     p->norm = c.Take<float>(parts * s.SF());
-    p->lse = c.Take<float>(int64_t{chunks} * s.H * kChunk);
+    p->lse = c.Take<float>(chunks * s.H * kChunk);
     p->growth = c.Take<uint32_t>(parts * s.SF() * kChunk / 2);
     p->state = c.Take<__nv_bfloat16>(parts * s.SF() * s.D);
   }
-  p->wave_chunks = chunks;
+  if (p->segment > 0) {
+    // One for each whole segment, and for a last one that is not, if its sequence has others.
+    const int64_t stores = chunks / p->segment + std::min<int64_t>(N, most / (p->segment + 1));
+    p->start = c.Take<float>(stores * s.Hkv * s.SF() * s.D);
+    p->start_norm = c.Take<float>(stores * s.Hkv * s.SF());
+    p->start_decay = c.Take<float>(stores * s.Hkv * s.SF());
+  }
   return c.used;
 }
 
@@ -136,22 +132,24 @@ int64_t Carve(const DslaShape& s, int N, int64_t T, int chunks, bool fold, std::
 void CarveAll(const DslaShape& s, int N, int64_t T, bool fold, void* workspace, int64_t bytes,
               PrefillParams* p) {
   DSLA_CHECK(workspace && reinterpret_cast<uintptr_t>(workspace) % 256 == 0);
-  const int64_t one = Carve(s, N, T, 1, fold, nullptr, p);
-  DSLA_CHECK(bytes >= one);
-  const int64_t each = (Carve(s, N, T, 1025, fold, nullptr, p) - one + 1023) / 1024;
-  int64_t chunks = 1 + (bytes - one) / each;
-  if (chunks > MaxChunks(N, T)) chunks = MaxChunks(N, T);
-  while (chunks > 1 && Carve(s, N, T, static_cast<int>(chunks), fold, nullptr, p) > bytes) --chunks;
-  Carve(s, N, T, static_cast<int>(chunks), fold, static_cast<std::byte*>(workspace), p);
+  DSLA_CHECK(bytes >= Carve(s, N, T, 1, fold, nullptr, p));
+  int fits = 1;
+  for (int too_many = MaxChunks(N, T) + 1; fits + 1 < too_many;) {
+    const int chunks = fits + (too_many - fits) / 2;
+    (Carve(s, N, T, chunks, fold, nullptr, p) <= bytes ? fits : too_many) = chunks;
+  }
+  Carve(s, N, T, fits, fold, static_cast<std::byte*>(workspace), p);
 }
 
-int Run(PrefillParams& p, const DslaShape& s, int64_t T, cudaStream_t stream) {
-  Start(PlanKernel, dim3(1), kPlanThreads, 0, p, stream);
-  for (p.first = 0; p.first < MaxChunks(p.layer.N, T); p.first += p.wave_chunks) {
+int Run(PrefillParams& p, const DslaShape& s, cudaStream_t stream) {
+  LaunchPlan(p, stream);
+  for (p.wave = 0; p.wave < p.waves; ++p.wave) {
     LaunchPrepare(p, s.D, stream);
-    LaunchCarry(p, s.D, stream);
+    if (!p.fold && s.window > 0) LaunchWindow(p, s.D, stream);
+    if (p.fold || p.segment > 0) LaunchSummary(p, s.D, stream);
+    if (p.segment > 0) LaunchScan(p, s.D, stream);
     if (p.fold) continue;
-    if (s.window > 0) LaunchWindow(p, s.D, stream);
+    LaunchCarry(p, s.D, stream);
     LaunchOutput(p, s.D, stream);
   }
   if (p.fold || s.window > 0) s.D == 64 ? LaunchRing<64>(p, stream) : LaunchRing<128>(p, stream);
@@ -168,6 +166,14 @@ void CheckCommon(const Args& a) {
 }  // namespace
 
 int MaxChunks(int N, int64_t T) { return static_cast<int>(T / kChunk) + 2 * N; }
+
+void SetLaunchTrace(LaunchTrace hook, void* context) {
+  trace = hook;
+  trace_context = context;
+}
+void Trace(const char* kernel, Stream stream) {
+  if (trace) trace(kernel, stream, trace_context);
+}
 
 int64_t PrefillWorkspaceBytes(const DslaShape& shape, int N, int64_t T, int chunks) {
   PrefillParams unused;
@@ -194,7 +200,7 @@ int Prefill(const DslaCudaArgs& a, Stream stream) {
   p.claim = a.claim;
   p.out = static_cast<__nv_bfloat16*>(a.out);
   CarveAll(a.shape, a.rows.N, a.T, false, a.workspace, a.workspace_bytes, &p);
-  return Run(p, a.shape, a.T, stream);
+  return Run(p, a.shape, stream);
 }
 
 int Fold(const DslaCudaFoldArgs& a, Stream stream) {
@@ -210,9 +216,8 @@ int Fold(const DslaCudaFoldArgs& a, Stream stream) {
              a.kv.page_size,
              a.tables.page_start,
              a.tables.pages};
-  p.fold = true;
   CarveAll(a.shape, a.rows.N, a.T, true, a.workspace, a.workspace_bytes, &p);
-  return Run(p, a.shape, a.T, stream);
+  return Run(p, a.shape, stream);
 }
 
 }  // namespace dsla::cuda

@@ -2,17 +2,35 @@
 //
 // A chunk is 64 places in the stream of entering tokens, [64 c, 64 c + 64) of token positions e;
 // row j of it also is the query of time e + W. The anchor lies between rows 31 and 32: R = G_31.
+// A segment is up to a fixed number of consecutive chunks of one sequence, counted from the call's
+// first; a wave is what is done at a time: whole segments, or any chunks where there are none.
 #pragma once
 
+#include <atomic>
+
 #include "ops/dsla/cuda/common.cuh"
+#include "ops/dsla/cuda/prefill_trace.h"
 
 namespace dsla::cuda {
 
 // Chunk of sequence n from token e0 on (negative before the window is full), rows [lo, hi) of which
-// belong to this call.
-struct Chunk {
+// belong to this call. n < 0 where a wave has no more.
+struct __align__(16) Chunk {
   int n, e0, lo, hi;
 };
+
+// Consecutive chunks of sequence n in one wave, from its chunk `at` on: a segment, or without
+// segments all that the wave has of the sequence.
+struct __align__(16) Segment {
+  int n, e0, at, count;
+  int lo, hi;  // of the first and of the last chunk
+  int store;   // its part of `start`
+  int flags;
+};
+// Of the sequence's chunks in this call it has the first, the last.
+inline constexpr int kFirst = 1, kLast = 2;
+// The first of its sequence in this wave: flags >> kRunShift tells how many there are.
+inline constexpr int kRunShift = 3, kRunEnds = 4;  // the run reaches the sequence's last
 
 struct PrefillParams {
   Layer layer;
@@ -25,8 +43,9 @@ struct PrefillParams {
   bool fold;
 
   // Workspace: the plan of the whole call, then what one wave of chunks needs, [chunk, Hkv, ..].
-  int* chunk_start;    // [N + 1] first chunk of each sequence
-  Chunk* chunks;       // [chunk_start[N]]
+  Chunk* chunks;       // [waves, wave_chunks]
+  int* wave_first;     // [waves + 1] first segment of each wave
+  Segment* segments;   // [wave_first[waves]]
   float2* decay;       // [SF]: e^R, e^{L-R}
   float* key_sum;      // [4, SF]: sums of K~ over each 16 rows
   float* norm;         // [SF]: e^R z
@@ -34,9 +53,36 @@ struct PrefillParams {
   uint32_t* growth;    // e^{G-R} bf16 [SF / D][4 tiles of 16 rows][D / 16] in the order of mma's A
   __nv_bfloat16* key;  // K~ [SF / D][64][D]
   __nv_bfloat16* state;  // e^R S [SF / D], each D x D in fragment order
-  int wave_chunks;       // chunks that the wave's part has room for
-  int first;             // first chunk of this wave
+  // [segment, Hkv, ..]: what each adds to the states, then the states before it; its total decay.
+  float* start;        // [SF / 32], each 32 x D as the accumulators of `carry` lie
+  float* start_norm;   // [SF]
+  float* start_decay;  // [SF]
+  int segment;         // chunks of a segment; 0: none
+  int wave_chunks;     // chunks that the wave's part has room for
+  int wave_segments;   // the most segments of a wave
+  int waves, wave;
 };
+
+// The chunk of a block. The plan is read around the L1 cache, for kernels that read it before they
+// await the one before them.
+__device__ __forceinline__ Chunk ChunkOf(const PrefillParams& p, int index) {
+  const int4 x =
+      __ldcg(reinterpret_cast<const int4*>(p.chunks) + int64_t{p.wave} * p.wave_chunks + index);
+  return {x.x, x.y, x.z, x.w};
+}
+
+// The segment of a block; count < 0 if there is none.
+__device__ __forceinline__ Segment SegmentOf(const PrefillParams& p, int index) {
+  const int i = __ldcg(p.wave_first + p.wave) + index;
+  if (i >= __ldcg(p.wave_first + p.wave + 1)) return {-1, 0, 0, -1, 0, 0, 0, 0};
+  const int4* from = reinterpret_cast<const int4*>(p.segments + i);
+  const int4 a = __ldcg(from), b = __ldcg(from + 1);
+  return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+}
+// All of its sequence's chunks in this call.
+__device__ __forceinline__ bool IsWhole(const Segment& s) {
+  return (s.flags & kFirst) && (s.flags & kLast);
+}
 
 // The token of row j enters the states in this call.
 __device__ __forceinline__ bool Enters(const Layer& l, const Chunk& c, int j) {
@@ -48,17 +94,30 @@ __device__ __forceinline__ int64_t FirstRow(const Layer& l, const Chunk& c) {
   return l.row_start[c.n] + (c.e0 + l.W - l.pos[c.n]);
 }
 
-// Launches with more shared memory than a kernel has by default. These kernels do not start early:
-// a grid that waits takes room from one that runs (258 -> 294 us for a prompt of 8192 with three
-// heads).
-template <typename Kernel>
-void Start(Kernel* kernel, dim3 grid, int threads, int shared_bytes, const PrefillParams& p,
+// Launches a kernel with more shared memory than it has by default. A kernel ends only after the
+// one before it, and allows the next one only after that has ended: so all but the direct
+// predecessor have ended when a kernel starts. `window` allows it at once; what follows it awaits
+// it first.
+template <auto kKernel>
+void Start(const char* name, dim3 grid, int threads, int shared_bytes, const PrefillParams& p,
            cudaStream_t stream) {
-  if (shared_bytes > 0)
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  kernel<<<grid, threads, shared_bytes, stream>>>(p);  // an error stays for cudaGetLastError
+  if (shared_bytes > 0) {
+    static std::atomic<uint64_t> done{0};  // by device
+    int device = 0;
+    cudaGetDevice(&device);
+    const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+    if (!(done.load(std::memory_order_relaxed) & bit)) {
+      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+      done.fetch_or(bit, std::memory_order_relaxed);
+    }
+  }
+  StartEarly(kKernel, grid, threads, p, stream, static_cast<size_t>(shared_bytes));
+  Trace(name, stream);
 }
+void LaunchPlan(const PrefillParams& p, cudaStream_t stream);
 void LaunchPrepare(const PrefillParams& p, int D, cudaStream_t stream);
+void LaunchSummary(const PrefillParams& p, int D, cudaStream_t stream);  // of a fold: the states
+void LaunchScan(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchCarry(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchWindow(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchOutput(const PrefillParams& p, int D, cudaStream_t stream);

@@ -78,9 +78,11 @@ __global__ void __launch_bounds__(2 * D, 2) PrepareKernel(const __grid_constant_
   extern __shared__ __align__(16) std::byte memory[];
   PrepareShared<D>& s = *reinterpret_cast<PrepareShared<D>*>(memory);
   const Layer& l = p.layer;
-  const int index = p.first + blockIdx.y, h = blockIdx.x;
-  if (index >= p.chunk_start[l.N]) return;
-  const Chunk chunk = p.chunks[index];
+  const int h = blockIdx.x;
+  AwaitPrevious();
+  AllowNext();
+  const Chunk chunk = ChunkOf(p, blockIdx.y);
+  if (chunk.n < 0) return;
   const int64_t part = int64_t{blockIdx.y} * l.Hkv + h;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int tile = warp % 4, half = warp / 4, blocks = l.SF / D;
@@ -238,8 +240,8 @@ __global__ void __launch_bounds__(2 * D, 2) PrepareKernel(const __grid_constant_
 
 template <int D, bool kFold>
 void Launch(const PrefillParams& p, cudaStream_t stream) {
-  Start(PrepareKernel<D, kFold>, dim3(p.layer.Hkv, p.wave_chunks), 2 * D, sizeof(PrepareShared<D>),
-        p, stream);
+  Start<PrepareKernel<D, kFold>>("prepare", dim3(p.layer.Hkv, p.wave_chunks), 2 * D,
+                                 sizeof(PrepareShared<D>), p, stream);
 }
 
 }  // namespace

@@ -55,9 +55,13 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 2 : 3)
   extern __shared__ __align__(16) std::byte memory[];
   auto& shared = *reinterpret_cast<WindowShared<D>*>(memory);
   const Layer& l = p.layer;
-  const int index = p.first + blockIdx.y, head = blockIdx.x, h = head / l.G;
-  if (index >= p.chunk_start[l.N]) return;
-  const Chunk chunk = p.chunks[index];
+  const int head = blockIdx.x, h = head / l.G;
+  AllowNext();  // reads nothing of the kernel before it, but ends only after it
+  const Chunk chunk = ChunkOf(p, blockIdx.y);
+  if (chunk.n < 0) {
+    AwaitPrevious();
+    return;
+  }
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   // Keys e0 + 1 .. e0 + W + 63 in tiles from e0 on, after the sinks.
   const int tiles = (l.W + kChunk - 1) / kChunk + 1, sink_tiles = l.S > 0;
@@ -165,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 2 : 3)
       }
     }
   }
-  const Chunk again = p.chunks[index];  // read twice: registers are short in between
+  const Chunk again = ChunkOf(p, blockIdx.y);  // read twice: registers are short in between
   const int64_t row0 = FirstRow(l, again);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -180,12 +184,13 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 2 : 3)
     for (int c = 0; c < D / 8; ++c)
       out[4 * c + t] = Pack(acc[c][2 * r] / all, acc[c][2 * r + 1] / all);
   }
+  AwaitPrevious();
 }
 
 template <int D>
 void Launch(const PrefillParams& p, cudaStream_t stream) {
-  Start(WindowKernel<D>, dim3(p.layer.H, p.wave_chunks), kThreads, sizeof(WindowShared<D>), p,
-        stream);
+  Start<WindowKernel<D>>("window", dim3(p.layer.H, p.wave_chunks), kThreads,
+                         sizeof(WindowShared<D>), p, stream);
 }
 
 }  // namespace

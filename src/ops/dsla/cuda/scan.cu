@@ -1,0 +1,97 @@
+// The states before each segment of a wave:  S_{s+1} = e^{decay of s} S_s + what s adds.
+// A prefill's last segment of a sequence is left to `carry`, which ends with the sequence's state.
+#include "ops/dsla/cuda/prefill.cuh"
+
+namespace dsla::cuda {
+namespace {
+
+constexpr int kThreads = 128, kChannels = 32, kAhead = 8;
+
+// Goes over `count` segments `stride` apart. Of them `adds` add something; at `keep`, what is there
+// is replaced by the state before the segment.
+template <typename T, typename Load, typename Update>
+__device__ __forceinline__ T Scan(T state, T* at, int64_t stride, int count, int adds, bool keep,
+                                  const Load& decay_of, const Update& update) {
+  using Decay = decltype(decay_of(0));
+  for (int base = 0; base < count; base += kAhead) {
+    T added[kAhead];
+    Decay decay[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (base + i >= adds) continue;
+      added[i] = at[(base + i) * stride];
+      decay[i] = decay_of(base + i);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (keep && base + i < count) at[(base + i) * stride] = state;
+      if (base + i < adds) state = update(state, decay[i], added[i]);
+    }
+  }
+  return state;
+}
+
+// grid (SF / 32 blocks of channels times D / 16 quads of a thread of `carry`, Hkv, segments)
+template <int D>
+__global__ void __launch_bounds__(kThreads) ScanKernel(const __grid_constant__ PrefillParams p) {
+  constexpr int kQuads = D / 16;
+  AwaitPrevious();
+  AllowNext();
+  const Layer& l = p.layer;
+  const Segment s = SegmentOf(p, blockIdx.z);
+  const int count = s.flags >> kRunShift;
+  if (s.count < 0 || count == 0 || IsWhole(s)) return;
+  const bool ends = s.flags & kRunEnds;
+  const int adds = ends && !p.fold ? count - 1 : count;
+  const bool zero = p.fold && (s.flags & kFirst), keep = !p.fold, write = p.fold || !ends;
+
+  const int h = blockIdx.y, c0 = blockIdx.x / kQuads * kChannels, quad = blockIdx.x % kQuads;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int64_t stride = int64_t{l.Hkv} * l.SF;  // of channels between segments
+  const int64_t part = (int64_t{s.store} * l.Hkv + h) * l.SF + c0;
+  std::byte* slot = SlotBase(l, s.n);
+  {
+    // Accumulator quad (m, j) of `carry`: channels 8 j + 2 t + {0, 1}, columns g + {0, 8}.
+    const int m = quad / 4, c = 8 * (quad % 4) + 2 * t, column = warp * (D / 4) + 16 * m + g;
+    float* to =
+        reinterpret_cast<float*>(slot + l.at.state) + (int64_t{h} * l.SF + c0 + c) * D + column;
+    float4 state{};
+    if (!zero) state = {to[0], to[D], to[8], to[D + 8]};
+    state = Scan(
+        state, reinterpret_cast<float4*>(p.start) + part * (D / 4) + quad * kThreads + threadIdx.x,
+        stride * (D / 4), count, adds, keep,
+        [&](int i) {
+          return *reinterpret_cast<const float2*>(p.start_decay + part + i * stride + c);
+        },
+        [](float4 x, float2 d, float4 y) -> float4 {
+          return {d.x * x.x + y.x, d.y * x.y + y.y, d.x * x.z + y.z, d.y * x.w + y.w};
+        });
+    if (write) {
+      to[0] = state.x;
+      to[D] = state.y;
+      to[8] = state.z;
+      to[D + 8] = state.w;
+    }
+  }
+  if (quad > 0 || threadIdx.x >= kChannels) return;
+  float* to = reinterpret_cast<float*>(slot + l.at.norm) + int64_t{h} * l.SF + c0 + threadIdx.x;
+  const float norm = Scan(
+      zero ? 0.f : *to, p.start_norm + part + threadIdx.x, stride, count, adds, keep,
+      [&](int i) { return p.start_decay[part + i * stride + threadIdx.x]; },
+      [](float x, float d, float y) { return d * x + y; });
+  if (write) *to = norm;
+}
+
+template <int D>
+void Launch(const PrefillParams& p, cudaStream_t stream) {
+  const dim3 grid(p.layer.SF / kChannels * (D / 16), p.layer.Hkv, p.wave_segments);
+  Start<ScanKernel<D>>("scan", grid, kThreads, 0, p, stream);
+}
+
+}  // namespace
+
+void LaunchScan(const PrefillParams& p, int D, cudaStream_t stream) {
+  D == 64 ? Launch<64>(p, stream) : Launch<128>(p, stream);
+}
+
+}  // namespace dsla::cuda
