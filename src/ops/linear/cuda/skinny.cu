@@ -1,0 +1,274 @@
+// Products of up to 32 rows with a weight: bound by the memory that holds the weight.
+//
+// W is the A operand of mma.m16n8k16 and x the B operand, so up to 8 rows cost what one costs. A
+// warp takes kTiles tiles of 16 output features; along k it takes 32 at a time, a stage, in which
+// each lane needs 16 consecutive bytes of each of its rows: k is permuted within the stage, in W
+// and x alike. A lane copies to shared memory, with cp.async, just what it reads itself, so a
+// warp's ring of stages needs no barrier at all. The 8 warps of a block share the features and take
+// every eighth stage each; their sums are added in order of the warps. So the bits of a row depend
+// on in alone, not on how a kernel is cut.
+//
+// The ring is filled with W before the kernel waits for those before it, and x follows.
+#include <algorithm>
+
+#include "base/check.h"
+#include "ops/dsla/cuda/common.cuh"
+#include "ops/linear/cuda/linear_cuda.h"
+
+namespace dsla::cuda {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+
+struct Params {
+  const __nv_bfloat16 *weight, *x;
+  int64_t x_stride;
+  int out, in, T;
+  const int32_t* first_row;
+  // Features below `split` go to y, those after it to claim.
+  int split;
+  void* y;
+  int64_t y_stride;
+  bool y_f32, add;
+  bool clear;  // zeros to y's rows below *first_row
+  float* claim;
+  const float* claim_bias;
+};
+
+// Shared memory of a block that every GPU from 8.0 on has, and that an H100 has.
+constexpr int kLeastShared = 99 << 10, kMostShared = 227 << 10;
+
+// How a kernel is cut. kColumns: tiles of 8 rows of x; kStages: stages in a warp's ring, at most
+// `stages` and what fits in `shared` bytes.
+template <int columns, int tiles, int stages, int shared>
+struct Cut {
+  static constexpr int kColumns = columns, kTiles = tiles;
+  static constexpr int kPieces = 2 * tiles + columns;  // of 16 bytes, of a lane and stage
+  static constexpr int kStageBytes = kWarps * kPieces * 512;
+  static constexpr int kStages = shared / kStageBytes < stages ? shared / kStageBytes : stages;
+  static constexpr int kFeatures = tiles * 16;
+  static constexpr int kRow = kFeatures + 4;  // of sums in shared memory, without bank conflicts
+  static constexpr int kResults = kFeatures * columns * 8;
+  static constexpr int kOwn = (kResults + kThreads - 1) / kThreads;  // results of a thread, at most
+  static constexpr int kSumBytes = kWarps * columns * 8 * kRow * 4;
+  static constexpr int kBytes = std::max(kStages * kStageBytes, kSumBytes);
+};
+
+template <typename C>
+__global__ void __launch_bounds__(kThreads, 2) SkinnyKernel(Params p) {
+  extern __shared__ uint4 ring[];
+  int first_row = 0;
+  if (p.first_row) {
+    first_row = __ldcg(p.first_row);
+    if (first_row >= p.T) {
+      // Who waits for this grid also relies on what it would have waited for.
+      if (blockIdx.x == 0) AwaitPrevious();
+      return;
+    }
+  }
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int block_feature = blockIdx.x * C::kFeatures;
+  uint4* const mine = ring + warp * C::kStages * C::kPieces * 32 + lane;
+  const int first_k = 32 * warp + 8 * t;
+  const int stages = max(0, ((p.in + 31) / 32 - warp + kWarps - 1) / kWarps);
+
+  const __nv_bfloat16* w[2 * C::kTiles];
+#pragma unroll
+  for (int i = 0; i < 2 * C::kTiles; ++i) {
+    const int row = block_feature + 8 * i + g;
+    w[i] = row < p.out ? p.weight + static_cast<int64_t>(row) * p.in + first_k : nullptr;
+  }
+  const auto copy_w = [&](int stage, int slot) {
+    const int k = 32 * kWarps * stage;
+#pragma unroll
+    for (int i = 0; i < 2 * C::kTiles; ++i)
+      CopyAsync(mine + (slot * C::kPieces + i) * 32, w[i] ? w[i] + k : p.weight,
+                w[i] && first_k + k < p.in);
+  };
+  const auto copy_x = [&](int stage, int slot) {
+    const int k = first_k + 32 * kWarps * stage;
+#pragma unroll
+    for (int i = 0; i < C::kColumns; ++i) {
+      const int row = i * 8 + g;
+      const bool valid = row < p.T && k < p.in;
+      CopyAsync(mine + (slot * C::kPieces + 2 * C::kTiles + i) * 32,
+                valid ? p.x + row * p.x_stride + k : p.x, valid);
+    }
+  };
+
+#pragma unroll
+  for (int i = 0; i < C::kStages; ++i) {
+    if (i < stages) copy_w(i, i);
+    CommitCopies();
+  }
+  AllowNext();
+  AwaitPrevious();
+#pragma unroll
+  for (int i = 0; i < C::kStages; ++i) {
+    if (i < stages) copy_x(i, i);
+    CommitCopies();
+  }
+
+  // What is added to is on its way too.
+  float before[C::kOwn] = {};
+  const auto own = [&](int i, auto&& use) {
+    const int index = i * kThreads + threadIdx.x;
+    const int row = index / C::kFeatures, m = index % C::kFeatures;
+    if (row < p.T && row < C::kColumns * 8 && block_feature + m < p.out)
+      use(row, m, block_feature + m);
+  };
+  if (p.add) {
+#pragma unroll
+    for (int i = 0; i < C::kOwn; ++i)
+      own(i, [&](int row, int, int to) {
+        const int64_t at = row * p.y_stride + to;
+        before[i] = p.y_f32 ? static_cast<const float*>(p.y)[at]
+                            : __bfloat162float(static_cast<const __nv_bfloat16*>(p.y)[at]);
+      });
+  }
+
+  float sums[C::kTiles][C::kColumns][4] = {};
+  int slot = 0;
+  for (int stage = 0; stage < stages; ++stage) {
+    // W and x of a stage are complete when all but the kStages - 1 last groups are.
+    WaitCopies<C::kStages - 1>();
+    const uint4* from = mine + slot * C::kPieces * 32;
+    uint4 x[C::kColumns];
+#pragma unroll
+    for (int n = 0; n < C::kColumns; ++n) x[n] = from[(2 * C::kTiles + n) * 32];
+#pragma unroll
+    for (int m = 0; m < C::kTiles; ++m) {
+      const uint4 top = from[2 * m * 32], bottom = from[(2 * m + 1) * 32];
+      const uint32_t low[4] = {top.x, bottom.x, top.y, bottom.y};
+      const uint32_t high[4] = {top.z, bottom.z, top.w, bottom.w};
+#pragma unroll
+      for (int n = 0; n < C::kColumns; ++n) {
+        Mma(sums[m][n], low, x[n].x, x[n].y);
+        Mma(sums[m][n], high, x[n].z, x[n].w);
+      }
+    }
+    if (stage + C::kStages < stages) {
+      copy_w(stage + C::kStages, slot);
+      copy_x(stage + C::kStages, slot);
+    }
+    CommitCopies();
+    slot = slot + 1 == C::kStages ? 0 : slot + 1;
+  }
+
+  __syncthreads();  // the sums take the ring's place
+  float* const all = reinterpret_cast<float*>(ring);
+#pragma unroll
+  for (int m = 0; m < C::kTiles; ++m)
+#pragma unroll
+    for (int n = 0; n < C::kColumns; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        all[(warp * C::kColumns * 8 + n * 8 + 2 * t + i % 2) * C::kRow + m * 16 + i / 2 * 8 + g] =
+            sums[m][n][i];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < C::kOwn; ++i)
+    own(i, [&](int row, int m, int to) {
+      const bool used = row >= first_row;
+      if (!used && !(p.clear && to < p.split)) return;
+      float sum = 0;
+#pragma unroll
+      for (int k = 0; k < kWarps; ++k) sum += all[(k * C::kColumns * 8 + row) * C::kRow + m];
+      sum = used ? sum + before[i] : 0.f;
+      const int64_t at = row * p.y_stride + to;
+      if (to >= p.split)
+        p.claim[row * static_cast<int64_t>(p.out - p.split) + to - p.split] =
+            sum + p.claim_bias[to - p.split];
+      else if (p.y_f32)
+        static_cast<float*>(p.y)[at] = sum;
+      else
+        static_cast<__nv_bfloat16*>(p.y)[at] = __float2bfloat16_rn(sum);
+    });
+}
+
+template <typename C>
+int StartCut(const Params& p, Stream stream) {
+  const cudaError_t status =
+      cudaFuncSetAttribute(SkinnyKernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kBytes);
+  if (status != cudaSuccess) return status;
+  StartEarly(SkinnyKernel<C>, dim3((p.out + C::kFeatures - 1) / C::kFeatures), kThreads, p, stream,
+             C::kBytes);
+  return cudaGetLastError();
+}
+
+template <int columns, int tiles, int stages>
+int StartColumns(const Params& p, Stream stream) {
+  using Most = Cut<columns, tiles, stages, kMostShared>;
+  if constexpr (Most::kBytes > kLeastShared) {
+    int device = 0, shared = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (shared < Most::kBytes)
+      return StartCut<Cut<columns, tiles, stages, kLeastShared>>(p, stream);
+  }
+  return StartCut<Most>(p, stream);
+}
+
+template <int tiles, int stages>
+int Start(const Params& p, Stream stream) {
+  if (p.T <= 8) return StartColumns<1, tiles, stages>(p, stream);
+  if (p.T <= 16) return StartColumns<2, tiles, stages>(p, stream);
+  return StartColumns<4, tiles, stages>(p, stream);
+}
+
+int Launch(const Params& p, Stream stream) {
+  DSLA_CHECK(p.out > 0 && p.in > 0 && p.in % 8 == 0 && p.x_stride % 8 == 0);
+  DSLA_CHECK(p.T >= 0 && p.T <= kMostSkinnyRows);
+  if (p.T == 0) return cudaSuccess;
+  DSLA_CHECK(p.weight && p.x && (p.y || p.split == 0) && (p.claim || p.split == p.out));
+  DSLA_CHECK(reinterpret_cast<uintptr_t>(p.weight) % 16 == 0);
+  DSLA_CHECK(reinterpret_cast<uintptr_t>(p.x) % 16 == 0);
+  // The fastest of those tried on an H200 with up to 8 rows. Two tiles per warp read x half as
+  // often, one where so few features would leave too few blocks; a deep ring hides the memory's
+  // latency where blocks are few, and would keep blocks waiting for a place where they are many and
+  // short.
+  if (p.out <= 128) return p.in > 1024 ? Start<1, 12>(p, stream) : Start<1, 3>(p, stream);
+  if (p.out >= 16384) return p.in > 1024 ? Start<2, 4>(p, stream) : Start<2, 3>(p, stream);
+  if (p.in <= 128 || (p.in <= 1024 && p.out > 2048)) return Start<2, 4>(p, stream);
+  return Start<2, 6>(p, stream);
+}
+
+}  // namespace
+
+int Skinny(const SkinnyArgs& a, Stream stream) {
+  Params p{};
+  p.weight = static_cast<const __nv_bfloat16*>(a.weight);
+  p.x = static_cast<const __nv_bfloat16*>(a.x);
+  p.x_stride = a.x_stride;
+  p.out = a.out;
+  p.in = a.in;
+  p.T = a.T;
+  p.first_row = a.first_row;
+  p.split = a.out;
+  p.y = a.y;
+  p.y_stride = a.y_stride;
+  p.y_f32 = a.y_f32;
+  p.add = a.add;
+  return Launch(p, stream);
+}
+
+int AdapterIn(const AdapterInArgs& a, Stream stream) {
+  DSLA_CHECK(a.r >= 0 && a.H >= 0 && a.first_row && (a.H == 0 || a.claim_bias));
+  Params p{};
+  p.weight = static_cast<const __nv_bfloat16*>(a.weight);
+  p.x = static_cast<const __nv_bfloat16*>(a.x);
+  p.x_stride = a.x_stride;
+  p.out = a.r + a.H;
+  p.in = a.in;
+  p.T = a.T;
+  p.first_row = a.first_row;
+  p.split = a.r;
+  p.y = a.low_rank;
+  p.y_stride = a.r;
+  p.clear = true;
+  p.claim = a.claim;
+  p.claim_bias = a.claim_bias;
+  return Launch(p, stream);
+}
+
+}  // namespace dsla::cuda
