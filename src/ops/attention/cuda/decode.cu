@@ -232,8 +232,8 @@ __global__ void __launch_bounds__(kThreads) MergeKernel(const __grid_constant__ 
   constexpr int kLanes = D / 4, kRows = kThreads / kLanes;  // parts at a time
   __shared__ float4 shared[kThreads];
   const int n = blockIdx.y, lane = threadIdx.x % 32;
+  AllowNext();  // what may follow reads only constants before it waits
   AwaitPrevious();
-  AllowNext();
   const int rows = *p.rows, t = p.pos[n];
   if (n >= rows || t < 0) return;
   const int parts = CutOf(p, t).parts;

@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(1024) AddRmsNormKernel(AddRmsNormArgs a) {
     const int quad = threadIdx.x + i * threads;
     if (quad < quads) weight[i] = weights[quad];
   }
-  AwaitPrevious();
   AllowNext();
+  AwaitPrevious();
   const int64_t row = a.rows ? a.rows[blockIdx.x] : static_cast<int>(blockIdx.x);
   if (row < 0) return;
   auto* hidden = reinterpret_cast<float4*>(a.hidden) + row * quads;
@@ -123,8 +123,8 @@ __device__ __forceinline__ uint32_t SiluTimes(uint32_t gate, uint32_t up) {
 }
 
 __global__ void __launch_bounds__(kThreads) SiluKernel(SiluParams p) {
-  AwaitPrevious();
   AllowNext();
+  AwaitPrevious();
   const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= p.items) return;
   // Row i / pieces of [gate, up] begins as many pieces further on as the rows before it have of up.
@@ -137,8 +137,8 @@ __global__ void __launch_bounds__(kThreads) SiluKernel(SiluParams p) {
 // kWidth channels per thread: 4 where all rows are then aligned (H is often not a multiple of 4).
 template <int kWidth>
 __global__ void __launch_bounds__(kThreads) SplitAdapterKernel(SplitAdapterArgs a) {
-  AwaitPrevious();
   AllowNext();
+  AwaitPrevious();
   const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
   const uint32_t pieces = static_cast<uint32_t>(a.r + a.H) / kWidth;
   const uint32_t row = i / pieces, column = (i - row * pieces) * kWidth;

@@ -1,6 +1,9 @@
 // The elementwise steps of a decoder layer on an NVIDIA GPU; conventions in ops/cuda/stream.h. Rows
 // are the new tokens of a step, T of them; all statistics are computed in fp32. Dimensions of rows
 // are multiples of 8, D an even number.
+//
+// The kernel launched next may start before those before these have ended (programmatic dependent
+// launch); until it has waited it must read only constants, as in ops/linear/cuda/linear_cuda.h.
 #pragma once
 
 #include <cstdint>

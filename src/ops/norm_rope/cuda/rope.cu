@@ -58,8 +58,8 @@ __device__ __forceinline__ void Store(__nv_bfloat16* to, const float (&x)[kOwn],
 template <bool kVector>
 __global__ void __launch_bounds__(kThreads) RopeKernel(RopeParams p) {
   const RopeKvArgs& a = p.a;
-  AwaitPrevious();
   AllowNext();
+  AwaitPrevious();
   const int t = blockIdx.x, position = a.positions[t];
   if (position < 0) return;
   const int half = a.D / 2, heads = a.H + 2 * a.Hkv;
