@@ -48,7 +48,8 @@ set(DSLA_CUDA_ARCHS 80 90a CACHE STRING "Compute capabilities to build GPU code 
 # that nothing of CUDA is needed to link against it or to start. No CUDA language is enabled: nvcc runs by plain commands, so
 # that configuring tries no compiler. A kernel that spills registers or uses local memory fails the build, as does every other
 # warning of ptxas (serialised wgmma is one), but in a source with the property DSLA_FOREIGN_KERNELS: what it instantiates is not
-# ours to change. Sources may lie in other folders of src/: their objects are named after their path there.
+# ours to change. The property DSLA_CUDA_ARCHS replaces the list above for a source. Sources may lie in other folders of src/:
+# their objects are named after their path there.
 function(dsla_cuda_library)
   cmake_parse_arguments(ARG "" "NAME" "SRCS" ${ARGN})
   cmake_path(GET DSLA_NVCC PARENT_PATH toolkit)
@@ -56,13 +57,11 @@ function(dsla_cuda_library)
   set(flags -std=c++20 -O3 -I${PROJECT_SOURCE_DIR}/src --expt-relaxed-constexpr -Xcompiler=-fPIC,-Wall,-Wextra,-Werror,-fvisibility=hidden
       --Werror=all-warnings)
   set(checks -Xptxas=--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error)
-  set(foreign -isystem ${DSLA_FLASHINFER_DIR}/include -isystem ${DSLA_FLASHINFER_DIR}/cccl/libcudacxx/include)
+  set(foreign -isystem ${DSLA_FLASHINFER_DIR}/include -isystem ${DSLA_FLASHINFER_DIR}/cccl/libcudacxx/include
+      -isystem ${DSLA_FLASHINFER_DIR}/cutlass/include -isystem ${DSLA_FLASHINFER_DIR}/cutlass/tools/util/include)
   if(NOT CMAKE_BUILD_TYPE STREQUAL "Debug")
     list(APPEND flags -DNDEBUG)
   endif()
-  foreach(arch ${DSLA_CUDA_ARCHS})
-    list(APPEND flags -gencode=arch=compute_${arch},code=sm_${arch})
-  endforeach()
   set(objects)
   foreach(source ${ARG_SRCS})
     cmake_path(ABSOLUTE_PATH source BASE_DIRECTORY ${CMAKE_CURRENT_SOURCE_DIR} NORMALIZE OUTPUT_VARIABLE path)
@@ -74,8 +73,13 @@ function(dsla_cuda_library)
     if(is_foreign)
       set(options ${foreign})
     endif()
+    get_source_file_property(archs ${source} DSLA_CUDA_ARCHS)
+    if(NOT archs)
+      set(archs ${DSLA_CUDA_ARCHS})
+    endif()
+    list(TRANSFORM archs REPLACE "(.+)" "-gencode=arch=compute_\\1,code=sm_\\1")
     add_custom_command(OUTPUT ${object} DEPFILE ${object}.d
-      COMMAND ${CMAKE_CXX_COMPILER_LAUNCHER} ${DSLA_NVCC} ${flags} ${options} -MD -MF ${object}.d -MT ${object} -c ${path} -o ${object}
+      COMMAND ${CMAKE_CXX_COMPILER_LAUNCHER} ${DSLA_NVCC} ${flags} ${archs} ${options} -MD -MF ${object}.d -MT ${object} -c ${path} -o ${object}
       DEPENDS ${path} COMMENT "nvcc ${name}" VERBATIM)
     list(APPEND objects ${object})
   endforeach()

@@ -1,9 +1,10 @@
 // Times the CUDA softmax attention: medians over CUDA events, beside a device copy of the same run.
 // Decode rotates over more than 400 MB of pages in shuffled order, so that no key is found in the
 // L2 cache, and is replayed from a CUDA graph, as a server does. Prefill is one causal sequence
-// with a plan made before, as all layers but the first have it.
+// with a plan made before, as all layers but the first have it; fa3 reads keys and values from the
+// pages, fa3rows from rows beside the queries, as a model's projections leave them.
 //
-//   attention_gpu [--only "decode H32 Hkv8"]
+//   attention_gpu [--only "decode H32 Hkv8"] [--form fa2|fa3|fa3rows]
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -110,32 +111,54 @@ void BenchDecode(const Setup& s, int N, int length, cudaStream_t stream, double 
   std::fflush(stdout);
 }
 
-void BenchPrefill(const Setup& s, int T, cudaStream_t stream, const char* only) {
-  const std::string name = std::string("prefill ") + s.name + " T " + std::to_string(T);
+void BenchPrefill(const Setup& s, int N, int T, cudaStream_t stream, const char* only,
+                  const std::string& form) {
+  std::string name = std::string("prefill ") + s.name;
+  if (N > 1) name += " N " + std::to_string(N);
+  name += " T " + std::to_string(T);
   if (name.find(only) == std::string::npos) return;
-  const Pool pool(s, (T + kPage - 1) / kPage);
-  const std::vector<int32_t> row_start{0, T}, pos{0};
-  const DeviceBytes d_start(row_start), d_pos(pos),
-      pages(std::vector<int32_t>{0, (T + kPage - 1) / kPage}),
-      q(RandomBf16(int64_t{T} * s.H * s.D, 3)), out(q.bytes()),
-      workspace(cuda::PrefillAttentionWorkspaceBytes(1, T, s.H, s.Hkv, s.D));
+  const int pages = (T + kPage - 1) / kPage;
+  const Pool pool(s, int64_t{N} * pages);
+  std::vector<int32_t> row_start, page_start, pos(size_t(N), 0);
+  for (int n = 0; n <= N; ++n) {
+    row_start.push_back(n * T);
+    page_start.push_back(n * pages);
+  }
+  const int64_t stride = int64_t{s.H + 2 * s.Hkv} * s.D;
+  const DeviceBytes d_start(row_start), d_pos(pos), d_pages(page_start),
+      qkv(RandomBf16(N * T * stride, 3)), out(int64_t{N} * T * s.H * s.D * 2),
+      workspace(cuda::PrefillAttentionWorkspaceBytes(N, int64_t{N} * T, s.H, s.Hkv, s.D));
   cuda::PrefillAttentionArgs a;
-  SetCommon(a, s, pool, q, out, workspace);
-  a.rows = {1, d_start.as<int32_t>(), d_pos.as<int32_t>()};
+  SetCommon(a, s, pool, qkv, out, workspace);
+  a.q_stride = stride;
+  a.rows = {N, d_start.as<int32_t>(), d_pos.as<int32_t>()};
   a.host_row_start = row_start.data();
   a.host_pos = pos.data();
-  a.tables = {pages.as<int32_t>(), pool.table.as<int32_t>()};
-  CheckCuda(cuda::PrefillAttention(a, /*new_plan=*/true, stream));
-  const double seconds = MedianSeconds(
-      stream, 11, [&](int) { CheckCuda(cuda::PrefillAttention(a, /*new_plan=*/false, stream)); });
-  const double flops = 2.0 * T * (T + 1.0) * s.H * s.D;
-  std::printf("%-44s %9.3f ms %9.1f GFLOP %7.0f TFLOP/s\n", name.c_str(), seconds * 1e3,
-              flops * 1e-9, flops / seconds * 1e-12);
-  std::fflush(stdout);
+  a.tables = {d_pages.as<int32_t>(), pool.table.as<int32_t>()};
+  const double flops = 2.0 * N * T * (T + 1.0) * s.H * s.D;
+  for (const std::string name_of_form : {"fa2", "fa3", "fa3rows"}) {
+    if (!form.empty() && form != name_of_form) continue;
+    if (name_of_form != "fa2" && !cuda::PrefillOnHopper()) continue;
+    if (name_of_form == "fa3rows" && N > 1) continue;  // those are read from the pages
+    a.form = name_of_form == "fa2" ? cuda::PrefillForm::kFa2 : cuda::PrefillForm::kHopper;
+    a.k_stride = a.v_stride = stride;
+    a.k = name_of_form == "fa3rows" ? qkv.as<bf16>() + int64_t{s.H} * s.D : nullptr;
+    a.v = name_of_form == "fa3rows" ? qkv.as<bf16>() + int64_t{s.H + s.Hkv} * s.D : nullptr;
+    CheckCuda(cuda::PrefillAttention(a, /*new_plan=*/true, stream));
+    const double seconds = MedianSeconds(
+        stream, 11, [&](int) { CheckCuda(cuda::PrefillAttention(a, /*new_plan=*/false, stream)); });
+    std::printf("%-32s %-8s %9.3f ms %9.1f GFLOP %7.0f TFLOP/s\n", name.c_str(),
+                name_of_form.c_str(), seconds * 1e3, flops * 1e-9, flops / seconds * 1e-12);
+    std::fflush(stdout);
+  }
 }
 
 int Main(int argc, char** argv) {
-  const char* only = argc == 3 && std::strcmp(argv[1], "--only") == 0 ? argv[2] : "";
+  const char *only = "", *form = "";
+  for (int i = 1; i + 1 < argc; i += 2) {
+    if (std::strcmp(argv[i], "--only") == 0) only = argv[i + 1];
+    if (std::strcmp(argv[i], "--form") == 0) form = argv[i + 1];
+  }
   int count = 0;
   if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
     std::fprintf(stderr, "attention_gpu: no CUDA device here\n");
@@ -154,7 +177,10 @@ int Main(int argc, char** argv) {
       for (const int length : {1024, 8192, 32768})
         BenchDecode(s, N, length, stream, copy_rate, only);
   for (const Setup& s : setups)
-    for (const int T : {2048, 8192, 32768}) BenchPrefill(s, T, stream, only);
+    for (const int T : {256, 512, 1024, 2048, 4096, 8192, 32768})
+      BenchPrefill(s, 1, T, stream, only, form);
+  for (const Setup& s : setups)
+    for (const int T : {128, 256, 512, 1024}) BenchPrefill(s, 8, T, stream, only, form);
   return 0;
 }
 

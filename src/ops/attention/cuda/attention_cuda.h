@@ -32,6 +32,12 @@ struct DecodeAttentionArgs {
 DSLA_CUDA_EXPORT int64_t DecodeAttentionWorkspaceBytes(int N, int H, int Hkv, int D);
 DSLA_CUDA_EXPORT int DecodeAttention(const DecodeAttentionArgs& args, Stream stream);
 
+// Which kernels prefill. kHopper needs compute capability 9.0 (PrefillOnHopper) and no sliding
+// window. kChoose takes it there for sequences of 128 new rows on in the mean; with cached tokens
+// only if the rows also fill the device.
+enum class PrefillForm { kChoose, kFa2, kHopper };
+DSLA_CUDA_EXPORT bool PrefillOnHopper();  // whether the current device can run kHopper
+
 // Any number of rows per sequence. The plan depends on rows alone, so that all layers which have
 // the same sequences share one.
 struct PrefillAttentionArgs {
@@ -45,9 +51,17 @@ struct PrefillAttentionArgs {
   int sliding_window = 0;
   const void* q = nullptr;  // [T, H, D] bf16
   int64_t q_stride = 0;
+  // Optional: K and V of the new rows, [T, Hkv, D] bf16, the same values as in the pages. kHopper
+  // reads them in place of the pages, which is faster, if there is one sequence (N = 1) and it
+  // begins at position 0.
+  const void* k = nullptr;
+  const void* v = nullptr;
+  int64_t k_stride = 0;  // elements between rows, a multiple of 8
+  int64_t v_stride = 0;
   void* out = nullptr;  // [T, H, D] bf16, dense
   void* workspace = nullptr;
   int64_t workspace_bytes = 0;
+  PrefillForm form = PrefillForm::kChoose;
 };
 DSLA_CUDA_EXPORT int64_t PrefillAttentionWorkspaceBytes(int N, int64_t T, int H, int Hkv, int D);
 // Plans on the host, copies what the kernel needs of the plan into the workspace, and launches.

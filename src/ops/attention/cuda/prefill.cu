@@ -1,4 +1,5 @@
-// Prefill: FlashInfer's FA2 kernel over paged K and V, with a plan and a workspace of our own.
+// Prefill: which of FlashInfer's kernels, their plans' way to the device, and the launch of its FA2
+// kernel over paged K and V. The Hopper form is launched in prefill_hopper.cuh.
 //
 // FlashInfer's planner leaves its arrays in pinned memory that the caller must keep until they are
 // copied. Here they travel as kernel parameters, which a launch copies: nothing is allocated,
@@ -13,6 +14,7 @@
 
 #include "base/check.h"
 #include "ops/attention/cuda/attention_cuda.h"
+#include "ops/attention/cuda/prefill_hopper.h"
 
 namespace dsla::cuda {
 namespace {
@@ -29,17 +31,20 @@ struct Params : fi::BatchPrefillPagedParams<Bf16, Bf16, Bf16, int32_t> {
 // What a plan depends on beside the rows.
 struct PlanKey {
   int N, H, Hkv, D, page_size, sliding_window;
+  bool hopper;
   bool operator==(const PlanKey&) const = default;
 };
 
-// A plan lies in the workspace as words: [tiles] sequence, [tiles] tile of query rows, [tiles] part
-// of the keys, [N + 1] start of a sequence's (partial) rows, keys of a part, and where keys are
-// split [T + 1] start of a row's partial results. Then those: bf16 [rows, H, D] and fp32 [rows, H].
+// The FA2 kernel's plan lies in the workspace as words: [tiles] sequence, [tiles] tile of query
+// rows, [tiles] part of the keys, [N + 1] start of a sequence's (partial) rows, keys of a part, and
+// where keys are split [T + 1] start of a row's partial results. Then those: bf16 [rows, H, D] and
+// fp32 [rows, H].
 struct Plan {
   PlanKey key;
   int tiles = 0, tile_rows = 0, T = 0;
   bool split = false;
   int64_t partial_rows = 0;
+  HopperPlan hopper;  // in its place, if key.hopper
 
   int64_t starts() const { return int64_t{3} * tiles; }
   int64_t part_keys() const { return starts() + key.N + 1; }
@@ -49,12 +54,38 @@ struct Plan {
 
 constexpr int64_t Aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
-// Blocks that the planner splits keys for: two per multiprocessor, as in FlashInfer's own.
-int SplitBlocks() {
-  int device = 0, multiprocessors = 0;
+int OfDevice(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  return 2 * multiprocessors;
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+int Multiprocessors() { return OfDevice(cudaDevAttrMultiProcessorCount); }
+// Blocks that the planner splits keys for: two per multiprocessor, as in FlashInfer's own.
+int SplitBlocks() { return 2 * Multiprocessors(); }
+
+// The Hopper kernels take a head's rows by tiles of 128 or 192 and never split keys; the FA2
+// kernel's tiles may be 16 rows of the heads of a group together. Measured on an H200: from 128
+// rows on, where all sequences begin at position 0, Hopper is as fast or faster. Behind cached
+// tokens, which was not measured, few tiles would walk through all of those keys on a part of the
+// device: there they must also fill it.
+constexpr int kHopperRows = 128;  // of a sequence, in the mean
+bool TakeHopper(const PrefillAttentionArgs& a) {
+  if (a.form != PrefillForm::kChoose) return a.form == PrefillForm::kHopper;
+  // With a window FlashInfer's kernel also reads the first tile of the values, weighed 0: pages
+  // that may be another sequence's by then.
+  if (a.sliding_window > 0 || !PrefillOnHopper()) return false;
+  int64_t sequences = 0, tiles = 0;
+  bool cached = false;
+  for (int n = 0; n < a.rows.N; ++n) {
+    const int rows = a.host_row_start[n + 1] - a.host_row_start[n];
+    if (rows == 0) continue;
+    ++sequences;
+    tiles += (rows + HopperTileRows(a.kv.D) - 1) / HopperTileRows(a.kv.D);
+    cached |= a.host_pos[n] > 0;
+  }
+  return a.host_row_start[a.rows.N] >= kHopperRows * sequences &&
+         (!cached || tiles * a.H >= Multiprocessors());
 }
 
 constexpr int kWords = 1000;  // kernel parameters of every toolkit and driver hold 4 KiB
@@ -77,9 +108,8 @@ void Store(const std::vector<int32_t>& words, void* to, cudaStream_t stream) {
   }
 }
 
-Plan MakePlan(const PrefillAttentionArgs& a, const PlanKey& key, cudaStream_t stream) {
+Plan MakeFa2Plan(const PrefillAttentionArgs& a, const PlanKey& key, std::vector<int32_t>& words) {
   const int N = key.N, T = a.host_row_start[N];
-  DSLA_CHECK(a.host_row_start[0] == 0);
   std::vector<int32_t> row_start(a.host_row_start, a.host_row_start + N + 1), page_start{0};
   for (int n = 0; n < N; ++n) {
     const int tokens = a.host_pos[n] + row_start[n + 1] - row_start[n];
@@ -94,9 +124,8 @@ Plan MakePlan(const PrefillAttentionArgs& a, const PlanKey& key, cudaStream_t st
                                  /*enable_cuda_graph=*/false, key.sliding_window - 1,
                                  /*fixed_split_size=*/-1, /*disable_split_kv=*/false,
                                  /*uniform_q_len=*/0);
-  Plan plan{key, static_cast<int>(tiles), static_cast<int>(tile_rows), T, split, 0};
+  Plan plan{key, static_cast<int>(tiles), static_cast<int>(tile_rows), T, split, 0, {}};
   if (split) plan.partial_rows = starts.back();
-  std::vector<int32_t> words;
   for (const auto* part_of_plan : {&sequence, &q_tile, &part, &starts})
     words.insert(words.end(), part_of_plan->begin(), part_of_plan->end());
   words.push_back(static_cast<int32_t>(part_keys));
@@ -105,6 +134,21 @@ Plan MakePlan(const PrefillAttentionArgs& a, const PlanKey& key, cudaStream_t st
   DSLA_CHECK(Aligned(plan.words() * 4) + Aligned(plan.partial_rows * key.H * key.D * 2) +
                  plan.partial_rows * key.H * 4 <=
              a.workspace_bytes);
+  return plan;
+}
+
+Plan MakePlan(const PrefillAttentionArgs& a, const PlanKey& key, cudaStream_t stream) {
+  DSLA_CHECK(a.host_row_start[0] == 0);
+  std::vector<int32_t> words;
+  Plan plan;
+  if (key.hopper) {
+    plan.key = key;
+    plan.T = a.host_row_start[key.N];
+    plan.hopper = MakeHopperPlan(a, Multiprocessors(), words);
+    DSLA_CHECK(plan.hopper.words() * 4 <= a.workspace_bytes);
+  } else {
+    plan = MakeFa2Plan(a, key, words);
+  }
   Store(words, a.workspace, stream);
   return plan;
 }
@@ -113,7 +157,8 @@ Plan MakePlan(const PrefillAttentionArgs& a, const PlanKey& key, cudaStream_t st
 class Plans {
  public:
   Plan Get(const PrefillAttentionArgs& a, bool new_plan, cudaStream_t stream) {
-    const PlanKey key{a.rows.N, a.H, a.kv.Hkv, a.kv.D, a.kv.page_size, a.sliding_window};
+    const PlanKey key{a.rows.N,         a.H,          a.kv.Hkv, a.kv.D, a.kv.page_size,
+                      a.sliding_window, TakeHopper(a)};
     const std::lock_guard lock(mutex_);
     Plan& plan = plans_[a.workspace];
     // Layers that differ (in their window) have plans of their own: made anew at each change.
@@ -196,8 +241,11 @@ int64_t PrefillAttentionWorkspaceBytes(int N, int64_t T, int H, int Hkv, int D) 
   const int64_t blocks = SplitBlocks();
   const int64_t tiles = std::max(blocks / Hkv, T * (H / Hkv) / 16 + N);
   const int64_t words = 3 * tiles + N + T + 3;
-  return Aligned(words * 4) + Aligned(blocks * 128 * D * 2) + blocks * 128 * 4;
+  const int64_t hopper = HopperPlanWords(N, T, H, D, Multiprocessors()) * 4;
+  return std::max(Aligned(words * 4) + Aligned(blocks * 128 * D * 2) + blocks * 128 * 4, hopper);
 }
+
+bool PrefillOnHopper() { return OfDevice(cudaDevAttrComputeCapabilityMajor) == 9; }
 
 int PrefillAttention(const PrefillAttentionArgs& a, bool new_plan, Stream stream) {
   static Plans plans;
@@ -206,11 +254,20 @@ int PrefillAttention(const PrefillAttentionArgs& a, bool new_plan, Stream stream
   DSLA_CHECK(a.kv.dtype == DType::kBF16 && a.kv.Hkv > 0 && a.H % a.kv.Hkv == 0);
   DSLA_CHECK(a.q && a.out && a.kv.k && a.kv.v && a.workspace && a.rows.row_start && a.rows.pos);
   DSLA_CHECK(a.tables.page_start && a.tables.pages && a.q_stride % 8 == 0);
+  DSLA_CHECK(a.k_stride % 8 == 0 && a.v_stride % 8 == 0);
+  DSLA_CHECK(a.form != PrefillForm::kHopper || a.sliding_window == 0);
   // The kernel's offsets within q, out and between pages have 32 bits.
   const int64_t T = a.host_row_start[a.rows.N], limit = int64_t{1} << 32;
   DSLA_CHECK(T * std::max<int64_t>(a.q_stride, a.H * a.kv.D) < limit && a.kv.page_stride < limit);
   const Plan plan = plans.Get(a, new_plan, stream);
   DSLA_CHECK(plan.T == T);
+  if (plan.key.hopper) {
+    // A tile of rows that passes a sequence's end holds the next one's values, weighed 0: NaN there
+    // would reach it. Past the last row TMA fills in zeros, so one sequence alone is safe.
+    const bool from_rows = a.k && a.v && a.rows.N == 1 && a.host_pos[0] == 0;
+    return a.kv.D == 64 ? HopperPrefill<64>(a, plan.hopper, from_rows, stream)
+                        : HopperPrefill<128>(a, plan.hopper, from_rows, stream);
+  }
   const Params p = MakeParams(a, plan);
   const cudaError_t error = a.kv.D == 64 ? Launch<64>(p, plan, a.workspace, stream)
                                          : Launch<128>(p, plan, a.workspace, stream);
