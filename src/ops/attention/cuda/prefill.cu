@@ -66,9 +66,9 @@ int SplitBlocks() { return 2 * Multiprocessors(); }
 
 // The Hopper kernels take a head's rows by tiles of 128 or 192 and never split keys; the FA2
 // kernel's tiles may be 16 rows of the heads of a group together. Measured on an H200: from 128
-// rows on, where all sequences begin at position 0, Hopper is as fast or faster. Behind cached
-// tokens, which was not measured, few tiles would walk through all of those keys on a part of the
-// device: there they must also fill it.
+// rows on, all sequences from position 0, Hopper is faster, or 1 us slower. Behind cached tokens,
+// which was not measured, few tiles would walk through all of those keys on a part of the device:
+// there they must also fill it.
 constexpr int kHopperRows = 128;  // of a sequence, in the mean
 bool TakeHopper(const PrefillAttentionArgs& a) {
   if (a.form != PrefillForm::kChoose) return a.form == PrefillForm::kHopper;
