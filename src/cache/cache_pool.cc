@@ -1,9 +1,5 @@
 #include "cache/cache_pool.h"
 
-#include <sys/mman.h>
-
-#include <cerrno>
-#include <cstring>
 #include <utility>
 
 namespace dsla {
@@ -21,8 +17,10 @@ int64_t CacheGeometry::page_bytes() const {
 
 int64_t CacheGeometry::slot_block_bytes() const { return RoundUp(slot_bytes); }
 
-Expected<CachePool> CachePool::Create(const CacheGeometry& geometry, int64_t budget_bytes) {
+Expected<CachePool> CachePool::Create(const CacheGeometry& geometry, int64_t budget_bytes,
+                                      BlockMemory& memory) {
   CachePool pool;
+  pool.memory_ = &memory;
   pool.geometry_ = geometry;
   pool.ledger_ = std::make_unique<Ledger>(LedgerConfig{.budget_bytes = budget_bytes,
                                                        .page_bytes = geometry.page_bytes(),
@@ -31,15 +29,7 @@ Expected<CachePool> CachePool::Create(const CacheGeometry& geometry, int64_t bud
     const int64_t blocks = pool.ledger_->capacity(static_cast<BlockKind>(kind));
     if (blocks == 0) continue;
     const int64_t bytes = blocks * pool.ledger_->config().bytes(static_cast<BlockKind>(kind));
-    void* p = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
-                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) {
-      return ResourceExhausted("cannot map {} bytes of cache memory: {}", bytes,
-                               std::strerror(errno));
-    }
-    // Pages of a sequence are read in long runs; huge pages save most of the address translation.
-    ::madvise(p, bytes, MADV_HUGEPAGE);
-    pool.arena_[kind] = static_cast<std::byte*>(p);
+    DSLA_ASSIGN_OR_RETURN(pool.arena_[kind], memory.Reserve(bytes));
     pool.arena_bytes_[kind] = bytes;
     pool.resident_[kind].assign(blocks, false);
   }
@@ -47,7 +37,7 @@ Expected<CachePool> CachePool::Create(const CacheGeometry& geometry, int64_t bud
 }
 
 CachePool::CachePool(CachePool&& other) noexcept
-    : geometry_(other.geometry_), ledger_(std::move(other.ledger_)) {
+    : memory_(other.memory_), geometry_(other.geometry_), ledger_(std::move(other.ledger_)) {
   for (int kind = 0; kind < kBlockKinds; ++kind) {
     arena_[kind] = std::exchange(other.arena_[kind], nullptr);
     arena_bytes_[kind] = std::exchange(other.arena_bytes_[kind], 0);
@@ -58,7 +48,7 @@ CachePool::CachePool(CachePool&& other) noexcept
 
 CachePool::~CachePool() {
   for (int kind = 0; kind < kBlockKinds; ++kind) {
-    if (arena_[kind] != nullptr) ::munmap(arena_[kind], arena_bytes_[kind]);
+    if (arena_[kind] != nullptr) memory_->Release(arena_[kind], arena_bytes_[kind]);
   }
 }
 
@@ -82,15 +72,32 @@ int64_t CachePool::resident_bytes() const {
          resident_count_[1] * ledger_->config().slot_bytes;
 }
 
+std::byte* CachePool::Block(BlockKind kind, int32_t id) const {
+  return arena_[static_cast<int>(kind)] + id * ledger_->config().bytes(kind);
+}
+
 void CachePool::Touch(BlockKind kind, std::span<const int32_t> ids) {
   const int k = static_cast<int>(kind);
+  const LedgerConfig& config = ledger_->config();
   for (int32_t id : ids) {
     if (resident_[k][id]) continue;
+    // Room first: what a device gives back is what it has for the next block.
+    const int64_t over = resident_bytes() + config.bytes(kind) - config.budget_bytes;
+    if (over > 0) Trim(over);
+    memory_->Back(Block(kind, id), config.bytes(kind));
     resident_[k][id] = true;
     ++resident_count_[k];
   }
-  const int64_t over = resident_bytes() - ledger_->config().budget_bytes;
-  if (over > 0) Trim(over);
+}
+
+void CachePool::CopyBlock(BlockKind kind, int32_t from, int32_t to) {
+  Touch(kind, {&to, 1});
+  memory_->Copy(Block(kind, to), Block(kind, from), ledger_->config().bytes(kind));
+}
+
+void CachePool::ZeroBlock(BlockKind kind, int32_t to) {
+  Touch(kind, {&to, 1});
+  memory_->Zero(Block(kind, to), ledger_->config().bytes(kind));
 }
 
 void CachePool::Trim(int64_t bytes_over) {
@@ -102,7 +109,7 @@ void CachePool::Trim(int64_t bytes_over) {
       if (!resident_[kind][id] ||
           !ledger_->is_free(static_cast<BlockKind>(kind), static_cast<int32_t>(id)))
         continue;
-      ::madvise(arena_[kind] + id * bytes, bytes, MADV_DONTNEED);
+      memory_->GiveBack(arena_[kind] + id * bytes, bytes);
       resident_[kind][id] = false;
       --resident_count_[kind];
       bytes_over -= bytes;

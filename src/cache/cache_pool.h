@@ -1,7 +1,8 @@
-// CachePool: the memory behind a Ledger. Pages and slots lie in two arenas of address space, each
-// as large as the whole budget; physical memory is only there for blocks that were touched (and
-// what shares a huge page with one), and the free blocks' memory goes back to the system when both
-// arenas together would hold more than the budget. The engine's thread owns it.
+// CachePool: the memory behind a Ledger, the host's or a device's. Pages and slots lie in two
+// arenas of address space, each as large as the whole budget; physical memory is only there for
+// blocks that were touched (and what shares a huge page with one), and the free blocks' memory goes
+// back to the system when both arenas together would hold more than the budget. The engine's thread
+// owns it.
 #pragma once
 
 #include <cstddef>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "cache/block_memory.h"
 #include "cache/ledger.h"
 #include "ops/dsla/dsla.h"
 #include "ops/views.h"
@@ -33,8 +35,9 @@ struct CacheGeometry {
 
 class CachePool {
  public:
-  // kResourceExhausted when the address space cannot be had.
-  static Expected<CachePool> Create(const CacheGeometry& geometry, int64_t budget_bytes);
+  // `memory` must outlive the pool. kResourceExhausted when the address space cannot be had.
+  static Expected<CachePool> Create(const CacheGeometry& geometry, int64_t budget_bytes,
+                                    BlockMemory& memory = HostMemory());
   CachePool(CachePool&& other) noexcept;
   CachePool& operator=(CachePool&&) = delete;
   ~CachePool();
@@ -43,18 +46,25 @@ class CachePool {
   const Ledger& ledger() const { return *ledger_; }
   const CacheGeometry& geometry() const { return geometry_; }
 
+  // Addresses of the pool's memory: on a device only its kernels can follow them.
   PagedKvView pages() const;
   DslaStateView slots() const;
 
   // To be called with every block before it is first written after a reservation: counts it as
-  // resident, and trims free blocks while the resident bytes exceed the budget.
+  // resident, and trims free blocks while the resident bytes exceed the budget. Throws
+  // std::bad_alloc if a device has no memory left.
   void Touch(BlockKind kind, std::span<const int32_t> ids);
+  // Touch `to`, then set all of it.
+  void CopyBlock(BlockKind kind, int32_t from, int32_t to);
+  void ZeroBlock(BlockKind kind, int32_t to);
   int64_t resident_bytes() const;
 
  private:
   CachePool() = default;
   void Trim(int64_t bytes_over);
+  std::byte* Block(BlockKind kind, int32_t id) const;
 
+  BlockMemory* memory_ = nullptr;
   CacheGeometry geometry_;
   std::unique_ptr<Ledger> ledger_;
   std::byte* arena_[kBlockKinds] = {nullptr, nullptr};

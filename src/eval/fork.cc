@@ -1,6 +1,5 @@
 #include "eval/fork.h"
 
-#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -20,14 +19,8 @@ Expected<SequenceCache> ForkSequence(const HybridModel& model, CachePool& pool,
     pages[layer].assign(shared.begin(), shared.end());
   }
   DSLA_RETURN_IF_ERROR(fork.Adopt(tokens, std::move(pages)));
-  const DslaStateView slots = pool.slots();
   for (int layer = 0; layer < from.layers(); ++layer) {
-    if (!from.is_dsla(layer)) continue;
-    const int32_t to = fork.slot(layer);
-    pool.Touch(BlockKind::kSlot, {&to, 1});
-    std::memcpy(slots.base + to * slots.slot_bytes,
-                slots.base + from.slot(layer) * slots.slot_bytes,
-                static_cast<size_t>(slots.slot_bytes));
+    if (from.is_dsla(layer)) pool.CopyBlock(BlockKind::kSlot, from.slot(layer), fork.slot(layer));
   }
   return fork;
 }
