@@ -44,10 +44,6 @@ void HashSampled(std::span<const std::byte> data, Sha256* hash) {
 
 }  // namespace
 
-std::string LayerTensorName(int layer, const char* suffix) {
-  return fmt::format("model.layers.{}.{}", layer, suffix);
-}
-
 std::vector<std::pair<std::string, std::vector<int64_t>>> RequiredTensors(
     const ModelConfig& config) {
   const int64_t C = config.C, D = config.D, ffn = config.ffn, V = config.V;

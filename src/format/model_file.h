@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "format/adapter.h"
 #include "format/config.h"
 #include "format/tokenizer/tokenizer_data.h"
 
@@ -30,6 +31,9 @@ class ModelFile {
   // `path`: a .gguf file, or a directory with config.json, *.safetensors and tokenizer.json. Checks
   // that exactly the tensors of the architecture are there, each with its shape.
   static Expected<std::unique_ptr<ModelFile>> Open(const std::string& path);
+  // `path`: a config.json, or a directory with one. The weights are random numbers and there is no
+  // tokenizer: for measuring speed and memory.
+  static Expected<std::unique_ptr<ModelFile>> OpenRandom(const std::string& path);
   virtual ~ModelFile() = default;
 
   virtual const ModelConfig& config() const = 0;
@@ -67,7 +71,9 @@ class ModelFile {
 // self_attn.o_proj.weight [C, H*D] (.bias), post_attention_layernorm.weight [C],
 // mlp.{gate,up}_proj.weight [ffn, C], mlp.down_proj.weight [C, ffn]. Others:
 // model.embed_tokens.weight [V, C], model.norm.weight [C], lm_head.weight [V, C] unless tied.
-std::string LayerTensorName(int layer, const char* suffix);
+inline std::string LayerTensorName(int layer, const char* suffix) {
+  return fmt::format("model.layers.{}.{}", layer, suffix);
+}
 
 // Name and shape of every tensor that a model of this config must have, in canonical order. Nothing
 // else may be in the file but what never changes the computation: GGUF's rope_freqs.weight (read
@@ -75,5 +81,16 @@ std::string LayerTensorName(int layer, const char* suffix);
 // embeddings are tied.
 std::vector<std::pair<std::string, std::vector<int64_t>>> RequiredTensors(
     const ModelConfig& config);
+
+// An adapter of random numbers for a model of them; gates spread over short and long half-lives.
+struct RandomAdapterShape {
+  int features = 0;  // F: D or 2D
+  int states = 2;
+  int window = 256;
+  int sinks = 4;
+  int rank = 32;
+};
+std::shared_ptr<const Adapter> RandomAdapter(const ModelConfig& config,
+                                             const RandomAdapterShape& shape);
 
 }  // namespace dsla
