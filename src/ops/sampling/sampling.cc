@@ -97,6 +97,10 @@ void Sampler::See(int32_t token, int32_t outputs) {
   seen_[place->second].outputs += outputs;
 }
 
+bool Sampler::greedy() const {
+  return params_.temperature < kGreedyBelow && !penalties_ && params_.logit_bias.empty();
+}
+
 void Sampler::AddPrompt(std::span<const int32_t> tokens) {
   for (const int32_t token : tokens) See(token, 0);
 }

@@ -54,6 +54,9 @@ class Sampler {
   // `params` must be valid for V.
   Sampler(const SamplingParams& params, int64_t V);
 
+  // It takes the largest logit as it is given: no temperature, penalty or bias.
+  bool greedy() const;
+
   // Tokens that count for the repetition penalty alone.
   void AddPrompt(std::span<const int32_t> tokens);
 
