@@ -4,7 +4,8 @@
 // ranges, softmax [0, m) and DSLA [m, T), and the adapter's deltas touch the second alone.
 //
 // Immutable after Load; Forward and Raise may be called from several threads as long as each has
-// its own ExecContext and its own CachePool.
+// its own ExecContext and its own CachePool; on a device (ModelOptions::device) from one at a time.
+// There they throw what device.h says, and ExecContext counts for loading alone.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +20,8 @@
 #include "cache/cache_pool.h"
 #include "cache/sequence_cache.h"
 #include "format/config.h"
+#include "model/device.h"
+#include "model/placed_rows.h"
 #include "model/weights.h"
 #include "ops/linear/linear.h"
 #include "ops/norm_rope/norm_rope.h"
@@ -30,23 +33,13 @@ struct ModelOptions {
   DType kv_dtype = DType::kBF16;
   int page_size = 64;     // tokens per KV page
   int max_positions = 0;  // longest sequence; 0 = the model's context length
+  // Where the model runs; null: on the CPU. A device holds weights and cache in bf16.
+  std::shared_ptr<Device> device = nullptr;
 };
 
-// One sequence's new rows in a batch. Room for them was reserved in `cache`.
-struct SequenceRows {
-  SequenceCache* cache = nullptr;
-  std::span<const int32_t>
-      tokens;           // at positions cache->length(), ...; at least one, each in [0, V)
-  int logits_rows = 1;  // logits of the last so many rows; 0 = none
-};
-
-// Of a Forward that hands out logits by tiles: the batch's `sequence`, its new token number `row`.
-struct LogitsRow {
-  int sequence = 0;
-  int row = 0;
-};
-// logits: [rows.size(), V], may be changed, gone afterwards.
-using LogitsVisitor = std::function<void(std::span<const LogitsRow> rows, float* logits)>;
+// Rows with their logits [rows.size(), V], which may be changed and are gone afterwards; or, of
+// sequences that are greedy, with their choices, logits then being null.
+using LogitsVisitor = DeviceLogitsVisitor;
 
 class HybridModel {
  public:
@@ -58,7 +51,7 @@ class HybridModel {
 
   // The same weights, shared, with another adapter in place of this model's own (there must be
   // one): for what is measured against it, such as another ladder.
-  std::unique_ptr<HybridModel> WithAdapter(std::shared_ptr<const Adapter> adapter) const;
+  Expected<std::unique_ptr<HybridModel>> WithAdapter(std::shared_ptr<const Adapter> adapter) const;
 
   const ModelConfig& config() const { return config_; }
   const ModelOptions& options() const { return options_; }
@@ -67,6 +60,13 @@ class HybridModel {
   int max_level() const { return adapter() == nullptr ? 0 : config_.L; }
   int max_positions() const { return static_cast<int>(rope_.positions()); }
   CacheGeometry cache_geometry() const;
+  BlockMemory& memory() const;                              // where its cache pools must lie
+  Device* device() const { return options_.device.get(); }  // null: the CPU
+  // Until all that Forward began is done: on a device it returns before that if no logits were
+  // asked for. What is timed needs it.
+  void Wait() const {
+    if (options_.device != nullptr) options_.device->Synchronize();
+  }
   SequenceCache NewSequence(CachePool& pool, int level) const;
 
   // Bytes that a decode step reads besides the cache: weights, and the adapter's of the converted
@@ -88,7 +88,7 @@ class HybridModel {
 
   // As Append of one token to a sequence at level 0, for what is measured on the attention itself:
   // `visit` gets each layer's rotated queries of the token, [H, D], when the cache holds its K and
-  // V.
+  // V. kUnsupported on a device.
   using QueryVisitor = std::function<void(int layer, std::span<const float> q)>;
   Status AppendVisiting(const ExecContext& ctx, CachePool& pool, SequenceCache& cache,
                         int32_t token, const QueryVisitor& visit) const;
@@ -109,7 +109,9 @@ class HybridModel {
 
   HybridModel() = default;
   void Bind(std::shared_ptr<const Adapter> adapter);
-  void PlaceRows(CachePool& pool, std::span<const SequenceRows> batch, Step& step) const;
+  Status LoadOnDevice(const ExecContext& ctx, const ModelFile& file);
+  DeviceModelSpec DeviceSpec() const;
+  PlacedRows Place(CachePool& pool, std::span<const SequenceRows> batch) const;
   void RunLayers(const ExecContext& ctx, CachePool& pool, Step& step) const;
   void Logits(const ExecContext& ctx, const Step& step, std::span<const int64_t> rows,
               float* logits) const;
@@ -122,11 +124,12 @@ class HybridModel {
 
   ModelConfig config_;
   ModelOptions options_;
-  std::shared_ptr<const ModelWeights> weights_;
+  std::shared_ptr<const ModelWeights> weights_;  // null on a device
   BoundAdapter adapter_;
   std::vector<int> ladder_;  // the adapter's, or 0 .. L-1
   std::vector<int> rank_;    // by layer: its place in the ladder
   RopeTable rope_;
+  std::unique_ptr<DeviceModel> on_device_;
 };
 
 }  // namespace dsla

@@ -141,7 +141,7 @@ TEST_P(HybridTest, TilesOfLogitsEqualEachSequenceAlone) {
   std::vector<float> got;
   small_.model().Forward(
       small_.ctx(), small_.pool(), batch, Products::kInvariant,
-      [&](std::span<const LogitsRow> rows, float* logits) {
+      [&](std::span<const LogitsRow> rows, float* logits, const TokenChoice*) {
         ASSERT_LE(static_cast<int64_t>(rows.size()), HybridModel::kLogitsTileRows);
         for (const LogitsRow& row : rows) places.emplace_back(row.sequence, row.row);
         got.insert(got.end(), logits, logits + static_cast<int64_t>(rows.size()) * V);

@@ -1,0 +1,157 @@
+// The device that the program opens: OpenDevice (model/device.h) finds DslaOpenCudaDevice here.
+#include <algorithm>
+#include <vector>
+
+#include "model/cuda/cuda_memory.h"
+#include "model/cuda/cuda_model.h"
+#include "ops/dsla/cuda/dsla_cuda.h"
+
+namespace dsla::cuda {
+namespace {
+
+constexpr int kLeastMajor = 8;  // compute capability
+
+class CudaDevice : public Device {
+ public:
+  CudaDevice(int index, std::string name, const DriverApi& driver, cudaStream_t stream)
+      : index_(index),
+        name_(std::move(name)),
+        stream_(stream),
+        memory_(driver, index, stream),
+        gemm_(std::make_shared<Gemm>(stream)) {}
+
+  const std::string& name() const override { return name_; }
+  BlockMemory& memory() override { return memory_; }
+  int64_t free_bytes() const override {
+    cudaSetDevice(index_);
+    size_t free = 0, total = 0;
+    Check(cudaMemGetInfo(&free, &total), "asking for free memory");
+    return static_cast<int64_t>(free);
+  }
+  void Synchronize() override {
+    cudaSetDevice(index_);
+    Check(cudaStreamSynchronize(stream_), "waiting for the device");
+  }
+
+  DeviceLimits Measure() override {
+    cudaSetDevice(index_);
+    constexpr int64_t kBytes = int64_t{1} << 30, kSize = 8192;
+    DeviceLimits limits;
+    {
+      const DeviceBuffer from(kBytes), to(kBytes);
+      limits.copy_bytes_per_second =
+          2.0 * kBytes / Fastest([&] {
+            Check(cudaMemcpyAsync(to.as(), from.as(), kBytes, cudaMemcpyDeviceToDevice, stream_),
+                  "copying");
+          });
+    }
+    // Zeros would draw less power, and run faster, than numbers do.
+    std::vector<uint16_t> numbers(kSize * kSize);
+    for (size_t i = 0; i < numbers.size(); ++i)
+      numbers[i] = static_cast<uint16_t>(0x3c00 + i * 2654435761u % 0x300);
+    Matrix weight;
+    weight.out = weight.in = kSize;
+    weight.data.Grow(weight.bytes());
+    const DeviceBuffer x(weight.bytes()), y(weight.bytes());
+    for (const DeviceBuffer* const of : {static_cast<const DeviceBuffer*>(&weight.data), &x}) {
+      Check(cudaMemcpy(of->as(), numbers.data(), static_cast<size_t>(weight.bytes()),
+                       cudaMemcpyHostToDevice),
+            "copying");
+    }
+    limits.gemm_flops = 2.0 * kSize * kSize * kSize /
+                        Fastest([&] { gemm_->Run(weight, x.as(), kSize, kSize, y.as(), kSize); });
+    return limits;
+  }
+
+  Expected<std::unique_ptr<DeviceModel>> Load(const DeviceModelSpec& spec, const TensorReader& read,
+                                              const ParallelRunner& parallel) override {
+    const ModelConfig& c = spec.config;
+    if (c.D != 64 && c.D != 128) return Unsupported("{}: head dim {}: have 64 and 128", name_, c.D);
+    if (c.C % 8 != 0 || c.ffn % 8 != 0) {
+      return Unsupported("{}: model width {} and MLP width {}: have multiples of 8", name_, c.C,
+                         c.ffn);
+    }
+    if (spec.adapter != nullptr && c.G() > kMaxGroup) {
+      return Unsupported("{}: {} query heads per KV head: with an adapter at most {}", name_, c.G(),
+                         kMaxGroup);
+    }
+    if (WeightBytes(c) > free_bytes()) {
+      return ResourceExhausted("{}: the weights take {} bytes in bf16, and {} are free", name_,
+                               WeightBytes(c), free_bytes());
+    }
+    try {
+      DSLA_ASSIGN_OR_RETURN(auto weights, UploadWeights(index_, spec, read, parallel));
+      auto adapter = UploadAdapter(spec, *weights, stream_);
+      return std::unique_ptr<DeviceModel>(
+          new CudaModel(index_, stream_, gemm_, spec, std::move(weights), std::move(adapter)));
+    } catch (const std::bad_alloc&) {
+      return ResourceExhausted("{}: out of memory while the model was copied to it", name_);
+    } catch (const DeviceError& error) {
+      return Error(StatusCode::kInternal, "{}", error.what());
+    }
+  }
+
+ private:
+  // Seconds of the fastest of a few runs.
+  template <typename F>
+  double Fastest(F&& run) {
+    cudaEvent_t begin = nullptr, end = nullptr;
+    Check(cudaEventCreate(&begin), "creating an event");
+    Check(cudaEventCreate(&end), "creating an event");
+    float best = 0;
+    for (int pass = 0; pass < 6; ++pass) {
+      Check(cudaEventRecord(begin, stream_), "timing");
+      run();
+      Check(cudaEventRecord(end, stream_), "timing");
+      Check(cudaEventSynchronize(end), "timing");
+      float milliseconds = 0;
+      Check(cudaEventElapsedTime(&milliseconds, begin, end), "timing");
+      best = pass == 0 ? milliseconds : std::min(best, milliseconds);
+    }
+    cudaEventDestroy(begin);
+    cudaEventDestroy(end);
+    return 1e-3 * best;
+  }
+
+  int index_;
+  std::string name_;
+  cudaStream_t stream_;  // as long as the program
+  CudaBlockMemory memory_;
+  std::shared_ptr<Gemm> gemm_;
+};
+
+Expected<std::shared_ptr<Device>> Open(int index) {
+  DSLA_ASSIGN_OR_RETURN(const DriverApi driver, DriverApi::Load());
+  int count = 0;
+  const cudaError_t found = cudaGetDeviceCount(&count);
+  if (found != cudaSuccess || count == 0) {
+    return Error(StatusCode::kUnavailable, "no GPU: {}", cudaGetErrorString(found));
+  }
+  if (index >= count) return Error(StatusCode::kUnavailable, "this machine has {} GPUs", count);
+  cudaDeviceProp property;
+  Check(cudaGetDeviceProperties(&property, index), "asking for a GPU's properties");
+  if (property.major < kLeastMajor) {
+    return Error(StatusCode::kUnavailable, "{}: compute capability {}.{}: needs {}.0",
+                 property.name, property.major, property.minor, kLeastMajor);
+  }
+  Check(cudaSetDevice(index), "choosing a GPU");
+  cudaStream_t stream = nullptr;
+  Check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream");
+  return std::shared_ptr<Device>(std::make_shared<CudaDevice>(
+      index, fmt::format("cuda:{} ({})", index, property.name), driver, stream));
+}
+
+}  // namespace
+}  // namespace dsla::cuda
+
+extern "C" DSLA_CUDA_EXPORT void DslaOpenCudaDevice(int index,
+                                                    std::shared_ptr<dsla::Device>* device,
+                                                    dsla::Status* status) {
+  try {
+    auto opened = dsla::cuda::Open(index);
+    *status = opened.status();
+    if (opened.ok()) *device = std::move(opened).value();
+  } catch (const std::exception& error) {
+    *status = dsla::Error(dsla::StatusCode::kUnavailable, "{}", error.what());
+  }
+}

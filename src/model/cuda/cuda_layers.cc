@@ -1,0 +1,334 @@
+// The layers of a step: which kernels run on which rows.
+#include <algorithm>
+#include <cmath>
+
+#include "model/cuda/cuda_model.h"
+#include "ops/attention/cuda/attention_cuda.h"
+#include "ops/linear/cuda/linear_cuda.h"
+#include "ops/norm_rope/cuda/norm_rope_cuda.h"
+
+namespace dsla::cuda {
+namespace {
+
+// The chunked form works in waves of chunks. The longer, the better it fills the card, as far as a
+// workspace of this size goes: few heads gain up to 1000 chunks, 32 heads nothing beyond 136.
+constexpr int64_t kWaveBytes = int64_t{512} << 20;
+constexpr int kLeastWaveChunks = 136;
+
+// bytes_of(chunks): what a wave of so many takes.
+template <typename F>
+int WaveChunks(int most, F&& bytes_of) {
+  const int64_t one = bytes_of(1), each = std::max<int64_t>(1, bytes_of(2) - one);
+  const int64_t fit = std::max<int64_t>(kLeastWaveChunks, (kWaveBytes - one) / each);
+  return static_cast<int>(std::min<int64_t>(most, fit));
+}
+int64_t PrefillBytes(const DslaShape& shape, int N, int64_t T) {
+  const auto bytes = [&](int chunks) { return PrefillWorkspaceBytes(shape, N, T, chunks); };
+  return bytes(WaveChunks(MaxChunks(N, T), bytes));
+}
+int64_t FoldBytes(const DslaShape& shape, int64_t T) {
+  const auto bytes = [&](int chunks) { return FoldWorkspaceBytes(shape, 1, T, chunks); };
+  return bytes(WaveChunks(MaxChunks(1, T), bytes));
+}
+
+}  // namespace
+
+void CudaModel::RunLayers(const Step& step) {
+  const ModelConfig& c = spec_.config;
+  const Activations& a = *step.a;
+  const StepTables& tables = *step.tables;
+  const int T = static_cast<int>(tables.T);
+  Check(EmbedRows(step.device + tables.tokens, weights_->embedding.data.as(), T, c.C, a.hidden,
+                  stream_),
+        "embedding");
+  for (int l = 0; l < c.L; ++l) {
+    const CudaLayer& layer = weights_->layers[static_cast<size_t>(l)];
+    AddRmsNormArgs norm{.hidden = a.hidden,
+                        .delta = l == 0 ? nullptr : a.delta,
+                        .weight = layer.attn_norm.as<float>(),
+                        .eps = c.norm_eps,
+                        .T = T,
+                        .C = c.C,
+                        .normed = a.normed};
+    Check(AddRmsNorm(norm, stream_), "norm");
+    AttentionBlock(step, l);
+    norm.delta = a.delta;
+    norm.bias = c.o_bias ? layer.o_bias.as<float>() : nullptr;
+    norm.weight = layer.mlp_norm.as<float>();
+    Check(AddRmsNorm(norm, stream_), "norm");
+    gemm_->Run(layer.gate_up, a.normed, c.C, T, a.gate_up, 2 * int64_t{c.ffn});
+    Check(SiluMul(a.gate_up, T, c.ffn, a.activation, stream_), "activation");
+    gemm_->Run(layer.down, a.activation, c.ffn, T, a.delta, c.C);
+  }
+}
+
+void CudaModel::AttentionBlock(const Step& step, int l) {
+  const ModelConfig& c = spec_.config;
+  const Activations& a = *step.a;
+  const StepTables& tables = *step.tables;
+  const CudaLayer& layer = weights_->layers[static_cast<size_t>(l)];
+  const int64_t q = int64_t{c.H} * c.D, stride = q + 2 * int64_t{c.Hkv} * c.D;
+  gemm_->Run(layer.qkv, a.normed, c.C, tables.T, a.qkv, stride);
+
+  // A graph has both branches for all rows; otherwise the host knows where they part.
+  const int softmax =
+      step.padded ? tables.N : step.rows->SoftmaxSequences(spec_.rank[static_cast<size_t>(l)]);
+  const int64_t first = step.padded ? 0 : step.rows->row_start[softmax];
+  const bool some_softmax = softmax > 0, some_dsla = step.dsla && first < tables.T;
+  if (some_dsla) AdapterIn(step, adapter_->layers[static_cast<size_t>(l)], l, first);
+
+  Check(RopeKv(
+            {.qkv = a.qkv,
+             .bias = c.qkv_bias ? layer.qkv_bias.as<float>() : nullptr,
+             .q_norm = c.qk_norm ? layer.q_norm.as<float>() : nullptr,
+             .k_norm = c.qk_norm ? layer.k_norm.as<float>() : nullptr,
+             .eps = c.norm_eps,
+             .rope_cos = weights_->rope_cos.as<float>(),
+             .rope_sin = weights_->rope_sin.as<float>(),
+             .positions = step.device + tables.positions,
+             .T = static_cast<int>(tables.T),
+             .H = c.H,
+             .Hkv = c.Hkv,
+             .D = c.D,
+             .softmax_rows = step.device + tables.softmax_rows + l,
+             .sequence = step.device + tables.sequence,
+             .tables = {.page_start = step.device + tables.page_start + int64_t{l} * (tables.N + 1),
+                        .pages = step.device + tables.pages},
+             .kv = step.cache.pages},
+            stream_),
+        "rotating queries and keys");
+  if (some_softmax) SoftmaxRows(step, l);
+  if (some_dsla) DslaRows(step, l);
+
+  gemm_->Run(layer.o, a.attention, q, tables.T, a.delta, c.C);
+  if (some_dsla) AdapterOut(step, adapter_->layers[static_cast<size_t>(l)], l, first);
+}
+
+// The claims, and q += B_q A_q x, of the DSLA rows: from row `first` on, and in a graph of those
+// that the tables say.
+void CudaModel::AdapterIn(const Step& step, const CudaDslaLayer& dsla, int l, int64_t first) {
+  const ModelConfig& c = spec_.config;
+  const Activations& a = *step.a;
+  const StepTables& tables = *step.tables;
+  if (dsla.in.empty()) return;
+  const int64_t T = tables.T - first, stride = int64_t{c.H + 2 * c.Hkv} * c.D;
+  const int32_t* const parting =
+      step.device + (step.padded ? tables.softmax_rows + l : tables.zero);
+  FirstProduct(a, dsla.in, dsla.r, dsla.claims ? c.H : 0, a.normed + 2 * first * c.C, T, parting,
+               dsla.claims ? a.claim + first * c.H : nullptr, dsla.claim_bias.as<float>());
+  if (dsla.r > 0)
+    gemm_->Run(dsla.q_out, a.low_rank, dsla.r, T, a.qkv + 2 * first * stride, stride,
+               Gemm::Out::kBf16, parting);
+}
+
+// low_rank = A x, and with claims those of the rows from *parting on; low_rank is zero below it, or
+// not written where SecondProduct's rows all lie below it and it does nothing.
+void CudaModel::FirstProduct(const Activations& a, const Matrix& in, int r, int H,
+                             const std::byte* x, int64_t T, const int32_t* parting, float* claim,
+                             const float* claim_bias) {
+  if (T <= kMostSkinnyRows && r % 8 == 0 && in.in % 8 == 0) {
+    Check(cuda::AdapterIn({.weight = in.data.as(),
+                           .in = static_cast<int>(in.in),
+                           .r = r,
+                           .H = H,
+                           .x = x,
+                           .x_stride = in.in,
+                           .T = static_cast<int>(T),
+                           .first_row = parting,
+                           .low_rank = r > 0 ? a.low_rank : nullptr,
+                           .claim = claim,
+                           .claim_bias = claim_bias},
+                          stream_),
+          "the adapter's first product");
+    return;
+  }
+  gemm_->Run(in, x, in.in, T, a.product, in.out, Gemm::Out::kF32);
+  Check(SplitAdapter({.product = a.product,
+                      .T = static_cast<int>(T),
+                      .r = r,
+                      .H = H,
+                      .first_row = parting,
+                      .low_rank = a.low_rank,
+                      .claim = claim,
+                      .claim_bias = claim_bias},
+                     stream_),
+        "splitting the adapter's product");
+}
+
+// y += B_o A_o out.
+void CudaModel::AdapterOut(const Step& step, const CudaDslaLayer& dsla, int l, int64_t first) {
+  if (dsla.r == 0) return;
+  const ModelConfig& c = spec_.config;
+  const Activations& a = *step.a;
+  const StepTables& tables = *step.tables;
+  const int64_t T = tables.T - first, q = int64_t{c.H} * c.D;
+  const int32_t* const parting =
+      step.device + (step.padded ? tables.softmax_rows + l : tables.zero);
+  FirstProduct(a, dsla.o_in, dsla.r, 0, a.attention + 2 * first * q, T, parting, nullptr, nullptr);
+  gemm_->Run(dsla.o_out, a.low_rank, dsla.r, T, a.delta + 2 * first * c.C, c.C, Gemm::Out::kBf16,
+             parting);
+}
+
+void CudaModel::SoftmaxRows(const Step& step, int l) {
+  const ModelConfig& c = spec_.config;
+  const Activations& a = *step.a;
+  const StepTables& tables = *step.tables;
+  const int64_t q = int64_t{c.H} * c.D, kv = int64_t{c.Hkv} * c.D, stride = q + 2 * kv;
+  const float scale = 1.f / std::sqrt(static_cast<float>(c.D));
+  const int32_t* const starts = step.device + tables.page_start + int64_t{l} * (tables.N + 1);
+  const int32_t* const pages = step.device + tables.pages;
+
+  const auto decode = [&](int first, int count, int64_t first_row, const int32_t* limit) {
+    if (!step.padded) step.scratch->Grow(DecodeAttentionWorkspaceBytes(count, c.H, c.Hkv, c.D));
+    Check(DecodeAttention({.N = count,
+                           .rows = limit,
+                           .pos = step.device + tables.pos + first,
+                           .tables = {.page_start = starts + first, .pages = pages},
+                           .kv = step.cache.pages,
+                           .H = c.H,
+                           .scale = scale,
+                           .sliding_window = c.sliding_window,
+                           .q = a.qkv + 2 * first_row * stride,
+                           .q_stride = stride,
+                           .out = a.attention + 2 * first_row * q,
+                           .workspace = step.scratch->as(),
+                           .workspace_bytes = step.scratch->bytes()},
+                          stream_),
+          "attention of single rows");
+  };
+  if (step.padded) {
+    decode(0, tables.N, 0, step.device + tables.softmax_rows + l);
+    return;
+  }
+  const int rank = spec_.rank[static_cast<size_t>(l)];
+  for (size_t g = 0; g < tables.groups.size(); ++g) {
+    const RowGroup& group = tables.groups[g];
+    if (step.rows->sequences[static_cast<size_t>(group.first)]->cache->level() > rank) break;
+    if (group.single) {
+      // The last entry of its row starts is the number of its rows.
+      decode(group.first, group.count, group.first_row,
+             step.device + group.row_start + group.count);
+      continue;
+    }
+    if (plans_.size() <= g) plans_.resize(g + 1);
+    const int64_t bytes = PrefillAttentionWorkspaceBytes(group.count, group.rows, c.H, c.Hkv, c.D);
+    plans_[g].Grow(bytes);
+    // The first layer of the step that has this group makes its plan.
+    const bool new_plan = !planned_[g];
+    planned_[g] = true;
+    Check(PrefillAttention({.rows = {.N = group.count,
+                                     .row_start = step.device + group.row_start,
+                                     .pos = step.device + tables.pos + group.first},
+                            .host_row_start = step.host + group.row_start,
+                            .host_pos = step.host + tables.pos + group.first,
+                            .tables = {.page_start = starts + group.first, .pages = pages},
+                            .kv = step.cache.pages,
+                            .H = c.H,
+                            .scale = scale,
+                            .sliding_window = c.sliding_window,
+                            .q = a.qkv + 2 * group.first_row * stride,
+                            .q_stride = stride,
+                            .k = a.qkv + 2 * (group.first_row * stride + q),
+                            .v = a.qkv + 2 * (group.first_row * stride + q + kv),
+                            .k_stride = stride,
+                            .v_stride = stride,
+                            .out = a.attention + 2 * group.first_row * q,
+                            .workspace = plans_[g].as(),
+                            .workspace_bytes = plans_[g].bytes()},
+                           new_plan, stream_),
+          "attention of prompts");
+  }
+}
+
+void CudaModel::DslaRows(const Step& step, int l) {
+  const ModelConfig& c = spec_.config;
+  const Activations& a = *step.a;
+  const StepTables& tables = *step.tables;
+  const auto layer = static_cast<size_t>(l);
+  const CudaDslaLayer& dsla = adapter_->layers[layer];
+  const DslaShape& shape = adapter_->shapes[layer];
+  const int64_t q = int64_t{c.H} * c.D, kv = int64_t{c.Hkv} * c.D, stride = q + 2 * kv;
+
+  const auto run = [&](const RowGroup& group) {
+    const std::byte* const rows = a.qkv + 2 * group.first_row * stride;
+    DslaCudaArgs args{.shape = shape,
+                      .layout = adapter_->layouts[layer],
+                      .weights = {.packed = dsla.packed.as(),
+                                  .mix = dsla.mix.as<float>(),
+                                  .rope_cos = weights_->rope_cos.as<float>(),
+                                  .rope_sin = weights_->rope_sin.as<float>()},
+                      .rows = {.N = group.count,
+                               .row_start = step.device + group.row_start,
+                               .pos = step.device + tables.pos + group.first},
+                      .T = static_cast<int>(group.rows),
+                      .slots = step.device + tables.slots + int64_t{l} * tables.N + group.first,
+                      .states = step.cache.slots,
+                      .q = rows,
+                      .k = rows + 2 * q,
+                      .v = rows + 2 * (q + kv),
+                      .q_stride = stride,
+                      .k_stride = stride,
+                      .v_stride = stride,
+                      .claim = dsla.claims ? a.claim + group.first_row * c.H : nullptr,
+                      .out = a.attention + 2 * group.first_row * q};
+    if (!step.padded) {
+      step.scratch->Grow(group.single ? DecodeWorkspaceBytes(shape, group.count)
+                                      : PrefillBytes(shape, group.count, group.rows));
+    }
+    args.workspace = step.scratch->as();
+    args.workspace_bytes = step.scratch->bytes();
+    Check(group.single ? Decode(args, stream_) : Prefill(args, stream_),
+          "dual-state linear attention");
+  };
+  if (step.padded) {
+    run({.first = 0, .count = tables.N, .first_row = 0, .rows = tables.N, .single = true});
+    return;
+  }
+  const int rank = spec_.rank[layer];
+  for (const RowGroup& group : tables.groups) {
+    if (step.rows->sequences[static_cast<size_t>(group.first)]->cache->level() > rank) run(group);
+  }
+}
+
+void CudaModel::Fold(const CacheViews& cache, const SequenceCache& sequence, int l, int32_t slot) {
+  cudaSetDevice(device_);
+  const auto layer = static_cast<size_t>(l);
+  const CudaDslaLayer& dsla = adapter_->layers[layer];
+  const DslaShape& shape = adapter_->shapes[layer];
+  const auto pages = sequence.pages(l);
+  const auto count = static_cast<int32_t>(pages.size());
+  // pos, slot, page_start [2], pages.
+  Check(cudaEventSynchronize(tables_sent_), "waiting for a copy");
+  host_tables_.Grow(4 * int64_t{4 + count});
+  auto* const host = host_tables_.as<int32_t>();
+  host[0] = sequence.length();
+  host[1] = slot;
+  host[2] = 0;
+  host[3] = count;
+  std::copy(pages.begin(), pages.end(), host + 4);
+  tables_.Grow(4 * int64_t{4 + count});
+  Check(cudaMemcpyAsync(tables_.as(), host, static_cast<size_t>(4 * (4 + count)),
+                        cudaMemcpyHostToDevice, stream_),
+        "sending a page table");
+  Check(cudaEventRecord(tables_sent_, stream_), "marking a copy");
+  const auto* const device = tables_.as<int32_t>();
+  scratch_.Grow(FoldBytes(shape, sequence.length()));
+  Check(cuda::Fold({.shape = shape,
+                    .layout = adapter_->layouts[layer],
+                    .weights = {.packed = dsla.packed.as(),
+                                .mix = dsla.mix.as<float>(),
+                                .rope_cos = weights_->rope_cos.as<float>(),
+                                .rope_sin = weights_->rope_sin.as<float>()},
+                    .rows = {.N = 1, .row_start = nullptr, .pos = device},
+                    .T = sequence.length(),
+                    .tables = {.page_start = device + 2, .pages = device + 4},
+                    .kv = cache.pages,
+                    .slots = device + 1,
+                    .states = cache.slots,
+                    .workspace = scratch_.as(),
+                    .workspace_bytes = scratch_.bytes()},
+                   stream_),
+        "folding a cache");
+}
+
+}  // namespace dsla::cuda

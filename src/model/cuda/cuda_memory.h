@@ -1,0 +1,74 @@
+// The memory of cache blocks on a GPU: address space is reserved once, and units of physical memory
+// (2 MiB) are mapped where blocks are in use, so that pages and slots share one budget as they do
+// on the host.
+#pragma once
+
+#include <cuda.h>
+
+#include <map>
+#include <vector>
+
+#include "cache/block_memory.h"
+#include "model/cuda/cuda_util.h"
+
+namespace dsla::cuda {
+
+// The driver's functions that the runtime has no form of, taken from the driver's library, which is
+// where a GPU is and nowhere else.
+struct DriverApi {
+  decltype(&cuMemAddressReserve) address_reserve = nullptr;
+  decltype(&cuMemAddressFree) address_free = nullptr;
+  decltype(&cuMemCreate) create = nullptr;
+  decltype(&cuMemRelease) release = nullptr;
+  decltype(&cuMemMap) map = nullptr;
+  decltype(&cuMemUnmap) unmap = nullptr;
+  decltype(&cuMemSetAccess) set_access = nullptr;
+  decltype(&cuMemGetAllocationGranularity) granularity = nullptr;
+
+  static Expected<DriverApi> Load();
+};
+
+class CudaBlockMemory : public BlockMemory {
+ public:
+  // Copies are in the order of `stream`.
+  CudaBlockMemory(const DriverApi& driver, int device, cudaStream_t stream);
+  ~CudaBlockMemory() override;
+  CudaBlockMemory(const CudaBlockMemory&) = delete;
+  CudaBlockMemory& operator=(const CudaBlockMemory&) = delete;
+
+  Expected<std::byte*> Reserve(int64_t bytes) override;
+  void Release(std::byte* begin, int64_t bytes) override;
+  void Back(std::byte* block, int64_t bytes) override;
+  void GiveBack(std::byte* block, int64_t bytes) override;
+  void Copy(std::byte* to, const std::byte* from, int64_t bytes) override;
+  void Zero(std::byte* block, int64_t bytes) override;
+
+ private:
+  struct Unit {
+    CUmemGenericAllocationHandle handle = 0;
+    int blocks = 0;  // that reach into it and are backed
+  };
+  struct Space {
+    int64_t bytes = 0;
+    std::vector<Unit> units;
+  };
+  // The space that holds `block`, and the range of its units that the block reaches into.
+  struct Range {
+    std::byte* base;
+    Space* space;
+    int64_t first, last;
+  };
+  Range UnitsOf(std::byte* block, int64_t bytes);
+  void Map(std::byte* at, Unit& unit);
+  void Unmap(std::byte* at, Unit& unit);
+
+  DriverApi driver_;
+  CUmemAllocationProp property_ = {};
+  cudaStream_t stream_;
+  int device_;
+  int64_t unit_bytes_ = 0;
+  std::map<std::byte*, Space> spaces_;                // by address
+  std::vector<CUmemGenericAllocationHandle> spares_;  // given back, to be mapped again
+};
+
+}  // namespace dsla::cuda

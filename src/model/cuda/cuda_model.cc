@@ -1,0 +1,311 @@
+#include "model/cuda/cuda_model.h"
+
+#include <algorithm>
+#include <span>
+
+#include "ops/attention/cuda/attention_cuda.h"
+#include "ops/norm_rope/cuda/norm_rope_cuda.h"
+#include "ops/sampling/cuda/sampling_cuda.h"
+
+namespace dsla::cuda {
+namespace {
+
+static_assert(sizeof(TokenChoice) == sizeof(GreedyChoice), "one is copied as the other");
+
+// Rows of logits that are on the GPU at once in a step that is not replayed.
+constexpr int64_t kTileRows = 64;
+
+// Graphs are captured for these numbers of rows; a step takes the next larger one.
+int Bucket(int rows) {
+  if (rows <= 2) return rows;
+  int bucket = 4;
+  while (bucket < rows) bucket += bucket < 16 ? 4 : bucket < 64 ? 16 : 64;
+  return bucket;
+}
+
+bool SameViews(const CacheViews& a, const CacheViews& b) {
+  return a.pages.k == b.pages.k && a.pages.v == b.pages.v && a.slots.base == b.slots.base;
+}
+
+}  // namespace
+
+CudaModel::CudaModel(int device, cudaStream_t stream, std::shared_ptr<Gemm> gemm,
+                     DeviceModelSpec spec, std::shared_ptr<const CudaWeights> weights,
+                     std::shared_ptr<const CudaAdapter> adapter)
+    : device_(device),
+      stream_(stream),
+      gemm_(std::move(gemm)),
+      spec_(std::move(spec)),
+      weights_(std::move(weights)),
+      adapter_(std::move(adapter)) {
+  spec_.adapter = nullptr;  // the caller's; what is needed of it has been copied
+  spec_.rope_cos = spec_.rope_sin = nullptr;
+  Check(cudaEventCreateWithFlags(&tables_sent_, cudaEventDisableTiming), "creating an event");
+}
+
+CudaModel::~CudaModel() {
+  cudaSetDevice(device_);
+  cudaStreamSynchronize(stream_);
+  DropGraphs();
+  cudaEventDestroy(tables_sent_);
+}
+
+Expected<std::unique_ptr<DeviceModel>> CudaModel::WithAdapter(const DeviceModelSpec& spec) const {
+  cudaSetDevice(device_);
+  try {
+    return std::unique_ptr<DeviceModel>(new CudaModel(device_, stream_, gemm_, spec, weights_,
+                                                      UploadAdapter(spec, *weights_, stream_)));
+  } catch (const std::bad_alloc&) {
+    return ResourceExhausted("out of GPU memory while an adapter was copied");
+  }
+}
+
+int64_t CudaModel::weight_bytes(int level) const {
+  int64_t bytes = weights_->step_bytes();
+  for (size_t l = 0; l < adapter_->layers.size(); ++l)
+    if (spec_.rank[l] < level) bytes += adapter_->layers[l].bytes();
+  return bytes;
+}
+
+void CudaModel::DropGraphs() {
+  for (auto& [key, graph] : graphs_)
+    if (graph.exec != nullptr) cudaGraphExecDestroy(graph.exec);
+  graphs_.clear();
+}
+
+void CudaModel::Carve(Activations& a, int64_t T, int64_t tile) const {
+  const ModelConfig& c = spec_.config;
+  const int64_t q = int64_t{c.H} * c.D, qkv = q + 2 * int64_t{c.Hkv} * c.D;
+  const bool adapter = !adapter_->layers.empty();
+  const int64_t r = adapter ? adapter_->most_rank : 0, heads = adapter ? c.H : 0;
+  int64_t size = 0;
+  const auto place = [&](auto*& pointer, int64_t count, int64_t bytes_each) {
+    const int64_t at = size;
+    size += (count * bytes_each + 255) / 256 * 256;
+    pointer = a.memory.as<std::remove_reference_t<decltype(*pointer)>>(at);
+  };
+  for (int pass = 0; pass < 2; ++pass) {  // sizes, then addresses
+    size = 0;
+    place(a.hidden, T * c.C, 4);
+    place(a.normed, T * c.C, 2);
+    place(a.delta, T * c.C, 2);
+    place(a.qkv, T * qkv, 2);
+    place(a.attention, T * q, 2);
+    place(a.gate_up, T * 2 * c.ffn, 2);
+    place(a.activation, T * c.ffn, 2);
+    place(a.product, T * (r + heads), 4);
+    place(a.low_rank, T * r, 2);
+    place(a.claim, T * heads, 4);
+    place(a.last, tile * c.C, 2);
+    place(a.logits, tile * c.V, 4);
+    place(a.choices, tile, sizeof(TokenChoice));
+    if (pass == 0) a.memory.Grow(size);
+  }
+  a.T = T;
+}
+
+void CudaModel::Forward(const CacheViews& cache, const PlacedRows& rows,
+                        const DeviceLogitsVisitor& visit) {
+  cudaSetDevice(device_);
+  const bool single = rows.T() == rows.N();
+  if (single && rows.N() <= kMostGraphRows && rows.wanted_rows.size() == rows.sequences.size()) {
+    ForwardGraph(cache, rows, visit);
+  } else {
+    ForwardLaunched(cache, rows, visit);
+  }
+}
+
+CudaModel::Fixed& CudaModel::FixedMemory() {
+  if (fixed_ != nullptr) return *fixed_;
+  const ModelConfig& c = spec_.config;
+  auto fixed = std::make_unique<Fixed>();
+  Carve(fixed->activations, kMostGraphRows, kMostGraphRows);
+  // What rows of padding hold must be numbers: they go through the products beside the others.
+  Check(cudaMemsetAsync(fixed->activations.memory.as(), 0,
+                        static_cast<size_t>(fixed->activations.memory.bytes()), stream_),
+        "clearing memory");
+  int64_t scratch = DecodeAttentionWorkspaceBytes(kMostGraphRows, c.H, c.Hkv, c.D);
+  for (const DslaShape& shape : adapter_->shapes)
+    scratch = std::max(scratch, DecodeWorkspaceBytes(shape, kMostGraphRows));
+  scratch = std::max(scratch, GreedyWorkspaceBytes(kMostGraphRows, c.V));
+  fixed->scratch.Grow(scratch);
+  fixed->choices.Grow(kMostGraphRows * int64_t{sizeof(TokenChoice)});
+  fixed_ = std::move(fixed);
+  return *fixed_;
+}
+
+void CudaModel::SendTables(const StepTables& tables, const PlacedRows& rows, PinnedBuffer& host,
+                           DeviceBuffer& device) {
+  // The host's copy is rewritten: the last one must have been sent.
+  Check(cudaEventSynchronize(tables_sent_), "waiting for a copy");
+  host.Grow(4 * tables.size);
+  if (device.bytes() < 4 * tables.size) device.Grow(8 * tables.size);
+  tables.Pack(rows, spec_.rank, host.as<int32_t>());
+  Check(cudaMemcpyAsync(device.as(), host.as(), static_cast<size_t>(4 * tables.size),
+                        cudaMemcpyHostToDevice, stream_),
+        "sending a step's tables");
+  Check(cudaEventRecord(tables_sent_, stream_), "marking a copy");
+}
+
+// The last norm and the head of `count` rows (null: the first ones), and their likeliest tokens.
+void CudaModel::FinishTile(const Activations& a, const int32_t* rows, int count,
+                           DeviceBuffer& scratch) {
+  const ModelConfig& c = spec_.config;
+  Check(AddRmsNorm({.hidden = a.hidden,
+                    .delta = a.delta,
+                    .weight = weights_->final_norm.as<float>(),
+                    .eps = c.norm_eps,
+                    .T = count,
+                    .C = c.C,
+                    .rows = rows,
+                    .normed = a.last},
+                   stream_),
+        "norm");
+  gemm_->Run(weights_->output(), a.last, c.C, count, a.logits, c.V, Gemm::Out::kF32);
+  Check(Greedy(a.logits, count, c.V, reinterpret_cast<GreedyChoice*>(a.choices), scratch.as(),
+               scratch.bytes(), stream_),
+        "choosing tokens");
+}
+
+void CudaModel::ForwardGraph(const CacheViews& cache, const PlacedRows& rows,
+                             const DeviceLogitsVisitor& visit) {
+  Fixed& fixed = FixedMemory();
+  const int bucket = Bucket(rows.N());
+  const bool dsla = rows.sequences.back()->cache->level() > 0;
+  const StepTables tables(rows, spec_.rank, bucket);
+  if (fixed.tables.bytes() < 4 * tables.size) {
+    Check(cudaStreamSynchronize(stream_), "waiting for a step");
+    DropGraphs();  // they hold the address
+    fixed.tables.Grow(std::max<int64_t>(8 * tables.size, int64_t{1} << 20));
+  }
+  SendTables(tables, rows, fixed.host_tables, fixed.tables);
+
+  Graph& graph = graphs_[{bucket, dsla}];
+  const auto launch = [&] {
+    RunLayers({.tables = &tables,
+               .host = fixed.host_tables.as<int32_t>(),
+               .device = fixed.tables.as<int32_t>(),
+               .a = &fixed.activations,
+               .cache = cache,
+               .padded = true,
+               .dsla = dsla,
+               .rows = &rows,
+               .scratch = &fixed.scratch});
+    FinishTile(fixed.activations, nullptr, bucket, fixed.scratch);
+    Check(cudaMemcpyAsync(fixed.choices.as(), fixed.activations.choices,
+                          static_cast<size_t>(bucket) * sizeof(TokenChoice), cudaMemcpyDeviceToHost,
+                          stream_),
+          "fetching choices");
+  };
+  if (graph.exec != nullptr && !SameViews(graph.cache, cache)) {
+    cudaGraphExecDestroy(graph.exec);
+    graph = {};
+  }
+  if (graph.exec == nullptr && graph.runs > 0) {
+    // Everything was launched once by itself: no library loads or allocates while it is captured.
+    Check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "capturing a step");
+    cudaGraph_t captured = nullptr;
+    try {
+      launch();
+    } catch (...) {
+      cudaStreamEndCapture(stream_, &captured);
+      if (captured != nullptr) cudaGraphDestroy(captured);
+      throw;
+    }
+    Check(cudaStreamEndCapture(stream_, &captured), "capturing a step");
+    const int error = cudaGraphInstantiate(&graph.exec, captured, 0);
+    cudaGraphDestroy(captured);
+    Check(error, "building a step's graph");
+    graph.cache = cache;
+  }
+  ++graph.runs;
+  if (graph.exec != nullptr) {
+    Check(cudaGraphLaunch(graph.exec, stream_), "replaying a step");
+  } else {
+    launch();
+  }
+
+  std::vector<int64_t> tile_row(rows.wanted_rows);  // the tile is the step's rows in their order
+  VisitTile(rows.wanted, rows, tile_row, fixed.activations, fixed.choices.as<TokenChoice>(), visit);
+}
+
+void CudaModel::ForwardLaunched(const CacheViews& cache, const PlacedRows& rows,
+                                const DeviceLogitsVisitor& visit) {
+  if (rows.T() > activations_.T) {
+    activations_ = {};  // freed first: both may not fit
+    Carve(activations_, rows.T(), kTileRows);
+  }
+  const StepTables tables(rows, spec_.rank, 0);
+  SendTables(tables, rows, host_tables_, tables_);
+  planned_.assign(tables.groups.size(), false);
+  const auto* const device = tables_.as<int32_t>();
+  RunLayers({.tables = &tables,
+             .host = host_tables_.as<int32_t>(),
+             .device = device,
+             .a = &activations_,
+             .cache = cache,
+             .padded = false,
+             .dsla = rows.sequences.back()->cache->level() > 0,
+             .rows = &rows,
+             .scratch = &scratch_});
+  const auto wanted = static_cast<int64_t>(rows.wanted.size());
+  host_choices_.Grow(kTileRows * int64_t{sizeof(TokenChoice)});
+  scratch_.Grow(GreedyWorkspaceBytes(static_cast<int>(kTileRows), spec_.config.V));
+  std::vector<int64_t> tile_row;
+  for (int64_t begin = 0; begin < wanted; begin += kTileRows) {
+    const auto count = static_cast<size_t>(std::min(kTileRows, wanted - begin));
+    const std::span<const LogitsRow> of(rows.wanted.data() + begin, count);
+    FinishTile(activations_, device + tables.wanted + begin, static_cast<int>(count), scratch_);
+    Check(cudaMemcpyAsync(host_choices_.as(), activations_.choices, count * sizeof(TokenChoice),
+                          cudaMemcpyDeviceToHost, stream_),
+          "fetching choices");
+    tile_row.resize(count);
+    for (size_t i = 0; i < count; ++i) tile_row[i] = static_cast<int64_t>(i);
+    VisitTile(of, rows, tile_row, activations_, host_choices_.as<TokenChoice>(), visit);
+  }
+}
+
+// Waits for the step. `wanted` are rows of the batch, and tile_row where each is in the tile.
+void CudaModel::VisitTile(std::span<const LogitsRow> wanted, const PlacedRows& rows,
+                          std::span<const int64_t> tile_row, const Activations& a,
+                          const TokenChoice* choices, const DeviceLogitsVisitor& visit) {
+  const int64_t V = spec_.config.V;
+  std::vector<bool> greedy(rows.sequences.size());
+  for (size_t n = 0; n < rows.sequences.size(); ++n)
+    greedy[static_cast<size_t>(rows.batch_index[n])] = rows.sequences[n]->greedy;
+  std::vector<LogitsRow> chosen, others;
+  std::vector<TokenChoice> of_chosen;
+  std::vector<int64_t> rows_of_chosen, rows_of_others;
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    if (greedy[static_cast<size_t>(wanted[i].sequence)]) {
+      chosen.push_back(wanted[i]);
+      rows_of_chosen.push_back(tile_row[i]);
+    } else {
+      others.push_back(wanted[i]);
+      rows_of_others.push_back(tile_row[i]);
+    }
+  }
+  if (!others.empty()) {
+    host_logits_.Grow(static_cast<int64_t>(others.size()) * V * 4);
+    for (size_t i = 0; i < others.size();) {  // neighbours in one copy
+      size_t run = 1;
+      while (i + run < others.size() &&
+             rows_of_others[i + run] == rows_of_others[i] + static_cast<int64_t>(run))
+        ++run;
+      Check(cudaMemcpyAsync(host_logits_.as<float>() + static_cast<int64_t>(i) * V,
+                            a.logits + rows_of_others[i] * V,
+                            run * static_cast<size_t>(V) * sizeof(float), cudaMemcpyDeviceToHost,
+                            stream_),
+            "fetching logits");
+      i += run;
+    }
+  }
+  Check(cudaStreamSynchronize(stream_), "a step");
+  if (!chosen.empty()) {
+    for (const int64_t row : rows_of_chosen) of_chosen.push_back(choices[row]);
+    visit(chosen, nullptr, of_chosen.data());
+  }
+  if (!others.empty()) visit(others, host_logits_.as<float>(), nullptr);
+}
+
+}  // namespace dsla::cuda

@@ -1,0 +1,119 @@
+// A hybrid model on one GPU. Steps in which every sequence has one row are replayed from CUDA
+// graphs, one per bucket of rows; all others are launched kernel by kernel. Which rows are softmax
+// and which DSLA in a layer is in device arrays alone, so a graph fits any mix of levels.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "model/cuda/cuda_util.h"
+#include "model/cuda/cuda_weights.h"
+#include "model/cuda/gemm.h"
+#include "model/cuda/step_tables.h"
+
+namespace dsla::cuda {
+
+class CudaModel : public DeviceModel {
+ public:
+  // The largest step that is replayed from a graph; larger ones are launched.
+  static constexpr int kMostGraphRows = 256;
+
+  CudaModel(int device, cudaStream_t stream, std::shared_ptr<Gemm> gemm, DeviceModelSpec spec,
+            std::shared_ptr<const CudaWeights> weights, std::shared_ptr<const CudaAdapter> adapter);
+  ~CudaModel() override;
+
+  void Forward(const CacheViews& cache, const PlacedRows& rows,
+               const DeviceLogitsVisitor& visit) override;
+  void Fold(const CacheViews& cache, const SequenceCache& sequence, int layer,
+            int32_t slot) override;
+  Expected<std::unique_ptr<DeviceModel>> WithAdapter(const DeviceModelSpec& spec) const override;
+  int64_t weight_bytes(int level) const override;
+
+ private:
+  // Arrays of a step of up to T rows.
+  struct Activations {
+    int64_t T = 0;
+    DeviceBuffer memory;
+    float* hidden = nullptr;          // [T, C] the residual stream
+    std::byte* normed = nullptr;      // [T, C] bf16, as the rest
+    std::byte* delta = nullptr;       // [T, C] a block's output, added by the next norm
+    std::byte* qkv = nullptr;         // [T, (H + 2 Hkv) D]
+    std::byte* attention = nullptr;   // [T, H D]
+    std::byte* gate_up = nullptr;     // [T, 2 ffn]
+    std::byte* activation = nullptr;  // [T, ffn]
+    float* product = nullptr;         // [T, r + H] of an adapter's first matrix
+    std::byte* low_rank = nullptr;    // [T, r]
+    float* claim = nullptr;           // [T, H]
+    // Of the rows whose logits are asked for, a tile at a time.
+    std::byte* last = nullptr;       // [tile, C]
+    float* logits = nullptr;         // [tile, V]
+    TokenChoice* choices = nullptr;  // [tile]
+  };
+  // What a graph's launches read and write, at addresses that stay.
+  struct Fixed {
+    Activations activations;
+    DeviceBuffer tables, scratch;
+    PinnedBuffer host_tables, choices;
+  };
+  // One step as the layers see it.
+  struct Step {
+    const StepTables* tables = nullptr;
+    const int32_t* host = nullptr;
+    const int32_t* device = nullptr;  // the same on the GPU
+    const Activations* a = nullptr;
+    CacheViews cache;
+    bool padded = false;  // a graph's: splits are read on the GPU
+    bool dsla = false;    // some row may be DSLA
+    const PlacedRows* rows = nullptr;
+    DeviceBuffer* scratch = nullptr;
+  };
+  struct Graph {
+    int runs = 0;  // before it is captured, its launches are done one by one
+    cudaGraphExec_t exec = nullptr;
+    CacheViews cache;  // that it was captured for
+  };
+
+  void Carve(Activations& a, int64_t T, int64_t tile) const;
+  void ForwardGraph(const CacheViews& cache, const PlacedRows& rows,
+                    const DeviceLogitsVisitor& visit);
+  void ForwardLaunched(const CacheViews& cache, const PlacedRows& rows,
+                       const DeviceLogitsVisitor& visit);
+  void SendTables(const StepTables& tables, const PlacedRows& rows, PinnedBuffer& host,
+                  DeviceBuffer& device);
+  void RunLayers(const Step& step);
+  void AttentionBlock(const Step& step, int layer);
+  void AdapterIn(const Step& step, const CudaDslaLayer& dsla, int layer, int64_t first);
+  void FirstProduct(const Activations& a, const Matrix& in, int r, int H, const std::byte* x,
+                    int64_t T, const int32_t* parting, float* claim, const float* claim_bias);
+  void AdapterOut(const Step& step, const CudaDslaLayer& dsla, int layer, int64_t first);
+  void SoftmaxRows(const Step& step, int layer);
+  void DslaRows(const Step& step, int layer);
+  void FinishTile(const Activations& a, const int32_t* rows, int count, DeviceBuffer& scratch);
+  void VisitTile(std::span<const LogitsRow> wanted, const PlacedRows& rows,
+                 std::span<const int64_t> tile_row, const Activations& a,
+                 const TokenChoice* choices, const DeviceLogitsVisitor& visit);
+  void DropGraphs();
+  Fixed& FixedMemory();
+
+  int device_;
+  cudaStream_t stream_;
+  std::shared_ptr<Gemm> gemm_;
+  DeviceModelSpec spec_;
+  std::shared_ptr<const CudaWeights> weights_;
+  std::shared_ptr<const CudaAdapter> adapter_;
+
+  std::unique_ptr<Fixed> fixed_;
+  std::map<std::pair<int, bool>, Graph> graphs_;  // by rows and whether some may be DSLA
+
+  // Of steps that are launched.
+  Activations activations_;
+  DeviceBuffer tables_, scratch_;
+  std::vector<DeviceBuffer> plans_;  // prefill attention's workspace, by group
+  std::vector<bool> planned_;        // in this step
+  PinnedBuffer host_tables_, host_choices_, host_logits_;
+  cudaEvent_t tables_sent_ = nullptr;
+};
+
+}  // namespace dsla::cuda

@@ -1,0 +1,227 @@
+// The model on a GPU against the same model on the CPU: random weights, rounded to bf16 on both
+// sides, all levels in one batch. Activations are bf16 on the GPU and fp32 on the CPU, so logits
+// (of deviation about 1) differ by some roundings of 2^-9; what is compared is the divergence
+// between the two distributions that they give.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <deque>
+#include <filesystem>
+#include <fstream>
+#include <optional>
+
+#include "model/hybrid_model.h"
+
+namespace dsla {
+namespace {
+
+constexpr double kMeanKl = 1e-3, kMostKl = 1e-2;
+constexpr int64_t kMemory = int64_t{64} << 20;
+
+struct Shape {
+  const char* name;
+  int C, ffn, L, H, Hkv, D;
+  const char* architecture = "LlamaForCausalLM";
+};
+
+std::string ConfigFile(const Shape& s) {
+  const std::string path = testing::TempDir() + "/" + s.name + ".json";
+  std::ofstream(path) << fmt::format(
+      R"({{"architectures": ["{}"], "model_type": "{}", "hidden_size": {}, "intermediate_size": {},
+  "num_hidden_layers": {}, "num_attention_heads": {}, "num_key_value_heads": {}, "head_dim": {},
+  "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+  "max_position_embeddings": 4096, "vocab_size": 1000, "tie_word_embeddings": true,
+  "eos_token_id": 2}})",
+      s.architecture, std::string(s.architecture) == "Qwen3ForCausalLM" ? "qwen3" : "llama", s.C,
+      s.ffn, s.L, s.H, s.Hkv, s.D);
+  return path;
+}
+
+// The same model on both sides, with a pool each.
+class BothTest : public testing::TestWithParam<Shape> {
+ protected:
+  void SetUp() override {
+    auto device = OpenDevice("cuda");
+    if (!device.ok()) GTEST_SKIP() << "SKIPPED, no GPU: " << device.status().message();
+    auto file = ModelFile::OpenRandom(ConfigFile(GetParam()));
+    ASSERT_TRUE(file.ok()) << file.status().message();
+    const auto adapter =
+        RandomAdapter((*file)->config(), {.features = 2 * GetParam().D, .window = 64, .rank = 16});
+    ctx_ = {.threads = 2, .workspace = &workspace_};
+    for (const bool on_device : {false, true}) {
+      ModelOptions options;
+      if (on_device) options.device = *device;
+      auto model = HybridModel::Load(ctx_, **file, adapter, options);
+      ASSERT_TRUE(model.ok()) << model.status().message();
+      models_.push_back(std::move(model).value());
+      auto pool =
+          CachePool::Create(models_.back()->cache_geometry(), kMemory, models_.back()->memory());
+      ASSERT_TRUE(pool.ok()) << pool.status().message();
+      pools_.push_back(std::make_unique<CachePool>(std::move(pool).value()));
+    }
+  }
+
+  // One sequence on both sides.
+  struct Pair {
+    SequenceCache cpu, gpu;
+    std::vector<int32_t> tokens = {};  // of the next step
+  };
+  Pair NewPair(int level) {
+    return {models_[0]->NewSequence(*pools_[0], level), models_[1]->NewSequence(*pools_[1], level)};
+  }
+  std::vector<int32_t> Tokens(int count) {
+    std::vector<int32_t> tokens(static_cast<size_t>(count));
+    for (int32_t& token : tokens)
+      token = static_cast<int32_t>((next_ = next_ * 48271 % 2147483647) % 1000);
+    return tokens;
+  }
+
+  // Runs every pair's tokens in one batch, and compares the logits of the last row of each.
+  void Step(std::deque<Pair>& pairs) {
+    std::vector<float> logits[2];
+    for (int side = 0; side < 2; ++side) {
+      std::vector<SequenceRows> batch;
+      for (Pair& pair : pairs) {
+        SequenceCache& cache = side == 0 ? pair.cpu : pair.gpu;
+        ASSERT_TRUE(cache.Reserve(static_cast<int>(pair.tokens.size())).ok());
+        batch.push_back({.cache = &cache, .tokens = pair.tokens, .logits_rows = 1});
+      }
+      Buffer<float> out;
+      models_[side]->Forward(ctx_, *pools_[side], batch, out);
+      for (const SequenceRows& rows : batch)
+        rows.cache->Commit(static_cast<int>(rows.tokens.size()));
+      logits[side].assign(out.data(), out.data() + out.size());
+    }
+    const size_t V = static_cast<size_t>(models_[0]->config().V);
+    ASSERT_EQ(logits[1].size(), pairs.size() * V);
+    for (size_t n = 0; n < pairs.size(); ++n) {
+      const double kl = Kl(logits[0].data() + n * V, logits[1].data() + n * V, V);
+      EXPECT_LT(kl, kMostKl) << "sequence " << n << " at level " << pairs[n].cpu.level() << ", "
+                             << pairs[n].cpu.length() << " tokens";
+      sum_ += kl;
+      ++rows_;
+    }
+  }
+  void TearDown() override {
+    if (rows_ > 0) {
+      EXPECT_LT(sum_ / rows_, kMeanKl);
+    }
+  }
+
+  static double Kl(const float* p, const float* q, size_t V) {
+    const auto log_sum = [&](const float* x) {
+      const double max = *std::max_element(x, x + V);
+      double sum = 0;
+      for (size_t i = 0; i < V; ++i) sum += std::exp(x[i] - max);
+      return max + std::log(sum);
+    };
+    const double zp = log_sum(p), zq = log_sum(q);
+    double kl = 0;
+    for (size_t i = 0; i < V; ++i) kl += std::exp(p[i] - zp) * ((p[i] - zp) - (q[i] - zq));
+    return kl;  // NaN fails every comparison
+  }
+  void Raise(Pair& pair, int level) {
+    ASSERT_TRUE(models_[0]->Raise(ctx_, *pools_[0], pair.cpu, level).ok());
+    ASSERT_TRUE(models_[1]->Raise(ctx_, *pools_[1], pair.gpu, level).ok());
+  }
+
+  Workspace workspace_;
+  ExecContext ctx_;
+  std::vector<std::unique_ptr<HybridModel>> models_;
+  std::vector<std::unique_ptr<CachePool>> pools_;
+  int64_t next_ = 12345;
+  double sum_ = 0;
+  int rows_ = 0;
+};
+
+TEST_P(BothTest, AllLevelsInOneBatchWithRaisesInBetween) {
+  const int L = GetParam().L;
+  std::deque<Pair> pairs;
+  const int prompts[] = {1, 63, 64, 65, 200, 150, 2};
+  for (size_t n = 0; n < std::size(prompts); ++n) {
+    pairs.push_back(NewPair(static_cast<int>(n) % (L + 1)));
+    pairs.back().tokens = Tokens(prompts[n]);
+  }
+  Step(pairs);
+  // Three steps per mix: the first is launched, the second captured, the third replayed.
+  for (int round = 0; round < 4; ++round) {
+    for (int step = 0; step < 3; ++step) {
+      for (Pair& pair : pairs) pair.tokens = Tokens(1);
+      Step(pairs);
+    }
+    for (size_t n = 0; n < pairs.size(); n += 2)
+      Raise(pairs[n], std::min(L, pairs[n].cpu.level() + 1));
+  }
+  // Prompts and single rows in one step.
+  for (size_t n = 0; n < pairs.size(); ++n) pairs[n].tokens = Tokens(n % 3 == 0 ? 70 : 1);
+  Step(pairs);
+}
+
+TEST_P(BothTest, BatchesOfChangingSizeShareTheGraphs) {
+  std::deque<Pair> pairs;
+  for (int n = 0; n < 9; ++n) {
+    pairs.push_back(NewPair(n % 2 == 0 ? 0 : GetParam().L));
+    pairs.back().tokens = Tokens(20 + n);
+  }
+  Step(pairs);
+  for (int round = 0; round < 6; ++round) {
+    for (Pair& pair : pairs) pair.tokens = Tokens(1);
+    Step(pairs);
+    if (pairs.size() > 1) pairs.pop_front();
+  }
+}
+
+TEST_P(BothTest, ChoicesAreThoseOfTheLogits) {
+  SequenceCache cache = models_[1]->NewSequence(*pools_[1], 0);
+  const std::vector<int32_t> prompt = Tokens(40);
+  const auto choose = [&](std::span<const int32_t> tokens, bool greedy) {
+    TokenChoice choice;
+    std::vector<float> logits;
+    EXPECT_TRUE(cache.Reserve(static_cast<int>(tokens.size())).ok());
+    const SequenceRows rows{.cache = &cache, .tokens = tokens, .logits_rows = 1, .greedy = greedy};
+    models_[1]->Forward(ctx_, *pools_[1], {&rows, 1}, Products::kFastest,
+                        [&](std::span<const LogitsRow>, float* of, const TokenChoice* choices) {
+                          if (choices != nullptr) choice = choices[0];
+                          if (of != nullptr) logits.assign(of, of + models_[1]->config().V);
+                        });
+    cache.Abort();  // the same rows once more
+    if (greedy) return choice;
+    choice.token =
+        static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
+    return choice;
+  };
+  EXPECT_EQ(choose(prompt, true).token, choose(prompt, false).token);
+  EXPECT_LT(choose(prompt, true).logprob, 0);
+  ASSERT_TRUE(cache.Reserve(40).ok());
+  cache.Commit(40);
+  const std::vector<int32_t> one = Tokens(1);
+  for (int i = 0; i < 3; ++i) EXPECT_EQ(choose(one, true).token, choose(one, false).token);
+}
+
+TEST_P(BothTest, MemoryThatIsGivenBackIsUsedAgain) {
+  // More tokens one after another than the budget holds at once.
+  for (int round = 0; round < 6; ++round) {
+    std::deque<Pair> pairs;
+    pairs.push_back(NewPair(round % 2 == 0 ? 0 : GetParam().L));
+    pairs.back().tokens = Tokens(900);
+    Step(pairs);
+    EXPECT_LE(pools_[1]->resident_bytes(), kMemory);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Shapes, BothTest,
+                         testing::Values(Shape{"smollm", 576, 1536, 4, 9, 3, 64},
+                                         Shape{"heads32", 512, 1024, 3, 4, 4, 128},
+                                         Shape{"qwen3", 512, 768, 3, 8, 2, 64, "Qwen3ForCausalLM"}),
+                         [](const testing::TestParamInfo<Shape>& info) { return info.param.name; });
+
+TEST(DeviceTest, NamesAreChecked) {
+  EXPECT_EQ(OpenDevice("tpu").status().message(), "not one of auto, cpu, cuda, cuda:N");
+  EXPECT_EQ(OpenDevice("cuda:x").status().code(), StatusCode::kInvalidArgument);
+  EXPECT_FALSE(OpenDevice("cuda:99").ok());
+}
+
+}  // namespace
+}  // namespace dsla

@@ -1,0 +1,196 @@
+#include "model/cuda/cuda_weights.h"
+
+#include <algorithm>
+#include <cmath>
+#include <mutex>
+#include <span>
+#include <string>
+
+#include "base/half.h"
+#include "format/model_file.h"
+
+namespace dsla::cuda {
+namespace {
+
+DeviceBuffer UploadBytes(const void* from, int64_t bytes) {
+  DeviceBuffer buffer(std::max<int64_t>(bytes, 1));
+  Check(cudaMemcpy(buffer.as(), from, static_cast<size_t>(bytes), cudaMemcpyHostToDevice),
+        "copying weights");
+  return buffer;
+}
+
+DeviceBuffer UploadVector(std::span<const float> from) {
+  return UploadBytes(from.data(), static_cast<int64_t>(from.size_bytes()));
+}
+
+Matrix UploadMatrix(std::span<const float> from, int64_t out, int64_t in) {
+  DSLA_CHECK(static_cast<int64_t>(from.size()) == out * in);
+  std::vector<bf16> narrow(from.size());
+  std::transform(from.begin(), from.end(), narrow.begin(), [](float x) { return ToBf16(x); });
+  Matrix matrix;
+  matrix.out = out;
+  matrix.in = in;
+  matrix.data = UploadBytes(narrow.data(), 2 * out * in);
+  return matrix;
+}
+
+struct Part {
+  const char* suffix;
+  int64_t rows;
+};
+
+// Matrices of one layer under one another, and their biases.
+Status UploadStacked(const TensorReader& read, int layer, std::span<const Part> parts, int64_t in,
+                     bool bias, Matrix& matrix, DeviceBuffer* biases) {
+  int64_t out = 0;
+  for (const Part& part : parts) out += part.rows;
+  std::vector<float> weight(static_cast<size_t>(out * in)), all(bias ? out : 0);
+  int64_t row = 0;
+  for (const Part& part : parts) {
+    const std::string name = LayerTensorName(layer, part.suffix);
+    DSLA_RETURN_IF_ERROR(
+        read(name + ".weight", std::span(weight).subspan(row * in, part.rows * in)));
+    if (bias) DSLA_RETURN_IF_ERROR(read(name + ".bias", std::span(all).subspan(row, part.rows)));
+    row += part.rows;
+  }
+  matrix = UploadMatrix(weight, out, in);
+  if (bias) *biases = UploadVector(all);
+  return Status::Ok();
+}
+
+Status ReadVector(const TensorReader& read, const std::string& name, int64_t size,
+                  DeviceBuffer& to) {
+  std::vector<float> values(static_cast<size_t>(size));
+  DSLA_RETURN_IF_ERROR(read(name, values));
+  to = UploadVector(values);
+  return Status::Ok();
+}
+
+Status UploadLayer(const ModelConfig& c, const TensorReader& read, int l, CudaLayer& layer) {
+  const auto name = [&](const char* suffix) { return LayerTensorName(l, suffix); };
+  DSLA_RETURN_IF_ERROR(ReadVector(read, name("input_layernorm.weight"), c.C, layer.attn_norm));
+  DSLA_RETURN_IF_ERROR(
+      ReadVector(read, name("post_attention_layernorm.weight"), c.C, layer.mlp_norm));
+  if (c.qk_norm) {
+    DSLA_RETURN_IF_ERROR(ReadVector(read, name("self_attn.q_norm.weight"), c.D, layer.q_norm));
+    DSLA_RETURN_IF_ERROR(ReadVector(read, name("self_attn.k_norm.weight"), c.D, layer.k_norm));
+  }
+  const int64_t q = int64_t{c.H} * c.D, kv = int64_t{c.Hkv} * c.D;
+  const Part qkv[] = {{"self_attn.q_proj", q}, {"self_attn.k_proj", kv}, {"self_attn.v_proj", kv}};
+  const Part o[] = {{"self_attn.o_proj", c.C}};
+  const Part gate_up[] = {{"mlp.gate_proj", c.ffn}, {"mlp.up_proj", c.ffn}};
+  const Part down[] = {{"mlp.down_proj", c.C}};
+  DSLA_RETURN_IF_ERROR(UploadStacked(read, l, qkv, c.C, c.qkv_bias, layer.qkv, &layer.qkv_bias));
+  DSLA_RETURN_IF_ERROR(UploadStacked(read, l, o, q, c.o_bias, layer.o, &layer.o_bias));
+  DSLA_RETURN_IF_ERROR(UploadStacked(read, l, gate_up, c.C, false, layer.gate_up, nullptr));
+  return UploadStacked(read, l, down, c.ffn, false, layer.down, nullptr);
+}
+
+}  // namespace
+
+int64_t CudaWeights::step_bytes() const {
+  int64_t bytes = output().bytes();
+  for (const CudaLayer& layer : layers)
+    bytes += layer.qkv.bytes() + layer.o.bytes() + layer.gate_up.bytes() + layer.down.bytes();
+  return bytes;
+}
+
+int64_t WeightBytes(const ModelConfig& c) {
+  const int64_t q = int64_t{c.H} * c.D, kv = int64_t{c.Hkv} * c.D;
+  const int64_t layer = (2 * q + 2 * kv + 3 * int64_t{c.ffn}) * c.C;
+  return 2 * (c.L * layer + (c.tied_embeddings ? 1 : 2) * int64_t{c.V} * c.C);
+}
+
+Expected<std::shared_ptr<const CudaWeights>> UploadWeights(int device, const DeviceModelSpec& spec,
+                                                           const TensorReader& read,
+                                                           const ParallelRunner& parallel) {
+  const ModelConfig& config = spec.config;
+  auto weights = std::make_shared<CudaWeights>();
+  weights->layers.resize(static_cast<size_t>(config.L));
+  std::mutex mutex;
+  Status first_error;
+  const auto load = [&](int64_t task) -> Status {
+    if (task >= 2) {
+      const int l = static_cast<int>(task) - 2;
+      return UploadLayer(config, read, l, weights->layers[static_cast<size_t>(l)]);
+    }
+    const bool head = task == 1;
+    if (head && config.tied_embeddings) return Status::Ok();
+    std::vector<float> weight(static_cast<size_t>(config.V) * config.C);
+    DSLA_RETURN_IF_ERROR(read(head ? "lm_head.weight" : "model.embed_tokens.weight", weight));
+    (head ? weights->head : weights->embedding) = UploadMatrix(weight, config.V, config.C);
+    return Status::Ok();
+  };
+  parallel(config.L + 2, [&](int64_t task) {
+    Status status;
+    try {  // nothing may leave a parallel section by exception
+      cudaSetDevice(device);
+      status = load(task);
+    } catch (const std::bad_alloc&) {
+      status = ResourceExhausted("out of memory while the weights were copied to the GPU");
+    } catch (const DeviceError& error) {
+      status = Error(StatusCode::kInternal, "{}", error.what());
+    }
+    if (status.ok()) return;
+    const std::lock_guard lock(mutex);
+    if (first_error.ok()) first_error = status;
+  });
+  DSLA_RETURN_IF_ERROR(first_error);
+  DSLA_RETURN_IF_ERROR(ReadVector(read, "model.norm.weight", config.C, weights->final_norm));
+  const int64_t angles = spec.positions * (config.D / 2);
+  weights->rope_cos = UploadBytes(spec.rope_cos, 4 * angles);
+  weights->rope_sin = UploadBytes(spec.rope_sin, 4 * angles);
+  return std::shared_ptr<const CudaWeights>(std::move(weights));
+}
+
+std::shared_ptr<const CudaAdapter> UploadAdapter(const DeviceModelSpec& spec,
+                                                 const CudaWeights& weights, cudaStream_t stream) {
+  auto adapter = std::make_shared<CudaAdapter>();
+  adapter->shapes = spec.shapes;
+  adapter->layouts = spec.layouts;
+  if (spec.adapter == nullptr) return adapter;
+  const ModelConfig& config = spec.config;
+  const int64_t C = config.C, q = int64_t{config.H} * config.D;
+  for (size_t l = 0; l < spec.adapter->layers.size(); ++l) {
+    const AdapterLayer& from = spec.adapter->layers[l];
+    CudaDslaLayer layer;
+    layer.r = from.rank;
+    layer.claims = from.window > 0;
+    std::vector<float> in = from.q_a;
+    in.insert(in.end(), from.claim.begin(), from.claim.end());
+    if (!in.empty()) layer.in = UploadMatrix(in, static_cast<int64_t>(in.size()) / C, C);
+    if (from.rank > 0) {
+      layer.q_out = UploadMatrix(from.q_b, q, from.rank);
+      layer.o_in = UploadMatrix(from.o_a, from.rank, q);
+      layer.o_out = UploadMatrix(from.o_b, C, from.rank);
+    }
+    if (layer.claims) layer.claim_bias = UploadVector(from.claim_bias);
+    std::vector<float> mix(from.mix);
+    for (int h = 0; h < config.H; ++h) {
+      float* const of_head = mix.data() + h * from.states;
+      const float max = *std::max_element(of_head, of_head + from.states);
+      float sum = 0;
+      for (int i = 0; i < from.states; ++i) sum += of_head[i] = std::exp(of_head[i] - max);
+      for (int i = 0; i < from.states; ++i) of_head[i] /= sum;
+    }
+    layer.mix = UploadVector(mix);
+    const DeviceBuffer phi_q = UploadVector(from.phi_q), phi_k = UploadVector(from.phi_k),
+                       gate_weight = UploadVector(from.gate_weight),
+                       gate_bias = UploadVector(from.gate_bias);
+    DslaParams params;
+    params.phi_q = phi_q.as<float>();
+    params.phi_k = phi_k.as<float>();
+    params.gate_weight = gate_weight.as<float>();
+    params.gate_bias = gate_bias.as<float>();
+    params.rope_cos = weights.rope_cos.as<float>();
+    params.rope_sin = weights.rope_sin.as<float>();
+    layer.packed.Grow(PackedWeightBytes(spec.shapes[l]));
+    Check(PackWeights(spec.shapes[l], params, layer.packed.as(), stream), "packing the adapter");
+    Check(cudaStreamSynchronize(stream), "packing the adapter");
+    adapter->most_rank = std::max(adapter->most_rank, from.rank);
+    adapter->layers.push_back(std::move(layer));
+  }
+  return adapter;
+}
+
+}  // namespace dsla::cuda

@@ -1,0 +1,70 @@
+// A model's weights and an adapter's on a GPU: matrices in bf16, vectors in fp32. Immutable.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "model/cuda/cuda_util.h"
+#include "ops/dsla/cuda/dsla_cuda.h"
+
+namespace dsla::cuda {
+
+// [out, in] row-major bf16.
+struct Matrix {
+  DeviceBuffer data;
+  int64_t out = 0, in = 0;
+  bool empty() const { return out == 0; }
+  int64_t bytes() const { return 2 * out * in; }
+};
+
+struct CudaLayer {
+  DeviceBuffer attn_norm, mlp_norm;  // [C]
+  DeviceBuffer q_norm, k_norm;       // [D], or nothing
+  DeviceBuffer qkv_bias, o_bias;     // or nothing
+  Matrix qkv;                        // [(H + 2 Hkv) D, C]
+  Matrix o;                          // [C, H D]
+  Matrix gate_up;                    // [2 ffn, C]
+  Matrix down;                       // [C, ffn]
+};
+
+struct CudaWeights {
+  Matrix embedding, head;  // [V, C]; head is empty where it is the embedding
+  DeviceBuffer final_norm;
+  DeviceBuffer rope_cos, rope_sin;  // [positions, D/2]
+  std::vector<CudaLayer> layers;
+
+  const Matrix& output() const { return head.empty() ? embedding : head; }
+  int64_t step_bytes() const;  // what a decode step reads of them
+};
+
+struct CudaDslaLayer {
+  int r = 0;  // rank of the deltas
+  bool claims = false;
+  Matrix in;     // [r + H, C]: A_q, then the claims' rows (the one or the other may be missing)
+  Matrix q_out;  // [H D, r]
+  Matrix o_in;   // [r, H D]
+  Matrix o_out;  // [C, r]
+  DeviceBuffer claim_bias;  // [H]
+  DeviceBuffer packed;      // what the operator reads
+  DeviceBuffer mix;         // [H, states]
+
+  int64_t bytes() const {
+    return in.bytes() + q_out.bytes() + o_in.bytes() + o_out.bytes() + packed.bytes() + mix.bytes();
+  }
+};
+
+struct CudaAdapter {
+  std::vector<CudaDslaLayer> layers;  // empty without an adapter
+  std::vector<DslaShape> shapes;
+  std::vector<DslaSlotLayout> layouts;
+  int most_rank = 0;
+};
+
+int64_t WeightBytes(const ModelConfig& config);  // of the model's weights on the GPU
+Expected<std::shared_ptr<const CudaWeights>> UploadWeights(int device, const DeviceModelSpec& spec,
+                                                           const TensorReader& read,
+                                                           const ParallelRunner& parallel);
+std::shared_ptr<const CudaAdapter> UploadAdapter(const DeviceModelSpec& spec,
+                                                 const CudaWeights& weights, cudaStream_t stream);
+
+}  // namespace dsla::cuda

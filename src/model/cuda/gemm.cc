@@ -1,0 +1,56 @@
+#include "model/cuda/gemm.h"
+
+#include "ops/linear/cuda/linear_cuda.h"
+
+namespace dsla::cuda {
+namespace {
+
+constexpr int64_t kWorkspaceBytes = int64_t{32} << 20;  // what cuBLAS advises for Hopper
+
+void CheckCublas(cublasStatus_t status, const char* what) {
+  if (status == CUBLAS_STATUS_SUCCESS) return;
+  if (status == CUBLAS_STATUS_ALLOC_FAILED) throw std::bad_alloc();
+  throw DeviceError(fmt::format("cuBLAS: {}: {}", what, cublasGetStatusString(status)));
+}
+
+}  // namespace
+
+Gemm::Gemm(cudaStream_t stream) : stream_(stream), workspace_(kWorkspaceBytes) {
+  CheckCublas(cublasCreate(&handle_), "starting");
+  CheckCublas(cublasSetStream(handle_, stream), "setting the stream");
+  CheckCublas(cublasSetWorkspace(handle_, workspace_.as(), static_cast<size_t>(kWorkspaceBytes)),
+              "setting the workspace");
+}
+
+Gemm::~Gemm() { cublasDestroy(handle_); }
+
+void Gemm::Run(const Matrix& weight, const void* x, int64_t x_stride, int64_t T, void* y,
+               int64_t y_stride, Out type, const int32_t* from) {
+  if (PrefersSkinny(weight.out, weight.in, T) && weight.in % 8 == 0 && x_stride % 8 == 0) {
+    Check(Skinny({.weight = weight.data.as(),
+                  .out = static_cast<int>(weight.out),
+                  .in = static_cast<int>(weight.in),
+                  .x = x,
+                  .x_stride = x_stride,
+                  .T = static_cast<int>(T),
+                  .y = y,
+                  .y_stride = y_stride,
+                  .y_f32 = type == Out::kF32,
+                  .add = from != nullptr,
+                  .first_row = from},
+                 stream_),
+          "a product of few rows");
+    return;
+  }
+  const float one = 1, beta = from != nullptr ? 1 : 0;
+  // Column-major: y^T [out, T] = (W^T)^T [out, in] x^T [in, T].
+  CheckCublas(cublasGemmEx(handle_, CUBLAS_OP_T, CUBLAS_OP_N, static_cast<int>(weight.out),
+                           static_cast<int>(T), static_cast<int>(weight.in), &one, weight.data.as(),
+                           CUDA_R_16BF, static_cast<int>(weight.in), x, CUDA_R_16BF,
+                           static_cast<int>(x_stride), &beta, y,
+                           type == Out::kBf16 ? CUDA_R_16BF : CUDA_R_32F,
+                           static_cast<int>(y_stride), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+              "a product");
+}
+
+}  // namespace dsla::cuda

@@ -1,0 +1,90 @@
+#include "model/cuda/step_tables.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace dsla::cuda {
+
+StepTables::StepTables(const PlacedRows& rows, const std::vector<int>& rank, int padded) {
+  padding_ = padded > 0;
+  L = static_cast<int>(rank.size());
+  N = std::max(padded, rows.N());
+  T = padding_ ? N : rows.T();
+  DSLA_CHECK(!padding_ || rows.T() == rows.N());
+  const auto take = [&](int64_t count) {
+    const int64_t at = size;
+    size += (count + 7) / 8 * 8;
+    return at;
+  };
+  tokens = take(T);
+  positions = take(T);
+  sequence = take(T);
+  pos = take(N);
+  softmax_rows = take(L);
+  zero = take(1);
+  slots = take(int64_t{L} * N);
+  page_start = take(int64_t{L} * (N + 1));
+  if (!padding_) {  // a graph's arrays must lie where they lay when it was captured
+    wanted = take(static_cast<int64_t>(rows.wanted_rows.size()));
+    for (int n = 0; n < rows.N(); ++n) {
+      const int64_t count = rows.row_start[n + 1] - rows.row_start[n];
+      const int level = rows.sequences[n]->cache->level();
+      const bool same = !groups.empty() && groups.back().single == (count == 1) &&
+                        rows.sequences[groups.back().first]->cache->level() == level;
+      if (!same)
+        groups.push_back({.first = n, .first_row = rows.row_start[n], .single = count == 1});
+      ++groups.back().count;
+      groups.back().rows += count;
+    }
+    for (RowGroup& group : groups) group.row_start = take(group.count + 1);
+  }
+  pages = size;
+  for (const SequenceRows* of : rows.sequences) {
+    for (int layer = 0; layer < L; ++layer)
+      if (!of->cache->is_dsla(layer)) size += static_cast<int64_t>(of->cache->pages(layer).size());
+  }
+}
+
+void StepTables::Pack(const PlacedRows& rows, const std::vector<int>& rank, int32_t* to) const {
+  const int real = rows.N();
+  for (int n = 0; n < real; ++n) {
+    const SequenceRows& of = *rows.sequences[n];
+    std::copy(of.tokens.begin(), of.tokens.end(), to + tokens + rows.row_start[n]);
+    std::fill_n(to + sequence + rows.row_start[n], of.tokens.size(), n);
+  }
+  std::copy(rows.positions.begin(), rows.positions.end(), to + positions);
+  std::copy(rows.pos.begin(), rows.pos.end(), to + pos);
+  for (int n = real; n < N; ++n) {
+    to[tokens + n] = 0;
+    to[sequence + n] = n;
+    to[positions + n] = to[pos + n] = -1;
+  }
+  if (!padding_) {
+    std::copy(rows.wanted_rows.begin(), rows.wanted_rows.end(), to + wanted);
+    for (const RowGroup& group : groups) {
+      for (int n = 0; n <= group.count; ++n)
+        to[group.row_start + n] =
+            rows.row_start[group.first + n] - static_cast<int32_t>(group.first_row);
+    }
+  }
+  to[zero] = 0;
+  int64_t next_page = 0;
+  for (int layer = 0; layer < L; ++layer) {
+    const int softmax = rows.SoftmaxSequences(rank[layer]);
+    to[softmax_rows + layer] = rows.row_start[softmax];
+    int32_t* const starts = to + page_start + int64_t{layer} * (N + 1);
+    int32_t* const slot = to + slots + int64_t{layer} * N;
+    for (int n = 0; n < N; ++n) {
+      starts[n] = static_cast<int32_t>(next_page);
+      slot[n] = n < softmax || n >= real ? -1 : rows.sequences[n]->cache->slot(layer);
+      if (n >= softmax) continue;
+      const auto table = rows.sequences[n]->cache->pages(layer);
+      std::copy(table.begin(), table.end(), to + pages + next_page);
+      next_page += static_cast<int64_t>(table.size());
+    }
+    starts[N] = static_cast<int32_t>(next_page);
+  }
+  DSLA_CHECK(pages + next_page == size);
+}
+
+}  // namespace dsla::cuda

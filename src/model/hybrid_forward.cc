@@ -1,0 +1,210 @@
+// The layers on the CPU.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "base/half.h"
+#include "model/hybrid_model.h"
+#include "model/hybrid_step.h"
+#include "ops/attention/attention.h"
+
+namespace dsla {
+namespace {
+
+// [T, n] fp32 rows with a stride -> dense rows in the cache's dtype: K and V exactly as a cache
+// would hold them.
+void PackRows(const ExecContext& ctx, const float* x, int64_t stride, int64_t T, int64_t n,
+              DType dtype, void* out) {
+  constexpr int64_t kGrain = 16;  // rows: enough work to pay for waking a thread
+  ParallelRanges(ctx, T, kGrain, [&](int64_t begin, int64_t end, int) {
+    for (int64_t t = begin; t < end; ++t) {
+      if (dtype == DType::kF32) {
+        std::memcpy(static_cast<float*>(out) + t * n, x + t * stride, n * sizeof(float));
+      } else {
+        bf16* row = static_cast<bf16*>(out) + t * n;
+        for (int64_t i = 0; i < n; ++i) row[i] = ToBf16(x[t * stride + i]);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void HybridModel::SoftmaxRows(const ExecContext& ctx, CachePool& pool, const Step& step, int layer,
+                              int sequences) const {
+  Workspace::Scope scope(*ctx.workspace);
+  int32_t* page_start = ctx.workspace->Take<int32_t>(sequences + 1);
+  page_start[0] = 0;
+  for (int n = 0; n < sequences; ++n) {
+    page_start[n + 1] =
+        page_start[n] + static_cast<int32_t>(step.rows.sequences[n]->cache->pages(layer).size());
+  }
+  int32_t* pages = ctx.workspace->Take<int32_t>(page_start[sequences]);
+  for (int n = 0; n < sequences; ++n) {
+    const auto table = step.rows.sequences[n]->cache->pages(layer);
+    std::copy(table.begin(), table.end(), pages + page_start[n]);
+  }
+  const int64_t stride = int64_t{config_.H + 2 * config_.Hkv} * config_.D;
+  const float* k = step.qkv + int64_t{config_.H} * config_.D;
+  const RaggedRows rows{
+      .N = sequences, .row_start = step.rows.row_start.data(), .pos = step.rows.pos.data()};
+  const PageTables tables{.page_start = page_start, .pages = pages};
+  KvWriteCpu(ctx, {.rows = rows,
+                   .tables = tables,
+                   .kv = pool.pages(),
+                   .k = k,
+                   .v = k + int64_t{config_.Hkv} * config_.D,
+                   .k_stride = stride,
+                   .v_stride = stride});
+  PagedAttentionCpu(ctx, {.rows = rows,
+                          .tables = tables,
+                          .kv = pool.pages(),
+                          .H = config_.H,
+                          .scale = 1.f / std::sqrt(static_cast<float>(config_.D)),
+                          .sliding_window = config_.sliding_window,
+                          .q = step.qkv,
+                          .q_stride = stride,
+                          .out = step.attention,
+                          .lse = nullptr});
+}
+
+void HybridModel::DslaRows(const ExecContext& ctx, CachePool& pool, const Step& step, int layer,
+                           int first_sequence) const {
+  Workspace::Scope scope(*ctx.workspace);
+  const DslaLayer& dsla = adapter_.layers[layer];
+  const int N = step.rows.N() - first_sequence;
+  const int64_t first_row = step.rows.row_start[first_sequence], T = step.rows.T() - first_row;
+  int32_t* row_start = ctx.workspace->Take<int32_t>(N + 1);
+  int32_t* slots = ctx.workspace->Take<int32_t>(N);
+  for (int n = 0; n < N; ++n) {
+    row_start[n] = step.rows.row_start[first_sequence + n] - static_cast<int32_t>(first_row);
+    slots[n] = step.rows.sequences[first_sequence + n]->cache->slot(layer);
+  }
+  row_start[N] = static_cast<int32_t>(T);
+
+  const int64_t kv = int64_t{config_.Hkv} * config_.D, q = int64_t{config_.H} * config_.D,
+                stride = q + 2 * kv;
+  const float* rows = step.qkv + first_row * stride;
+  char* k = ctx.workspace->Take<char>(T * kv * SizeOf(options_.kv_dtype));
+  char* v = ctx.workspace->Take<char>(T * kv * SizeOf(options_.kv_dtype));
+  PackRows(ctx, rows + q, stride, T, kv, options_.kv_dtype, k);
+  PackRows(ctx, rows + q + kv, stride, T, kv, options_.kv_dtype, v);
+  float* claim = nullptr;
+  if (!dsla.claim.empty()) {
+    claim = ctx.workspace->Take<float>(T * config_.H);
+    dsla.claim.Forward(ctx, step.normed + first_row * config_.C, config_.C, T, claim, config_.H,
+                       Accumulate::kNo, step.products);
+  }
+  DslaForwardCpu(
+      ctx, {.shape = dsla.shape,
+            .params = LayerParams(layer),
+            .rows = {.N = N, .row_start = row_start, .pos = step.rows.pos.data() + first_sequence},
+            .slots = slots,
+            .states = pool.slots(),
+            .q = rows,
+            .q_stride = stride,
+            .k = k,
+            .v = v,
+            .claim = claim,
+            .out = step.attention + first_row * q});
+}
+
+void HybridModel::AttentionBlock(const ExecContext& ctx, CachePool& pool, Step& step,
+                                 int layer) const {
+  const LayerWeights& weights = weights_->layers[layer];
+  const int64_t C = config_.C, q = int64_t{config_.H} * config_.D,
+                kv = int64_t{config_.Hkv} * config_.D;
+  const int64_t stride = q + 2 * kv;
+  weights.qkv.Forward(ctx, step.normed, C, step.rows.T(), step.qkv, stride, Accumulate::kNo,
+                      step.products);
+
+  // The layer is DSLA for the sequences whose level is above its rank: the last ones of the sorted
+  // batch.
+  const int softmax_sequences = step.rows.SoftmaxSequences(rank_[layer]);
+  const int64_t m = step.rows.row_start[softmax_sequences], dsla_rows = step.rows.T() - m;
+  if (dsla_rows > 0) {
+    adapter_.layers[layer].q_delta.AddTo(ctx, step.normed + m * C, C, dsla_rows,
+                                         step.qkv + m * stride, stride, step.products);
+  }
+
+  RopeArgs rope{.x = step.qkv,
+                .stride = stride,
+                .T = step.rows.T(),
+                .heads = config_.H,
+                .positions = step.rows.positions.data(),
+                .table = &rope_,
+                .norm_weight = config_.qk_norm ? weights.q_norm.data() : nullptr,
+                .norm_eps = config_.norm_eps};
+  NormRope(ctx, rope);
+  rope.x = step.qkv + q;
+  rope.heads = config_.Hkv;
+  rope.norm_weight = config_.qk_norm ? weights.k_norm.data() : nullptr;
+  NormRope(ctx, rope);
+
+  if (softmax_sequences > 0) SoftmaxRows(ctx, pool, step, layer, softmax_sequences);
+  if (dsla_rows > 0) DslaRows(ctx, pool, step, layer, softmax_sequences);
+  if (step.visit_queries != nullptr)
+    (*step.visit_queries)(layer, {step.qkv, static_cast<size_t>(q)});
+
+  weights.o.Forward(ctx, step.attention, q, step.rows.T(), step.delta, C, Accumulate::kNo,
+                    step.products);
+  if (dsla_rows > 0) {
+    adapter_.layers[layer].o_delta.AddTo(ctx, step.attention + m * q, q, dsla_rows,
+                                         step.delta + m * C, C, step.products);
+  }
+}
+
+void HybridModel::RunLayers(const ExecContext& ctx, CachePool& pool, Step& step) const {
+  const int64_t T = step.rows.T(), C = config_.C;
+  const Products products = step.products;
+  Workspace& workspace = *ctx.workspace;
+  step.hidden = workspace.Take<float>(T * C);
+  step.normed = workspace.Take<float>(T * C);
+  step.delta = workspace.Take<float>(T * C);
+  step.qkv = workspace.Take<float>(T * (config_.H + 2 * config_.Hkv) * config_.D);
+  step.attention = workspace.Take<float>(T * config_.H * config_.D);
+  step.gate_up = workspace.Take<float>(T * 2 * config_.ffn);
+  step.activation = workspace.Take<float>(T * config_.ffn);
+
+  for (int n = 0; n < step.rows.N(); ++n) {
+    for (size_t i = 0; i < step.rows.sequences[n]->tokens.size(); ++i) {
+      const int32_t token = step.rows.sequences[n]->tokens[i];
+      DSLA_CHECK(token >= 0 && token < config_.V);
+      weights_->embedding.ReadRow(
+          token, step.hidden + (step.rows.row_start[n] + static_cast<int64_t>(i)) * C);
+    }
+  }
+  for (int layer = 0; layer < config_.L; ++layer) {
+    const LayerWeights& weights = weights_->layers[layer];
+    if (layer == 0) {
+      RmsNorm(ctx, step.hidden, weights.attn_norm.data(), config_.norm_eps, T, C, step.normed);
+    } else {
+      AddRmsNorm(ctx, step.hidden, step.delta, weights.attn_norm.data(), config_.norm_eps, T, C,
+                 step.normed);
+    }
+    AttentionBlock(ctx, pool, step, layer);
+    AddRmsNorm(ctx, step.hidden, step.delta, weights.mlp_norm.data(), config_.norm_eps, T, C,
+               step.normed);
+    weights.gate_up.Forward(ctx, step.normed, C, T, step.gate_up, 2 * config_.ffn, Accumulate::kNo,
+                            products);
+    SiluMul(ctx, step.gate_up, T, config_.ffn, step.activation);
+    weights.down.Forward(ctx, step.activation, config_.ffn, T, step.delta, C, Accumulate::kNo,
+                         products);
+  }
+  AddRmsNorm(ctx, step.hidden, step.delta, weights_->final_norm.data(), config_.norm_eps, T, C,
+             step.normed);
+}
+
+// The step's `rows` through the output head. logits: [rows, V].
+void HybridModel::Logits(const ExecContext& ctx, const Step& step, std::span<const int64_t> rows,
+                         float* logits) const {
+  const Workspace::Scope scope(*ctx.workspace);
+  const auto count = static_cast<int64_t>(rows.size()), C = int64_t{config_.C};
+  float* gathered = ctx.workspace->Take<float>(count * C);
+  for (int64_t i = 0; i < count; ++i)
+    std::memcpy(gathered + i * C, step.normed + rows[i] * C, C * sizeof(float));
+  weights_->output().Forward(ctx, gathered, C, count, logits, config_.V, Accumulate::kNo,
+                             step.products);
+}
+
+}  // namespace dsla

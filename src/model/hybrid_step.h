@@ -1,0 +1,23 @@
+// One Forward's arrays on the CPU. Private to src/model.
+#pragma once
+
+#include <cstdint>
+
+#include "model/hybrid_model.h"
+
+namespace dsla {
+
+struct HybridModel::Step {
+  Products products = Products::kFastest;
+  const QueryVisitor* visit_queries = nullptr;
+  PlacedRows rows;
+  float* hidden = nullptr;      // [T, C] residual stream
+  float* normed = nullptr;      // [T, C]
+  float* delta = nullptr;       // [T, C] a block's output, added to hidden by the next norm
+  float* qkv = nullptr;         // [T, (H + 2 Hkv) D]
+  float* attention = nullptr;   // [T, H D]
+  float* gate_up = nullptr;     // [T, 2 ffn]
+  float* activation = nullptr;  // [T, ffn]
+};
+
+}  // namespace dsla

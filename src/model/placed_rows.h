@@ -1,0 +1,64 @@
+// One step's rows in the order in which the layers run them: sorted by level, so that each layer's
+// softmax rows come first and its DSLA rows last, and within a level single rows (decode) before
+// longer pieces of prompts.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "cache/sequence_cache.h"
+
+namespace dsla {
+
+// One sequence's new rows in a batch. Room for them was reserved in `cache`.
+struct SequenceRows {
+  SequenceCache* cache = nullptr;
+  std::span<const int32_t>
+      tokens;           // at positions cache->length(), ...; at least one, each in [0, V)
+  int logits_rows = 1;  // logits of the last so many rows; 0 = none
+  // The caller takes the likeliest token, and needs no more than a TokenChoice of each row. A model
+  // may give the logits all the same.
+  bool greedy = false;
+};
+
+// The likeliest token of a row (the lowest id among equals) and its log-probability under the
+// softmax over all logits. broken: a logit is NaN or +inf, or all are -inf.
+struct TokenChoice {
+  int32_t token = 0;
+  float logprob = 0;
+  int32_t broken = 0;
+};
+
+// Of a Forward that hands out logits by tiles: the batch's `sequence`, its new token number `row`.
+struct LogitsRow {
+  int sequence = 0;
+  int row = 0;
+};
+
+struct PlacedRows {
+  std::vector<const SequenceRows*> sequences;  // [N] in the order of the step
+  std::vector<int> batch_index;                // [N] each one's place in the batch
+  std::vector<int32_t> row_start;              // [N + 1]
+  std::vector<int32_t> pos;                    // [N] tokens cached before the step
+  std::vector<int32_t> positions;              // [T]
+
+  std::vector<LogitsRow> wanted;     // whose logits were asked for, in the batch's order
+  std::vector<int64_t> wanted_rows;  // where they are in the step
+
+  int N() const { return static_cast<int>(sequences.size()); }
+  int64_t T() const { return static_cast<int64_t>(positions.size()); }
+  // How many sequences, the first ones, are softmax in the layer of this rank in the ladder.
+  int SoftmaxSequences(int rank) const {
+    const auto first_dsla = std::partition_point(
+        sequences.begin(), sequences.end(),
+        [&](const SequenceRows* rows) { return rows->cache->level() <= rank; });
+    return static_cast<int>(first_dsla - sequences.begin());
+  }
+};
+
+// Every sequence of `batch` must outlive the result.
+PlacedRows PlaceRows(std::span<const SequenceRows> batch);
+
+}  // namespace dsla
