@@ -92,8 +92,9 @@ struct EngineState {
   int64_t raises = 0;  // of running sequences
   int64_t target_changes = 0;
   int64_t numerical_errors = 0;
-  double busy_seconds = 0;               // in steps
-  double model_seconds = 0;              // of them, in Forward, folds and sampling
+  std::string device_error;  // what a GPU failed with: nothing works from then on; empty: it works
+  double busy_seconds = 0;   // in steps
+  double model_seconds = 0;  // of them, in Forward, folds and sampling
   double prefill_tokens_per_second = 0;  // over the last seconds
   double decode_tokens_per_second = 0;
   std::vector<LevelEvent> events;  // the last 64

@@ -314,12 +314,18 @@ TEST_F(EngineTest, AFailedStep) {
   TestEngine engine(model(), *tokenizer_, Options(), TargetPolicy(0), [&](int64_t) {
     if (fault == 1) throw std::bad_alloc();
     if (fault == 2) throw std::runtime_error("no such kernel\nat line 3");
+    if (fault == 3) throw DeviceError("CUDA: a step: unspecified launch failure");
   });
   const Request good = Greedy(20, 4);
   fault = 1;
   EXPECT_EQ(engine.Submit(good)->Wait().status.message(), "out of memory in a step of 20 tokens");
   fault = 2;
   EXPECT_EQ(engine.Submit(good)->Wait().status.message(), "a step failed: no such kernel");
+  fault = 3;
+  EXPECT_EQ(engine->state().device_error, "");
+  EXPECT_EQ(engine.Submit(good)->Wait().status.message(),
+            "the device failed: CUDA: a step: unspecified launch failure");
+  EXPECT_EQ(engine->state().device_error, "CUDA: a step: unspecified launch failure");
   fault = 0;
   const auto sink = engine.Submit(good);
   EXPECT_TRUE(sink->Wait().status.ok());

@@ -1,7 +1,6 @@
 #include "engine/worker.h"
 
 #include <algorithm>
-#include <cstring>
 #include <exception>
 #include <limits>
 #include <new>
@@ -46,8 +45,8 @@ Expected<std::unique_ptr<Worker>> Worker::Create(const HybridModel* model, const
                                                  FaultInjector fault_injector) {
   DSLA_CHECK(policy != nullptr && inbox != nullptr && ctx.workspace != nullptr);
   DSLA_RETURN_IF_ERROR(CheckOptions(options, model->max_level(), model->options().page_size));
-  DSLA_ASSIGN_OR_RETURN(CachePool pool,
-                        CachePool::Create(model->cache_geometry(), options.memory_bytes));
+  DSLA_ASSIGN_OR_RETURN(CachePool pool, CachePool::Create(model->cache_geometry(),
+                                                          options.memory_bytes, model->memory()));
   return std::unique_ptr<Worker>(new Worker(model, ctx, options, std::move(policy), inbox,
                                             std::move(fault_injector), std::move(pool)));
 }
@@ -93,6 +92,9 @@ Status Worker::Raise(SequenceCache& cache, int level) {
   } catch (const std::bad_alloc&) {
     cache.AbortRaise();
     status = ResourceExhausted("out of memory while folding {} tokens", cache.length());
+  } catch (const DeviceError& error) {
+    cache.AbortRaise();
+    status = NoteDeviceFailure(error.what());
   }
   const double seconds = NowSeconds() - begin;
   fold_seconds_ += seconds;
@@ -101,12 +103,7 @@ Status Worker::Raise(SequenceCache& cache, int level) {
   return status;
 }
 
-void Worker::CopySlot(int32_t from, int32_t to) {
-  pool_.Touch(BlockKind::kSlot, {&to, 1});
-  const DslaStateView slots = pool_.slots();
-  std::memcpy(slots.base + to * slots.slot_bytes, slots.base + from * slots.slot_bytes,
-              static_cast<size_t>(slots.slot_bytes));
-}
+void Worker::CopySlot(int32_t from, int32_t to) { pool_.CopyBlock(BlockKind::kSlot, from, to); }
 
 void Worker::Run() {
   Inbox::Mail mail;
@@ -119,7 +116,12 @@ void Worker::Run() {
     inbox_->Take(mail, wait);
     if (mail.stop) break;
     ReadMail(mail);
-    Step();
+    try {
+      Step();
+    } catch (const DeviceError& error) {  // in planning, where cache blocks are copied
+      static_cast<void>(NoteDeviceFailure(error.what()));
+      EndAll();
+    }
   }
   for (auto& request : mail.requests) Admit(std::move(request));
   EndAll();
@@ -209,6 +211,12 @@ void Worker::Decide() {
   }
 }
 
+Status Worker::NoteDeviceFailure(const std::string& what) {
+  const std::lock_guard lock(state_mutex_);
+  if (state_.device_error.empty()) state_.device_error = what;
+  return Error(StatusCode::kInternal, "the device failed: {}", what);
+}
+
 void Worker::NoteEvent(LevelEvent event) {
   const std::lock_guard lock(state_mutex_);
   ++(event.request_id.empty() ? state_.target_changes : state_.raises);
@@ -271,19 +279,25 @@ bool Worker::RunModel(const StepPlan& plan) {
     const int logits = rows.logits == RowLogits::kNone   ? 0
                        : rows.logits == RowLogits::kLast ? 1
                                                          : static_cast<int>(rows.tokens.size());
-    batch_.push_back({.cache = rows.cache, .tokens = rows.tokens, .logits_rows = logits});
+    batch_.push_back({.cache = rows.cache,
+                      .tokens = rows.tokens,
+                      .logits_rows = logits,
+                      .greedy = TakesLikeliest(*row_requests_.back(), rows)});
   }
   outcomes_.assign(count, {});
   results_.assign(count, {});
   Status failed;
   try {
     if (fault_injector_) fault_injector_(state_.steps);
-    model_->Forward(
-        ctx_, pool_, batch_, options_.deterministic ? Products::kInvariant : Products::kFastest,
-        [&](std::span<const LogitsRow> rows, float* logits) { VisitLogits(plan, rows, logits); });
+    model_->Forward(ctx_, pool_, batch_,
+                    options_.deterministic ? Products::kInvariant : Products::kFastest,
+                    [&](std::span<const LogitsRow> rows, float* logits,
+                        const TokenChoice* choices) { VisitLogits(plan, rows, logits, choices); });
   } catch (const std::bad_alloc&) {
     failed = ResourceExhausted("out of memory in a step of {} tokens",
                                plan.prefill_rows + plan.decode_rows);
+  } catch (const DeviceError& error) {
+    failed = NoteDeviceFailure(error.what());
   } catch (const std::exception& error) {
     std::string what = error.what();
     what.resize(std::min(what.find('\n'), what.size()));  // the rest is a stack trace

@@ -68,6 +68,7 @@ class Worker : private CacheOps {
   void Admit(std::unique_ptr<ActiveRequest> active);
   void Decide();
   void NoteEvent(LevelEvent event);
+  Status NoteDeviceFailure(const std::string& what);  // as requests get it
   void Step();
   bool RunModel(const StepPlan& plan);      // false: it failed, as the outcomes say
   void DescribeStep(const StepPlan& plan);  // into step_time_, while the caches are as before it
@@ -78,7 +79,10 @@ class Worker : private CacheOps {
   void Publish(double begin, double model_seconds, const StepPlan& plan, int generated);
 
   // worker_rows.cc
-  void VisitLogits(const StepPlan& plan, std::span<const LogitsRow> rows, float* logits);
+  void VisitLogits(const StepPlan& plan, std::span<const LogitsRow> rows, float* logits,
+                   const TokenChoice* choices);
+  // The likeliest token is all that the row's request needs.
+  static bool TakesLikeliest(const ActiveRequest& active, const PlannedRows& rows);
   Status ReadPromptLogits(ActiveRequest& active, int position, std::span<const float> logits) const;
   Status Sample(const ActiveRequest& active, int position, std::span<float> logits,
                 Outcome& outcome) const;

@@ -43,9 +43,26 @@ class Masked {
 
 }  // namespace
 
+bool Worker::TakesLikeliest(const ActiveRequest& active, const PlannedRows& rows) {
+  const Request& request = active.request;
+  return rows.logits == RowLogits::kLast && active.sampler.greedy() && request.top_logprobs <= 0 &&
+         active.generated >= request.min_tokens;
+}
+
 // Rows are independent: each writes its own sequence's choice or its own entry of the prompt's
 // log-probabilities.
-void Worker::VisitLogits(const StepPlan& plan, std::span<const LogitsRow> rows, float* logits) {
+void Worker::VisitLogits(const StepPlan& plan, std::span<const LogitsRow> rows, float* logits,
+                         const TokenChoice* choices) {
+  if (logits == nullptr) {
+    for (size_t i = 0; i < rows.size(); ++i) {
+      Outcome& outcome = outcomes_[rows[i].sequence];
+      outcome.choice = {.token = choices[i].token, .logprob = choices[i].logprob};
+      if (choices[i].broken != 0)
+        outcome.status =
+            Error(StatusCode::kInternal, "{}: the logits are not numbers", kNumericalError);
+    }
+    return;
+  }
   const int64_t V = model_->config().V;
   ParallelFor(ctx_, static_cast<int64_t>(rows.size()), [&](int64_t i, int) {
     const LogitsRow& row = rows[i];
