@@ -8,6 +8,11 @@ namespace dsla {
 Health::Health(double stall_seconds, std::function<double()> clock)
     : stall_seconds_(stall_seconds), clock_(clock ? std::move(clock) : NowSeconds) {}
 
+std::string Health::DeviceFailure() const {
+  const Engine* engine = engine_.load();
+  return engine == nullptr ? "" : engine->state().device_error;
+}
+
 std::optional<double> Health::Stalled() const {
   const Engine* engine = engine_.load();
   if (!engine) return std::nullopt;
@@ -18,6 +23,14 @@ std::optional<double> Health::Stalled() const {
 }
 
 HttpResponse Health::Answer(bool ready) const {
+  if (const std::string failure = DeviceFailure(); !failure.empty()) {
+    HttpError error;
+    error.status = 503;
+    error.type = "server_error";
+    error.code = "device_failed";
+    error.message = fmt::format("the device failed: {}", failure);
+    return ErrorResponse(error);
+  }
   if (const auto still = Stalled()) {
     HttpError error;
     error.status = 503;

@@ -27,10 +27,12 @@ class Health {
 
   // Seconds without progress where they are too many.
   std::optional<double> Stalled() const;
+  // What the engine's device failed with; empty while it works.
+  std::string DeviceFailure() const;
 
   // GET, open to everybody and while draining. Each answers 200 {"status":"ok"}, or 503:
-  //   /live                 stalled: only a restart helps. Not while loading or draining
-  //   /health /ready /ping  stalled, loading or draining
+  //   /live                 stalled, or the device failed: only a restart helps. Not while loading
+  //   or draining /health /ready /ping  stalled, loading or draining
   // GET /version: {"version": ...}; needs a key where keys are set.
   void AddRoutes(Router& router, std::string version) const;
 

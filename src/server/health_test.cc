@@ -65,6 +65,13 @@ TEST(HealthTest, TellsTheTruth) {
   now = 925;
   ready(200);
 
+  engine.state_.device_error = "CUDA: a step: an illegal memory access was encountered";
+  ready(503);
+  EXPECT_THAT(ask("/live").body, HasSubstr("\"device_failed\""));
+  EXPECT_THAT(ask("/live").body, HasSubstr("illegal memory access"));
+  EXPECT_EQ(ask("/live").status, 503);
+  engine.state_.device_error.clear();
+
   health.SetPhase(Phase::kDraining);
   server.server().SetPhase(Phase::kDraining);
   ready(503);
