@@ -1,7 +1,6 @@
 #include "eval/calibrate.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "adapt/calibration_run.h"
@@ -110,16 +109,8 @@ class ModelProbe final : public CostProbe {
   Status MakeContext(SequenceCache& cache, int64_t tokens) {
     if (tokens == 0) return Status::Ok();
     DSLA_RETURN_IF_ERROR(cache.Reserve(static_cast<int>(tokens)));
-    const PagedKvView view = pool_.pages();
-    const int64_t stride = view.page_stride * SizeOf(view.dtype);
-    const int64_t bytes = int64_t{view.Hkv} * view.page_size * view.D * SizeOf(view.dtype);
     for (int layer = 0; layer < cache.layers(); ++layer) {
-      const std::span<const int32_t> pages = cache.pages(layer);
-      pool_.Touch(BlockKind::kPage, pages);
-      for (const int32_t page : pages) {
-        std::memset(static_cast<char*>(view.k) + page * stride, 0, bytes);
-        std::memset(static_cast<char*>(view.v) + page * stride, 0, bytes);
-      }
+      for (const int32_t page : cache.pages(layer)) pool_.ZeroBlock(BlockKind::kPage, page);
     }
     cache.Commit(static_cast<int>(tokens));
     return Status::Ok();
@@ -140,8 +131,8 @@ Expected<CostModel> Calibrate(const ExecContext& ctx, const HybridModel& model,
     return InvalidArgument("calibration up to level {}: the model has levels 0 to {}",
                            options.top_level, model.max_level());
   }
-  DSLA_ASSIGN_OR_RETURN(CachePool pool,
-                        CachePool::Create(model.cache_geometry(), options.memory_bytes));
+  DSLA_ASSIGN_OR_RETURN(CachePool pool, CachePool::Create(model.cache_geometry(),
+                                                          options.memory_bytes, model.memory()));
   const int64_t page_tokens = model.cache_geometry().page_size;
   const int64_t memory_tokens =
       options.memory_bytes / (L * model.cache_geometry().page_bytes()) * page_tokens;

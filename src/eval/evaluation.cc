@@ -56,9 +56,10 @@ Expected<ControlModel> MakeControl(const ExecContext& ctx, const HybridModel& mo
                   control == Control::kGivenOrder;
   DSLA_ASSIGN_OR_RETURN(std::shared_ptr<const Adapter> adapter,
                         AdapterFor(ctx, model, pool, documents, options, control));
-  made.model = model.WithAdapter(std::move(adapter));
+  DSLA_ASSIGN_OR_RETURN(made.model, model.WithAdapter(std::move(adapter)));
   DSLA_ASSIGN_OR_RETURN(
-      CachePool own, CachePool::Create(made.model->cache_geometry(), options.control_memory_bytes));
+      CachePool own, CachePool::Create(made.model->cache_geometry(), options.control_memory_bytes,
+                                       made.model->memory()));
   made.pool = std::make_unique<CachePool>(std::move(own));
   return made;
 }

@@ -41,7 +41,7 @@ class EvaluationTest : public testing::Test {
   // The sums of one document at a level of `adapter` on this model's weights.
   SubjectSums Compare(std::shared_ptr<const Adapter> adapter, int level,
                       const std::vector<int32_t>& text) {
-    const auto model = small_.model().WithAdapter(std::move(adapter));
+    const auto model = small_.model().WithAdapter(std::move(adapter)).value();
     auto pool = CachePool::Create(model->cache_geometry(), kMemory);
     EXPECT_TRUE(pool.ok());
     const Subject subjects[] = {{model.get(), &*pool, level}};
@@ -180,7 +180,7 @@ TEST_F(EvaluationTest, AStateAloneIsAnAdapterOfOneState) {
 
 // With every layer bypassed a token knows nothing of those before it.
 TEST_F(EvaluationTest, BypassedLayersSeeNoContext) {
-  const auto model = small_.model().WithAdapter(Changed(adapter(), Control::kBypass));
+  const auto model = small_.model().WithAdapter(Changed(adapter(), Control::kBypass)).value();
   auto pool = CachePool::Create(model->cache_geometry(), kMemory);
   ASSERT_TRUE(pool.ok());
   std::vector<std::vector<float>> last;

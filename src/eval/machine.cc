@@ -55,7 +55,11 @@ double GemmRate(const ExecContext& ctx) {
 
 }  // namespace
 
-MachineLimits MeasureMachine(const ExecContext& ctx) {
+MachineLimits MeasureMachine(const ExecContext& ctx, Device* device) {
+  if (device != nullptr) {
+    const DeviceLimits limits = device->Measure();
+    return {.read_bytes_per_second = limits.copy_bytes_per_second, .gemm_flops = limits.gemm_flops};
+  }
   return {.read_bytes_per_second = ReadBandwidth(ctx), .gemm_flops = GemmRate(ctx)};
 }
 

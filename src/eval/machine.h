@@ -2,6 +2,7 @@
 #pragma once
 
 #include "base/exec.h"
+#include "model/device.h"
 
 namespace dsla {
 
@@ -11,7 +12,8 @@ struct MachineLimits {
       0;  // fp32 product of 512 rows through the linear operator: its largest shape in use
 };
 
-// Takes about a second.
-MachineLimits MeasureMachine(const ExecContext& ctx);
+// Of the device where there is one: of a copy, and of a large product in bf16. Takes about a
+// second.
+MachineLimits MeasureMachine(const ExecContext& ctx, Device* device);
 
 }  // namespace dsla

@@ -83,6 +83,7 @@ Expected<std::vector<LevelSpeed>> MeasureSpeed(
       Run run(ctx, model, pool, level);
       const double start = NowSeconds();
       DSLA_RETURN_IF_ERROR(run.Prefill(text, options.prefill_chunk));
+      model.Wait();
       samples[i].prefill.push_back(NowSeconds() - start);
       DSLA_RETURN_IF_ERROR(run.Decode(options.decode_tokens, samples[i].decode));
       if (level != 0) continue;

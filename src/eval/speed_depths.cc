@@ -1,7 +1,6 @@
 #include "eval/speed_depths.h"
 
 #include <algorithm>
-#include <cstring>
 #include <deque>
 
 #include "base/clock.h"
@@ -67,9 +66,11 @@ class Depths {
     for (size_t n = 0; n < sequences.size(); ++n) {
       tokens_[n] = TokenAt(sequences[n].length() + static_cast<int64_t>(n));
       DSLA_RETURN_IF_ERROR(sequences[n].Reserve(1));
-      batch_.push_back({.cache = &sequences[n], .tokens = {&tokens_[n], 1}, .logits_rows = 1});
+      batch_.push_back(
+          {.cache = &sequences[n], .tokens = {&tokens_[n], 1}, .logits_rows = 1, .greedy = true});
     }
-    model_.Forward(ctx_, pool_, batch_, logits_);
+    model_.Forward(ctx_, pool_, batch_, Products::kFastest,
+                   [](std::span<const LogitsRow>, float*, const TokenChoice*) {});
     for (SequenceCache& sequence : sequences) sequence.Commit(1);
     return Status::Ok();
   }
@@ -77,14 +78,9 @@ class Depths {
   // Fills an empty sequence with the context, and folds it to `level`.
   Status Copy(SequenceCache& to, int level) {
     DSLA_RETURN_IF_ERROR(to.Reserve(context_.length()));
-    const PagedKvView view = pool_.pages();
-    auto* const base = static_cast<std::byte*>(view.k);
-    const int64_t bytes = pool_.geometry().page_bytes();
     for (int layer = 0; layer < to.layers(); ++layer) {
-      pool_.Touch(BlockKind::kPage, to.pages(layer));
       for (size_t i = 0; i < to.pages(layer).size(); ++i)
-        std::memcpy(base + to.pages(layer)[i] * bytes, base + context_.pages(layer)[i] * bytes,
-                    static_cast<size_t>(bytes));
+        pool_.CopyBlock(BlockKind::kPage, context_.pages(layer)[i], to.pages(layer)[i]);
     }
     to.Commit(context_.length());
     return model_.Raise(ctx_, pool_, to, level);
