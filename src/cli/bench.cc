@@ -80,6 +80,7 @@ nlohmann::json ToJson(const LoadedModel& loaded, const MachineLimits& machine, i
   return {{"model", loaded.model->config().name},
           {"tokens", tokens},
           {"threads", loaded.ctx.threads},
+          {"device", loaded.where()},
           {"read_bytes_per_second", machine.read_bytes_per_second},
           {"gemm_flops", machine.gemm_flops},
           {"levels", std::move(levels)}};
@@ -162,10 +163,12 @@ class Progress {
 
 void PrintMachine(const LoadedModel& loaded, const std::string& kv, const MachineLimits& machine,
                   const std::string& what) {
-  fmt::print("{}, {} weights, {} cache; {}; {} threads\n", loaded.model->config().name,
-             Name(loaded.model->options().weights), kv, what, loaded.ctx.threads);
-  fmt::print("machine: memory read {:.1f} GB/s, fp32 GEMM {:.0f} GFLOP/s\n\n",
-             machine.read_bytes_per_second / 1e9, machine.gemm_flops / 1e9);
+  fmt::print("{}, {} weights, {} cache; {}; {}\n", loaded.model->config().name,
+             Name(loaded.model->options().weights), kv, what, loaded.where());
+  fmt::print("machine: memory {} {:.1f} GB/s, {} GEMM {:.0f} GFLOP/s\n\n",
+             loaded.model->device() == nullptr ? "read" : "copy",
+             machine.read_bytes_per_second / 1e9,
+             loaded.model->device() == nullptr ? "fp32" : "bf16", machine.gemm_flops / 1e9);
 }
 
 Status BenchDepths(const BenchArgs& args, const std::vector<int>& levels, const LoadedModel& loaded,
@@ -179,7 +182,7 @@ Status BenchDepths(const BenchArgs& args, const std::vector<int>& levels, const 
                              .prefill_chunk = args.speed.prefill_chunk};
   const Progress progress;
   progress.Show("measuring the machine");
-  const MachineLimits machine = MeasureMachine(loaded.ctx);
+  const MachineLimits machine = MeasureMachine(loaded.ctx, loaded.model->device());
   DSLA_ASSIGN_OR_RETURN(const auto speeds,
                         MeasureDepths(loaded.ctx, *loaded.model, pool, text, options,
                                       [&](const std::string& what) { progress.Show(what); }));
@@ -207,7 +210,7 @@ Status BenchText(const BenchArgs& args, const SpeedOptions& speed, const LoadedM
                  CachePool& pool, const std::vector<std::vector<int32_t>>& text) {
   const Progress progress;
   progress.Show("measuring the machine");
-  const MachineLimits machine = MeasureMachine(loaded.ctx);
+  const MachineLimits machine = MeasureMachine(loaded.ctx, loaded.model->device());
   DSLA_ASSIGN_OR_RETURN(const auto speeds,
                         MeasureSpeed(loaded.ctx, *loaded.model, pool, text.front(), speed,
                                      [&](const std::string& what) { progress.Show(what); }));

@@ -37,12 +37,50 @@ Expected<WeightFormat> ParseWeightFormat(const std::string& value, const ModelFi
   return InvalidArgument("--weights: '{}' is not one of auto, bf16, fp32, int8, int4", value);
 }
 
-// One sequence of the whole context at any level: every layer's pages and every layer's slot.
+// The model on the device that `args` mean, or on the CPU.
+Expected<std::unique_ptr<HybridModel>> LoadOn(const ModelArgs& args, const LoadedModel& loaded,
+                                              ModelOptions options) {
+  const auto load = [&] {
+    return HybridModel::Load(loaded.ctx, *loaded.file, loaded.adapter, options);
+  };
+  if (args.device == "cpu") return load();
+  const bool automatic = args.device == "auto";
+  // What only the CPU has is taken as a wish for it.
+  const bool bf16 = (args.weights == "auto" || args.weights == "bf16") && args.kv == "bf16";
+  if (automatic && !bf16) return load();
+  if (!bf16) {
+    return InvalidArgument(
+        "--device {}: weights and cache are held in bf16 there, not --weights {} "
+        "and --kv {}",
+        args.device, args.weights, args.kv);
+  }
+  const WeightFormat on_cpu = options.weights;
+  auto device = OpenDevice(automatic ? "cuda" : args.device);
+  if (!device.ok() && automatic) return load();
+  if (!device.ok()) {
+    return Error(device.status().code(), "--device {}: {}", args.device, device.status().message());
+  }
+  options.device = std::move(device).value();
+  options.weights = WeightFormat::kBF16;
+  auto model = load();
+  if (model.ok() || !automatic) return model;
+  fmt::print(stderr, "dsla: {}; running on the CPU\n", model.status().message());
+  options.device = nullptr;
+  options.weights = on_cpu;
+  return load();
+}
+
+// One sequence of the whole context at any level: every layer's pages and every layer's slot. On a
+// device at most what is free there, less room for what a step needs.
 int64_t DefaultMemory(const HybridModel& model, int sequences) {
   const CacheGeometry geometry = model.cache_geometry();
   const int64_t pages = SequenceCache::PagesFor(model.max_positions(), geometry.page_size);
   const int64_t per_layer = pages * geometry.page_bytes() + geometry.slot_block_bytes();
-  return sequences * model.config().L * per_layer;
+  const int64_t whole = sequences * model.config().L * per_layer;
+  if (model.device() == nullptr) return whole;
+  constexpr double kCacheShare = 0.85;
+  return std::min(
+      whole, static_cast<int64_t>(kCacheShare * static_cast<double>(model.device()->free_bytes())));
 }
 
 }  // namespace
@@ -73,9 +111,22 @@ void ModelArgs::AddTo(CLI::App& app) {
   app.add_option("-c,--context", context, "longest sequence in tokens [default: the model's]")
       ->type_name("N")
       ->group(group);
-  app.add_option("--memory", memory,
-                 "cache memory, such as 512M or 2G [default: one whole context]")
+  app.add_option(
+         "--memory", memory,
+         "cache memory, such as 512M or 2G [default: one whole context; with --device cuda\n"
+         "at most what is free]")
       ->type_name("SIZE")
+      ->group(group);
+  app.add_flag(
+         "--random-weights", random_weights,
+         "for measuring: --model is a config.json (or a directory with one), its weights and\n"
+         "adapter are random numbers, its tokenizer the default model's")
+      ->group(group);
+  app.add_option("--device", device,
+                 "where the model runs: cpu, cuda, cuda:N, or auto (a GPU that can hold it, where\n"
+                 "there is one)")
+      ->type_name("NAME")
+      ->capture_default_str()
       ->group(group);
   app.add_option("-t,--threads", threads, "CPU threads [default: all cores]")
       ->type_name("N")
@@ -116,6 +167,38 @@ Expected<std::shared_ptr<const Adapter>> OpenAdapter(const ModelArgs& args, cons
   return std::shared_ptr<const Adapter>();
 }
 
+namespace {
+
+// The file, the adapter and the tokenizer that `args` mean.
+Status OpenFiles(const ModelArgs& args, LoadedModel& loaded) {
+  std::string path = args.model;
+  if (path.empty() || args.random_weights) {
+    DSLA_ASSIGN_OR_RETURN(path, DefaultModelPath());
+  }
+  DSLA_ASSIGN_OR_RETURN(loaded.file, ModelFile::Open(path));
+  DSLA_ASSIGN_OR_RETURN(TokenizerData tokenizer, loaded.file->ReadTokenizer());
+  DSLA_ASSIGN_OR_RETURN(loaded.tokenizer, Tokenizer::Create(std::move(tokenizer)));
+  if (!args.random_weights) {
+    DSLA_ASSIGN_OR_RETURN(loaded.adapter, OpenAdapter(args, *loaded.file));
+    return Status::Ok();
+  }
+  if (args.model.empty())
+    return InvalidArgument("--random-weights: needs a config.json as --model");
+  if (!args.adapter.empty() && args.adapter != "none")
+    return InvalidArgument("--adapter: beside --random-weights it is made, or 'none'");
+  const int tokens = loaded.file->config().V;
+  DSLA_ASSIGN_OR_RETURN(loaded.file, ModelFile::OpenRandom(args.model));
+  const ModelConfig& config = loaded.file->config();
+  if (config.V < tokens) {
+    return InvalidArgument("'{}': vocab_size {}: the tokenizer that is used has {} tokens",
+                           args.model, config.V, tokens);
+  }
+  if (args.adapter.empty()) loaded.adapter = RandomAdapter(config, {.features = config.D});
+  return Status::Ok();
+}
+
+}  // namespace
+
 Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences) {
   const double start = NowSeconds();
   LoadedModel loaded;
@@ -128,23 +211,20 @@ Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences) {
   loaded.ctx.threads = ThreadCount(args.threads);
   loaded.ctx.workspace = loaded.workspace.get();
 
-  std::string path = args.model;
-  if (path.empty()) {
-    DSLA_ASSIGN_OR_RETURN(path, DefaultModelPath());
-  }
-  DSLA_ASSIGN_OR_RETURN(loaded.file, ModelFile::Open(path));
+  DSLA_RETURN_IF_ERROR(OpenFiles(args, loaded));
   DSLA_ASSIGN_OR_RETURN(options.weights, ParseWeightFormat(args.weights, *loaded.file));
-  DSLA_ASSIGN_OR_RETURN(loaded.adapter, OpenAdapter(args, *loaded.file));
-  DSLA_ASSIGN_OR_RETURN(TokenizerData tokenizer, loaded.file->ReadTokenizer());
-  DSLA_ASSIGN_OR_RETURN(loaded.tokenizer, Tokenizer::Create(std::move(tokenizer)));
-  DSLA_ASSIGN_OR_RETURN(loaded.model,
-                        HybridModel::Load(loaded.ctx, *loaded.file, loaded.adapter, options));
+  DSLA_ASSIGN_OR_RETURN(loaded.model, LoadOn(args, loaded, options));
   loaded.memory_bytes = DefaultMemory(*loaded.model, sequences);
   if (!args.memory.empty()) {
     DSLA_ASSIGN_OR_RETURN(loaded.memory_bytes, ParseBytes(args.memory));
   }
   loaded.load_seconds = NowSeconds() - start;
   return loaded;
+}
+
+std::string LoadedModel::where() const {
+  return model->device() != nullptr ? model->device()->name()
+                                    : fmt::format("{} threads", ctx.threads);
 }
 
 Expected<int64_t> ParseBytes(const std::string& text) {

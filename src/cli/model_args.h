@@ -26,6 +26,8 @@ struct ModelArgs {
   int context = 0;     // 0: the model's
   std::string memory;  // cache budget, such as 512M; empty: one sequence of the whole context
   int threads = 0;     // 0: all cores
+  std::string device = "auto";
+  bool random_weights = false;  // `model` is a config.json
 
   void AddTo(CLI::App& app);
 };
@@ -41,8 +43,9 @@ struct LoadedModel {
   int64_t memory_bytes = 0;  // cache budget
   double load_seconds = 0;
 
+  std::string where() const;  // "cuda:0 (NVIDIA H100 80GB HBM3)" or "2 threads"
   Expected<CachePool> NewPool() const {
-    return CachePool::Create(model->cache_geometry(), memory_bytes);
+    return CachePool::Create(model->cache_geometry(), memory_bytes, model->memory());
   }
 };
 

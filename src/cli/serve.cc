@@ -38,6 +38,17 @@ int64_t MemoryLimit() {
   return physical;
 }
 
+// With less, a server starts that can hold nothing: the least that is of use is a page of every
+// layer, which is what one short sequence takes at level 0.
+Status CheckMemory(const LoadedModel& model, const std::string& given) {
+  const CacheGeometry geometry = model.model->cache_geometry();
+  const int64_t least = model.model->config().L * geometry.page_bytes();
+  if (given.empty() || model.memory_bytes >= least) return Status::Ok();
+  return InvalidArgument(
+      "--memory: {} holds no sequence; one of up to {} tokens takes {} bytes ({}) at level 0",
+      given, geometry.page_size, least, FormatBytes(least));
+}
+
 // A model's name where none is given: of its file without the ending, or of its folder.
 std::string NameOfPath(const std::string& path) {
   std::filesystem::path name = std::filesystem::path(path).lexically_normal();
@@ -57,7 +68,9 @@ class Program {
   void Load();  // in a thread of its own; then serves, or load_status() says why not
   bool loaded() const { return loaded_.load(); }
   const Status& load_status() const { return load_status_; }  // after loaded()
-  void Watch();                      // to be called about once a second: logs what changed
+  void Watch();         // to be called about once a second: logs what changed
+  bool DeviceFailed();  // likewise; only a new process helps
+  bool Idle() { return server_->WaitIdle(0); }
   bool Drain(SignalQueue& signals);  // false: a second signal came
 
  private:
@@ -124,8 +137,17 @@ void Program::Load() {
 
 Status Program::LoadAll() {
   DSLA_ASSIGN_OR_RETURN(model_, LoadModel(args_.model, kDefaultSequences));
+  const Device* device = model_.model->device();
+  if (device != nullptr && args_.engine.deterministic) {
+    return InvalidArgument(
+        "--deterministic: its products are the CPU's alone (--device cpu), not {}'s",
+        device->name());
+  }
+  // On a device the default is already no more than what is free there.
   const int64_t quarter = MemoryLimit() / 4;
-  if (args_.model.memory.empty()) model_.memory_bytes = std::min(model_.memory_bytes, quarter);
+  if (device == nullptr && args_.model.memory.empty())
+    model_.memory_bytes = std::min(model_.memory_bytes, quarter);
+  DSLA_RETURN_IF_ERROR(CheckMemory(model_, args_.model.memory));
   const Adapter* adapter = model_.model->adapter();
   model_name_ = args_.model_names.empty() ? NameOfPath(model_.file->path()) : args_.model_names[0];
   ladder_.model = model_name_;
@@ -141,6 +163,7 @@ Status Program::LoadAll() {
                {"adapter", ladder_.adapter.empty() ? "none" : ladder_.adapter},
                {"context", int64_t{model_.model->max_positions()}},
                {"cache_memory", FormatBytes(model_.memory_bytes)},
+               {"device", device == nullptr ? "cpu" : device->name()},
                {"threads", int64_t{model_.ctx.threads}},
                {"seconds", model_.load_seconds}});
   DSLA_RETURN_IF_ERROR(MakeEngine());
@@ -161,6 +184,13 @@ Status Program::MakeEngine() {
                            ladder_.adapter.empty() ? ": there is no adapter" : "");
   }
   EngineOptions options = args_.engine;
+  // A GPU is only busy with many rows, and takes a few ms for them.
+  constexpr int kDeviceBatchTokens = 4096;
+  if (args_.max_batch_tokens > 0) {
+    options.max_batch_tokens = args_.max_batch_tokens;
+  } else if (model_.model->device() != nullptr) {
+    options.max_batch_tokens = kDeviceBatchTokens;
+  }
   options.memory_bytes = model_.memory_bytes;
   options.prefix_cache = !args_.no_prefix_cache;
   options.default_max_level = policy_.max_level;
@@ -241,6 +271,12 @@ void Program::Watch() {
   const auto still = health_.Stalled();
   if (still && !stalled_) log_->Write(LogLevel::kError, "stalled", {{"seconds", *still}});
   stalled_ = still.has_value();
+}
+
+bool Program::DeviceFailed() {
+  const std::string failure = loaded() ? health_.DeviceFailure() : "";
+  if (!failure.empty()) log_->Write(LogLevel::kError, "device_failed", {{"message", failure}});
+  return !failure.empty();
 }
 
 // Each change of level with its reason.
@@ -334,6 +370,14 @@ int Serve(CLI::App& command, ServeArgs& args) {
     }
     if (signal == SIGTERM || signal == SIGINT) break;
     program.Watch();
+    if (program.DeviceFailed()) {
+      // Every request fails from now on; a moment for their answers, then whoever watches restarts
+      // the program.
+      constexpr double kLastAnswers = 2;
+      const double deadline = NowSeconds() + kLastAnswers;
+      while (!program.Idle() && NowSeconds() < deadline) signals.Wait(0.05);
+      Leave(*log, 1);
+    }
   }
   if (!program.loaded()) {
     log->Write(LogLevel::kInfo, "stopped_while_loading");

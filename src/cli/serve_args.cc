@@ -108,7 +108,8 @@ void AddEngine(CLI::App& command, ServeArgs& args) {
         ->capture_default_str()
         ->group(group);
   };
-  count("--max-batch-tokens", engine.max_batch_tokens, 1, "tokens of one step");
+  count("--max-batch-tokens", args.max_batch_tokens, 0,
+        "tokens of one step; 0: 512, on a GPU 4096");
   count("--max-running", engine.max_running, 1, "replies in the batch");
   count("--max-queued", engine.max_queued, 1, "replies waiting; more are refused with 429");
   command

@@ -29,6 +29,7 @@ struct ServeArgs {
   double stall_seconds = 60;
 
   EngineOptions engine;
+  int max_batch_tokens = 0;  // 0: what suits the device
   bool no_prefix_cache = false;
   std::string default_tier = "auto";
   double request_timeout = 0;  // seconds; 0 = none

@@ -21,6 +21,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "load"))
 import small_model  # noqa: E402
 
 ONE = ["--threads", "1"]  # the model is too small for more
+LEAST_MEMORY = small_model.LAYERS * 64 * 2 * small_model.KV_HEADS * small_model.D * 2  # bf16 K and V of a page of 64 tokens in every layer
 DESCRIPTORS = 64  # of the server that runs out of them
 
 
@@ -69,6 +70,8 @@ def check_refusals(program, folder, model):
     refused(program, model, ["--log-file", folder / "none" / "log"], ["log"])
     refused(program, model, ["--max-level", "3"], ["--max-level", "no adapter"])
     refused(program, model, ["--memory", "lots"], ["lots"])
+    refused(program, model, ["--memory", "1K"], ["--memory", "1K", str(LEAST_MEMORY)])
+    refused(program, model, ["--memory", LEAST_MEMORY - 1], ["--memory", str(LEAST_MEMORY)])
     refused(program, folder / "nothing", [], ["nothing"])
     broken = folder / "broken"
     small_model.write(broken)
@@ -202,6 +205,13 @@ def preemptions(running):
     return call(running, "GET", "/v1/dsla").json["totals"]["preemptions"]
 
 
+def check_least_memory(program, model):
+    with serving(program, "--model", model, *ONE, "--memory", LEAST_MEMORY) as running:
+        check(completions(running, prompt="x", max_tokens=4).status == 200, f"{LEAST_MEMORY} bytes of cache hold a short request")
+        reply = completions(running, prompt="x", max_tokens=80)
+        check(reply.error[:2] == (400, "request_too_large_for_cache"), f"and no longer one: {reply.error}")
+
+
 # Of the small model a page takes 8 KiB in each of 8 layers, so that a request of 460 tokens takes 512 KiB in the end: all
 # have room to begin, two to end.
 TIGHT = ["--memory", "1M", "--no-prefix-cache"]
@@ -243,6 +253,7 @@ def main():
             lambda: check_hangup_and_pipe(arguments.program, folder, model),
             lambda: check_full_disk(arguments.program, model),
             lambda: check_descriptors(arguments.program, model, folder),
+            lambda: check_least_memory(arguments.program, model),
             lambda: check_preemption(arguments.program, model),
         ):
             part()
