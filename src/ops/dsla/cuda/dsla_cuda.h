@@ -52,7 +52,7 @@ struct DslaCudaArgs {
   // Elements between rows, multiples of 8, so that q, k, v may lie in the output of one projection.
   int64_t q_stride = 0, k_stride = 0, v_stride = 0;
   const float* claim = nullptr;  // [T, H]; null when W = 0
-  void* out = nullptr;           // [T, H, D] bf16, dense
+  void* out = nullptr;           // [T, H, D] bf16, dense, 16-byte aligned
   void* workspace = nullptr;     // 256-byte aligned
   int64_t workspace_bytes = 0;
 };

@@ -9,11 +9,17 @@ namespace {
 
 constexpr int kThreads = 128;
 
+// Stages of what blocks of channels need. After the last block, a stage has V and the window's
+// part.
 template <int D>
 struct OutputShared {
-  uint4 matrix[2][D * D / 8];    // phi_q in [1] at first, then blocks of e^R S
-  uint4 key[2][kChunk * D / 8];  // blocks of K~; V after the last one
-  uint4 norm[2][D / 4];          // blocks of e^R z
+  static constexpr int kStages = D == 64 ? 3 : 2;
+  static constexpr bool kGrowth = D == 64;  // there is room for it
+
+  uint4 matrix[kStages][D * D / 8];    // e^R S, or the window's result; phi_q in the last at first
+  uint4 key[kStages][kChunk * D / 8];  // K~, or V
+  uint4 norm[kStages][D / 4];          // e^R z
+  uint4 growth[kStages][kGrowth ? kChunk * D / 8 : 1];  // e^{G-R}
 };
 
 template <int D>
@@ -45,8 +51,10 @@ __device__ __forceinline__ void FetchValues(const PrefillParams& p, uint4* to, c
 
 // grid (H, chunks of a wave)
 template <int D>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, D == 128 ? 2 : 3)
     OutputKernel(const __grid_constant__ PrefillParams p) {
+  constexpr int kStages = OutputShared<D>::kStages;
+  constexpr bool kGrowth = OutputShared<D>::kGrowth;
   extern __shared__ __align__(16) std::byte memory[];
   auto& shared = *reinterpret_cast<OutputShared<D>*>(memory);
   const Layer& l = p.layer;
@@ -60,18 +68,30 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int blocks = l.SF / D;
 
-  FetchMatrix<D>(shared.matrix[1], l.weights.phi_q + int64_t{head} * D * D);
+  FetchMatrix<D>(shared.matrix[kStages - 1], l.weights.phi_q + int64_t{head} * D * D);
   CommitCopies();
-  AwaitPrevious();
-  AllowNext();
-  const auto fetch_block = [&](int b) {
-    FetchMatrix<D>(shared.matrix[b % 2], p.state + (part * l.SF + b * D) * D);
-    FetchKeys<D>(shared.key[b % 2], p.key + (part * l.SF + b * D) * kChunk);
+  const auto fetch = [&](int b) {
+    if (b == blocks) {
+      const Chunk c = ChunkOf(p, blockIdx.y);
+      FetchValues<D>(p, shared.key[b % kStages], c, h);
+      if (l.W > 0)
+        CopyTile<D, kThreads>(shared.matrix[b % kStages], p.out + (FirstRow(l, c) * l.H + head) * D,
+                              int64_t{l.H} * D, c.lo, c.hi);
+    }
+    if (b >= blocks) return;
+    if constexpr (kGrowth) {  // the three have one size, and one offset
+      const int64_t at = (part * blocks + b) * (D * D / 8);
+      FetchMatrix<D>(shared.matrix[b % kStages], reinterpret_cast<const uint4*>(p.state) + at);
+      FetchKeys<D>(shared.key[b % kStages], p.key + at * 8);
+      FetchMatrix<D>(shared.growth[b % kStages], reinterpret_cast<const uint4*>(p.growth) + at);
+    } else {
+      FetchMatrix<D>(shared.matrix[b % kStages], p.state + (part * l.SF + b * D) * D);
+      FetchKeys<D>(shared.key[b % kStages], p.key + (part * l.SF + b * D) * kChunk);
+    }
     if (threadIdx.x < D / 4)
-      CopyAsync(shared.norm[b % 2] + threadIdx.x, p.norm + part * l.SF + b * D + 4 * threadIdx.x);
+      CopyAsync(shared.norm[b % kStages] + threadIdx.x,
+                p.norm + part * l.SF + b * D + 4 * threadIdx.x);
   };
-  fetch_block(0);
-  CommitCopies();
 
   float y[D / 8][4] = {};
   {
@@ -88,17 +108,24 @@ __global__ void __launch_bounds__(kThreads, 2)
         q[c][2 + i] = valid ? *reinterpret_cast<const uint32_t*>(from + 16 * c + 2 * t + 8) : 0;
       }
     }
-    WaitCopies<1>();
+    AwaitPrevious();
+    AllowNext();
+#pragma unroll
+    for (int b = 0; b < kStages - 1; ++b) {
+      fetch(b);
+      CommitCopies();
+    }
+    WaitCopies<kStages - 1>();
     __syncthreads();
 #pragma unroll
     for (int c = 0; c < D / 16; ++c)
 #pragma unroll
       for (int j = 0; j < D / 16; ++j) {
-        const uint4 b = shared.matrix[1][(c * (D / 16) + j) * 32 + lane];
+        const uint4 b = shared.matrix[kStages - 1][(c * (D / 16) + j) * 32 + lane];
         Mma(y[2 * j], q[c], b.x, b.y);
         Mma(y[2 * j + 1], q[c], b.z, b.w);
       }
-    __syncthreads();  // matrix[1] is free
+    __syncthreads();  // phi_q's place is free
   }
   // phi = e^{y - log(sum e^y)}, in base 2 from here on; so are phi(-y) and the mix of the states.
   float log_sum[2][2];  // [sign][row]
@@ -128,28 +155,33 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   float acc[D / 8][4] = {}, score[8][4] = {}, norm[2] = {};
   for (int b = 0; b < blocks; ++b) {
-    if (b + 1 < blocks)
-      fetch_block(b + 1);
-    else
-      FetchValues<D>(p, shared.key[(b + 1) % 2], ChunkOf(p, blockIdx.y), h);
+    fetch(b + kStages - 1);
     CommitCopies();
     const bool negative = b % (l.F / D) == 1;
     const float sign = negative ? -1.f : 1.f;
     const float mix = __log2f(l.mix[head * l.states + b * D / l.F]);  // a mix may be 0
     const float base[2] = {mix - (negative ? log_sum[1][0] : log_sum[0][0]),
                            mix - (negative ? log_sum[1][1] : log_sum[0][1])};
-    const uint4* growth = reinterpret_cast<const uint4*>(p.growth) +
-                          ((part * blocks + b) * 4 + warp) * (D * 2) + lane;
-    const float2* z = reinterpret_cast<const float2*>(shared.norm[b % 2]) + t;
-    uint4 ahead = growth[0];
-    WaitCopies<1>();
+    const uint4* growth;
+    if constexpr (kGrowth)
+      growth = shared.growth[b % kStages] + warp * (D * 2) + lane;
+    else
+      growth = reinterpret_cast<const uint4*>(p.growth) +
+               ((part * blocks + b) * 4 + warp) * (D * 2) + lane;
+    const float2* z = reinterpret_cast<const float2*>(shared.norm[b % kStages]) + t;
+    uint4 ahead{};
+    if (!kGrowth) ahead = growth[0];
+    WaitCopies<kStages - 1>();
     __syncthreads();
-    const uint4* state = shared.matrix[b % 2];
-    const uint32_t key = SharedAddress(shared.key[b % 2]);
+    const uint4* state = shared.matrix[b % kStages];
+    const uint32_t key = SharedAddress(shared.key[b % kStages]);
 #pragma unroll
     for (int c = 0; c < D / 16; ++c) {
-      const uint4 grown = ahead;
-      if (c + 1 < D / 16) ahead = growth[(c + 1) * 32];
+      uint4 grown = ahead;
+      if constexpr (kGrowth)
+        grown = growth[c * 32];
+      else if (c + 1 < D / 16)
+        ahead = growth[(c + 1) * 32];
       const uint32_t e[4] = {grown.x, grown.y, grown.z, grown.w};
       uint32_t a[4];
 #pragma unroll
@@ -163,6 +195,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
+        if (j > warp) continue;  // later than all of this warp's rows
         uint32_t k[4];
         LoadMatrix(
             k, key + 16 * Swizzle<D / 8>(16 * j + lane % 8 + lane / 16 * 8, 2 * c + lane / 8 % 2));
@@ -178,9 +211,20 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     __syncthreads();  // the other half's copies of the next round may overwrite this block
   }
+  const Chunk again = ChunkOf(p, blockIdx.y);  // read twice: registers are short in between
+  const int64_t row0 = FirstRow(l, again);
+  float lse[2] = {}, claim[2] = {};
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int j = 16 * warp + g + 8 * r;
+    if (l.W == 0 || j < again.lo || j >= again.hi) continue;
+    lse[r] = p.lse[(int64_t{blockIdx.y} * l.H + head) * kChunk + j];
+    claim[r] = p.claim[(row0 + j) * l.H + head];
+  }
   WaitCopies<0>();
   __syncthreads();
-  const uint32_t v = SharedAddress(shared.key[blocks % 2]);
+  const uint32_t* window = reinterpret_cast<const uint32_t*>(shared.matrix[blocks % kStages]) + t;
+  const uint32_t v = SharedAddress(shared.key[blocks % kStages]);
 #pragma unroll
   for (int c = 0; c < kChunk / 16; ++c) {
     uint32_t a[4];
@@ -201,8 +245,6 @@ __global__ void __launch_bounds__(kThreads, 2)
       Mma(acc[2 * j + 1], a, b[2], b[3]);
     }
   }
-  const Chunk again = ChunkOf(p, blockIdx.y);  // read twice: registers are short in between
-  const int64_t row0 = FirstRow(l, again);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float denominator = QuadSum(norm[r]);
@@ -211,17 +253,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     const float scaled = 1 / (denominator + kDslaEpsilon);
     uint32_t* out = reinterpret_cast<uint32_t*>(p.out + ((row0 + j) * l.H + head) * D) + t;
     float w = 1;
-    if (l.W > 0) {
-      const float lse = p.lse[(int64_t{blockIdx.y} * l.H + head) * kChunk + j];
-      w = denominator < kDslaEpsilon ? 0.f : 1 / (1 + Exp(lse - p.claim[(row0 + j) * l.H + head]));
-    }
+    if (l.W > 0) w = denominator < kDslaEpsilon ? 0.f : 1 / (1 + Exp(lse[r] - claim[r]));
 #pragma unroll
     for (int c = 0; c < D / 8; ++c) {
       float x0 = w * (acc[c][2 * r] * scaled), x1 = w * (acc[c][2 * r + 1] * scaled);
       if (l.W > 0) {
-        const uint32_t window = out[4 * c];
-        x0 += (1 - w) * Low(window);
-        x1 += (1 - w) * High(window);
+        const uint32_t x = window[4 * Swizzle<D / 8>(j, c)];
+        x0 += (1 - w) * Low(x);
+        x1 += (1 - w) * High(x);
       }
       out[4 * c] = Pack(x0, x1);
     }

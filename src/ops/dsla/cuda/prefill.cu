@@ -145,11 +145,12 @@ int Run(PrefillParams& p, const DslaShape& s, cudaStream_t stream) {
   LaunchPlan(p, stream);
   for (p.wave = 0; p.wave < p.waves; ++p.wave) {
     LaunchPrepare(p, s.D, stream);
-    if (!p.fold && s.window > 0) LaunchWindow(p, s.D, stream);
     if (p.fold || p.segment > 0) LaunchSummary(p, s.D, stream);
     if (p.segment > 0) LaunchScan(p, s.D, stream);
     if (p.fold) continue;
     LaunchCarry(p, s.D, stream);
+    // Needs nothing of `carry`, and runs beside it.
+    if (s.window > 0) LaunchWindow(p, s.D, stream);
     LaunchOutput(p, s.D, stream);
   }
   if (p.fold || s.window > 0) s.D == 64 ? LaunchRing<64>(p, stream) : LaunchRing<128>(p, stream);
@@ -190,6 +191,7 @@ int Prefill(const DslaCudaArgs& a, Stream stream) {
   CheckCommon(a);
   DSLA_CHECK(a.rows.row_start && a.q && a.k && a.v && a.out);
   DSLA_CHECK(a.shape.window == 0 || a.claim);
+  DSLA_CHECK(reinterpret_cast<uintptr_t>(a.out) % 16 == 0);
   DSLA_CHECK(a.q_stride % 8 == 0 && a.k_stride % 8 == 0 && a.v_stride % 8 == 0);
   PrefillParams p{};
   p.layer = MakeLayer(a);

@@ -6,10 +6,11 @@
 namespace dsla::cuda {
 namespace {
 
-constexpr int kThreads = 128, kStages = 2;
+constexpr int kThreads = 128;
 
 template <int D>
 struct WindowShared {
+  static constexpr int kStages = D == 64 ? 3 : 2;
   uint4 k[kStages][kChunk * D / 8];
   uint4 v[kStages][kChunk * D / 8];
 };
@@ -52,6 +53,7 @@ __device__ __forceinline__ void Fetch(const PrefillParams& p, uint4* k, uint4* v
 template <int D>
 __global__ void __launch_bounds__(kThreads, D == 128 ? 2 : 3)
     WindowKernel(const __grid_constant__ PrefillParams p) {
+  constexpr int kStages = WindowShared<D>::kStages;
   extern __shared__ __align__(16) std::byte memory[];
   auto& shared = *reinterpret_cast<WindowShared<D>*>(memory);
   const Layer& l = p.layer;
@@ -70,8 +72,11 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 2 : 3)
     Fetch<D>(p, shared.k[i % kStages], shared.v[i % kStages], chunk, h,
              sinks ? 0 : chunk.e0 + (i - sink_tiles) * kChunk, sinks);
   };
-  fetch(0);
-  CommitCopies();
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) {
+    if (i < sink_tiles + tiles) fetch(i);
+    CommitCopies();
+  }
 
   uint32_t q[D / 16][4];
 #pragma unroll
@@ -89,9 +94,9 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 2 : 3)
   const float scale = rsqrtf(static_cast<float>(D)) * 1.4426950408889634f;
   float acc[D / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
   for (int i = 0; i < sink_tiles + tiles; ++i) {
-    WaitCopies<0>();
+    WaitCopies<kStages - 2>();
     __syncthreads();
-    if (i + 1 < sink_tiles + tiles) fetch(i + 1);
+    if (i + kStages - 1 < sink_tiles + tiles) fetch(i + kStages - 1);
     CommitCopies();
     const bool sinks = i < sink_tiles;
     const int first = sinks ? 0 : chunk.e0 + (i - sink_tiles) * kChunk;
