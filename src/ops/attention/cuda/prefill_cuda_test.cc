@@ -63,7 +63,7 @@ double Allowed(const Expected& e, size_t i, const Case& c, Kernel kernel, int ke
 void ExpectNear(const std::vector<float>& got, const Case& c, const Batch& batch, int window,
                 Kernel kernel) {
   const Expected want(c, batch, window);
-  ASSERT_EQ(got.size(), want.out.size());
+  ASSERT_GE(got.size(), want.out.size());  // the buffer has room for a row of every sequence
   for (int n = 0; n < batch.N(); ++n) {
     const auto at = static_cast<size_t>(n), row = static_cast<size_t>(c.H * c.D);
     int64_t off = 0;
