@@ -31,11 +31,12 @@ constexpr int64_t kMaxRows = kLinearMaxRows;
 static_assert(kMaxRows >= kLinearInvariantRows);
 
 // How T rows are multiplied. A CPU with bf16 dot products (AVX512_BF16, AMX) has several times the
-// fp32 rate in them, worth rounding the activations to bf16 once T is a prefill's, not a batch of
-// decodes. On other CPUs libtorch's bf16 product is far slower than fp32, hence the panels.
+// fp32 rate in them, worth rounding the activations, and what integer weights stand for, to bf16
+// once T is a prefill's, not a batch of decodes. On other CPUs libtorch's bf16 product is far
+// slower than fp32, hence the panels.
 Path ChoosePath(int64_t T, WeightFormat format) {
   if (T <= kLinearInvariantRows) return Path::kRows;
-  if (format == WeightFormat::kBF16 && CpuMultipliesBf16()) return Path::kGemmBf16;
+  if (format != WeightFormat::kF32 && CpuMultipliesBf16()) return Path::kGemmBf16;
   return T <= kMaxRows ? Path::kRows : Path::kGemmF32;
 }
 
@@ -43,9 +44,13 @@ Path ChoosePath(int64_t T, WeightFormat format) {
 constexpr int64_t kMinParallelBytes = 64 << 10;
 // A task of the row loop: large enough that handing it out is nothing, small enough to even out.
 constexpr int64_t kTaskBytes = 64 << 10;
-// fp32 panel of a bf16 weight: stays in the shared cache from its conversion to its use, and is
+// fp32 panel of a smaller weight: stays in the shared cache from its conversion to its use, and is
 // wide enough for the GEMM to run at full speed.
 constexpr int64_t kPanelRows = 512;
+// A bf16 panel of an integer weight, and how many of its rows are in fp32 on the way to it: those
+// stay in a core's own cache.
+constexpr int64_t kBf16PanelRows = 2048;
+constexpr int64_t kBf16RowsAtOnce = 8;
 
 int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -272,7 +277,27 @@ void Linear::Storage::ForwardGemm(const ExecContext& ctx, GemmArgs args, Path pa
       }
     });
     args.in = stride;
-    GemmBf16(ctx.threads, args, x16, w16());
+    if (!IsQuantized(format)) {
+      GemmBf16(ctx.threads, args, x16, w16());
+      return;
+    }
+    const int64_t out = args.out;
+    bf16* panel = ctx.workspace->Take<bf16>(std::min(kBf16PanelRows, out) * stride);
+    float* wide = ctx.workspace->Take<float>(ctx.threads * kBf16RowsAtOnce * stride);
+    float* y = args.y;
+    for (int64_t o = 0; o < out; o += kBf16PanelRows) {
+      args.out = std::min(kBf16PanelRows, out - o);
+      ParallelRanges(ctx, args.out, 32, [&](int64_t begin, int64_t end, int thread) {
+        float* rows = wide + thread * kBf16RowsAtOnce * stride;
+        for (int64_t r = begin; r < end; r += kBf16RowsAtOnce) {
+          const int64_t count = std::min(kBf16RowsAtOnce, end - r);
+          Widen(o + r, o + r + count, rows);
+          NarrowBf16(rows, panel + r * stride, count * stride);
+        }
+      });
+      args.y = y + o;
+      GemmBf16(ctx.threads, args, x16, panel);
+    }
     return;
   }
   if (format == WeightFormat::kF32) {

@@ -16,12 +16,12 @@ namespace dsla {
 enum class Accumulate { kNo, kYes };
 
 // How a weight is stored. kInt8 and kInt4: groups of 32 inputs with a scale, and with int4 a
-// minimum (group_quant.h), 8.5 and 5 or 6 bits a weight; up to kLinearMaxRows rows, and with
-// Products::kInvariant, their activations are rounded to 15 bits in the same groups.
+// minimum (group_quant.h), 8.5 and 5 or 6 bits a weight; in our own loop their activations are
+// rounded to 15 bits in the same groups.
 enum class WeightFormat { kF32, kBF16, kInt8, kInt4 };
 const char* Name(WeightFormat format);
 
-// Up to here our own loop; beyond, kFastest takes a GEMM.
+// Up to here our own loop at most; beyond, kFastest takes a GEMM.
 inline constexpr int64_t kLinearMaxRows = 64;
 
 // Up to this many rows, a row's result is the same bits however many others it is batched with, on
