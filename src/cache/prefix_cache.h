@@ -10,9 +10,9 @@
 // with every token, so a snapshot is copied on the way in and on the way out.
 //
 // All of it is optional memory: entries keep blocks that nobody else needs, Reclaim gives them up
-// at once (least recently used first, pages that only lower levels would read before all, leaves
-// before what they hang on), and nothing is ever copied or waited for to evict. The memory that
-// only the cache keeps is Ledger::idle_bytes().
+// at once (pages that only lower levels would read and all but the last snapshots of a path before
+// all, then the least recently used, leaves before what they hang on), and nothing is ever copied
+// or waited for to evict. The memory that only the cache keeps is Ledger::idle_bytes().
 #pragma once
 
 #include <cstdint>
@@ -103,6 +103,8 @@ class PrefixCache {
   bool Reclaim(int64_t bytes);
   void Clear();
 
+  // Rises with everything that may change what Lookup finds.
+  int64_t changes() const { return changes_; }
   int64_t entries() const { return static_cast<int64_t>(nodes_.size()); }
   int64_t snapshots() const { return snapshots_; }
 
@@ -119,6 +121,7 @@ class PrefixCache {
   void ThinSnapshots(const Node& newest);
   void DropSnapshot(Node* node);
   bool Shed(Node* leaf);
+  void ShedSnapshots(Node* leaf, int64_t bytes, int64_t time);
   int64_t Gain(const Node& node) const;  // bytes that dropping it would free
   bool ReclaimUsedBefore(int64_t bytes, int64_t time);
   void Drop(Node* leaf);
@@ -129,6 +132,7 @@ class PrefixCache {
   PrefixCacheOptions options_;
   int64_t time_ = 0;  // counts uses
   int64_t snapshots_ = 0;
+  int64_t changes_ = 0;
   std::unordered_map<PrefixKey, std::unique_ptr<Node>, PrefixKeyHash> nodes_;
   std::set<std::pair<int64_t, Node*>> leaves_;  // by last use
 };

@@ -234,6 +234,29 @@ TEST_F(PrefixCacheTest, SnapshotsAreThinnedToDoublingDistances) {
   EXPECT_LE(resumes.size(), 5u);
 }
 
+TEST_F(PrefixCacheTest, ReclaimThinsSnapshotsBeforeItGivesUpAPrefix) {
+  const auto old_tokens = Tokens(41), new_tokens = Tokens(41, 100);
+  for (const auto& tokens : {old_tokens, new_tokens}) {
+    SequenceCache sequence(&ledger_, kLadder, kPage, 2);
+    for (int end = 4; end <= 40; end += 4) {
+      ASSERT_TRUE(sequence.Reserve(4).ok());
+      sequence.Commit(4);
+      Insert(std::span(tokens).first(end), {{0, 2}}, sequence, true);
+    }
+  }
+  const int64_t spare = cache_.snapshots() - 2 * 2;
+  ASSERT_GE(spare, 2);
+  ASSERT_TRUE(cache_.Reclaim(ledger_.free_bytes() + spare * 2 * 150));
+  EXPECT_EQ(cache_.snapshots(), 4) << "the last two of each";
+  for (const auto& tokens : {old_tokens, new_tokens}) {
+    EXPECT_EQ(cache_.Lookup({.tokens = tokens, .level = 2}).tokens, 40);
+    EXPECT_EQ(cache_.Lookup({.tokens = std::span(tokens).first(40), .level = 2}).tokens, 36);
+  }
+  ASSERT_TRUE(cache_.Reclaim(ledger_.free_bytes() + 1));
+  EXPECT_EQ(cache_.Lookup({.tokens = new_tokens, .level = 2}).tokens, 40);
+  EXPECT_EQ(cache_.Lookup({.tokens = old_tokens, .level = 2}).tokens, 36);
+}
+
 TEST_F(PrefixCacheTest, ReclaimTakesFirstWhatOnlyLowerLevelsWouldRead) {
   const auto tokens = Tokens(13);
   {

@@ -15,6 +15,7 @@ PrefixCache::Node* PrefixCache::Find(const PrefixKey& key) const {
 
 PrefixCache::Node* PrefixCache::Add(Node* parent, const PrefixKey& key, LevelHistory raises,
                                     int level) {
+  ++changes_;
   auto owned = std::make_unique<Node>();
   Node* node = owned.get();
   node->key = key;
@@ -76,6 +77,7 @@ Expected<Reservation> PrefixCache::ReserveSnapshot(std::span<const PrefixKey> pa
 }
 
 void PrefixCache::TakeSnapshot(Node* node, Reservation slots, const SequenceCache& sequence) {
+  ++changes_;
   node->snapshot.assign(options_.layers, -1);
   auto slot = slots.slots().begin();
   for (int layer = 0; layer < options_.layers; ++layer) {
@@ -105,6 +107,7 @@ void PrefixCache::ThinSnapshots(const Node& newest) {
 
 void PrefixCache::DropSnapshot(Node* node) {
   if (node->snapshot.empty()) return;
+  ++changes_;
   for (const int32_t slot : node->snapshot) {
     if (slot < 0) continue;
     ledger_->SetRetained(BlockKind::kSlot, slot, false);
@@ -126,14 +129,18 @@ int64_t PrefixCache::Gain(const Node& node) const {
   return bytes;
 }
 
-// Leaves in order of use: first those that free something, then, as they may stand before others
-// that do, all.
+// In order of use: first what costs next to nothing to lose, of all; then leaves that free
+// something; then, as they may stand before others that do, all leaves.
 bool PrefixCache::ReclaimUsedBefore(int64_t bytes, int64_t time) {
+  for (auto it = leaves_.begin(); it != leaves_.end() && it->first < time; ++it) {
+    if (ledger_->free_bytes() >= bytes) return true;
+    Shed(it->second);
+    ShedSnapshots(it->second, bytes, time);
+  }
   for (const bool all : {false, true}) {
     for (auto it = leaves_.begin(); it != leaves_.end() && it->first < time;) {
       if (ledger_->free_bytes() >= bytes) return true;
       Node* node = it->second;
-      if (Shed(node)) continue;
       if (!all && Gain(*node) == 0) {
         ++it;
         continue;
@@ -174,11 +181,30 @@ bool PrefixCache::Shed(Node* leaf) {
       page = -1;
     }
     node->covers = needs->level;
+    ++changes_;
   }
   return ledger_->free_bytes() > free;
 }
 
+// Gives up snapshots of the leaf's own branch used before `time`, all but the last two before each
+// place that was used: who begins like it most likely parts from it near its end.
+void PrefixCache::ShedSnapshots(Node* leaf, int64_t bytes, int64_t time) {
+  std::vector<Node*> spare;
+  int64_t use = leaf->last_use;
+  int kept = 0;
+  for (Node* node = leaf; node->parent != nullptr && node->last_use < time; node = node->parent) {
+    if (node != leaf && node->children > 1) break;
+    if (std::exchange(use, node->last_use) != node->last_use) kept = 0;
+    if (!node->snapshot.empty() && ++kept > 2) spare.push_back(node);
+  }
+  for (auto node = spare.rbegin(); node != spare.rend(); ++node) {
+    if (ledger_->free_bytes() >= bytes) return;
+    DropSnapshot(*node);
+  }
+}
+
 void PrefixCache::Drop(Node* node) {
+  ++changes_;
   // And the parents that were only steps on the way to it.
   while (node != nullptr && node->children == 0) {
     for (int32_t page : node->pages) {

@@ -54,8 +54,9 @@ struct SchedulerOptions {
   int snapshot_stride = 512;  // tokens; a multiple of the page size
   bool deterministic = false;
   int deterministic_chunk =
-      0;                   // a multiple of the page size; 0 = max_batch_tokens / 2, at most 256
-  int max_overtakes = 16;  // of one waiting request by shorter ones
+      0;  // a multiple of the page size; 0 = max_batch_tokens / 2, at most 256
+  // Prompt tokens that may be computed for younger requests that pass a waiting one.
+  int max_overtaken_tokens = 8192;
   std::string adapter_id;  // identity of model and adapter, for the prefix cache
 };
 
@@ -147,7 +148,7 @@ class Scheduler {
 
   void set_target_level(int level) { target_level_ = level; }  // new sequences start at, in bounds
   // Prompt tokens of a step that also writes replies, so that these do not wait long; 0 = as many
-  // as max_batch_tokens leaves. Never less than two pages; not if deterministic.
+  // as max_batch_tokens leaves. Never less than a page; not if deterministic.
   void set_prefill_limit(int tokens) { prefill_limit_ = tokens; }
   // Prompts of fewer tokens start at the lowest level of tier auto, whatever the target.
   void set_short_prompt(int tokens) { short_prompt_ = tokens; }
@@ -194,6 +195,7 @@ class Scheduler {
   void Expire(double now);
   void PlanDecodes();
   void PlanPrefills();
+  void NoteReadyPrefixes();
   bool GrantInOrder(std::span<Sequence* const> order, int rows, bool may_admit, int* left,
                     std::vector<Grant>* grants);
   int PrefillUnit() const;
@@ -216,6 +218,7 @@ class Scheduler {
   bool MakeRaiseRoom(const Sequence& in_need, int level, bool may_preempt);
   int64_t RaisePeak(const SequenceCache& cache, int level, bool count_retained) const;
   int64_t PromisedBytes() const;
+  int64_t SnapshotBytes(const Sequence& sequence, int level) const;
   int64_t ObtainableBytes() const { return ledger_->free_bytes() + ledger_->idle_bytes(); }
   Sequence* Victim(const Sequence& in_need) const;
   void Preempt(Sequence& victim);
@@ -227,6 +230,7 @@ class Scheduler {
   int64_t next_id_ = 1;
   int target_level_ = 0;
   int prefill_limit_ = 0;
+  bool by_age_next_ = false;
   int short_prompt_ = 0;
   std::atomic<int> auto_max_level_ = 0;  // CanEverFit reads it from other threads
   int64_t preemptions_ = 0;

@@ -177,8 +177,17 @@ int64_t Scheduler::PromisedBytes() const {
   for (const auto& [id, sequence] : running_) {
     bytes += sequence->cache->BytesToReserve(sequence->size() - sequence->length());
     bytes += (options_.layers - sequence->cache->level()) * ledger_->config().page_bytes;
+    bytes += SnapshotBytes(*sequence, sequence->cache->level());
   }
   return bytes;
+}
+
+// Of the states that a prompt will leave in the prefix cache: who waits for them computes it all
+// again without.
+int64_t Scheduler::SnapshotBytes(const Sequence& sequence, int level) const {
+  const int prompt_end = sequence.prompt_tokens / options_.page_size * options_.page_size;
+  if (prefix_cache_ == nullptr || sequence.length() >= prompt_end) return 0;
+  return level * ledger_->config().slot_bytes;
 }
 
 // Admits a waiting sequence if its whole prompt fits beside what the running ones were promised; a
@@ -208,7 +217,8 @@ bool Scheduler::TryAdmit(Sequence& sequence) {
     if (!Start(sequence, level, {})) return false;
   }
   const int64_t rest = sequence.cache->BytesToReserve(sequence.size() - sequence.length());
-  if (!first && rest + promised > ObtainableBytes()) {
+  const int64_t snapshot = SnapshotBytes(sequence, sequence.cache->level());
+  if (!first && rest + snapshot + promised > ObtainableBytes()) {
     sequence.cache.reset();
     sequence.history.clear();
     sequence.recorded.clear();
@@ -216,7 +226,8 @@ bool Scheduler::TryAdmit(Sequence& sequence) {
   }
   for (auto& [id, other] : waiting_) {
     if (id >= sequence.id) break;
-    if (other->leader == 0) ++other->overtaken;  // else it waits for its own good
+    if (other->leader == 0)
+      other->overtaken += sequence.size() - sequence.length();  // else it waits for its own good
   }
   sequence.blocked_level = -1;
   auto node = waiting_.extract(sequence.id);

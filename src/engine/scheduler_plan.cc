@@ -91,7 +91,7 @@ void Scheduler::PlanDecodes() {
 
 // Half of the rows goes to prompts by age, so that a long one always advances; the other half to
 // those with the least left, so that a short one does not wait for the long; what is left over, by
-// age again.
+// age again. Of rows that cannot be halved, those of every other step.
 void Scheduler::PlanPrefills() {
   std::vector<Sequence*> prefills, by_age;
   for (const auto& [id, sequence] : running_) {
@@ -110,19 +110,49 @@ void Scheduler::PlanPrefills() {
   }
   std::ranges::sort(by_age, {}, &Sequence::id);
   std::vector<Sequence*> by_rest = by_age;
-  std::ranges::stable_sort(by_rest, {}, [](const Sequence* s) { return s->size() - s->length(); });
+  NoteReadyPrefixes();
+  std::ranges::stable_sort(by_rest, {}, [](const Sequence* s) { return s->to_compute(); });
 
   int left = options_.max_batch_tokens - plan_.decode_rows;
-  if (plan_.decode_rows > 0 && prefill_limit_ > 0 && !options_.deterministic)
-    left = std::min(left, std::max(prefill_limit_, 2 * options_.page_size));
+  int oldest = std::max(left / 2, PrefillUnit());
+  const int limit = std::max(prefill_limit_, options_.page_size);
+  if (plan_.decode_rows > 0 && prefill_limit_ > 0 && limit < left && !options_.deterministic) {
+    left = limit;
+    oldest = left / 2;
+    if (left < 2 * options_.page_size) {
+      by_age_next_ = !by_age_next_;
+      oldest = by_age_next_ ? left : 0;
+    }
+  }
   std::vector<Grant> grants;
-  const bool may_admit =
-      GrantInOrder(by_age, std::max(left / 2, PrefillUnit()), true, &left, &grants);
+  const bool may_admit = GrantInOrder(by_age, oldest, true, &left, &grants);
   GrantInOrder(by_rest, left, true, &left, &grants);
   GrantInOrder(by_age, left, may_admit, &left, &grants);
   std::ranges::sort(grants, {}, [](const Grant& grant) { return grant.sequence->id; });
   for (const Grant& grant : grants) {
     if (grant.sequence->cache) PlanRows(*grant.sequence, grant.end);
+  }
+}
+
+// What is cached of those that wait. Looking makes it recently used, the oldest one's most of all,
+// so that what somebody waits to use is given up last.
+void Scheduler::NoteReadyPrefixes() {
+  if (prefix_cache_ == nullptr) return;
+  constexpr int kLookAhead = 64;
+  std::vector<Sequence*> next;
+  for (const auto& [id, sequence] : waiting_) {
+    if (sequence->leader == 0 && std::ssize(next) < kLookAhead) next.push_back(sequence.get());
+  }
+  const int64_t changes = prefix_cache_->changes();
+  for (auto it = next.rbegin(); it != next.rend(); ++it) {
+    Sequence& sequence = **it;
+    if (sequence.ready_at == changes) continue;
+    int level = sequence.preempted_history.empty() ? StartLevel(sequence)
+                                                   : sequence.preempted_history.front().level;
+    const int ready = BestPrefix(sequence, &level).tokens;
+    if (ready != sequence.ready) sequence.blocked_level = -1;
+    sequence.ready = ready;
+    sequence.ready_at = changes;
   }
 }
 
@@ -161,7 +191,8 @@ bool Scheduler::GrantInOrder(std::span<Sequence* const> order, int rows, bool ma
 
 bool Scheduler::MayOvertake(const Sequence& sequence) const {
   return std::ranges::all_of(waiting_, [&](const auto& entry) {
-    return entry.first >= sequence.id || entry.second->overtaken < options_.max_overtakes;
+    return entry.first >= sequence.id || entry.second->leader != 0 ||
+           entry.second->overtaken + sequence.to_compute() <= options_.max_overtaken_tokens;
   });
 }
 

@@ -35,11 +35,15 @@ struct Scheduler::Sequence {
   int shared = 0;          // tokens, whole pages
   int blocked_level = -1;  // at which it last did not fit, and the room there was
   int64_t blocked_room = 0;
+  // While it waits: tokens of it in the prefix cache, as of so many changes to that.
+  int ready = 0;
+  int64_t ready_at = -1;
   int cached_tokens = 0;
   int logits_done = 0;  // prompt rows whose logits were handed out
 
   int size() const { return static_cast<int>(tokens.size()); }
   int length() const { return cache ? cache->length() : 0; }
+  int to_compute() const { return size() - (cache ? cache->length() : ready); }
   // Most tokens that will ever be cached: the last one of the reply is not run.
   int64_t final_length() const {
     return prompt_tokens + std::max<int64_t>(0, int64_t{request.max_tokens} - 1);

@@ -55,7 +55,7 @@ class Trace {
     options_.max_batch_tokens = Pick(2, 16) * kPage;
     options_.max_running = Pick(1, 12);
     options_.max_preemptions = Pick(0, 4);
-    options_.max_overtakes = Pick(0, 6);
+    options_.max_overtaken_tokens = Pick(0, 6) * 2 * kPage;
     options_.prefix_cache = Pick(0, 4) != 0;
     options_.snapshot_stride = kPage * Pick(1, 4);
     options_.deterministic = Pick(0, 3) == 0;
@@ -88,7 +88,10 @@ class Trace {
       }
       if (Pick(1, raise_odds) == 1) RaiseSomebody(totals);
       if (Pick(1, cancel_odds) == 1) CancelSomebody();
-      if (Pick(0, 15) == 0) scheduler_->set_prefill_limit(Pick(0, options_.max_batch_tokens));
+      if (Pick(0, 15) == 0) {
+        prefill_limit_ = Pick(0, Pick(0, 1) == 0 ? 2 * kPage : options_.max_batch_tokens);
+        scheduler_->set_prefill_limit(prefill_limit_);
+      }
       if (Pick(0, 7) == 0) scheduler_->set_target_level(Pick(0, options_.layers));
       Step();
       if (testing::Test::HasFailure()) return;
@@ -219,17 +222,24 @@ class Trace {
       for (const SequenceLoad& waiting : load.waiting) {
         if (waiting.id > entry.id || was_running.count(waiting.id) > 0) continue;
         if (waiting.cached_tokens > 0) continue;  // it waits for a prefix that is being computed
-        ASSERT_LE(++clients_.at(waiting.id).overtaken, options_.max_overtakes);
+        int& overtaken = clients_.at(waiting.id).overtaken;
+        overtaken += entry.pending_tokens;
+        ASSERT_LE(overtaken, options_.max_overtaken_tokens);
       }
     }
-    // The oldest gets rows in every step, but for others that cannot be pre-empted any more.
+    // The oldest gets rows in every step, of single pages in every other, but for others that
+    // cannot be pre-empted any more.
     if (clients_.empty() || plan.rows.empty()) return;
     const int64_t oldest = clients_.begin()->first;
     const bool runs = std::any_of(load.running.begin(), load.running.end(),
                                   [&](const SequenceLoad& entry) { return entry.id == oldest; });
     const bool rows = std::any_of(plan.rows.begin(), plan.rows.end(),
                                   [&](const PlannedRows& r) { return r.id == oldest; });
+    const bool missed_before = std::exchange(oldest_missed_, runs && !rows ? oldest : 0) == oldest;
     if (!runs || rows) return;
+    const bool takes_turns =
+        prefill_limit_ > 0 && prefill_limit_ < 2 * kPage && !options_.deterministic;
+    if (takes_turns && !missed_before) return;
     for (const SequenceLoad& entry : load.running) {
       if (entry.id == oldest) continue;
       ASSERT_GE(clients_.at(entry.id).preemptions, options_.max_preemptions)
@@ -338,6 +348,8 @@ class Trace {
   std::map<int64_t, Client> clients_;
   std::map<StatusCode, int64_t> ends_;
   int64_t hits_ = 0, awaited_ = 0;
+  int prefill_limit_ = 0;
+  int64_t oldest_missed_ = 0;  // the oldest, where the last step had no rows of it
   double now_ = 1;
 };
 

@@ -135,7 +135,7 @@ TEST_F(SchedulerTest, AShortPromptDoesNotWaitForALongOneNorTheOtherWayRound) {
 
 TEST_F(SchedulerTest, OvertakingHasABound) {
   SchedulerOptions options = NoPrefixCache();
-  options.max_overtakes = 3;
+  options.max_overtaken_tokens = 12;
   Make(12 * kTokenPages, options);
   Add(16, 30, Tier::kFull, 1);  // holds 4 pages of tokens and grows
   Step();
@@ -389,10 +389,70 @@ TEST_F(SchedulerTest, PromptsTakeFewerRowsWhereRepliesAreWritten) {
   EXPECT_EQ(shapes_[second], Shape(0, 12));
   scheduler_->set_prefill_limit(1);
   Step();
-  EXPECT_EQ(shapes_[second], Shape(12, 8)) << "two pages at least";
+  EXPECT_EQ(shapes_[second], Shape(12, 4)) << "a page at least";
   scheduler_->set_prefill_limit(0);
   Step();
-  EXPECT_EQ(shapes_[second], Shape(20, 20));
+  EXPECT_EQ(shapes_[second], Shape(16, 24));
+}
+
+TEST_F(SchedulerTest, TheOldestAndTheShortestTakeTurnsAtASinglePage) {
+  Make(100 * kTokenPages);
+  Add(5, 99, Tier::kAuto, 1);
+  Step();
+  scheduler_->set_prefill_limit(kPage);
+  const int64_t longer = Add(40, 1, Tier::kAuto, 2);
+  const int64_t shorter = Add(16, 1, Tier::kAuto, 3);
+  for (int turn = 0; turn < 3; ++turn) {
+    int longer_rows = 0, shorter_rows = 0;
+    for (int step = 0; step < 2; ++step) {
+      Step();
+      if (shapes_.contains(longer)) longer_rows += shapes_[longer].second;
+      if (shapes_.contains(shorter)) shorter_rows += shapes_[shorter].second;
+    }
+    EXPECT_EQ(longer_rows, kPage);
+    EXPECT_EQ(shorter_rows, kPage);
+  }
+}
+
+TEST_F(SchedulerTest, APromptThatIsCachedCountsAsShort) {
+  Make(100 * kTokenPages);
+  Add(40, 1, Tier::kAuto, 1);
+  RunUntilIdle();
+  const int64_t oldest = Add(64, 1, Tier::kAuto, 2);
+  const int64_t shorter = Add(20, 1, Tier::kAuto, 3);
+  const int64_t cached = Add(41, 1, Tier::kAuto, 1);
+  Step();
+  EXPECT_EQ(shapes_[oldest], Shape(0, 16));
+  EXPECT_EQ(shapes_[cached], Shape(40, 1)) << "before the shorter one that is not cached";
+  EXPECT_EQ(shapes_[shorter], Shape(0, 12));
+}
+
+TEST_F(SchedulerTest, WhatSomebodyWaitsForIsGivenUpLast) {
+  SchedulerOptions options;
+  options.max_running = 1;
+  Make(12 * kTokenPages, options);
+  Add(16, 1, Tier::kAuto, 1);
+  RunUntilIdle();
+  Add(16, 1, Tier::kAuto, 2);  // used later, but nobody waits for it
+  RunUntilIdle();
+  Add(12, 20, Tier::kAuto, 3);  // takes 8 pages of tokens in the end
+  const int64_t waits = Add(17, 1, Tier::kAuto, 1);
+  RunUntilIdle();
+  EXPECT_EQ(ended_.at(waits).cached_tokens, 16);
+}
+
+TEST_F(SchedulerTest, ThereIsRoomForTheStatesThatAPromptWillLeave) {
+  // At level 3 a prompt of 40 takes 10 pages and 3 slots, and leaves 3 slots.
+  Make(2 * (1000 + 450) + 450 + 50);
+  scheduler_->set_auto_max_level(3);
+  scheduler_->set_target_level(3);
+  Add(40, 1, Tier::kAuto, 1);
+  const int64_t follower = Add(41, 1, Tier::kAuto, 1);
+  Add(40, 1, Tier::kAuto, 2);
+  Step();
+  EXPECT_EQ(scheduler_->running(), 1) << "with the states of the first there is no room for two";
+  RunUntilIdle();
+  EXPECT_GE(ended_.at(follower).cached_tokens, 32);
 }
 
 TEST_F(SchedulerTest, PromptLogprobsReadNothingFromThePrefixCache) {
