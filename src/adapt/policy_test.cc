@@ -19,6 +19,9 @@ CostModel Cost() {
                                      {8e-3, 4e-5, 4.5e-5, 1.8e-8}, {2e-4, 3.7e-6});
 }
 
+// In which chunks prompts come with that where replies may run, at any target per token.
+constexpr int kChunk = 256;
+
 PolicyOptions Options(const std::string& policy) {
   PolicyOptions options;
   options.policy = policy;
@@ -241,7 +244,8 @@ TEST(SloPolicy, LowestLevelThatMeetsTheTarget) {
   LoadSnapshot load = Burst(0);
   load.budget_bytes *= 10;
   std::vector<double> delay;
-  for (int k = 0; k <= kTop; ++k) delay.push_back(EstimateLoad(load, Cost(), {}, k, true).ttft);
+  for (int k = 0; k <= kTop; ++k)
+    delay.push_back(EstimateLoad(load, Cost(), {kChunk}, k, true).ttft);
   for (const int k : {1, 7, 15, 22}) {
     ASSERT_LT(delay[k], delay[k - 1]);
     PolicyOptions options = Options("slo");
@@ -301,7 +305,7 @@ TEST(SloPolicy, CooldownBetweenRises) {
   LoadSnapshot load = Burst(0);
   load.budget_bytes *= 10;
   options.slo.tpot = 100;
-  options.slo.ttft = EstimateLoad(load, Cost(), {}, 9, true).ttft;
+  options.slo.ttft = EstimateLoad(load, Cost(), {kChunk}, 9, true).ttft;
   const auto policy = Make(options);
   EXPECT_EQ(policy->Decide(load).target, 9);
   for (int i = 100; i < 110; ++i) load.waiting.push_back(Waiting(i, 6000, 0));
@@ -332,7 +336,7 @@ TEST(SloPolicy, DownNeedsAMargin) {
   ASSERT_GT(policy->Decide(Burst(0)).target, 0);
   LoadSnapshot load = Snapshot(0);
   for (int i = 0; i < 3; ++i) load.waiting.push_back(Waiting(i, 4000, 0));
-  const double delay = EstimateLoad(load, Cost(), {}, 0, true).ttft;
+  const double delay = EstimateLoad(load, Cost(), {kChunk}, 0, true).ttft;
   for (double now = 1; now < 40; now += 0.5) {
     load.now = now;
     // Kept at 0.85 of the target, over the margin of 0.7.
@@ -460,6 +464,24 @@ TEST(SloPolicy, RaisesForTimeOnlyWhatPaysBack) {
   const LevelDecision decision = Make(options)->Decide(load);
   ASSERT_EQ(decision.raises.size(), 1u);
   EXPECT_EQ(decision.raises[0].id, 101);
+}
+
+TEST(SloPolicy, PromptsBesideRepliesComeInTheFewestPagesThatCostLittle) {
+  const auto limit = [](double step_seconds, double tpot) {
+    PolicyOptions options = Options("slo");
+    options.cost = CostModel::FromCoefficients(kLayers, {step_seconds, 5e-5, 6e-5, 1.6e-8},
+                                               {8e-3, 4e-5, 4.5e-5, 1.8e-8}, {2e-4, 3.7e-6});
+    options.slo.tpot = tpot;
+    LoadSnapshot load = Snapshot(0);
+    load.running.push_back(Running(1, 1000));
+    load.waiting.push_back(Waiting(2, 6000, 0));
+    return Make(options)->Decide(load).prefill_limit;
+  };
+  EXPECT_EQ(limit(0, 2), 64) << "a step costs nothing of itself";
+  EXPECT_EQ(limit(2e-2, 2), 256) << "as much as 13 tokens";
+  EXPECT_EQ(limit(2e-2, 0.2), 128) << "the target per token is worth a larger loss";
+  EXPECT_EQ(limit(0.2, 2), 512) << "as much as 130 tokens";
+  EXPECT_EQ(limit(0.2, 0.2), 512) << "but not any loss";
 }
 
 TEST(SloPolicy, LooksOncePerInterval) {

@@ -15,8 +15,10 @@ constexpr double kMostOfGain = 0.9;
 constexpr double kPayback = 1.2;
 // Estimates this near a target defer to what was measured.
 constexpr double kNearTarget = 0.5;
-// Pages of prompt that a step takes at least.
-constexpr int kFewestPages = 4;
+// By so much chunks beside replies may slow prompts down, against whole ones: in any case, and for
+// the sake of the target per token.
+constexpr double kChunkLoss = 0.03;
+constexpr double kMostChunkLoss = 0.1;
 // Steps from 0 to the top when measurements, not estimates, drive the target.
 constexpr int kFeedbackSteps = 8;
 // And from the top to 0 at most.
@@ -83,10 +85,12 @@ LevelDecision SloPolicy::Decide(const LoadSnapshot& load) {
   return decision;
 }
 
-// The most whole pages of prompt that leave the step within the target per token beside the replies
-// that run; kFewestPages, below which a chunk's own cost shows, where there are none.
+// Whole pages of prompt for a step that writes replies, too. As few as cost next to nothing: the
+// work stays the same, but replies end sooner and give back their memory, in which prefixes can
+// stay. Fewer where the target per token asks for it and the loss is bounded.
 int SloPolicy::PrefillLimit(const LoadSnapshot& load) const {
   const int page = std::max(1, load.page_size);
+  const int most = std::max(1, options_.prefill_chunk / page);
   double seconds = options_.tpot;
   int level = target_;
   int64_t context = 0;
@@ -98,10 +102,18 @@ int SloPolicy::PrefillLimit(const LoadSnapshot& load) const {
       context = s.cached_tokens;
     }
   }
-  int pages = options_.prefill_chunk / page;
-  while (pages > kFewestPages && cost_.PrefillSeconds(level, pages * page, context) > seconds)
-    --pages;
-  return std::max(1, pages) * page;
+  const int whole = most * page;
+  const auto fewest = [&](double loss) {
+    const double bound = (1 + loss) * cost_.PrefillSeconds(level, whole, context);
+    int pages = 1;
+    while (pages < most && cost_.PromptSeconds(level, whole, context, pages * page) > bound)
+      ++pages;
+    return pages;
+  };
+  int pages = fewest(kChunkLoss);
+  const int least = fewest(kMostChunkLoss);
+  while (pages > least && cost_.PrefillSeconds(level, pages * page, context) > seconds) --pages;
+  return pages * page;
 }
 
 SloPolicy::Want SloPolicy::WantedLevel(const LoadSnapshot& load, double margin) const {

@@ -16,8 +16,9 @@
 // Prompts short of their break-even length start at level 0: a higher one takes more memory and
 // gains next to no time.
 //
-// Prompts are cut so that a step that writes replies, too, keeps to the target per token, as far as
-// cutting helps: quality is not spent on what smaller chunks give.
+// Beside replies, prompts are cut into chunks as small as costs next to nothing by the cost model,
+// and smaller where the target per token asks for it, as far as the loss is bounded: quality is not
+// spent on what smaller chunks give.
 //
 // Up: at once, then after a cool-down. Down: when a lower level has sufficed with a margin for
 // calm_seconds without a break, to the highest that was needed in that time, and by a quarter of
