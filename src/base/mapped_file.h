@@ -30,6 +30,10 @@ class MappedFile {
   size_t size_ = 0;
 };
 
+// Part of a mapped file whose memory is not needed for now: it is read again from the file when it
+// is looked at.
+void ReleasePages(std::span<const std::byte> mapped);
+
 // The whole file as text. `max_bytes` bounds what is read; a larger file is an error.
 Expected<std::string> ReadTextFile(const std::string& path, size_t max_bytes);
 

@@ -1,5 +1,6 @@
 #include "cli/model_args.h"
 
+#include <malloc.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -214,6 +215,9 @@ Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences) {
   DSLA_RETURN_IF_ERROR(OpenFiles(args, loaded));
   DSLA_ASSIGN_OR_RETURN(options.weights, ParseWeightFormat(args.weights, *loaded.file));
   DSLA_ASSIGN_OR_RETURN(loaded.model, LoadOn(args, loaded, options));
+  // What loading took beside the weights goes back to the system: a half of a small model's memory.
+  loaded.file->ReleasePages();
+  ::malloc_trim(0);
   loaded.memory_bytes = DefaultMemory(*loaded.model, sequences);
   if (!args.memory.empty()) {
     DSLA_ASSIGN_OR_RETURN(loaded.memory_bytes, ParseBytes(args.memory));

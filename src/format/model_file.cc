@@ -4,6 +4,7 @@
 #include <system_error>
 
 #include "base/check.h"
+#include "base/mapped_file.h"
 #include "format/json.h"
 #include "format/model_file_impl.h"
 #include "format/sha256.h"
@@ -97,6 +98,10 @@ Status ModelFile::Read(const std::string& name, std::span<float> out) const {
   const TensorInfo* info = FindTensor(name);
   if (info == nullptr) return NotFound("'{}': no tensor '{}'", path(), Printable(name));
   return ReadRows(name, 0, info->shape.size() > 1 ? info->shape[0] : 1, out);
+}
+
+void StoredModel::ReleasePages() const {
+  for (const Bound& bound : bound_) dsla::ReleasePages(bound.stored.data);
 }
 
 Status StoredModel::Bind(std::vector<StoredTensor> stored,

@@ -58,6 +58,9 @@ class ModelFile {
   // as well (they do not protect against someone who forges a model). Computed at the first call.
   virtual Expected<std::string> Fingerprint() const = 0;
 
+  // The tensors were read and are not wanted again soon: their memory can be had.
+  virtual void ReleasePages() const {}
+
   virtual Expected<TokenizerData> ReadTokenizer() const = 0;
   virtual std::string chat_template() const = 0;  // Jinja source; empty if there is none
 

@@ -31,6 +31,7 @@ class StoredModel : public ModelFile {
   Status ReadRows(const std::string& name, int64_t begin, int64_t end,
                   std::span<float> out) const override;
   Expected<std::string> Fingerprint() const override;
+  void ReleasePages() const override;
   std::string chat_template() const override { return chat_template_; }
 
  protected:

@@ -38,6 +38,9 @@ Expected<std::shared_ptr<Device>> OpenDevice(const std::string& name) {
     }
   }
   if (!known) return InvalidArgument("not one of auto, cpu, cuda, cuda:N");
+  // First what is there only with a GPU: our own part brings libraries of half a gigabyte along.
+  if (::dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL) == nullptr)
+    return Error(StatusCode::kUnavailable, "no NVIDIA driver: {}", ::dlerror());
   void* library = OpenCudaLibrary();  // stays loaded
   if (library == nullptr) {
     return Error(StatusCode::kUnavailable, "the CUDA part cannot be loaded: {}", ::dlerror());
