@@ -229,6 +229,12 @@ TEST_F(CliTest, BadOptionsAreNamed) {
   ExpectRefused("run " + Model() + "--memory lots abc", "'lots' is not a size such as 512M or 2G");
   ExpectRefused("run " + Model() + "--weights int3 abc",
                 "--weights: 'int3' is not one of auto, bf16, fp32, int8, int4");
+  ExpectRefused("run " + Model() + "--device tpu abc",
+                "--device tpu: not one of auto, cpu, cuda, cuda:N");
+  ExpectRefused("run " + Model() + "--device cuda --weights int8 abc",
+                "--device cuda: weights and cache are held in bf16 there, not --weights int8 and "
+                "--kv bf16");
+  ExpectRefused("run --random-weights abc", "--random-weights: needs a config.json as --model");
   ExpectRefused("run " + Model() + "--context 100000 abc",
                 "context of 100000 tokens: the model has 512");
   ExpectRefused("run " + Model() + "--chat-template nope abc", "nope");

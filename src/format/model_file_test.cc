@@ -407,5 +407,44 @@ TEST(ModelFile, ShippedAdapterFitsTheDefaultModel) {
   EXPECT_EQ((*adapter)->layers[29].window, 256);
 }
 
+// A config alone gives a model of random numbers: of its shapes, the same each time however it is
+// cut, and of a scale that keeps activations in range.
+TEST(RandomModelTest, HasTheConfigsShapesAndStaysTheSame) {
+  const std::string folder = std::string(DSLA_SOURCE_DIR) + "/tests/data/models/smollm2";
+  auto model = ModelFile::OpenRandom(folder);
+  ASSERT_TRUE(model.ok()) << model.status().message();
+  const ModelConfig& c = (*model)->config();
+  for (const auto& [name, shape] : RequiredTensors(c)) {
+    const TensorInfo* info = (*model)->FindTensor(name);
+    ASSERT_NE(info, nullptr) << name;
+    EXPECT_EQ(info->shape, shape) << name;
+  }
+  const std::string name = LayerTensorName(0, "mlp.gate_proj.weight");
+  std::vector<float> whole(static_cast<size_t>(c.ffn) * c.C), part(whole.size() / c.ffn);
+  ASSERT_TRUE((*model)->Read(name, whole).ok());
+  ASSERT_TRUE((*model)->ReadRows(name, 3, 4, part).ok());
+  EXPECT_TRUE(std::equal(part.begin(), part.end(), whole.begin() + 3 * c.C));
+  double squares = 0;
+  for (const float x : whole) squares += double{x} * x;
+  EXPECT_NEAR(squares / static_cast<double>(whole.size()) * c.C, 1, 0.1);
+  std::vector<float> norm(static_cast<size_t>(c.C));
+  ASSERT_TRUE((*model)->Read("model.norm.weight", norm).ok());
+  EXPECT_EQ(norm, std::vector<float>(norm.size(), 1.f));
+  EXPECT_EQ((*model)->Read("nothing", norm).code(), StatusCode::kNotFound);
+  EXPECT_EQ((*model)->ReadTokenizer().status().code(), StatusCode::kNotFound);
+  EXPECT_EQ(ModelFile::OpenRandom("/nowhere/config.json").status().code(), StatusCode::kNotFound);
+  (*model)->ReleasePages();
+
+  const auto adapter = RandomAdapter(c, {.features = c.D, .window = 16, .sinks = 2, .rank = 4});
+  const TempDir folder_of_adapter;
+  const std::string path = folder_of_adapter.path() + "/random.dsla.safetensors";
+  Adapter bound = *adapter;
+  bound.base_fingerprint = *(*model)->Fingerprint();
+  ASSERT_TRUE(SaveAdapter(bound, path).ok());
+  const auto again = Adapter::Open(path, c);
+  ASSERT_TRUE(again.ok()) << again.status().message();
+  EXPECT_EQ((*again)->layers[0].phi_q, adapter->layers[0].phi_q);
+}
+
 }  // namespace
 }  // namespace dsla
