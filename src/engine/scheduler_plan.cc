@@ -189,11 +189,23 @@ bool Scheduler::GrantInOrder(std::span<Sequence* const> order, int rows, bool ma
   return may_admit;
 }
 
+// Whether it may start before prompts that are older: a long one only if it is much shorter, as two
+// that are read by turns both take longer, and hold their memory longer, than one after the other.
 bool Scheduler::MayOvertake(const Sequence& sequence) const {
-  return std::ranges::all_of(waiting_, [&](const auto& entry) {
-    return entry.first >= sequence.id || entry.second->leader != 0 ||
-           entry.second->overtaken + sequence.to_compute() <= options_.max_overtaken_tokens;
-  });
+  const int tokens = sequence.to_compute();
+  const auto much_shorter = [&](const Sequence& other) {
+    return tokens <= options_.max_batch_tokens || 2 * tokens <= other.to_compute();
+  };
+  for (const auto& [id, other] : running_) {
+    if (id < sequence.id && !IsDecode(*other) && !much_shorter(*other)) return false;
+  }
+  for (const auto& [id, other] : waiting_) {
+    if (id >= sequence.id) break;
+    if (other->leader != 0) continue;
+    if (!much_shorter(*other)) return false;
+    if (other->overtaken + tokens > options_.max_overtaken_tokens) return false;
+  }
+  return true;
 }
 
 // Whether a running prompt is computing a prefix of this one that it can start from, so that it

@@ -148,6 +148,24 @@ TEST_F(SchedulerTest, OvertakingHasABound) {
   EXPECT_TRUE(ended_.at(big).status.ok());
 }
 
+TEST_F(SchedulerTest, LongPromptsAreReadOneAfterTheOther) {
+  Make(1000 * kTokenPages);
+  const int64_t oldest = Add(100, 1, Tier::kAuto, 1);
+  const int64_t alike = Add(90, 1, Tier::kAuto, 2);
+  const int64_t shorter = Add(40, 1, Tier::kAuto, 3);  // more than a step takes, too
+  const int64_t chat = Add(4, 1, Tier::kAuto, 4);
+  Step();
+  EXPECT_EQ(shapes_[oldest], Shape(0, 16));
+  EXPECT_EQ(shapes_[chat], Shape(0, 4));
+  EXPECT_EQ(shapes_[shorter], Shape(0, 12)) << "less than half as long";
+  while (!ended_.contains(oldest)) {
+    EXPECT_EQ(shapes_.count(alike), 0u);
+    Step();
+  }
+  Step();
+  EXPECT_EQ(shapes_.count(alike), 1u);
+}
+
 TEST_F(SchedulerTest, StartLevelIsTheTargetWithinTheTiersBounds) {
   Make(1000 * kTokenPages);
   scheduler_->set_auto_max_level(2);
