@@ -269,7 +269,9 @@ void Linear::Storage::ForwardGemm(const ExecContext& ctx, GemmArgs args, Path pa
   }
   const Workspace::Scope scope(*ctx.workspace);
   if (path == Path::kGemmBf16) {
-    bf16* x16 = ctx.workspace->Take<bf16>(args.T * stride);
+    const int64_t padded = RoundUp(args.T, kBf16Rows);
+    bf16* x16 = ctx.workspace->Take<bf16>(padded * stride);
+    std::fill(x16 + args.T * stride, x16 + padded * stride, bf16{0});
     ParallelRanges(ctx, args.T, 1, [&](int64_t begin, int64_t end, int) {
       for (int64_t t = begin; t < end; ++t) {
         NarrowBf16(args.x + t * args.x_stride, x16 + t * stride, args.in);

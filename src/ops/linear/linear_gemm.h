@@ -26,6 +26,9 @@ void GemmF32(int threads, const GemmArgs& args);
 // itself. `in` must be a multiple of 32, AMX's depth: oneDNN reads the last partial block of a row
 // together with the start of the next row, times zeros, and so carries a NaN from one row of the
 // batch to another.
+// x has zero rows up to a multiple of kBf16Rows: oneDNN makes and keeps code for every shape that
+// it meets, and a server meets batches of every size.
+inline constexpr int64_t kBf16Rows = 32;
 void GemmBf16(int threads, const GemmArgs& args, const bf16* x, const bf16* w);
 
 // Does this CPU have bf16 dot products (AVX512_BF16; every CPU with AMX has it too)?

@@ -43,10 +43,11 @@ void GemmBf16(int threads, const GemmArgs& a, const bf16* x16, const bf16* w16) 
   DSLA_CHECK(a.in % 32 == 0);
   const c10::InferenceMode guard;
   UseThreads(threads);
-  const at::Tensor x = View(x16, a.T, a.in, a.in, at::kBFloat16);
+  const int64_t padded = (a.T + kBf16Rows - 1) / kBf16Rows * kBf16Rows;
+  const at::Tensor x = View(x16, padded, a.in, a.in, at::kBFloat16);
   const at::Tensor w = View(w16, a.out, a.in, a.in, at::kBFloat16);
   at::Tensor y = View(a.y, a.T, a.out, a.y_stride, at::kFloat);
-  const at::Tensor product = at::linear(x, w);
+  const at::Tensor product = at::linear(x, w).narrow(0, 0, a.T);
   if (a.accumulate)
     y.add_(product);
   else
