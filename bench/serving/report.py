@@ -2,6 +2,8 @@
 
 import math
 
+TPOT_TARGET = 0.2  # seconds: the default of --slo-tpot
+
 
 def quantile(values, q):
     """By linear interpolation between order statistics; None of nothing."""
@@ -55,6 +57,7 @@ def figures(records, samples):
         "ttft_p95": quantile([r["ttft"] for r in good], 0.95),
         "tpot_p50": quantile([r["tpot"] for r in good], 0.5),
         "tpot_p95": quantile([r["tpot"] for r in good], 0.95),
+        "tpot_within": sum(r["tpot"] is None or r["tpot"] <= TPOT_TARGET for r in good),
         "e2e_p50": quantile([r["done"] - r["due"] for r in good], 0.5),
         "e2e_p95": quantile([r["done"] - r["due"] for r in good], 0.95),
         "peak_level": max((level_of(s) for s in samples), default=0),
@@ -76,6 +79,7 @@ ROWS = (
     ("TTFT p95, s", lambda f: number(f["ttft_p95"], 2)),
     ("TPOT p50, ms", lambda f: number(f["tpot_p50"] and f["tpot_p50"] * 1e3, 0)),
     ("TPOT p95, ms", lambda f: number(f["tpot_p95"] and f["tpot_p95"] * 1e3, 0)),
+    (f"TPOT within {TPOT_TARGET * 1e3:.0f} ms", lambda f: f"{f['tpot_within']} of {f['finished']}"),
     ("finished of sent", lambda f: f"{f['finished']} of {f['requests']}"),
     ("refused", lambda f: str(f["refused"])),
     ("failed", lambda f: str(f["failed"])),

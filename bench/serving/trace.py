@@ -9,8 +9,23 @@ import random
 import sys
 
 LICENSES = pathlib.Path("/usr/share/common-licenses")
-# Of 4,000 to 7,600 tokens each with the vocabularies of Llama's family, in Debian 12 and in Ubuntu 24.04.
-DOCUMENTS = ("GPL-3", "LGPL-2.1", "GFDL-1.3", "MPL-1.1", "LGPL-2", "GFDL-1.2", "GPL-2")
+# One licence or more, of 7,200 to 7,700 tokens with the vocabularies of Llama's family, in Debian 12 and in Ubuntu 24.04. None
+# begins like another.
+DOCUMENTS = (
+    "GPL-3",
+    "LGPL-2.1+LGPL-3",
+    "GFDL-1.3+Apache-2.0",
+    "MPL-1.1+CC0-1.0",
+    "LGPL-2+Artistic+BSD",
+    "GFDL-1.2+GPL-1",
+    "GPL-2+MPL-2.0",
+    "LGPL-3+LGPL-2.1",
+    "Apache-2.0+GFDL-1.3",
+    "CC0-1.0+MPL-1.1",
+    "Artistic+BSD+LGPL-2",
+    "GPL-1+GFDL-1.2",
+    "MPL-2.0+GPL-2",
+)
 SHORT = ("Artistic", "BSD")  # short chats quote paragraphs of these
 QUESTIONS = (
     "Summarise the text above in a few sentences.",
@@ -36,6 +51,11 @@ def load(name):
         raise SystemExit(f"trace: cannot read {LICENSES / name}: {error}") from None
 
 
+def document(names):
+    """Licences joined by +, one after the other."""
+    return "\n\n".join(load(name) for name in names.split("+"))
+
+
 def paragraphs(names):
     found = []
     for name in names:
@@ -55,7 +75,7 @@ def chat_request(rng, parts, at, tokens):
     return request
 
 
-def make_trace(seed=1, documents=3, questions=3, chats=16, burst=45.0, calm=60.0, calm_gap=4.0, document_tokens=128, chat_tokens=48):
+def make_trace(seed=1, documents=12, questions=2, chats=24, burst=60.0, calm=60.0, calm_gap=4.0, document_tokens=128, chat_tokens=48):
     """`documents` texts with `questions` each and `chats` short ones within `burst` seconds, then short ones every
     `calm_gap` seconds for `calm` seconds, counted from the end of the burst's work."""
     rng = random.Random(seed)
@@ -75,7 +95,7 @@ def make_trace(seed=1, documents=3, questions=3, chats=16, burst=45.0, calm=60.0
         else:
             requests.append(chat_request(rng, parts, at - first, chat_tokens))
     after = [chat_request(rng, parts, calm_gap * i, chat_tokens) for i in range(int(calm / calm_gap))]
-    used = sorted({r["text"] for r in requests if "text" in r})
+    used = sorted({name for r in requests if "text" in r for name in r["text"].split("+")})
     return {
         "seed": seed,
         "files": {name: hashlib.sha256(load(name).encode()).hexdigest() for name in used},
@@ -94,7 +114,7 @@ def check_files(trace):
 
 def messages_of(request):
     """The chat messages of a request."""
-    head = load(request["text"]) if "text" in request else request.get("quote", "")
+    head = document(request["text"]) if "text" in request else request.get("quote", "")
     content = f"{head}\n\n{request['question']}" if head else request["question"]
     return [{"role": "user", "content": content}]
 
@@ -106,7 +126,7 @@ def dump(trace):
 def scaled(scale, **arguments):
     """The default trace with `scale` times the requests, at the same rate."""
     return make_trace(
-        documents=max(1, round(3 * scale)), chats=max(1, round(16 * scale)), burst=max(5.0, 45.0 * scale), **arguments
+        documents=max(1, round(12 * scale)), chats=max(1, round(24 * scale)), burst=max(5.0, 60.0 * scale), **arguments
     )
 
 
