@@ -4,9 +4,12 @@
 
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <string>
+#include <utility>
 
 #include "server/auth.h"
 #include "server/http/errors.h"
+#include "server/http/request_reader.h"
 #include "server/http/router.h"
 #include "server/http/wire.h"
 
@@ -109,6 +112,35 @@ TEST(WireTest, NoValueCanAddAHeader) {
   AppendChunk(std::string(17, 'x'), chunks);
   AppendLastChunk(chunks);
   EXPECT_EQ(chunks, "11\r\n" + std::string(17, 'x') + "\r\n0\r\n\r\n");
+}
+
+TEST(RequestReaderTest, AChunkedBodyIsTheSameInPiecesOfAnySize) {
+  const std::string head = "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n";
+  const std::pair<std::string, std::string> bodies[] = {
+      {"0\r\n\r\n", ""},
+      {"0\r\nX-Sum: 1\r\n\r\n", ""},
+      {"2\r\n{}\r\n0\r\n\r\n", "{}"},
+      {"1;a=b\r\n{\r\n1\r\n}\r\n0\r\nT: 1\r\n\r\n", "{}"}};
+  for (const auto& [bytes, body] : bodies) {
+    const std::string all = head + bytes;
+    for (size_t step = 1; step <= all.size(); ++step) {
+      RequestReader reader((RequestLimits()));
+      std::string in;
+      auto event = RequestReader::Event::kNeedMore;
+      for (size_t at = 0; at < all.size(); at += step) {
+        in += all.substr(at, step);
+        do {
+          size_t used = 0;
+          event = reader.Feed(in, &used);
+          in.erase(0, used);
+        } while (event == RequestReader::Event::kHead);
+        if (event != RequestReader::Event::kNeedMore) break;
+      }
+      EXPECT_EQ(event, RequestReader::Event::kDone) << bytes << " in steps of " << step;
+      EXPECT_EQ(reader.request().body, body);
+      EXPECT_EQ(in, "");
+    }
+  }
 }
 
 }  // namespace

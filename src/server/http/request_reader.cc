@@ -34,6 +34,10 @@ std::string_view OriginForm(std::string_view target) {
 // More than this is never left over by a well-formed body: a chunk's head with its extensions.
 constexpr size_t kMaxChunkHead = 4096;
 
+// What is left of a chunked body before its end is never less ("0\r\n\r\n"), and Beast asserts that
+// it is not given less of the last chunk.
+constexpr size_t kMinChunkedRest = 5;
+
 }  // namespace
 
 bool PercentDecode(std::string_view text, std::string* decoded) {
@@ -166,7 +170,8 @@ RequestReader::Event RequestReader::Impl::TakeHead() {
 }
 
 RequestReader::Event RequestReader::Impl::FeedBody(std::string_view data, size_t* used) {
-  while (!parser->is_done() && !data.empty()) {
+  const size_t least = parser->chunked() ? kMinChunkedRest : 1;
+  while (!parser->is_done() && data.size() >= least) {
     boost::beast::error_code code;
     const size_t taken = parser->put(boost::asio::buffer(data.data(), data.size()), code);
     data.remove_prefix(taken);
