@@ -1,9 +1,13 @@
 # The target header_alone compiles headers under src/ by themselves (twice in one file, so that their guards work too). A
 # header that is the first include of the .cc beside it needs no such file: compiling that .cc shows the same.
-# It is built by name only. *-inl.h are parts of a SIMD source that Highway compiles once per target, not headers.
+# It is built by name only. Headers of cuda/ folders need the toolkit; *-inl.h are parts of a SIMD source that Highway compiles
+# once per target, not headers.
 function(dsla_header_alone)
   file(GLOB_RECURSE headers CONFIGURE_DEPENDS RELATIVE ${PROJECT_SOURCE_DIR}/src ${PROJECT_SOURCE_DIR}/src/*.h)
   list(FILTER headers EXCLUDE REGEX "-inl\\.h$")
+  if(NOT DSLA_HAVE_CUDA)
+    list(FILTER headers EXCLUDE REGEX "/cuda/")
+  endif()
   set(sources)
   foreach(header ${headers})
     string(REGEX REPLACE "\\.h$" ".cc" own ${PROJECT_SOURCE_DIR}/src/${header})

@@ -34,9 +34,12 @@ std::string_view OriginForm(std::string_view target) {
 // More than this is never left over by a well-formed body: a chunk's head with its extensions.
 constexpr size_t kMaxChunkHead = 4096;
 
-// What is left of a chunked body before its end is never less ("0\r\n\r\n"), and Beast asserts that
-// it is not given less of the last chunk.
-constexpr size_t kMinChunkedRest = 5;
+// Beast asserts that it is not given less of the last chunk than its shortest form, "0\r\n\r\n". Any
+// rest of a well-formed chunked body is as long, so a shorter one that looks like it is kept back.
+constexpr std::string_view kLastChunk = "0\r\n\r\n";
+bool MayBeLastChunk(std::string_view rest) {
+  return rest.size() < kLastChunk.size() && rest.starts_with(kLastChunk[0]);
+}
 
 }  // namespace
 
@@ -170,8 +173,7 @@ RequestReader::Event RequestReader::Impl::TakeHead() {
 }
 
 RequestReader::Event RequestReader::Impl::FeedBody(std::string_view data, size_t* used) {
-  const size_t least = parser->chunked() ? kMinChunkedRest : 1;
-  while (!parser->is_done() && data.size() >= least) {
+  while (!parser->is_done() && !data.empty() && !(parser->chunked() && MayBeLastChunk(data))) {
     boost::beast::error_code code;
     const size_t taken = parser->put(boost::asio::buffer(data.data(), data.size()), code);
     data.remove_prefix(taken);
