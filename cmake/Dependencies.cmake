@@ -1,6 +1,6 @@
 # In step with build_packages in tools/setup_lib.sh.
 find_package(fmt REQUIRED)
-find_package(OpenMP REQUIRED COMPONENTS CXX)
+find_package(Threads REQUIRED)
 find_package(nlohmann_json REQUIRED)
 find_package(PkgConfig REQUIRED)
 pkg_check_modules(PCRE2 REQUIRED IMPORTED_TARGET libpcre2-8)
@@ -41,8 +41,7 @@ if(DSLA_TORCH)
   target_compile_options(torch_cpu INTERFACE "SHELL:-idirafter ${DSLA_TORCH_DIR}/include"
                          "SHELL:-idirafter ${DSLA_TORCH_DIR}/include/torch/csrc/api/include")
   get_filename_component(dsla_site_packages ${DSLA_TORCH_DIR} DIRECTORY)
-  # By flags, not by path: CMake would warn that the wheel's libgomp.so.1 hides the system's. That it does is wanted:
-  # the RUNPATH comes first, so that a program holds one OpenMP runtime, which our loops and libtorch's share.
+  # By flags, not by path: the libraries keep their sonames, and the RUNPATH finds them.
   target_link_libraries(torch_cpu INTERFACE -l:libtorch_cpu.so -l:libc10.so)
   target_link_options(torch_cpu INTERFACE -L${DSLA_TORCH_DIR}/lib
     -Wl,-rpath,${DSLA_TORCH_DIR}/lib
@@ -50,7 +49,7 @@ if(DSLA_TORCH)
 endif()
 
 # Everything that a header of the project may include, for header_alone.
-set(DSLA_EXTERNAL_LIBRARIES fmt::fmt OpenMP::OpenMP_CXX nlohmann_json::nlohmann_json PkgConfig::PCRE2
+set(DSLA_EXTERNAL_LIBRARIES fmt::fmt Threads::Threads nlohmann_json::nlohmann_json PkgConfig::PCRE2
     OpenSSL::Crypto OpenSSL::SSL ICU::uc CLI11::CLI11 PkgConfig::HWY Boost::headers spdlog::spdlog simdjson::simdjson
     PkgConfig::TOMLPLUSPLUS)
 if(DSLA_TESTS)

@@ -16,8 +16,8 @@ build_packages=(
   "$boost_package" libspdlog-dev libsimdjson-dev libtomlplusplus-dev
   libgtest-dev libgmock-dev libbenchmark-dev
 )
-# clang with its runtime is for libFuzzer; libomp-dev lets it compile the same OpenMP code as g++.
-test_packages=(clang libclang-rt-dev libomp-dev git)
+# clang with its runtime is for libFuzzer.
+test_packages=(clang libclang-rt-dev git)
 
 die() {
   printf '\n%s: %s\n' "$log_prefix" "$1" >&2

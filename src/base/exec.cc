@@ -1,9 +1,9 @@
 #include "base/exec.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <thread>
+
+#include "base/thread_team.h"
 
 namespace dsla {
 
@@ -31,8 +31,7 @@ int ThreadCount(int asked) {
 namespace internal {
 
 void ParallelRun(int threads, int64_t tasks, void (*run)(void*, int64_t, int), void* arg) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t task = 0; task < tasks; ++task) run(arg, task, omp_get_thread_num());
+  ThreadTeam::OfCaller().Run(threads, tasks, run, arg);
 }
 
 }  // namespace internal

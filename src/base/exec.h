@@ -1,6 +1,5 @@
 // ExecContext: what an operator may use while it runs: threads and scratch memory. Passed
-// explicitly; there are no globals. Threads come from the OpenMP runtime that libtorch uses too, so
-// that the two never compete.
+// explicitly; there are no globals.
 #pragma once
 
 #include <cstdint>
@@ -63,7 +62,8 @@ void ParallelRun(int threads, int64_t tasks, void (*run)(void*, int64_t task, in
 }  // namespace internal
 
 // Calls body(task, thread) for every task in [0, tasks), handed out one by one; thread is in [0,
-// ctx.threads). The order is unspecified, so a result must not depend on it.
+// ctx.threads). The order is unspecified, so a result must not depend on it. No task waits for
+// another: one thread may run them all.
 template <typename Body>
 void ParallelFor(const ExecContext& ctx, int64_t tasks, Body&& body) {
   if (ctx.threads <= 1 || tasks <= 1) {
@@ -77,12 +77,12 @@ void ParallelFor(const ExecContext& ctx, int64_t tasks, Body&& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// Cuts [0, n) into at most ctx.threads contiguous ranges, each a multiple of `grain` but the last,
-// and calls body(begin, end, thread) for each.
+// Cuts [0, n) into contiguous ranges, two per thread if there are enough, each a multiple of
+// `grain` but the last, and calls body(begin, end, thread) for each.
 template <typename Body>
 void ParallelRanges(const ExecContext& ctx, int64_t n, int64_t grain, Body&& body) {
   const int64_t units = (n + grain - 1) / grain;
-  const int64_t ranges = units < ctx.threads ? units : ctx.threads;
+  const int64_t ranges = units < 2 * ctx.threads ? units : 2 * ctx.threads;
   ParallelFor(ctx, ranges, [&](int64_t r, int thread) {
     const int64_t begin = units * r / ranges * grain, end = units * (r + 1) / ranges * grain;
     body(begin, end < n ? end : n, thread);

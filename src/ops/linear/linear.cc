@@ -44,12 +44,11 @@ Path ChoosePath(int64_t T, WeightFormat format) {
 constexpr int64_t kMinParallelBytes = 64 << 10;
 // A task of the row loop: large enough that handing it out is nothing, small enough to even out.
 constexpr int64_t kTaskBytes = 64 << 10;
-// fp32 panel of a smaller weight: stays in the shared cache from its conversion to its use, and is
-// wide enough for the GEMM to run at full speed.
-constexpr int64_t kPanelRows = 512;
-// A bf16 panel of an integer weight, and how many of its rows are in fp32 on the way to it: those
-// stay in a core's own cache.
-constexpr int64_t kBf16PanelRows = 2048;
+// A task of the GEMM: enough features for the library to run at full speed and for the activations,
+// which every task reads, to be little beside them; a panel of converted weights stays in the
+// core's own cache, and is made from as many fp32 rows at a time.
+constexpr int64_t kMinTaskFeatures = 64, kMaxTaskFeatures = 1024, kFeatureUnit = 16;
+constexpr int64_t kPanelBytes = 1 << 20;
 constexpr int64_t kBf16RowsAtOnce = 8;
 
 int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -83,7 +82,11 @@ struct Linear::Storage {
                    int64_t out, float* y, int64_t y_stride, bool accumulate) const;
   void ForwardQuantized(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T,
                         float* y, int64_t y_stride, bool accumulate) const;
-  void ForwardGemm(const ExecContext& ctx, GemmArgs args, Path path) const;
+  struct Cut;
+  Cut CutProduct(int threads, int64_t T, int64_t out, Path path) const;
+  bf16* NarrowRows(const ExecContext& ctx, const GemmArgs& args) const;
+  void GemmPiece(GemmArgs args, int64_t feature, Path path, const bf16* x16, char* panel) const;
+  void ForwardGemm(const ExecContext& ctx, const GemmArgs& args, Path path) const;
   // Features [begin, end) as fp32 rows `stride` floats apart.
   void Widen(int64_t begin, int64_t end, float* to) const;
 };
@@ -217,7 +220,8 @@ void Linear::Storage::ForwardQuantized(const ExecContext& ctx, const float* x, i
     GroupQuantProduct(args, 0, blocks);
     return;
   }
-  const int64_t count = TaskUnits(ctx, quant.block_bytes(), blocks);
+  // Even: the kernels take two blocks at a time where vectors are wide enough.
+  const int64_t count = RoundUp(TaskUnits(ctx, quant.block_bytes(), blocks), 2);
   ParallelFor(ctx, (blocks + count - 1) / count, [&](int64_t task, int) {
     GroupQuantProduct(args, task * count, std::min(blocks, (task + 1) * count));
   });
@@ -253,72 +257,108 @@ void Linear::Storage::ForwardRows(const ExecContext& ctx, const float* x, int64_
   });
 }
 
-void Linear::Storage::ForwardGemm(const ExecContext& ctx, GemmArgs args, Path path) const {
-  // With a bias the product is added to rows that hold it already.
+// How a product of many rows is cut: `features` by `rows` pieces, all of them of the same size but
+// the last.
+struct Linear::Storage::Cut {
+  int64_t features = 0, rows = 0;
+  int64_t feature_pieces = 0, row_pieces = 0;
+  int64_t panel_bytes = 0;  // per thread, for converted weights
+};
+
+Linear::Storage::Cut Linear::Storage::CutProduct(int threads, int64_t T, int64_t out,
+                                                 Path path) const {
+  // Two tasks per thread, so that a thread held up by the system does not hold up all.
+  const int64_t tasks = threads > 1 ? 2 * threads : 1;
+  const bool panel =
+      IsQuantized(format) || (path == Path::kGemmF32 && format != WeightFormat::kF32);
+  const int64_t element = path == Path::kGemmBf16 ? 2 : 4;
+  const int64_t most =
+      panel ? std::min(kMaxTaskFeatures, kPanelBytes / (stride * element)) : kMaxTaskFeatures;
+  Cut cut;
+  cut.features = RoundUp(
+      std::clamp((out + tasks - 1) / tasks, kMinTaskFeatures, std::max(most, kMinTaskFeatures)),
+      kFeatureUnit);
+  cut.feature_pieces = (out + cut.features - 1) / cut.features;
+  // Where there are fewer features than that, the rows are cut, too.
+  const int64_t row_pieces = (tasks + cut.feature_pieces - 1) / cut.feature_pieces;
+  cut.rows = RoundUp((T + row_pieces - 1) / row_pieces, kBf16Rows);
+  cut.row_pieces = (T + cut.rows - 1) / cut.rows;
+  if (panel) {
+    const int64_t wide = path == Path::kGemmBf16 ? kBf16RowsAtOnce * 4 : 0;
+    cut.panel_bytes = RoundUp((cut.features * element + wide) * stride, 64);
+  }
+  return cut;
+}
+
+// Activations rounded to bf16, zeros up to the weight's stride and to a multiple of kBf16Rows.
+bf16* Linear::Storage::NarrowRows(const ExecContext& ctx, const GemmArgs& args) const {
+  const int64_t padded = RoundUp(args.T, kBf16Rows);
+  bf16* x16 = ctx.workspace->Take<bf16>(padded * stride);
+  std::fill(x16 + args.T * stride, x16 + padded * stride, bf16{0});
+  ParallelRanges(ctx, args.T, 16, [&](int64_t begin, int64_t end, int) {
+    for (int64_t t = begin; t < end; ++t) {
+      NarrowBf16(args.x + t * args.x_stride, x16 + t * stride, args.in);
+      std::fill(x16 + t * stride + args.in, x16 + (t + 1) * stride, bf16{0});
+    }
+  });
+  return x16;
+}
+
+// One piece, args' rows and features, the first of them `feature`. panel: scratch memory.
+void Linear::Storage::GemmPiece(GemmArgs args, int64_t feature, Path path, const bf16* x16,
+                                char* panel) const {
   if (const float* b = bias_or_null()) {
-    ParallelRanges(ctx, args.T, 16, [&](int64_t begin, int64_t end, int) {
-      for (int64_t t = begin; t < end; ++t) {
-        float* y = args.y + t * args.y_stride;
-        if (args.accumulate)
-          for (int64_t o = 0; o < args.out; ++o) y[o] += b[o];
-        else
-          std::memcpy(y, b, static_cast<size_t>(args.out) * sizeof(float));
-      }
-    });
+    // The product is added to rows that hold the bias already.
+    for (int64_t t = 0; t < args.T; ++t) {
+      float* y = args.y + t * args.y_stride;
+      if (args.accumulate)
+        for (int64_t o = 0; o < args.out; ++o) y[o] += b[feature + o];
+      else
+        std::memcpy(y, b + feature, static_cast<size_t>(args.out) * sizeof(float));
+    }
     args.accumulate = true;
   }
+  if (path == Path::kGemmF32) {
+    args.w = w32() + feature * stride;
+    if (format != WeightFormat::kF32) {
+      float* rows = reinterpret_cast<float*>(panel);
+      Widen(feature, feature + args.out, rows);
+      args.w = rows;
+    }
+    GemmF32(args);
+    return;
+  }
+  const bf16* w16_piece = w16() + feature * stride;
+  if (IsQuantized(format)) {
+    bf16* rows = reinterpret_cast<bf16*>(panel);
+    float* wide = reinterpret_cast<float*>(rows + args.out * stride);
+    for (int64_t r = 0; r < args.out; r += kBf16RowsAtOnce) {
+      const int64_t count = std::min(kBf16RowsAtOnce, args.out - r);
+      Widen(feature + r, feature + r + count, wide);
+      NarrowBf16(wide, rows + r * stride, count * stride);
+    }
+    w16_piece = rows;
+  }
+  args.in = stride;
+  GemmBf16(args, x16, w16_piece);
+}
+
+void Linear::Storage::ForwardGemm(const ExecContext& ctx, const GemmArgs& args, Path path) const {
   const Workspace::Scope scope(*ctx.workspace);
-  if (path == Path::kGemmBf16) {
-    const int64_t padded = RoundUp(args.T, kBf16Rows);
-    bf16* x16 = ctx.workspace->Take<bf16>(padded * stride);
-    std::fill(x16 + args.T * stride, x16 + padded * stride, bf16{0});
-    ParallelRanges(ctx, args.T, 1, [&](int64_t begin, int64_t end, int) {
-      for (int64_t t = begin; t < end; ++t) {
-        NarrowBf16(args.x + t * args.x_stride, x16 + t * stride, args.in);
-        std::fill(x16 + t * stride + args.in, x16 + (t + 1) * stride, bf16{0});
-      }
-    });
-    args.in = stride;
-    if (!IsQuantized(format)) {
-      GemmBf16(ctx.threads, args, x16, w16());
-      return;
-    }
-    const int64_t out = args.out;
-    bf16* panel = ctx.workspace->Take<bf16>(std::min(kBf16PanelRows, out) * stride);
-    float* wide = ctx.workspace->Take<float>(ctx.threads * kBf16RowsAtOnce * stride);
-    float* y = args.y;
-    for (int64_t o = 0; o < out; o += kBf16PanelRows) {
-      args.out = std::min(kBf16PanelRows, out - o);
-      ParallelRanges(ctx, args.out, 32, [&](int64_t begin, int64_t end, int thread) {
-        float* rows = wide + thread * kBf16RowsAtOnce * stride;
-        for (int64_t r = begin; r < end; r += kBf16RowsAtOnce) {
-          const int64_t count = std::min(kBf16RowsAtOnce, end - r);
-          Widen(o + r, o + r + count, rows);
-          NarrowBf16(rows, panel + r * stride, count * stride);
-        }
-      });
-      args.y = y + o;
-      GemmBf16(ctx.threads, args, x16, panel);
-    }
-    return;
-  }
-  if (format == WeightFormat::kF32) {
-    args.w = w32();
-    GemmF32(ctx.threads, args);
-    return;
-  }
-  const int64_t out = args.out;
-  float* panel = ctx.workspace->Take<float>(std::min(kPanelRows, out) * stride);
-  float* y = args.y;
-  for (int64_t o = 0; o < out; o += kPanelRows) {
-    args.out = std::min(kPanelRows, out - o);
-    ParallelRanges(ctx, args.out, 32, [&](int64_t begin, int64_t end, int) {
-      Widen(o + begin, o + end, panel + begin * stride);
-    });
-    args.w = panel;
-    args.y = y + o;
-    GemmF32(ctx.threads, args);
-  }
+  const bf16* x16 = path == Path::kGemmBf16 ? NarrowRows(ctx, args) : nullptr;
+  const Cut cut = CutProduct(ctx.threads, args.T, args.out, path);
+  char* panels = ctx.workspace->Take<char>(ctx.threads * cut.panel_bytes);
+  ParallelFor(ctx, cut.feature_pieces * cut.row_pieces, [&](int64_t task, int thread) {
+    const int64_t feature = task / cut.row_pieces * cut.features,
+                  row = task % cut.row_pieces * cut.rows;
+    GemmArgs piece = args;
+    piece.T = std::min(cut.rows, args.T - row);
+    piece.out = std::min(cut.features, args.out - feature);
+    piece.x = args.x + row * args.x_stride;
+    piece.y = args.y + row * args.y_stride + feature;
+    GemmPiece(piece, feature, path, x16 != nullptr ? x16 + row * stride : nullptr,
+              panels + thread * cut.panel_bytes);
+  });
 }
 
 void Linear::ReadRow(int64_t i, float* out) const {

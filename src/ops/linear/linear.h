@@ -48,7 +48,7 @@ class Linear {
   int64_t bytes() const;  // of the stored weight and bias
 
   // y[t] (+)= W x[t] + b for T rows; strides in floats between rows. x and y do not overlap.
-  // Sets libtorch's thread count to ctx.threads where it takes the GEMM.
+  // Sets libtorch's thread count to 1 where it takes the GEMM: the threads are ctx's.
   void Forward(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T, float* y,
                int64_t y_stride, Accumulate accumulate = Accumulate::kNo,
                Products products = Products::kFastest) const;

@@ -1,5 +1,7 @@
 // Matrix products of many rows through libtorch, behind plain pointers: linear_torch.cc is the only
-// file of the operator that includes ATen headers. Internal to this folder.
+// file of the operator that includes ATen headers. Each call runs on the calling thread alone: a
+// product is cut into tasks of ours (linear.cc), so that libtorch's threads and ours never compete.
+// Internal to this folder.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +21,7 @@ struct GemmArgs {
   int64_t T = 0, in = 0, out = 0;
   bool accumulate = false;
 };
-void GemmF32(int threads, const GemmArgs& args);
+void GemmF32(const GemmArgs& args);
 
 // y (+)= x w^T with x [T, in] and w [out, in] in bf16, dense; args.x and args.w are not read.
 // oneDNN sums in fp32 and rounds the product to bf16. Only fast where the CPU multiplies bf16
@@ -29,7 +31,7 @@ void GemmF32(int threads, const GemmArgs& args);
 // x has zero rows up to a multiple of kBf16Rows: oneDNN makes and keeps code for every shape that
 // it meets, and a server meets batches of every size.
 inline constexpr int64_t kBf16Rows = 32;
-void GemmBf16(int threads, const GemmArgs& args, const bf16* x, const bf16* w);
+void GemmBf16(const GemmArgs& args, const bf16* x, const bf16* w);
 
 // Does this CPU have bf16 dot products (AVX512_BF16; every CPU with AMX has it too)?
 bool CpuMultipliesBf16();

@@ -21,15 +21,15 @@ at::Tensor View(const void* data, int64_t rows, int64_t cols, int64_t stride, at
 
 // libtorch's thread count is a property of the process (MKL's) and of the calling thread
 // (OpenMP's): setting it is not free, so only a change is passed on.
-void UseThreads(int threads) {
-  if (at::get_num_threads() != threads) at::set_num_threads(threads);
+void UseOneThread() {
+  if (at::get_num_threads() != 1) at::set_num_threads(1);
 }
 
 }  // namespace
 
-void GemmF32(int threads, const GemmArgs& a) {
+void GemmF32(const GemmArgs& a) {
   const c10::InferenceMode guard;
-  UseThreads(threads);
+  UseOneThread();
   const at::Tensor x = View(a.x, a.T, a.in, a.x_stride, at::kFloat);
   const at::Tensor w = View(a.w, a.out, a.in, a.w_stride, at::kFloat);
   at::Tensor y = View(a.y, a.T, a.out, a.y_stride, at::kFloat);
@@ -39,10 +39,10 @@ void GemmF32(int threads, const GemmArgs& a) {
     at::mm_out(y, x, w.t());
 }
 
-void GemmBf16(int threads, const GemmArgs& a, const bf16* x16, const bf16* w16) {
+void GemmBf16(const GemmArgs& a, const bf16* x16, const bf16* w16) {
   DSLA_CHECK(a.in % 32 == 0);
   const c10::InferenceMode guard;
-  UseThreads(threads);
+  UseOneThread();
   const int64_t padded = (a.T + kBf16Rows - 1) / kBf16Rows * kBf16Rows;
   const at::Tensor x = View(x16, padded, a.in, a.in, at::kBFloat16);
   const at::Tensor w = View(w16, a.out, a.in, a.in, at::kBFloat16);
