@@ -137,10 +137,8 @@ void CheckCase(const Case& c, int threads) {
   Workspace workspace;
   linear.Forward({threads, &workspace}, x.data(), c.in, c.T, y.data(), c.out, Accumulate::kYes,
                  c.products);
-  const bool bf16_product =
-      c.T > kLinearInvariantRows && c.products == Products::kFastest && CpuMultipliesBf16();
-  const bool rounded =
-      !bf16_product && (c.T <= kLinearMaxRows || c.products == Products::kInvariant);
+  const bool rounded = c.T <= LinearLoopRows(c.format) || c.products == Products::kInvariant;
+  const bool bf16_product = !rounded && CpuMultipliesBf16();
   std::vector<float> product(want.size());
   LinearRef(weight, c.out, c.in, c.format, bias, x.data(), c.in, c.T, product.data(), c.out,
             rounded);
@@ -151,21 +149,21 @@ void CheckCase(const Case& c, int threads) {
 
 TEST(GroupQuantTest, ProductsEqualTheReference) {
   for (const WeightFormat format : {WeightFormat::kInt8, WeightFormat::kInt4}) {
-    for (const int64_t T : {1, 2, 3, 4, 5, 9, 32, 33, 64, 65, 90}) {
+    for (const int64_t T : {1, 2, 3, 4, 5, 9, 32, 33, 64, 65, 90, 128, 129, 200}) {
       CheckCase({T, 129, 96, format}, 2);
       CheckCase({T, 129, 96, format, Products::kInvariant}, 2);
     }
     for (const int64_t in : {1, 31, 32, 33, 577})
       for (const int64_t out : {1, 7, 8, 9, 67}) CheckCase({3, out, in, format}, 1);
     for (const int threads : {1, 2, 3}) CheckCase({2, 3000, 160, format}, threads);
-    CheckCase({70, 3001, 160, format}, 3);  // more features than a panel has
+    CheckCase({150, 3001, 160, format}, 3);  // more features than a panel has
   }
 }
 
 TEST(GroupQuantTest, EveryTargetEqualsTheReference) {
   ForEachTarget([] {
     for (const WeightFormat format : {WeightFormat::kInt8, WeightFormat::kInt4})
-      for (const int64_t T : {1, 2, 3, 4, 7}) CheckCase({T, 39, 100, format}, 1);
+      for (const int64_t T : {1, 2, 3, 4, 7, 8, 9, 21}) CheckCase({T, 39, 100, format}, 1);
   });
 }
 

@@ -27,7 +27,10 @@ DType ElementOf(WeightFormat format) {
 // On AVX2 our own loop takes less CPU time than the conversion of a panel and the fp32 GEMM up to
 // about 100 rows of every shape in linear_bench (16 rows: half, 64 rows: 10 to 25% less), and it
 // keeps the batch out of a row's result; beyond, the GEMM's packing pays.
-constexpr int64_t kMaxRows = kLinearMaxRows;
+constexpr int64_t kMaxRows = 64;
+// Where the CPU multiplies bf16, which also has the 512-bit integer loop: that one is faster than
+// the widening of a panel and the bf16 product up to here.
+constexpr int64_t kMaxIntegerRows = 128;
 static_assert(kMaxRows >= kLinearInvariantRows);
 
 // How T rows are multiplied. A CPU with bf16 dot products (AVX512_BF16, AMX) has several times the
@@ -35,9 +38,8 @@ static_assert(kMaxRows >= kLinearInvariantRows);
 // once T is a prefill's, not a batch of decodes. On other CPUs libtorch's bf16 product is far
 // slower than fp32, hence the panels.
 Path ChoosePath(int64_t T, WeightFormat format) {
-  if (T <= kLinearInvariantRows) return Path::kRows;
-  if (format != WeightFormat::kF32 && CpuMultipliesBf16()) return Path::kGemmBf16;
-  return T <= kMaxRows ? Path::kRows : Path::kGemmF32;
+  if (T <= LinearLoopRows(format)) return Path::kRows;
+  return format != WeightFormat::kF32 && CpuMultipliesBf16() ? Path::kGemmBf16 : Path::kGemmF32;
 }
 
 // Below this many bytes of weights times rows, starting threads costs more than they save.
@@ -90,6 +92,11 @@ struct Linear::Storage {
   // Features [begin, end) as fp32 rows `stride` floats apart.
   void Widen(int64_t begin, int64_t end, float* to) const;
 };
+
+int64_t LinearLoopRows(WeightFormat format) {
+  if (!CpuMultipliesBf16() || format == WeightFormat::kF32) return kMaxRows;
+  return IsQuantized(format) ? kMaxIntegerRows : kLinearInvariantRows;
+}
 
 const char* Name(WeightFormat format) {
   switch (format) {

@@ -21,13 +21,13 @@ enum class Accumulate { kNo, kYes };
 enum class WeightFormat { kF32, kBF16, kInt8, kInt4 };
 const char* Name(WeightFormat format);
 
-// Up to here our own loop at most; beyond, kFastest takes a GEMM.
-inline constexpr int64_t kLinearMaxRows = 64;
+// Up to so many rows kFastest takes our own loop on this CPU; beyond, a GEMM.
+int64_t LinearLoopRows(WeightFormat format);
 
-// Up to this many rows, a row's result is the same bits however many others it is batched with, on
-// any number of threads. With kFastest more rows may go through a GEMM, which sums in another order
-// (and on CPUs with bf16 dot products rounds activations and result to bf16), so that near-ties may
-// fall the other way; with kInvariant the promise holds for any number of rows.
+// On every CPU at least so many: a row's result is then the same bits however many others it is
+// batched with, on any number of threads. With kFastest more rows may go through a GEMM, which sums
+// in another order (and on CPUs with bf16 dot products rounds activations and result to bf16), so
+// that near-ties may fall the other way; with kInvariant the promise holds for any number of rows.
 inline constexpr int64_t kLinearInvariantRows = 32;
 enum class Products { kFastest, kInvariant };
 
