@@ -229,6 +229,7 @@ TEST_F(CliTest, BadOptionsAreNamed) {
   ExpectRefused("run " + Model() + "--memory lots abc", "'lots' is not a size such as 512M or 2G");
   ExpectRefused("run " + Model() + "--weights int3 abc",
                 "--weights: 'int3' is not one of auto, bf16, fp32, int8, int4");
+  ExpectRefused("run " + Model() + "--kv int4 abc", "--kv: 'int4' is not one of bf16, fp32, int8");
   ExpectRefused("run " + Model() + "--device tpu abc",
                 "--device tpu: not one of auto, cpu, cuda, cuda:N");
   ExpectRefused("run " + Model() + "--device cuda --weights int8 abc",

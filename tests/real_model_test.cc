@@ -117,6 +117,21 @@ TEST_F(RealModelTest, Bf16WeightsAndCacheStayClose) {
   EXPECT_LT(sum / static_cast<double>(rows.size()), 2e-3);
 }
 
+// An int8 cache beside exact weights.
+TEST_F(RealModelTest, AnInt8CacheStaysClose) {
+  Load(WeightFormat::kF32, DType::kI8);
+  double sum = 0;
+  int64_t agree = 0;
+  const auto rows = AgainstTransformers();
+  for (const RowDivergence& row : rows) {
+    sum += row.kl;
+    agree += row.agree;
+  }
+  std::printf("mean KL %.2e, top-1 equal on %lld of %zu\n", sum / static_cast<double>(rows.size()),
+              static_cast<long long>(agree), rows.size());
+  EXPECT_LT(sum / static_cast<double>(rows.size()), 3e-3);
+}
+
 // Integers as decode uses them (kInvariant: activations rounded too) and as prompts may (kFastest),
 // bf16 cache. The file is Q4_1 with a Q8_0 embedding, so its own groups are what int4 stores.
 TEST_F(RealModelTest, IntegerWeightsStayClose) {

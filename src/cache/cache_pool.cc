@@ -12,7 +12,7 @@ int64_t RoundUp(int64_t bytes) { return (bytes + kMemoryPage - 1) / kMemoryPage 
 }  // namespace
 
 int64_t CacheGeometry::page_bytes() const {
-  return RoundUp(int64_t{2} * Hkv * page_size * D * SizeOf(kv_dtype));
+  return RoundUp(2 * Hkv * page_size * KvRowBytes(kv_dtype, D));
 }
 
 int64_t CacheGeometry::slot_block_bytes() const { return RoundUp(slot_bytes); }
@@ -56,7 +56,7 @@ PagedKvView CachePool::pages() const {
   PagedKvView view;
   view.k = arena_[0];
   view.v = arena_[0] +
-           int64_t{geometry_.Hkv} * geometry_.page_size * geometry_.D * SizeOf(geometry_.kv_dtype);
+           geometry_.Hkv * geometry_.page_size * KvRowBytes(geometry_.kv_dtype, geometry_.D);
   view.page_stride = geometry_.page_bytes() / SizeOf(geometry_.kv_dtype);
   view.page_size = geometry_.page_size;
   view.Hkv = geometry_.Hkv;

@@ -55,7 +55,7 @@ Inspection Inspect(const ModelFile& file, std::shared_ptr<const Adapter> adapter
     const auto detected = DetectChatTemplate(file.chat_template());
     result.chat_template = detected.ok() ? detected->name : "not recognised";
   }
-  result.kv_token = int64_t{2} * c.Hkv * c.D * SizeOf(kv_dtype);
+  result.kv_token = 2 * c.Hkv * KvRowBytes(kv_dtype, c.D);
   result.levels.push_back({0, c.L * result.kv_token, 0});
   if (result.adapter == nullptr) return result;
   const BoundAdapter bound = BindAdapter(c, result.adapter, WeightFormat::kBF16, kv_dtype);
@@ -185,13 +185,10 @@ Status Inspect(InspectArgs args) {
   if (path.empty()) {
     DSLA_ASSIGN_OR_RETURN(path, DefaultModelPath());
   }
-  if (args.model.kv != "bf16" && args.model.kv != "fp32") {
-    return InvalidArgument("--kv: '{}' is not one of bf16, fp32", args.model.kv);
-  }
+  DSLA_ASSIGN_OR_RETURN(const DType kv_type, ParseKvType(args.model.kv));
   DSLA_ASSIGN_OR_RETURN(const auto file, ModelFile::Open(path));
   DSLA_ASSIGN_OR_RETURN(auto adapter, OpenAdapter(args.model, *file));
-  Inspection inspection =
-      Inspect(*file, std::move(adapter), args.model.kv == "bf16" ? DType::kBF16 : DType::kF32);
+  Inspection inspection = Inspect(*file, std::move(adapter), kv_type);
   DSLA_ASSIGN_OR_RETURN(inspection.fingerprint, file->Fingerprint());
   if (args.json) {
     fmt::print("{}\n", ToJson(inspection, args.tensors).dump(2));
@@ -239,7 +236,7 @@ void AddInspect(CLI::App& app, Command& chosen) {
           "adapter file, or 'none' [default: the shipped one, where it belongs to the model]")
       ->type_name("PATH")
       ->group(model);
-  command.add_option("--kv", args->model.kv, "how cached K and V are held: bf16 or fp32")
+  command.add_option("--kv", args->model.kv, kKvHelp)
       ->type_name("TYPE")
       ->capture_default_str()
       ->group(model);

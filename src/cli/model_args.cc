@@ -23,12 +23,6 @@ fs::path ProjectRoot() {
   return self.parent_path().parent_path().parent_path();
 }
 
-Expected<DType> ParseDType(const std::string& option, const std::string& value) {
-  if (value == "bf16") return DType::kBF16;
-  if (value == "fp32") return DType::kF32;
-  return InvalidArgument("{}: '{}' is not one of bf16, fp32", option, value);
-}
-
 Expected<WeightFormat> ParseWeightFormat(const std::string& value, const ModelFile& file) {
   if (value == "auto") return FormatFor(file);
   for (const WeightFormat format :
@@ -105,10 +99,7 @@ void ModelArgs::AddTo(CLI::App& app) {
       ->type_name("TYPE")
       ->capture_default_str()
       ->group(group);
-  app.add_option("--kv", kv, "how cached K and V are held: bf16 or fp32")
-      ->type_name("TYPE")
-      ->capture_default_str()
-      ->group(group);
+  app.add_option("--kv", kv, kKvHelp)->type_name("TYPE")->capture_default_str()->group(group);
   app.add_option("-c,--context", context, "longest sequence in tokens [default: the model's]")
       ->type_name("N")
       ->group(group);
@@ -168,6 +159,13 @@ Expected<std::shared_ptr<const Adapter>> OpenAdapter(const ModelArgs& args, cons
   return std::shared_ptr<const Adapter>();
 }
 
+Expected<DType> ParseKvType(const std::string& value) {
+  for (const DType type : {DType::kBF16, DType::kF32, DType::kI8}) {
+    if (value == Name(type)) return type;
+  }
+  return InvalidArgument("--kv: '{}' is not one of bf16, fp32, int8", value);
+}
+
 namespace {
 
 // The file, the adapter and the tokenizer that `args` mean.
@@ -204,7 +202,7 @@ Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences) {
   const double start = NowSeconds();
   LoadedModel loaded;
   ModelOptions options;
-  DSLA_ASSIGN_OR_RETURN(options.kv_dtype, ParseDType("--kv", args.kv));
+  DSLA_ASSIGN_OR_RETURN(options.kv_dtype, ParseKvType(args.kv));
   options.max_positions = args.context;
   if (args.threads < 0 || args.threads > 1024)
     return InvalidArgument("--threads: {} is not in 1 to 1024", args.threads);

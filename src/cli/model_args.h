@@ -49,6 +49,10 @@ struct LoadedModel {
   }
 };
 
+// The value of --kv: fp32, bf16 or int8.
+inline constexpr const char* kKvHelp = "how cached K and V are held: bf16, fp32 or int8";
+Expected<DType> ParseKvType(const std::string& value);
+
 // `sequences`: how many full contexts the default cache budget is for.
 Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences = 1);
 

@@ -37,13 +37,14 @@ double DslaFlops(const ModelConfig& c, const DslaShape& s, int rank, int64_t tok
 
 int64_t DecodeBytes(const HybridModel& model, int level, int64_t length, int sequences) {
   const ModelConfig& c = model.config();
-  const int64_t kv_token = int64_t{2} * c.Hkv * c.D * SizeOf(model.options().kv_dtype);
+  const int64_t kv_token = 2 * c.Hkv * KvRowBytes(model.options().kv_dtype, c.D);
   const int64_t seen = c.sliding_window > 0 ? std::min<int64_t>(length, c.sliding_window) : length;
   int64_t cache = (c.L - level) * kv_token * seen;
   for (int rank = 0; rank < level; ++rank) {
     const DslaShape& shape = model.dsla_shape(model.adapter()->ladder[rank]);
     const int64_t states = int64_t{shape.Hkv} * shape.SF() * (shape.D + 1) * 4;
-    cache += 2 * states + (shape.window + shape.sinks) * kv_token;
+    cache += 2 * states +
+             (shape.window + shape.sinks) * 2 * shape.Hkv * KvRowBytes(shape.kv_dtype, shape.D);
   }
   return model.weight_bytes(level) + sequences * cache;
 }

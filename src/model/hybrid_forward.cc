@@ -11,7 +11,7 @@
 namespace dsla {
 namespace {
 
-// [T, n] fp32 rows with a stride -> dense rows in the cache's dtype: K and V exactly as a cache
+// [T, n] fp32 rows with a stride -> dense rows of fp32 or bf16: K and V as a cache of that type
 // would hold them.
 void PackRows(const ExecContext& ctx, const float* x, int64_t stride, int64_t T, int64_t n,
               DType dtype, void* out) {
@@ -85,10 +85,11 @@ void HybridModel::DslaRows(const ExecContext& ctx, CachePool& pool, const Step& 
   const int64_t kv = int64_t{config_.Hkv} * config_.D, q = int64_t{config_.H} * config_.D,
                 stride = q + 2 * kv;
   const float* rows = step.qkv + first_row * stride;
-  char* k = ctx.workspace->Take<char>(T * kv * SizeOf(options_.kv_dtype));
-  char* v = ctx.workspace->Take<char>(T * kv * SizeOf(options_.kv_dtype));
-  PackRows(ctx, rows + q, stride, T, kv, options_.kv_dtype, k);
-  PackRows(ctx, rows + q + kv, stride, T, kv, options_.kv_dtype, v);
+  const DType type = dsla.shape.kv_dtype;
+  char* k = ctx.workspace->Take<char>(T * kv * SizeOf(type));
+  char* v = ctx.workspace->Take<char>(T * kv * SizeOf(type));
+  PackRows(ctx, rows + q, stride, T, kv, type, k);
+  PackRows(ctx, rows + q + kv, stride, T, kv, type, v);
   float* claim = nullptr;
   if (!dsla.claim.empty()) {
     claim = ctx.workspace->Take<float>(T * config_.H);

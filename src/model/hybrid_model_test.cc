@@ -253,6 +253,35 @@ INSTANTIATE_TEST_SUITE_P(
                     HybridCase{"no_deltas", "llama2", {.rank = 0}}),
     [](const auto& info) { return info.param.name; });
 
+// Prompt, decode, a raise and decode again beside the same with an fp32 cache: as far apart as
+// integers of 7 bits and a sign make it.
+TEST(HybridModelTest, AnInt8CacheChangesLittle) {
+  const ModelOptions exact = {
+      .weights = WeightFormat::kF32, .kv_dtype = DType::kF32, .page_size = 16};
+  ModelOptions small = exact;
+  small.kv_dtype = DType::kI8;
+  SmallModel want("smollm2", true, {}, exact), got("smollm2", true, {}, small);
+  const auto tokens = RandomTokens(want.model().config(), 120, 9);
+  SequenceCache a = want.NewSequence(0), b = got.NewSequence(0);
+  const auto expect_near = [&](int begin, int end) {
+    const auto x = want.Run(a, Slice(tokens, begin, end)),
+               y = got.Run(b, Slice(tokens, begin, end));
+    double error = 0, size = 0;
+    for (size_t i = 0; i < x.size(); ++i) {
+      error += std::pow(double{x[i]} - double{y[i]}, 2);
+      size += std::pow(double{x[i]}, 2);
+    }
+    EXPECT_LT(std::sqrt(error / size), 0.1) << "tokens from " << begin;
+    EXPECT_GT(error, 0) << "the cache is not int8";
+  };
+  expect_near(0, 80);
+  for (int t = 80; t < 90; ++t) expect_near(t, t + 1);
+  ASSERT_TRUE(want.model().Raise(want.ctx(), want.pool(), a, 2).ok());
+  ASSERT_TRUE(got.model().Raise(got.ctx(), got.pool(), b, 2).ok());
+  for (int t = 90; t < 100; ++t) expect_near(t, t + 1);
+  expect_near(100, 120);
+}
+
 TEST(HybridModelTest, LevelsBeyondTheAdapterAreRefused) {
   SmallModel small("smollm2", true);
   SequenceCache cache = small.NewSequence(0);

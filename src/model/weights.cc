@@ -158,7 +158,7 @@ BoundAdapter BindAdapter(const ModelConfig& config, std::shared_ptr<const Adapte
                    .states = from.states,
                    .window = from.window,
                    .sinks = from.sinks,
-                   .kv_dtype = kv_dtype,
+                   .kv_dtype = DslaRowType(kv_dtype),
                    .gate_floor = from.gate_floor};
     if (from.rank > 0) {
       layer.q_delta = LowRankDelta(from.q_a, from.q_b, from.rank, config.C, q, format, arena);

@@ -9,9 +9,17 @@
 
 namespace dsla {
 
+inline constexpr int kMaxHeadDim = 256;
+
+// What K or V of one token and head takes in a cache: kI8 has an fp32 scale beside the integers.
+constexpr int64_t KvRowBytes(DType dtype, int D) {
+  return D * SizeOf(dtype) + (dtype == DType::kI8 ? 4 : 0);
+}
+
 // The page pool as one layer sees it. A page holds `page_size` tokens of K and of V of one layer of
-// one sequence. Element (head h, token s, channel d) of page p lies at p * page_stride + (h *
-// page_size + s) * D + d, in k and in v.
+// one sequence. Channel d of head h and token s of page p lies at Row(p, h, s) + d, in k and in v:
+// [Hkv][page_size][D]. With kI8 it is the integer there times the scale of the row, and the scales
+// follow each head's rows: [Hkv]([page_size][D] int8, [page_size] fp32).
 struct PagedKvView {
   void* k = nullptr;
   void* v = nullptr;
@@ -20,6 +28,15 @@ struct PagedKvView {
   int Hkv = 0;
   int D = 0;
   DType dtype = DType::kBF16;
+
+  int64_t HeadStride() const { return page_size * KvRowBytes(dtype, D) / SizeOf(dtype); }
+  int64_t Row(int64_t page, int64_t h, int64_t s) const {
+    return page * page_stride + h * HeadStride() + s * D;
+  }
+  // kI8: where the row's scale lies, in bytes.
+  int64_t Scale(int64_t page, int64_t h, int64_t s) const {
+    return Row(page, h, page_size) + 4 * s;
+  }
 };
 
 // N sequences whose new rows lie one after another. Sequence n has rows [row_start[n],

@@ -32,7 +32,7 @@ void PagedAttentionCpu(const ExecContext& ctx, const PagedAttentionArgs& args);
 void PagedAttentionRef(const PagedAttentionArgs& args);
 
 // Copies new K and V rows into their pages, converting to the cache's dtype (round to nearest
-// even).
+// even; kI8: by each row's largest).
 struct KvWriteArgs {
   RaggedRows rows;
   PageTables tables;

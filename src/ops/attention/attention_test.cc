@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstring>
 #include <limits>
 #include <numeric>
@@ -70,43 +71,46 @@ class Cache {
     kv_.Hkv = shape.Hkv;
     kv_.D = shape.D;
     kv_.dtype = shape.dtype;
-    kv_.page_stride = int64_t{shape.Hkv} * shape.page_size * shape.D + 8;  // pages need not touch
-    const auto size = static_cast<size_t>(pages * kv_.page_stride);
-    if (shape.dtype == DType::kBF16) {
-      k16_.assign(size, ToBf16(kNaN));
-      v16_.assign(size, ToBf16(kNaN));
-      kv_.k = k16_.data();
-      kv_.v = v16_.data();
-    } else {
-      k32_.assign(size, kNaN);
-      v32_.assign(size, kNaN);
-      kv_.k = k32_.data();
-      kv_.v = v32_.data();
-    }
+    kv_.page_stride = shape.Hkv * kv_.HeadStride() + 8;  // pages need not touch
+    // In every type all ones are a NaN, in int8 that of the scale.
+    k_.assign(static_cast<size_t>(pages * kv_.page_stride * SizeOf(shape.dtype)), std::byte{0xff});
+    v_ = k_;
+    kv_.k = k_.data();
+    kv_.v = v_.data();
   }
   const PagedKvView& view() const { return kv_; }
 
   // k and v: [Hkv, D]
   void Put(const PageTables& tables, int n, int s, const float* k, const float* v) {
     for (int h = 0; h < kv_.Hkv; ++h) {
-      const int64_t at = RowOffset(kv_, tables, n, h, s);
-      for (int d = 0; d < kv_.D; ++d) {
-        Set(k16_, k32_, at + d, k[h * kv_.D + d]);
-        Set(v16_, v32_, at + d, v[h * kv_.D + d]);
-      }
+      PutRow(kv_.k, tables, n, h, s, k + h * kv_.D);
+      PutRow(kv_.v, tables, n, h, s, v + h * kv_.D);
     }
   }
 
  private:
-  void Set(std::vector<bf16>& narrow, std::vector<float>& wide, int64_t at, float x) {
-    if (kv_.dtype == DType::kBF16)
-      narrow.at(static_cast<size_t>(at)) = ToBf16(x);
-    else
-      wide.at(static_cast<size_t>(at)) = x;
+  void PutRow(void* base, const PageTables& tables, int n, int h, int s, const float* x) {
+    const int64_t at = RowOffset(kv_, tables, n, h, s);
+    float most = 0;
+    for (int d = 0; d < kv_.D; ++d) most = std::max(most, std::abs(x[d]));
+    for (int d = 0; d < kv_.D; ++d) {
+      switch (kv_.dtype) {
+        case DType::kF32:
+          static_cast<float*>(base)[at + d] = x[d];
+          break;
+        case DType::kBF16:
+          static_cast<bf16*>(base)[at + d] = ToBf16(x[d]);
+          break;
+        case DType::kI8:
+          static_cast<int8_t*>(base)[at + d] =
+              most > 0 ? static_cast<int8_t>(std::nearbyint(x[d] * (127.f / most))) : int8_t{0};
+          break;
+      }
+    }
+    if (kv_.dtype == DType::kI8) *RowScale(kv_, base, tables, n, h, s) = most / 127.f;
   }
   PagedKvView kv_;
-  std::vector<bf16> k16_, v16_;
-  std::vector<float> k32_, v32_;
+  std::vector<std::byte> k_, v_;
 };
 
 struct Tables {
@@ -286,14 +290,15 @@ TEST(PagedAttention, MatchesTheReference) {
   constexpr int kDims[] = {64, 16, 128, 8, 24, 256};
   constexpr int kPages[] = {16, 1, 64};
   constexpr int kWindows[] = {0, 1, 7, 100, 300};
+  constexpr DType kTypes[] = {DType::kBF16, DType::kF32, DType::kI8};
   ForEachTarget([&] {
-    for (unsigned i = 0; i < 30; ++i) {
+    for (unsigned i = 0; i < 36; ++i) {
       Shape shape;
       shape.H = kHeads[i % 5][0];
       shape.Hkv = kHeads[i % 5][1];
       shape.D = kDims[i % 6];
       shape.page_size = kPages[(i / 6 + i) % 3];
-      shape.dtype = (i / 2) % 2 ? DType::kF32 : DType::kBF16;
+      shape.dtype = kTypes[i / 2 % 3];
       shape.window = kWindows[(i / 5 + i) % 5];
       std::mt19937 rng(100 + i);
       Batch batch(shape, RandomSequences(rng), 200 + i);
@@ -340,7 +345,7 @@ TEST(PagedAttention, TheBatchDoesNotChangeABit) {
 
 TEST(PagedAttention, APromptMayBeCutAnywhere) {
   ForEachTarget([] {
-    for (const DType dtype : {DType::kBF16, DType::kF32}) {
+    for (const DType dtype : {DType::kBF16, DType::kF32, DType::kI8}) {
       for (const int window : {0, 50}) {
         const Shape shape{.H = 3, .Hkv = 1, .dtype = dtype, .window = window};
         Batch batch(shape, {{0, 150}, {77, 100}}, 61);
@@ -361,11 +366,14 @@ TEST(PagedAttention, APromptMayBeCutAnywhere) {
 TEST(PagedAttention, DecodeMayBeCutAnywhere) {
   ForEachTarget([] {
     for (const int H : {3, 6, 15}) {
-      Batch batch(Shape{.H = H, .Hkv = 3, .page_size = 1, .window = 400}, {{510, 4}, {0, 4}}, 71);
-      const Output four = batch.CpuInParts(4);
-      EXPECT_TRUE(four.SameBits(batch.CpuInParts(1))) << "H " << H;
-      EXPECT_TRUE(four.SameBits(batch.CpuInParts(2))) << "H " << H;
-      EXPECT_TRUE(four.SameBits(batch.CpuInParts(3))) << "H " << H;
+      for (const DType dtype : {DType::kBF16, DType::kI8}) {
+        const Shape shape{.H = H, .Hkv = 3, .page_size = 1, .dtype = dtype, .window = 400};
+        Batch batch(shape, {{510, 4}, {0, 4}}, 71);
+        const Output four = batch.CpuInParts(4);
+        EXPECT_TRUE(four.SameBits(batch.CpuInParts(1))) << shape;
+        EXPECT_TRUE(four.SameBits(batch.CpuInParts(2))) << shape;
+        EXPECT_TRUE(four.SameBits(batch.CpuInParts(3))) << shape;
+      }
     }
   });
 }
@@ -386,7 +394,7 @@ TEST(PagedAttention, NothingToDo) {
 
 TEST(KvWrite, WritesTheNewRowsAndNothingElse) {
   ForEachTarget([] {
-    for (const DType dtype : {DType::kBF16, DType::kF32}) {
+    for (const DType dtype : {DType::kBF16, DType::kF32, DType::kI8}) {
       for (const int D : {8, 64, 72}) {
         const Shape shape{.Hkv = 3, .D = D, .page_size = 16, .dtype = dtype};
         const std::vector<Sequence> sequences = {{5, 70}, {40, 0}, {15, 2}, {0, 90}};
@@ -427,6 +435,28 @@ TEST(KvWrite, WritesTheNewRowsAndNothingElse) {
         EXPECT_EQ(std::memcmp(got.view().k, want.view().k, bytes), 0) << Name(dtype) << " D " << D;
         EXPECT_EQ(std::memcmp(got.view().v, want.view().v, bytes), 0) << Name(dtype) << " D " << D;
       }
+    }
+  });
+}
+
+// What has no integer leaves a NaN in what attends to it, not a number.
+TEST(KvWrite, ARowThatIsNotFiniteIsNaNInAnInt8Cache) {
+  ForEachTarget([] {
+    for (const float bad : {kNaN, std::numeric_limits<float>::infinity()}) {
+      Cache cache(Shape{.Hkv = 1, .D = 16, .page_size = 4, .dtype = DType::kI8}, 1);
+      std::vector<float> row(16, 0.5f);
+      row[3] = bad;
+      const int32_t row_start[] = {0, 1}, pos[] = {0}, page_start[] = {0, 1}, pages[] = {0};
+      Workspace workspace;
+      KvWriteCpu(ExecContext{1, &workspace}, {.rows = {1, row_start, pos},
+                                              .tables = {page_start, pages},
+                                              .kv = cache.view(),
+                                              .k = row.data(),
+                                              .v = row.data(),
+                                              .k_stride = 16,
+                                              .v_stride = 16});
+      EXPECT_TRUE(
+          std::isnan(*RowScale(cache.view(), cache.view().k, {page_start, pages}, 0, 0, 0)));
     }
   });
 }

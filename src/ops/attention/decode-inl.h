@@ -14,9 +14,9 @@
 #include <cstring>
 #include <limits>
 
-#include "hwy/cache_control.h"
 #include "hwy/highway.h"
 #include "ops/attention/attention.h"
+#include "ops/attention/decode_rows-inl.h"
 #include "ops/attention/paging.h"
 #include "ops/attention/plan.h"
 #include "ops/simd/math-inl.h"
@@ -25,48 +25,9 @@ HWY_BEFORE_NAMESPACE();
 namespace dsla {
 namespace HWY_NAMESPACE {
 namespace decode_internal {
-namespace hn = hwy::HWY_NAMESPACE;
-using DF = hn::ScalableTag<float>;
-using VF = hn::Vec<DF>;
-constexpr int kLanes = HWY_LANES(float);
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 // Rows that one pass handles: their weights for 4 keys, or 2 with 4 rows, fill the registers.
 constexpr int kGroup = 4;
-// Rows of K or V requested ahead of their use: with pages in any order the hardware prefetcher
-// loses the stream at each page.
-constexpr int kAhead = 32;
-
-// Channels in the order in which the kernels below hold them. Two neighbouring bf16 are the halves
-// of one 32-bit lane, which a shift and a mask widen, cheaper than a widening load per vector: of
-// every 2 N channels come first the N of even index, then the N of odd index. Queries, widened rows
-// and partial results are in this order too; fp32 caches keep their own.
-template <typename T>
-constexpr int Place(int d) {
-  constexpr int kPair = 2 * kLanes;
-  return sizeof(T) == 4 ? d : d / kPair * kPair + d % 2 * kLanes + d % kPair / 2;
-}
-// Vector `kHalf` of the two that begin at p.
-template <int kHalf>
-HWY_INLINE VF LoadHalf(const bf16* p) {
-  const DF d;
-  const hn::RebindToUnsigned<DF> du;
-  const auto raw = hn::LoadU(du, reinterpret_cast<const uint32_t*>(p));
-  return hn::BitCast(d,
-                     kHalf == 0 ? hn::ShiftLeft<16>(raw) : hn::And(raw, hn::Set(du, 0xffff0000u)));
-}
-template <int kHalf>
-HWY_INLINE VF LoadHalf(const float* p) {
-  return hn::LoadU(DF(), p + kHalf * kLanes);
-}
-
-// Two lines at once: a row of 64 bf16.
-template <typename T>
-HWY_INLINE void PrefetchRow(const T* row, int D) {
-  constexpr int kPerLine = 64 / static_cast<int>(sizeof(T));
-  hwy::Prefetch(row);
-  hwy::Prefetch(row + kPerLine);
-  for (int d = 2 * kPerLine; d < D; d += kPerLine) hwy::Prefetch(row + d);
-}
 
 // Sums over the lanes of four vectors in two steps: two of them pair by pair, then all.
 #if HWY_TARGET == HWY_SCALAR  // which has one lane and no shuffles
@@ -247,56 +208,6 @@ inline void SoftmaxRow(float* scores, int keys, int low, int high, float* max_ou
   *sum_out = hn::GetLane(hn::SumOfLanes(d, sum));
 }
 
-constexpr int kMaxRows = kDecodeKeys + 4 + kAhead;
-
-template <typename T>
-void RowsOf(const void* base, const PagedAttentionArgs& a, int n, int head, int begin, int end,
-            const T** rows) {
-  ForEachRun(a.kv, a.tables, n, head, begin, end, [&](int s, int count, int64_t offset) {
-    const T* at = static_cast<const T*>(base) + offset;
-    for (int j = 0; j < count; ++j) rows[s - begin + j] = at + int64_t{j} * a.kv.D;
-  });
-}
-
-// The addresses of the rows of keys [begin, end); the last one again up to a multiple of four; then
-// kAhead rows that will be read next, [next_begin, next_end) of `next` as far as they go.
-template <typename T>
-void RowsAndAhead(const void* base, const void* next, const PagedAttentionArgs& a, int n, int head,
-                  int begin, int end, int next_begin, int next_end, const T** rows) {
-  RowsOf(base, a, n, head, begin, end, rows);
-  const int keys = end - begin, padded = RoundUp(keys, 4);
-  std::fill(rows + keys, rows + padded + kAhead, rows[keys - 1]);
-  next_end = std::min(next_end, next_begin + kAhead);
-  if (next_begin < next_end) RowsOf(next, a, n, head, next_begin, next_end, rows + padded);
-}
-
-// D channels in the kernels' order from `from` in its own, zeros up to Dp.
-inline void WidenRow(const float* from, int D, int Dp, float* to) {
-  std::copy(from, from + D, to);
-  std::fill(to + D, to + Dp, 0.f);
-}
-inline void WidenRow(const bf16* from, int D, int Dp, float* to) {
-  const DF d;
-  int i = 0;
-  for (; i + 2 * kLanes <= D; i += 2 * kLanes) {
-    hn::Store(LoadHalf<0>(from + i), d, to + i);
-    hn::Store(LoadHalf<1>(from + i), d, to + i + kLanes);
-  }
-  std::fill(to + i, to + Dp, 0.f);
-  for (; i < D; ++i) to[Place<bf16>(i)] = ToFloat(from[i]);
-}
-
-// Copies `keys` rows to dense fp32 ones, padded with zeros to Dp, and points `wide` at them.
-template <typename T>
-void Widen(const T* const* rows, int keys, int D, int Dp, float* panel, const float** wide) {
-  for (int s = 0; s < keys; ++s) {
-    float* to = panel + int64_t{s} * Dp;
-    WidenRow(rows[s], D, Dp, to);
-    wide[s] = to;
-  }
-  std::fill(wide + keys, wide + RoundUp(keys, 4) + kAhead, wide[keys - 1]);
-}
-
 // A task's rows and scratch memory.
 struct Range {
   int n, head, begin, end;
@@ -318,7 +229,7 @@ void LoadQueries(const PagedAttentionArgs& a, const Range& t) {
     int i = 0;
     for (; i + 2 * kLanes <= t.D; i += 2 * kLanes) {
       VF first, second;
-      if constexpr (sizeof(T) == 4) {
+      if constexpr (!kPaired<T>) {
         first = hn::LoadU(d, from + i);
         second = hn::LoadU(d, from + i + kLanes);
       } else {
@@ -342,6 +253,16 @@ void AllAccumulate(const Range& t, const T* const* v) {
   for (int r = 0; r < t.R; r += kGroup)
     AccumulateOf(std::min(kGroup, t.R - r), t.scores + int64_t{r} * kDecodeKeys, v, t.keys(), t.Dp,
                  t.partial + r * t.stride, t.stride);
+}
+// Every row's scores, or weights, times what belongs to each key; null: 1.
+inline void ScaleKeys(const Range& t, const float* scales) {
+  const DF d;
+  if (scales == nullptr) return;
+  for (int r = 0; r < t.R; ++r) {
+    float* row = t.scores + int64_t{r} * kDecodeKeys;
+    for (int s = 0; s < t.keys(); s += kLanes)
+      hn::Store(hn::Mul(hn::Load(d, row + s), hn::LoadU(d, scales + s)), d, row + s);
+  }
 }
 inline void AllSoftmax(const PagedAttentionArgs& a, const Range& t) {
   for (int r = 0; r < t.R; ++r) {
@@ -372,18 +293,29 @@ void Attend(const PagedAttentionArgs& a, int n, int head, int begin, int end, fl
   const T* v[kMaxRows];
   RowsAndAhead(a.kv.k, a.kv.v, a, n, head, begin, end, begin, end, k);
   RowsAndAhead(a.kv.v, a.kv.k, a, n, head, begin, end, end, tokens, v);
+  float k_scales[kDecodeKeys], v_scales[kDecodeKeys];
+  const float *k_scale = nullptr, *v_scale = nullptr;
+  if constexpr (std::is_same_v<T, int8_t>) {
+    ScalesOf(a.kv.k, a, n, head, begin, end, k_scales);
+    ScalesOf(a.kv.v, a, n, head, begin, end, v_scales);
+    k_scale = k_scales, v_scale = v_scales;
+  }
   LoadQueries<T>(a, t);
   // Straight from the cache if one pass serves all rows and D is whole vectors, else through a
   // dense fp32 copy, so that each row is converted once.
   if (t.R <= kGroup && t.D == t.Dp) {
     AllScores(t, k);
+    ScaleKeys(t, k_scale);
     AllSoftmax(a, t);
+    ScaleKeys(t, v_scale);
     AllAccumulate(t, v);
   } else {
     const float* wide[kMaxRows];
     Widen(k, t.keys(), t.D, t.Dp, t.panel, wide);
     AllScores(t, wide);
+    ScaleKeys(t, k_scale);
     AllSoftmax(a, t);
+    ScaleKeys(t, v_scale);
     Widen(v, t.keys(), t.D, t.Dp, t.panel, wide);
     AllAccumulate(t, wide);
   }
@@ -398,7 +330,7 @@ void StoreRow(const float* from, int D, float scale, float* to) {
   for (; i + 2 * kLanes <= D; i += 2 * kLanes) {
     const VF first = hn::Mul(by, hn::Load(d, from + i));
     const VF second = hn::Mul(by, hn::Load(d, from + i + kLanes));
-    if constexpr (sizeof(T) == 4) {
+    if constexpr (!kPaired<T>) {
       hn::StoreU(first, d, to + i);
       hn::StoreU(second, d, to + i + kLanes);
     } else {
@@ -414,10 +346,14 @@ void StoreRow(const float* from, int D, float scale, float* to) {
 // PartialRow(D) floats per row, `scratch` has DecodeScratch(args) floats; both 64-byte aligned.
 inline void DecodeTask(const PagedAttentionArgs& args, int n, int head, int begin, int end,
                        float* partial, float* scratch) {
-  if (args.kv.dtype == DType::kBF16)
-    decode_internal::Attend<bf16>(args, n, head, begin, end, partial, scratch);
-  else
-    decode_internal::Attend<float>(args, n, head, begin, end, partial, scratch);
+  switch (args.kv.dtype) {
+    case DType::kF32:
+      return decode_internal::Attend<float>(args, n, head, begin, end, partial, scratch);
+    case DType::kBF16:
+      return decode_internal::Attend<bf16>(args, n, head, begin, end, partial, scratch);
+    case DType::kI8:
+      return decode_internal::Attend<int8_t>(args, n, head, begin, end, partial, scratch);
+  }
 }
 
 // Merges the `splits` partial results of sequence n and KV head `head`, `split_stride` floats

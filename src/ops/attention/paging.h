@@ -15,9 +15,14 @@ inline int FirstVisibleKey(int t, int window) {
 
 // Offset in elements of the row of `head` and token s of sequence n, in k and in v.
 inline int64_t RowOffset(const PagedKvView& kv, const PageTables& tables, int n, int head, int s) {
+  return kv.Row(tables.pages[tables.page_start[n] + s / kv.page_size], head, s % kv.page_size);
+}
+// kI8: the row's scale in `base`, which is kv.k or kv.v.
+inline float* RowScale(const PagedKvView& kv, void* base, const PageTables& tables, int n, int head,
+                       int s) {
   const int64_t page = tables.pages[tables.page_start[n] + s / kv.page_size];
-  return page * kv.page_stride +
-         (static_cast<int64_t>(head) * kv.page_size + s % kv.page_size) * kv.D;
+  return reinterpret_cast<float*>(static_cast<char*>(base) +
+                                  kv.Scale(page, head, s % kv.page_size));
 }
 
 template <typename T>
@@ -30,7 +35,7 @@ T* ValueRow(const PagedKvView& kv, const PageTables& tables, int n, int head, in
 }
 
 // Calls run(s, count, offset) for the longest runs of tokens in [begin, end) whose rows of `head`
-// follow one another: token s + j lies at offset + j * D.
+// follow one another: token s + j lies at offset + j * D; so do their scales.
 template <typename Run>
 void ForEachRun(const PagedKvView& kv, const PageTables& tables, int n, int head, int begin,
                 int end, Run&& run) {

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "hwy/highway.h"
 #include "ops/attention/attention.h"
@@ -85,11 +86,18 @@ inline void LoadQueries(const PagedAttentionArgs& a, int64_t first_row, int head
 
 // Keys (or values) [begin, end) of the head as fp32 rows.
 template <typename T>
-void LoadPanel(const void* base, const PagedAttentionArgs& a, int n, int head, int begin, int end,
+void LoadPanel(void* base, const PagedAttentionArgs& a, int n, int head, int begin, int end,
                float* panel) {
   ForEachRun(a.kv, a.tables, n, head, begin, end, [&](int s, int count, int64_t offset) {
-    ConvertRow(static_cast<const T*>(base) + offset, panel + int64_t{s - begin} * a.kv.D,
-               static_cast<size_t>(count) * static_cast<size_t>(a.kv.D));
+    if constexpr (std::is_same_v<T, int8_t>) {
+      const float* scale = RowScale(a.kv, base, a.tables, n, head, s);
+      for (int j = 0; j < count; ++j)
+        DequantizeRow(static_cast<const int8_t*>(base) + offset + int64_t{j} * a.kv.D, scale[j],
+                      panel + int64_t{s - begin + j} * a.kv.D, a.kv.D);
+      return;
+    } else
+      ConvertRow(static_cast<const T*>(base) + offset, panel + int64_t{s - begin} * a.kv.D,
+                 static_cast<size_t>(count) * static_cast<size_t>(a.kv.D));
   });
 }
 
@@ -187,10 +195,14 @@ void Attend(const PagedAttentionArgs& a, int n, int head, int first, int last, f
 // PrefillScratch(args) floats, 64-byte aligned.
 inline void PrefillTask(const PagedAttentionArgs& args, int n, int head, int first, int last,
                         float* scratch) {
-  if (args.kv.dtype == DType::kBF16)
-    prefill_internal::Attend<bf16>(args, n, head, first, last, scratch);
-  else
-    prefill_internal::Attend<float>(args, n, head, first, last, scratch);
+  switch (args.kv.dtype) {
+    case DType::kF32:
+      return prefill_internal::Attend<float>(args, n, head, first, last, scratch);
+    case DType::kBF16:
+      return prefill_internal::Attend<bf16>(args, n, head, first, last, scratch);
+    case DType::kI8:
+      return prefill_internal::Attend<int8_t>(args, n, head, first, last, scratch);
+  }
 }
 
 }  // namespace HWY_NAMESPACE

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "hwy/highway.h"
 #include "ops/dsla/cpu_wave.h"
@@ -97,23 +98,38 @@ void LoadFold(const DslaWave& wave, int chunk, int h) {
   const DslaSegment& seg = wave.segments[ck.segment];
   const DslaFoldArgs& args = *wave.fold;
   const int D = wave.shape.D, page_size = args.kv.page_size;
+  const auto load = [&](const void* base, int64_t page, int64_t s, float* to) {
+    const T* row = Elements<T>(base, args.kv.Row(page, h, s));
+    if constexpr (std::is_same_v<T, int8_t>) {
+      bf16 rounded[kMaxHeadDim];
+      DequantizeRow(row, *Elements<float>(base, args.kv.Scale(page, h, s) / 4), rounded, D);
+      ConvertRow(rounded, to, static_cast<size_t>(D));
+    } else {
+      ConvertRow(row, to, static_cast<size_t>(D));
+    }
+  };
   const int32_t* pages = args.tables.pages + args.tables.page_start[seg.n];
   for (int x = ck.offset; x < ck.offset + ck.rows; ++x) {
     const int64_t s = seg.begin - wave.shape.window + x;
-    const int64_t at = pages[s / page_size] * args.kv.page_stride +
-                       (static_cast<int64_t>(h) * page_size + s % page_size) * D;
     const int64_t to = (h * wave.tokens + seg.token + x) * D;
-    ConvertRow(Elements<T>(args.kv.k, at), wave.k + to, static_cast<size_t>(D));
-    ConvertRow(Elements<T>(args.kv.v, at), wave.v + to, static_cast<size_t>(D));
+    load(args.kv.k, pages[s / page_size], s % page_size, wave.k + to);
+    load(args.kv.v, pages[s / page_size], s % page_size, wave.v + to);
   }
 }
 
 void LoadTokens(const DslaWave& wave, int chunk, int h) {
-  const bool f32 = wave.shape.kv_dtype == DType::kF32;
-  if (wave.forward)
-    f32 ? LoadForward<float>(wave, chunk, h) : LoadForward<bf16>(wave, chunk, h);
-  else
-    f32 ? LoadFold<float>(wave, chunk, h) : LoadFold<bf16>(wave, chunk, h);
+  if (wave.forward) {
+    return wave.shape.kv_dtype == DType::kF32 ? LoadForward<float>(wave, chunk, h)
+                                              : LoadForward<bf16>(wave, chunk, h);
+  }
+  switch (wave.fold->kv.dtype) {
+    case DType::kF32:
+      return LoadFold<float>(wave, chunk, h);
+    case DType::kBF16:
+      return LoadFold<bf16>(wave, chunk, h);
+    case DType::kI8:
+      return LoadFold<int8_t>(wave, chunk, h);
+  }
 }
 
 // Where the results of one vector of channels of a chunk go.

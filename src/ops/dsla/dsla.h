@@ -42,6 +42,9 @@ inline constexpr float kDslaGateDivisor = 16.f;
 // fp32's range); an implementation may cut finer chunks, of a length that divides it.
 inline constexpr int kDslaChunk = 64;
 
+// What the slots beside a paged cache hold their rows in.
+constexpr DType DslaRowType(DType cache) { return cache == DType::kI8 ? DType::kBF16 : cache; }
+
 // Dimensions of one layer's operator.
 struct DslaShape {
   int H = 0, Hkv = 0, D = 0;
@@ -49,7 +52,7 @@ struct DslaShape {
   int states = 0;                 // 1 or 2
   int window = 0;                 // W
   int sinks = 0;                  // S
-  DType kv_dtype = DType::kBF16;  // of k, v, ring and sinks
+  DType kv_dtype = DType::kBF16;  // of k, v, ring and sinks: fp32 or bf16
   float gate_floor = 0;
 
   int G() const { return H / Hkv; }
@@ -95,7 +98,7 @@ struct DslaArgs {
   const float* q = nullptr;  // [T, H, D] rotated, low-rank delta included
   int64_t q_stride = 0;      // floats between rows of q
   const void* k =
-      nullptr;  // [T, Hkv, D] dense, kv_dtype: rotated, exactly as a cache would hold it
+      nullptr;  // [T, Hkv, D] dense, kv_dtype: rotated, as a cache of that type would hold it
   const void* v = nullptr;       // [T, Hkv, D] dense, kv_dtype
   const float* claim = nullptr;  // [T, H]: claim . x_t + c; null when W = 0
   float* out = nullptr;          // [T, H, D] dense
@@ -118,11 +121,11 @@ void DslaResetSlot(const DslaShape& shape, const DslaStateView& states, int32_t 
 // processed those K and V stands, on the CPU bit for bit if it took them in one call of several
 // tokens. What the slot held before is overwritten.
 struct DslaFoldArgs {
-  DslaShape shape;  // kv_dtype is also the pages' dtype
+  DslaShape shape;
   DslaParams params;
   RaggedRows rows;
   PageTables tables;
-  PagedKvView kv;
+  PagedKvView kv;  // its rows count as rounded to shape.kv_dtype, which is DslaRowType(kv.dtype)
   const int32_t* slots = nullptr;  // [N]
   DslaStateView states;
 };

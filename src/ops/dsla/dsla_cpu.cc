@@ -251,16 +251,12 @@ void CopyTail(const DslaFoldArgs& args, const DslaSlot& slot, int n) {
   const int64_t bytes = shape.D * SizeOf(shape.kv_dtype), W = shape.window, S = shape.sinks;
   const int64_t pos = args.rows.pos[n];
   const int32_t* pages = args.tables.pages + args.tables.page_start[n];
-  const auto* k = static_cast<const std::byte*>(args.kv.k);
-  const auto* v = static_cast<const std::byte*>(args.kv.v);
   const auto copy = [&](int64_t t, std::byte* to_k, std::byte* to_v, int64_t per_head, int64_t at) {
     const int64_t size = args.kv.page_size;
     for (int64_t h = 0; h < shape.Hkv; ++h) {
-      const int64_t from = pages[t / size] * args.kv.page_stride * SizeOf(shape.kv_dtype) +
-                           (h * size + t % size) * bytes;
       const int64_t to = (h * per_head + at) * bytes;
-      std::memcpy(to_k + to, k + from, static_cast<size_t>(bytes));
-      std::memcpy(to_v + to, v + from, static_cast<size_t>(bytes));
+      DslaCopyCachedRow(args.kv, args.kv.k, pages[t / size], h, t % size, to_k + to);
+      DslaCopyCachedRow(args.kv, args.kv.v, pages[t / size], h, t % size, to_v + to);
     }
   };
   for (int64_t t = std::max<int64_t>(0, pos - W); t < pos; ++t)

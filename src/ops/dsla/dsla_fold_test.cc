@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <string>
 
@@ -30,8 +31,8 @@ DslaShape Shape(int H, int Hkv, int D, int F, int states, int W, int S, DType dt
 class PagedCache {
  public:
   PagedCache(const DslaShape& shape, int page_size, const std::vector<const TestTokens*>& sequences,
-             const std::vector<int32_t>& pos, uint32_t seed)
-      : shape_(shape), page_size_(page_size), pos_(pos) {
+             const std::vector<int32_t>& pos, uint32_t seed, bool quantized = false)
+      : shape_(shape), pos_(pos) {
     page_start_.push_back(0);
     for (const int32_t p : pos)
       page_start_.push_back(page_start_.back() + (p + page_size - 1) / page_size);
@@ -39,19 +40,25 @@ class PagedCache {
     std::iota(pages_.begin(), pages_.end(), 0);
     std::mt19937 rng(seed);
     std::shuffle(pages_.begin(), pages_.end(), rng);
-    stride_ = int64_t{page_size} * shape.Hkv * shape.D + 64;
-    const int64_t element = SizeOf(shape.kv_dtype), row = shape.D * element;
-    k_.assign(static_cast<size_t>(stride_ * element) * pages_.size(), std::byte{0xff});
+    kv_ = {.page_size = page_size,
+           .Hkv = shape.Hkv,
+           .D = shape.D,
+           .dtype = quantized ? DType::kI8 : shape.kv_dtype};
+    kv_.page_stride = shape.Hkv * kv_.HeadStride() + 64;
+    k_.assign(static_cast<size_t>(kv_.page_stride * SizeOf(kv_.dtype)) * pages_.size(),
+              std::byte{0xff});
     v_ = k_;
+    kv_.k = k_.data();
+    kv_.v = v_.data();
+    const auto from = [&](int t, int h) {
+      return static_cast<size_t>((int64_t{t} * shape.Hkv + h) * shape.D * SizeOf(shape.kv_dtype));
+    };
     for (size_t n = 0; n < pos.size(); ++n) {
       for (int t = 0; t < pos[n]; ++t) {
         const int64_t page = pages_[static_cast<size_t>(page_start_[n] + t / page_size)];
         for (int h = 0; h < shape.Hkv; ++h) {
-          const auto to = static_cast<size_t>(page * stride_ * element +
-                                              (int64_t{h} * page_size + t % page_size) * row);
-          const auto from = static_cast<size_t>((int64_t{t} * shape.Hkv + h) * row);
-          std::memcpy(&k_[to], &sequences[n]->k[from], static_cast<size_t>(row));
-          std::memcpy(&v_[to], &sequences[n]->v[from], static_cast<size_t>(row));
+          Put(k_, &sequences[n]->k[from(t, h)], page, h, t % page_size);
+          Put(v_, &sequences[n]->v[from(t, h)], page, h, t % page_size);
         }
       }
     }
@@ -63,17 +70,37 @@ class PagedCache {
     args.params = layer.Params();
     args.rows = {static_cast<int>(pos_.size()), nullptr, pos_.data()};
     args.tables = {page_start_.data(), pages_.data()};
-    args.kv = {k_.data(), v_.data(), stride_, page_size_, shape_.Hkv, shape_.D, shape_.kv_dtype};
+    args.kv = kv_;
     args.slots = slots.data();
     args.states = pool.View();
     return args;
   }
 
  private:
+  // A row of the slots' dtype, in int8 rounded to 1/127 of its largest.
+  void Put(std::vector<std::byte>& to, const std::byte* row, int64_t page, int h, int s) {
+    std::byte* at = &to[static_cast<size_t>(kv_.Row(page, h, s) * SizeOf(kv_.dtype))];
+    if (kv_.dtype != DType::kI8) {
+      std::memcpy(at, row, static_cast<size_t>(shape_.D * SizeOf(shape_.kv_dtype)));
+      return;
+    }
+    std::vector<float> x(static_cast<size_t>(shape_.D));
+    float most = 0;
+    for (size_t d = 0; d < x.size(); ++d) {
+      bf16 narrow;
+      std::memcpy(&narrow, row + 2 * d, sizeof(narrow));
+      x[d] = ToFloat(narrow);
+      most = std::max(most, std::abs(x[d]));
+    }
+    const float scale = most / 127.f;
+    for (size_t d = 0; d < x.size(); ++d)
+      at[d] = static_cast<std::byte>(static_cast<int8_t>(std::nearbyint(x[d] / scale)));
+    std::memcpy(&to[static_cast<size_t>(kv_.Scale(page, h, s))], &scale, sizeof(scale));
+  }
+
   DslaShape shape_;
-  int page_size_;
   std::vector<int32_t> pos_, page_start_, pages_;
-  int64_t stride_ = 0;
+  PagedKvView kv_;
   std::vector<std::byte> k_, v_;
 };
 
@@ -96,8 +123,9 @@ const std::vector<DslaShape> kShapes = {
 };
 
 // Sequences of every length around the window's end, in one call, into slots that held others.
-TEST(DslaFold, MatchesReference) {
+void ExpectFoldMatchesReference(bool quantized) {
   for (const DslaShape& shape : kShapes) {
+    if (quantized && shape.kv_dtype != DType::kBF16) continue;
     SCOPED_TRACE("D " + std::to_string(shape.D) + " W " + std::to_string(shape.window));
     const int W = shape.window, S = shape.sinks;
     const std::vector<int32_t> pos = {
@@ -111,7 +139,7 @@ TEST(DslaFold, MatchesReference) {
       slots.push_back(static_cast<int32_t>((n * 3 + 1) % 8));
     }
     for (const TestTokens& x : tokens) sequences.push_back(&x);
-    PagedCache cache(shape, 16, sequences, pos, 20);
+    PagedCache cache(shape, 16, sequences, pos, 20, quantized);
     TestPool want(shape, 8);
     DslaFoldRef(cache.Args(layer, want, slots));
     ForEachTarget([&] {
@@ -128,6 +156,10 @@ TEST(DslaFold, MatchesReference) {
     });
   }
 }
+
+TEST(DslaFold, MatchesReference) { ExpectFoldMatchesReference(false); }
+// The slot's ring and sinks are bf16 then.
+TEST(DslaFold, OfAnInt8CacheMatchesReference) { ExpectFoldMatchesReference(true); }
 
 // A prompt that a DSLA layer took in one call leaves the same slot, bit for bit: the chunks are the
 // same. From there on the two sequences cannot differ.

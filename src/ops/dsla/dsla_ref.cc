@@ -209,18 +209,17 @@ void DslaForwardRef(const DslaArgs& args) {
 void DslaFoldRef(const DslaFoldArgs& args) {
   CheckDslaFoldArgs(args);
   const DslaShape& shape = args.shape;
-  const int64_t element = SizeOf(shape.kv_dtype);
+  const auto bytes = static_cast<size_t>(shape.D * SizeOf(shape.kv_dtype));
+  std::vector<std::byte> k(bytes), v(bytes);
   for (int n = 0; n < args.rows.N; ++n) {
     DslaResetSlot(shape, args.states, args.slots[n]);
     RefSlot slot(shape, args.params, args.states, args.slots[n]);
     for (int64_t t = 0; t < args.rows.pos[n]; ++t) {
       const int64_t page = args.tables.pages[args.tables.page_start[n] + t / args.kv.page_size];
       for (int h = 0; h < shape.Hkv; ++h) {
-        const int64_t at =
-            page * args.kv.page_stride +
-            (static_cast<int64_t>(h) * args.kv.page_size + t % args.kv.page_size) * shape.D;
-        slot.Push(h, t, static_cast<const std::byte*>(args.kv.k) + at * element,
-                  static_cast<const std::byte*>(args.kv.v) + at * element);
+        DslaCopyCachedRow(args.kv, args.kv.k, page, h, t % args.kv.page_size, k.data());
+        DslaCopyCachedRow(args.kv, args.kv.v, page, h, t % args.kv.page_size, v.data());
+        slot.Push(h, t, k.data(), v.data());
       }
     }
   }

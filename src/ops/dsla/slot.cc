@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "base/half.h"
+
 namespace dsla {
 namespace {
 
@@ -77,7 +79,24 @@ void CheckDslaFoldArgs(const DslaFoldArgs& args) {
   DSLA_CHECK(args.rows.pos && args.tables.page_start && args.tables.pages);
   DSLA_CHECK(args.kv.k && args.kv.v && args.kv.page_size > 0);
   DSLA_CHECK(args.kv.Hkv == args.shape.Hkv && args.kv.D == args.shape.D);
-  DSLA_CHECK(args.kv.dtype == args.shape.kv_dtype);
+  DSLA_CHECK(args.kv.D <= kMaxHeadDim);
+  DSLA_CHECK(DslaRowType(args.kv.dtype) == args.shape.kv_dtype);
+}
+
+void DslaCopyCachedRow(const PagedKvView& kv, const void* base, int64_t page, int64_t h, int64_t s,
+                       std::byte* to) {
+  const auto* bytes = static_cast<const std::byte*>(base);
+  const auto* row = bytes + kv.Row(page, h, s) * SizeOf(kv.dtype);
+  if (kv.dtype != DType::kI8) {
+    std::memcpy(to, row, static_cast<size_t>(kv.D * SizeOf(kv.dtype)));
+    return;
+  }
+  float scale;
+  std::memcpy(&scale, bytes + kv.Scale(page, h, s), sizeof(scale));
+  for (int d = 0; d < kv.D; ++d) {
+    const bf16 x = ToBf16(scale * static_cast<float>(static_cast<int8_t>(row[d])));
+    std::memcpy(to + d * 2, &x, sizeof(x));
+  }
 }
 
 }  // namespace dsla

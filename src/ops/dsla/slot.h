@@ -37,4 +37,8 @@ void CheckDslaShape(const DslaShape& shape);
 void CheckDslaArgs(const DslaArgs& args);
 void CheckDslaFoldArgs(const DslaFoldArgs& args);
 
+// K or V of one cached token and head, in the slot's dtype.
+void DslaCopyCachedRow(const PagedKvView& kv, const void* base, int64_t page, int64_t h, int64_t s,
+                       std::byte* to);
+
 }  // namespace dsla

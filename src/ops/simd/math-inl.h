@@ -206,6 +206,32 @@ inline void ConvertRow(const float* from, bf16* to, size_t n) {
   for (; i < n; ++i) to[i] = ToBf16(from[i]);
 }
 
+// scale times n integers, to fp32 or bf16.
+template <typename T>
+inline void DequantizeRow(const int8_t* from, float scale, T* to, int n) {
+  namespace hn = hwy::HWY_NAMESPACE;
+  const hn::ScalableTag<float> d;
+  const hn::RebindToSigned<decltype(d)> di;
+  const hn::Rebind<int8_t, decltype(d)> d8;
+  const auto by = hn::Set(d, scale);
+  const auto lanes = static_cast<int>(hn::Lanes(d));
+  int i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    const auto x = hn::Mul(by, hn::ConvertTo(d, hn::PromoteTo(di, hn::LoadU(d8, from + i))));
+    if constexpr (sizeof(T) == 4)
+      StoreF32(d, x, to + i);
+    else
+      StoreBf16(d, x, to + i);
+  }
+  for (; i < n; ++i) {
+    const float x = scale * static_cast<float>(from[i]);
+    if constexpr (sizeof(T) == 4)
+      to[i] = x;
+    else
+      to[i] = ToBf16(x);
+  }
+}
+
 }  // namespace HWY_NAMESPACE
 }  // namespace dsla
 HWY_AFTER_NAMESPACE();
