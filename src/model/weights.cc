@@ -14,37 +14,79 @@ Status ReadInto(const ModelFile& file, const std::string& name, Buffer<float>& o
   return file.Read(name, out.span());
 }
 
-// Stacks [out_i, in] weights of one layer (and their biases) into one Linear.
-Status LoadStacked(const ModelFile& file, int layer,
-                   std::span<const std::pair<const char*, int64_t>> parts, int64_t in, bool bias,
-                   WeightFormat format, Arena* arena, Linear& linear) {
+// Some rows of a matrix, read and stored by one task. Large enough that the task is worth its
+// start, small enough to even out, and to take little memory beside what it is stored in.
+constexpr int64_t kPieceRows = 512;
+static_assert(kPieceRows % Linear::kStoreRows == 0);
+
+struct Part {
+  std::string name;  // of a tensor [rows, in]
+  int64_t rows = 0;
+};
+struct Piece {
+  Linear* linear = nullptr;
+  std::shared_ptr<const std::vector<Part>> parts;  // stacked, they are the matrix
+  int64_t begin = 0, end = 0;
+};
+
+// Makes room for a matrix, and adds its pieces to what is to be read.
+void AddMatrix(std::vector<Part> parts, int64_t in, WeightFormat format,
+               std::span<const float> bias, Arena* arena, Linear& linear,
+               std::vector<Piece>& pieces) {
   int64_t out = 0;
-  for (const auto& [suffix, rows] : parts) out += rows;
-  Buffer<float> weight(out * in), biases(bias ? out : 0);
-  int64_t row = 0;
-  for (const auto& [suffix, rows] : parts) {
-    const std::string name = LayerTensorName(layer, suffix);
-    DSLA_RETURN_IF_ERROR(file.Read(name + ".weight", weight.span().subspan(row * in, rows * in)));
-    if (bias) DSLA_RETURN_IF_ERROR(file.Read(name + ".bias", biases.span().subspan(row, rows)));
-    row += rows;
+  for (const Part& part : parts) out += part.rows;
+  linear = Linear(out, in, format, bias, arena);
+  const auto shared = std::make_shared<const std::vector<Part>>(std::move(parts));
+  for (int64_t row = 0; row < out; row += kPieceRows)
+    pieces.push_back({&linear, shared, row, std::min(out, row + kPieceRows)});
+}
+
+Status ReadPiece(const ModelFile& file, const Piece& piece) {
+  const int64_t in = piece.linear->in();
+  Buffer<float> rows((piece.end - piece.begin) * in);
+  int64_t first = 0;  // row of the matrix where a part begins
+  for (const Part& part : *piece.parts) {
+    const int64_t begin = std::max(piece.begin, first),
+                  end = std::min(piece.end, first + part.rows);
+    if (begin < end) {
+      DSLA_RETURN_IF_ERROR(
+          file.ReadRows(part.name, begin - first, end - first,
+                        rows.span().subspan((begin - piece.begin) * in, (end - begin) * in)));
+    }
+    first += part.rows;
   }
-  linear = Linear(weight.span(), out, in, format, biases.span(), arena);
+  piece.linear->Store(piece.begin, rows.span());
   return Status::Ok();
 }
 
-Status LoadLayer(const ModelFile& file, int l, WeightFormat format, Arena* arena,
-                 LayerWeights& layer) {
+// A layer's vectors, and the pieces of its matrices.
+Status AddLayer(const ModelFile& file, int l, WeightFormat format, Arena* arena,
+                LayerWeights& layer, std::vector<Piece>& pieces) {
   const ModelConfig& c = file.config();
-  DSLA_RETURN_IF_ERROR(
-      ReadInto(file, LayerTensorName(l, "input_layernorm.weight"), layer.attn_norm, c.C));
-  DSLA_RETURN_IF_ERROR(
-      ReadInto(file, LayerTensorName(l, "post_attention_layernorm.weight"), layer.mlp_norm, c.C));
+  const auto vector = [&](const char* suffix, Buffer<float>& out, int64_t size) {
+    return ReadInto(file, LayerTensorName(l, suffix), out, size);
+  };
+  DSLA_RETURN_IF_ERROR(vector("input_layernorm.weight", layer.attn_norm, c.C));
+  DSLA_RETURN_IF_ERROR(vector("post_attention_layernorm.weight", layer.mlp_norm, c.C));
   if (c.qk_norm) {
-    DSLA_RETURN_IF_ERROR(
-        ReadInto(file, LayerTensorName(l, "self_attn.q_norm.weight"), layer.q_norm, c.D));
-    DSLA_RETURN_IF_ERROR(
-        ReadInto(file, LayerTensorName(l, "self_attn.k_norm.weight"), layer.k_norm, c.D));
+    DSLA_RETURN_IF_ERROR(vector("self_attn.q_norm.weight", layer.q_norm, c.D));
+    DSLA_RETURN_IF_ERROR(vector("self_attn.k_norm.weight", layer.k_norm, c.D));
   }
+  const auto matrix = [&](std::span<const std::pair<const char*, int64_t>> stacked, int64_t in,
+                          bool has_bias, Linear& linear) -> Status {
+    std::vector<Part> parts;
+    std::vector<float> bias;
+    for (const auto& [suffix, rows] : stacked) {
+      const std::string name = LayerTensorName(l, suffix);
+      parts.push_back({name + ".weight", rows});
+      if (!has_bias) continue;
+      Buffer<float> part;
+      DSLA_RETURN_IF_ERROR(ReadInto(file, name + ".bias", part, rows));
+      bias.insert(bias.end(), part.data(), part.data() + rows);
+    }
+    AddMatrix(std::move(parts), in, format, bias, arena, linear, pieces);
+    return Status::Ok();
+  };
   const int64_t q = int64_t{c.H} * c.D, kv = int64_t{c.Hkv} * c.D;
   const std::pair<const char*, int64_t> qkv[] = {
       {"self_attn.q_proj", q}, {"self_attn.k_proj", kv}, {"self_attn.v_proj", kv}};
@@ -52,10 +94,10 @@ Status LoadLayer(const ModelFile& file, int l, WeightFormat format, Arena* arena
   const std::pair<const char*, int64_t> gate_up[] = {{"mlp.gate_proj", c.ffn},
                                                      {"mlp.up_proj", c.ffn}};
   const std::pair<const char*, int64_t> down[] = {{"mlp.down_proj", c.C}};
-  DSLA_RETURN_IF_ERROR(LoadStacked(file, l, qkv, c.C, c.qkv_bias, format, arena, layer.qkv));
-  DSLA_RETURN_IF_ERROR(LoadStacked(file, l, o, q, c.o_bias, format, arena, layer.o));
-  DSLA_RETURN_IF_ERROR(LoadStacked(file, l, gate_up, c.C, false, format, arena, layer.gate_up));
-  return LoadStacked(file, l, down, c.ffn, false, format, arena, layer.down);
+  DSLA_RETURN_IF_ERROR(matrix(qkv, c.C, c.qkv_bias, layer.qkv));
+  DSLA_RETURN_IF_ERROR(matrix(o, q, c.o_bias, layer.o));
+  DSLA_RETURN_IF_ERROR(matrix(gate_up, c.C, false, layer.gate_up));
+  return matrix(down, c.ffn, false, layer.down);
 }
 
 Buffer<float> Copy(const std::vector<float>& from) {
@@ -93,31 +135,28 @@ Expected<ModelWeights> LoadWeights(const ExecContext& ctx, const ModelFile& file
   ModelWeights weights;
   weights.arena = std::make_unique<Arena>();
   weights.layers.resize(config.L);
+  std::vector<Piece> pieces;
+  const WeightFormat ends = format == WeightFormat::kInt4 ? WeightFormat::kInt8 : format;
+  Arena* const arena = weights.arena.get();
+  AddMatrix({{"model.embed_tokens.weight", config.V}}, config.C, ends, {}, arena, weights.embedding,
+            pieces);
+  if (!config.tied_embeddings)
+    AddMatrix({{"lm_head.weight", config.V}}, config.C, ends, {}, arena, weights.head, pieces);
+  for (int l = 0; l < config.L; ++l) {
+    DSLA_RETURN_IF_ERROR(AddLayer(file, l, format, arena, weights.layers[l], pieces));
+  }
   std::mutex mutex;
   Status first_error;
-  const auto load = [&](int64_t task) -> Status {
-    if (task >= 2) {
-      const int l = static_cast<int>(task) - 2;
-      return LoadLayer(file, l, format, weights.arena.get(), weights.layers[l]);
-    }
-    const bool head = task == 1;
-    if (head && config.tied_embeddings) return Status::Ok();
-    Buffer<float> weight(int64_t{config.V} * config.C);
-    DSLA_RETURN_IF_ERROR(
-        file.Read(head ? "lm_head.weight" : "model.embed_tokens.weight", weight.span()));
-    (head ? weights.head : weights.embedding) = Linear(
-        weight.span(), config.V, config.C,
-        format == WeightFormat::kInt4 ? WeightFormat::kInt8 : format, {}, weights.arena.get());
-    return Status::Ok();
-  };
-  // One task per layer, and one each for the embedding and the head: dequantising is the slow part.
-  ParallelFor(ctx, config.L + 2, [&](int64_t task, int) {
+  // The file's pages, mapped as they are read, would double the peak of a small machine's memory.
+  constexpr int64_t kPiecesBetweenReleases = 16;
+  ParallelFor(ctx, static_cast<int64_t>(pieces.size()), [&](int64_t task, int) {
     Status status;
     try {  // nothing may leave a parallel section by exception
-      status = load(task);
+      status = ReadPiece(file, pieces[task]);
     } catch (const std::bad_alloc&) {
       status = ResourceExhausted("'{}': out of memory while its weights were read", file.path());
     }
+    if (task % kPiecesBetweenReleases == 0) file.ReleasePages();
     if (status.ok()) return;
     const std::lock_guard lock(mutex);
     if (first_error.ok()) first_error = status;

@@ -37,9 +37,11 @@ struct GroupQuantShape {
   int64_t bytes() const { return blocks() * block_bytes(); }
 };
 
-// weight [out, in] -> `to`, 64-byte aligned, shape.bytes(). Features and inputs that fill up blocks
-// and groups are zero.
-void GroupQuantize(const GroupQuantShape& shape, const float* weight, uint8_t* to);
+// weight [end - begin, in], the features [begin, end) -> their blocks of `to`, 64-byte aligned,
+// shape.bytes(); begin is a multiple of kQuantBlock, and so is end unless it is shape.out. Features
+// and inputs that fill up blocks and groups are zero.
+void GroupQuantize(const GroupQuantShape& shape, int64_t begin, int64_t end, const float* weight,
+                   uint8_t* to);
 
 // Features [begin, end) as fp32 rows, `stride` >= shape.stride() floats apart.
 void GroupDequantize(const GroupQuantShape& shape, const uint8_t* from, int64_t begin, int64_t end,

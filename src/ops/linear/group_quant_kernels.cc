@@ -3,6 +3,7 @@
 #include <cstring>
 #include <limits>
 
+#include "base/check.h"
 #include "base/half.h"
 #include "ops/linear/group_quant.h"
 
@@ -80,6 +81,94 @@ void DequantizeTarget(const GroupQuantShape& shape, const uint8_t* from, int64_t
   }
 }
 
+// One group of one feature.
+struct Group {
+  f16 d, m;
+  HWY_ALIGN int32_t q[kQuantGroup];
+};
+
+// Rounds to d q + m with q in [low, high]; the sum of the first `count` squared errors.
+HWY_INLINE float RoundGroup(const float* w, int64_t count, float low, float high, Group& group) {
+  namespace hn = hwy::HWY_NAMESPACE;
+  const hn::CappedTag<float, 8> d;
+  const hn::RebindToSigned<decltype(d)> di;
+  const float scale = ToFloat(group.d);
+  const auto by = hn::Set(d, scale), m = hn::Set(d, ToFloat(group.m)),
+             inverse = hn::Set(d, scale > 0 ? 1.f / scale : 0.f);
+  auto error = hn::Zero(d);
+  for (size_t i = 0; i < kQuantGroup; i += hn::Lanes(d)) {
+    const auto x = hn::LoadU(d, w + i);
+    const auto q = hn::NearestInt(
+        hn::Clamp(hn::Mul(hn::Sub(x, m), inverse), hn::Set(d, low), hn::Set(d, high)));
+    hn::Store(q, di, group.q + i);
+    const auto off = hn::Sub(hn::MulAdd(by, hn::ConvertTo(d, q), m), x);
+    const auto counts =
+        hn::Lt(hn::Iota(d, static_cast<float>(i)), hn::Set(d, static_cast<float>(count)));
+    error = hn::MulAdd(hn::IfThenElseZero(counts, off), off, error);
+  }
+  return hn::GetLane(hn::SumOfLanes(d, error));
+}
+
+// w: [kQuantGroup], of which `count` are weights and the rest repeats one.
+inline Group QuantizeGroup(const float* w, int64_t count, int bits) {
+  namespace hn = hwy::HWY_NAMESPACE;
+  const hn::CappedTag<float, 8> d;
+  auto lows = hn::LoadU(d, w), highs = lows;
+  for (size_t i = hn::Lanes(d); i < kQuantGroup; i += hn::Lanes(d)) {
+    lows = hn::Min(lows, hn::LoadU(d, w + i));
+    highs = hn::Max(highs, hn::LoadU(d, w + i));
+  }
+  const float low = hn::GetLane(hn::MinOfLanes(d, lows)),
+              high = hn::GetLane(hn::MaxOfLanes(d, highs));
+  if (bits == 4) {
+    Group group{};
+    group.m = ToF16(low);
+    group.d = ToF16((high - ToFloat(group.m)) / 15.f);
+    RoundGroup(w, count, 0, 15, group);
+    return group;
+  }
+  constexpr float kSymmetric = 127, kCentred = 120;
+  Group symmetric{};
+  symmetric.d = ToF16(std::max(-low, high) / kSymmetric);
+  const float error = RoundGroup(w, count, -kSymmetric, kSymmetric, symmetric);
+  if (error == 0) return symmetric;  // the group of a Q8_0 file
+  Group centred{};
+  centred.d = ToF16((high - low) / (2 * kCentred));
+  centred.m = ToF16(low + (high - low) / 2);
+  return RoundGroup(w, count, -kCentred, kCentred, centred) < error ? centred : symmetric;
+}
+
+void QuantizeTarget(const GroupQuantShape& shape, int64_t begin, int64_t end, const float* weight,
+                    uint8_t* to) {
+  for (int64_t o = begin; o < end; ++o) {
+    uint8_t* const block = to + o / kQuantBlock * shape.block_bytes();
+    const int64_t lane = o % kQuantBlock;
+    auto* const d = reinterpret_cast<uint16_t*>(block);
+    uint16_t* const m = d + shape.groups() * kQuantBlock;
+    for (int64_t g = 0; g < shape.groups(); ++g) {
+      const float* w = weight + (o - begin) * shape.in + g * kQuantGroup;
+      const int64_t count = std::min<int64_t>(kQuantGroup, shape.in - g * kQuantGroup);
+      float padded[kQuantGroup];
+      if (count < kQuantGroup) {
+        std::copy(w, w + count, padded);
+        std::fill(padded + count, padded + kQuantGroup, w[0]);
+        w = padded;
+      }
+      Group group = QuantizeGroup(w, count, shape.bits);
+      std::fill(group.q + count, group.q + kQuantGroup, 0);
+      d[g * kQuantBlock + lane] = group.d.bits;
+      m[g * kQuantBlock + lane] = group.m.bits;
+      uint8_t bytes[kQuantGroup];
+      for (int i = 0; i < kQuantGroup; ++i) bytes[i] = static_cast<uint8_t>(group.q[i]);
+      if (shape.bits == 4)  // chunk c in the low halves, c + 4 in the high ones
+        for (int i = 0; i < kQuantGroup / 2; ++i)
+          bytes[i] = static_cast<uint8_t>(bytes[i] | bytes[i + kQuantGroup / 2] << 4);
+      uint8_t* const q = block + shape.header_bytes() + g * shape.group_bytes() + 4 * lane;
+      for (int c = 0; c < shape.bits; ++c) std::memcpy(q + c * 32, bytes + 4 * c, 4);
+    }
+  }
+}
+
 constexpr float kLargest = 127 * 128;
 // Groups below have no reciprocal in fp32 and count as zeros.
 constexpr float kTiny = 1e-34f;
@@ -87,7 +176,7 @@ constexpr float kTiny = 1e-34f;
 // One group of activations, zeros at its end where there are fewer, to integers `to`. Returns the
 // scale; *total is the integers' sum. Rounds to nearest even, so that every target gives the same.
 #if defined(__x86_64__) && HWY_TARGET <= HWY_AVX2
-inline float QuantizeGroup(const float* from, int16_t* to, int* total) {
+inline float QuantizeActivations(const float* from, int16_t* to, int* total) {
   constexpr int kVectors = kQuantGroup / 8;
   __m256 x[kVectors], largest = _mm256_setzero_ps(), not_finite = _mm256_setzero_ps();
   const __m256 no_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
@@ -122,7 +211,7 @@ inline float QuantizeGroup(const float* from, int16_t* to, int* total) {
   return finite ? size / kLargest : std::numeric_limits<float>::quiet_NaN();
 }
 #else
-inline float QuantizeGroup(const float* from, int16_t* to, int* total) {
+inline float QuantizeActivations(const float* from, int16_t* to, int* total) {
   float largest = 0, not_finite = 0;
   for (int i = 0; i < kQuantGroup; ++i) {
     largest = std::max(largest, std::abs(from[i]));
@@ -153,7 +242,8 @@ void QuantizeRowsTarget(const GroupQuantShape& shape, const float* x, int64_t x_
         from = last;
       }
       int sum = 0;
-      const float scale = QuantizeGroup(from, to.q + t * shape.stride() + g * kQuantGroup, &sum);
+      const float scale =
+          QuantizeActivations(from, to.q + t * shape.stride() + g * kQuantGroup, &sum);
       to.scale[t * shape.groups() + g] = scale;
       to.sum[t * shape.groups() + g] = scale * static_cast<float>(sum);
     }
@@ -168,11 +258,21 @@ HWY_AFTER_NAMESPACE();
 namespace dsla {
 
 HWY_EXPORT(ProductTarget);
+HWY_EXPORT(QuantizeTarget);
 HWY_EXPORT(DequantizeTarget);
 HWY_EXPORT(QuantizeRowsTarget);
 
 void GroupQuantProduct(const GroupQuantArgs& args, int64_t begin, int64_t end) {
   HWY_DYNAMIC_DISPATCH(ProductTarget)(args, begin, end);
+}
+void GroupQuantize(const GroupQuantShape& shape, int64_t begin, int64_t end, const float* weight,
+                   uint8_t* to) {
+  DSLA_CHECK(shape.bits == 8 || shape.bits == 4);
+  DSLA_CHECK(begin % kQuantBlock == 0 && (end % kQuantBlock == 0 || end == shape.out));
+  const int64_t first = begin / kQuantBlock, last = (end + kQuantBlock - 1) / kQuantBlock;
+  std::memset(to + first * shape.block_bytes(), 0,
+              static_cast<size_t>((last - first) * shape.block_bytes()));
+  HWY_DYNAMIC_DISPATCH(QuantizeTarget)(shape, begin, end, weight, to);
 }
 void GroupDequantize(const GroupQuantShape& shape, const uint8_t* from, int64_t begin, int64_t end,
                      float* to, int64_t stride) {

@@ -78,15 +78,17 @@ TEST(GroupQuantTest, QuantizedTensorsLoseNothing) {
     const GroupQuantShape shape{.out = 100, .in = 576, .bits = bits};
     const std::vector<float> weights = FileWeights(shape.out, shape.in, file_bits);
     Buffer<uint8_t> stored(shape.bytes());
-    GroupQuantize(shape, weights.data(), stored.data());
-    std::vector<float> back(weights.size());
-    GroupDequantize(shape, stored.data(), 0, shape.out, back.data(), shape.stride());
-    for (size_t i = 0; i < weights.size(); ++i) {
-      // The middle of a Q4_1 group, int8's m, is not always an fp16 number.
-      const float middle = bits == file_bits ? 0.f : 0x1p-11f * 0.3f;
-      const float ulp = 1e-7f * std::max(std::abs(weights[i]), 0.1f);
-      ASSERT_NEAR(back[i], weights[i], ulp + middle) << bits << " bits, weight " << i;
-    }
+    ForEachTarget([&] {
+      GroupQuantize(shape, 0, shape.out, weights.data(), stored.data());
+      std::vector<float> back(weights.size());
+      GroupDequantize(shape, stored.data(), 0, shape.out, back.data(), shape.stride());
+      for (size_t i = 0; i < weights.size(); ++i) {
+        // The middle of a Q4_1 group, int8's m, is not always an fp16 number.
+        const float middle = bits == file_bits ? 0.f : 0x1p-11f * 0.3f;
+        const float ulp = 1e-7f * std::max(std::abs(weights[i]), 0.1f);
+        ASSERT_NEAR(back[i], weights[i], ulp + middle) << bits << " bits, weight " << i;
+      }
+    });
   }
 }
 
@@ -95,9 +97,10 @@ TEST(GroupQuantTest, ErrorIsHalfAStep) {
     const GroupQuantShape shape{.out = 21, .in = 77, .bits = bits};
     const std::vector<float> weights = Random(shape.out * shape.in, 1);
     Buffer<uint8_t> stored(shape.bytes());
-    GroupQuantize(shape, weights.data(), stored.data());
     std::vector<float> back(static_cast<size_t>(shape.out * shape.stride()));
     ForEachTarget([&] {
+      GroupQuantize(shape, 0, 8, weights.data(), stored.data());  // in two pieces
+      GroupQuantize(shape, 8, shape.out, weights.data() + 8 * shape.in, stored.data());
       GroupDequantize(shape, stored.data(), 0, shape.out, back.data(), shape.stride());
       for (int64_t o = 0; o < shape.out; ++o) {
         for (int64_t g = 0; g < shape.groups(); ++g) {

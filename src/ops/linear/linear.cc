@@ -79,7 +79,7 @@ struct Linear::Storage {
   uint8_t* blocks() const { return static_cast<uint8_t*>(weight); }
   const float* bias_or_null() const { return bias.size() > 0 ? bias.data() : nullptr; }
 
-  void Store(std::span<const float> from, int64_t out, int64_t in);
+  void Store(int64_t begin, int64_t end, const float* from, int64_t in);
   void ForwardRows(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T, int64_t in,
                    int64_t out, float* y, int64_t y_stride, bool accumulate) const;
   void ForwardQuantized(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T,
@@ -114,9 +114,15 @@ const char* Name(WeightFormat format) {
 
 Linear::Linear(std::span<const float> weight, int64_t out, int64_t in, WeightFormat format,
                std::span<const float> bias, Arena* arena)
+    : Linear(out, in, format, bias, arena) {
+  DSLA_CHECK(static_cast<int64_t>(weight.size()) == out * in);
+  Store(0, weight);
+}
+
+Linear::Linear(int64_t out, int64_t in, WeightFormat format, std::span<const float> bias,
+               Arena* arena)
     : storage_(std::make_unique<Storage>()), in_(in), out_(out) {
   DSLA_CHECK(in > 0 && out > 0);
-  DSLA_CHECK(static_cast<int64_t>(weight.size()) == out * in);
   DSLA_CHECK(bias.empty() || static_cast<int64_t>(bias.size()) == out);
   Storage& s = *storage_;
   s.format = format;
@@ -126,18 +132,24 @@ Linear::Linear(std::span<const float> weight, int64_t out, int64_t in, WeightFor
   s.weight_bytes = IsQuantized(format) ? s.quant.bytes() : out * s.stride * SizeOf(s.dtype);
   if (arena == nullptr) s.own.Resize(s.weight_bytes);
   s.weight = arena != nullptr ? arena->Take(s.weight_bytes) : s.own.data();
-  s.Store(weight, out, in);
   s.bias.Resize(static_cast<int64_t>(bias.size()));
   std::copy(bias.begin(), bias.end(), s.bias.data());
 }
 
-void Linear::Storage::Store(std::span<const float> from, int64_t out, int64_t in) {
+void Linear::Store(int64_t begin, std::span<const float> rows) {
+  static_assert(kStoreRows == kQuantBlock);
+  const int64_t end = begin + static_cast<int64_t>(rows.size()) / in_;
+  DSLA_CHECK(begin >= 0 && end <= out_ && (end - begin) * in_ == static_cast<int64_t>(rows.size()));
+  storage_->Store(begin, end, rows.data(), in_);
+}
+
+void Linear::Storage::Store(int64_t begin, int64_t end, const float* from, int64_t in) {
   if (IsQuantized(format)) {
-    GroupQuantize(quant, from.data(), blocks());
+    GroupQuantize(quant, begin, end, from, blocks());
     return;
   }
-  for (int64_t o = 0; o < out; ++o) {
-    const float* row = from.data() + o * in;
+  for (int64_t o = begin; o < end; ++o) {
+    const float* row = from + (o - begin) * in;
     if (dtype == DType::kBF16) {
       bf16* to = w16() + o * stride;
       NarrowBf16(row, to, in);

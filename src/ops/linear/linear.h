@@ -38,6 +38,13 @@ class Linear {
   // arena the stored weight lies there, and the arena must outlive it.
   Linear(std::span<const float> weight, int64_t out, int64_t in, WeightFormat format,
          std::span<const float> bias = {}, Arena* arena = nullptr);
+  // The same with a weight still to come: every row once, by Store.
+  Linear(int64_t out, int64_t in, WeightFormat format, std::span<const float> bias = {},
+         Arena* arena = nullptr);
+  // Rows [begin, begin + rows.size() / in) of the weight. begin is a multiple of kStoreRows, and so
+  // is the end unless it is out(). Different rows may be stored by different threads.
+  static constexpr int64_t kStoreRows = 8;
+  void Store(int64_t begin, std::span<const float> rows);
   Linear(Linear&&) noexcept;
   Linear& operator=(Linear&&) noexcept;
   ~Linear();
