@@ -47,10 +47,13 @@ class Workspace {
   int64_t used_ = 0;  // bytes used of it
 };
 
+class StageTimes;
+
 struct ExecContext {
   int threads = 1;
   Workspace* workspace =
       nullptr;  // one per thread that calls operators; never shared between callers
+  StageTimes* stages = nullptr;  // where HybridModel on the CPU notes its time; null: nowhere
 };
 
 // `asked` threads, or, if that is 0, as many as the machine has cores.

@@ -55,8 +55,8 @@ CachePool::~CachePool() {
 PagedKvView CachePool::pages() const {
   PagedKvView view;
   view.k = arena_[0];
-  view.v = arena_[0] +
-           geometry_.Hkv * geometry_.page_size * KvRowBytes(geometry_.kv_dtype, geometry_.D);
+  view.v =
+      arena_[0] + geometry_.Hkv * geometry_.page_size * KvRowBytes(geometry_.kv_dtype, geometry_.D);
   view.page_stride = geometry_.page_bytes() / SizeOf(geometry_.kv_dtype);
   view.page_size = geometry_.page_size;
   view.Hkv = geometry_.Hkv;

@@ -25,7 +25,7 @@ struct BenchArgs {
   int max_tokens = 0;
   std::vector<int> depths, batches = {1};
   int prefill_tokens = 512;
-  bool kl = false;
+  bool kl = false, stages = false;
   std::string format = "text";
 };
 
@@ -145,6 +145,7 @@ Status CheckArgs(const BenchArgs& args) {
   }
   if (args.depths.empty() && args.batches != std::vector<int>{1})
     return InvalidArgument("--batch goes with --depths");
+  if (args.depths.empty() && args.stages) return InvalidArgument("--stages goes with --depths");
   if (!args.depths.empty() && args.kl)
     return InvalidArgument("--kl is measured on the whole text, without --depths");
   return Status::Ok();
@@ -179,7 +180,10 @@ Status BenchDepths(const BenchArgs& args, const std::vector<int>& levels, const 
                              .prefill_tokens = args.prefill_tokens,
                              .decode_tokens = args.speed.decode_tokens,
                              .repetitions = args.speed.repetitions,
-                             .prefill_chunk = args.speed.prefill_chunk};
+                             .prefill_chunk = args.speed.prefill_chunk,
+                             .stages = args.stages};
+  if (args.stages && loaded.model->device() != nullptr)
+    return Unsupported("--stages: {} runs a step as a whole", loaded.where());
   const Progress progress;
   progress.Show("measuring the machine");
   const MachineLimits machine = MeasureMachine(loaded.ctx, loaded.model->device());
@@ -202,6 +206,7 @@ Status BenchDepths(const BenchArgs& args, const std::vector<int>& levels, const 
     PrintMachine(loaded, args.model.kv, machine,
                  fmt::format("medians of {} runs", options.repetitions));
     PrintTests(tests, args.format == "markdown");
+    PrintStages(tests, args.format == "markdown");
   }
   return Status::Ok();
 }
@@ -322,6 +327,10 @@ void AddBench(CLI::App& app, Command& chosen) {
                   "with --depths: tokens that one sequence reads in one step; 0: none")
       ->type_name("N")
       ->capture_default_str()
+      ->group(group);
+  command
+      .add_flag("--stages", args->stages,
+                "with --depths: the time of each stage of a step too (not in CSV)")
       ->group(group);
   command.add_flag("--kl", args->kl, "measure the KL divergence from level 0 too")->group(group);
   command.add_option("--format", args->format, "text, markdown, csv or json")

@@ -46,6 +46,13 @@ MeanAndDeviation Moments(const std::vector<double>& values) {
   return {mean, n > 1 ? std::sqrt(squares / (n - 1)) : 0};
 }
 
+// Stage by stage the mean of `runs` runs.
+std::vector<std::pair<std::string, double>> MeanStages(const StageTimes& times, double runs) {
+  std::vector<std::pair<std::string, double>> means;
+  for (const auto& [name, seconds] : times.stages()) means.emplace_back(name, seconds / runs);
+  return means;
+}
+
 std::string Quoted(const std::string& text) {
   std::string quoted = "\"";
   for (const char c : text) quoted += c == '"' ? std::string("\"\"") : std::string(1, c);
@@ -69,9 +76,13 @@ std::vector<BenchTest> TestsOf(const HybridModel& model, const MachineLimits& ma
     if (!speed.prefill.empty()) {
       tests.push_back(
           Prefill(model, machine, speed.level, options.prefill_tokens, speed.depth, speed.prefill));
+      tests.back().stages =
+          MeanStages(speed.prefill_stages, static_cast<double>(speed.prefill.size()));
     }
     tests.push_back(Decode(model, machine, speed.level, speed.sequences, options.decode_tokens,
                            speed.depth + 1 + options.decode_tokens / 2, speed.depth, speed.decode));
+    tests.back().stages = MeanStages(
+        speed.decode_stages, static_cast<double>(speed.decode.size()) * options.decode_tokens);
   }
   return tests;
 }
@@ -126,6 +137,25 @@ void PrintTests(const std::vector<BenchTest>& tests, bool markdown) {
   PrintTable(cells, markdown);
 }
 
+void PrintStages(const std::vector<BenchTest>& tests, bool markdown) {
+  for (const BenchTest& test : tests) {
+    if (test.stages.empty()) continue;
+    fmt::print("\n{} at depth {}, level {}, {} sequence{}\n\n",
+               test.n_prompt > 0 ? fmt::format("prefill {}", test.n_prompt) : "decode step",
+               test.n_depth, test.level, test.sequences, test.sequences == 1 ? "" : "s");
+    double all = 0;
+    for (const auto& [name, seconds] : test.stages) all += seconds;
+    std::vector<std::vector<std::string>> cells = {{"stage", "ms", "share"}};
+    const auto add = [&](const std::string& name, double seconds) {
+      cells.push_back({name, fmt::format("{:.3f}", seconds * 1e3),
+                       fmt::format("{:.1f}%", 100 * seconds / all)});
+    };
+    for (const auto& [name, seconds] : test.stages) add(name, seconds);
+    add("all", all);
+    PrintTable(cells, markdown);
+  }
+}
+
 nlohmann::json ToJson(const std::vector<BenchTest>& tests) {
   nlohmann::json list = nlohmann::json::array();
   for (const BenchTest& test : tests) {
@@ -140,6 +170,7 @@ nlohmann::json ToJson(const std::vector<BenchTest>& tests) {
                     {"tokens_per_second", test.rate()},
                     {prefill ? "flops" : "bytes_per_step", test.work},
                     {prefill ? "share_of_gemm" : "share_of_bandwidth", test.share}});
+    for (const auto& [name, seconds] : test.stages) list.back()["stages"][name] = seconds;
   }
   return list;
 }

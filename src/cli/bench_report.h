@@ -3,6 +3,7 @@
 
 #include <nlohmann/json.hpp>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cli/model_args.h"
@@ -20,6 +21,8 @@ struct BenchTest {
   std::vector<double> seconds;  // of each repetition, the whole test
   double work = 0;              // operations of a prefill, bytes of a decode step
   double share = 0;             // of the machine's GEMM rate or read bandwidth, at the median
+  // Mean seconds by stage of one prefill or one decode step; empty if they were not asked for.
+  std::vector<std::pair<std::string, double>> stages;
 
   double median() const;
   double tokens() const {
@@ -39,6 +42,8 @@ std::vector<BenchTest> TestsOf(const HybridModel& model, const MachineLimits& ma
 void PrintCsv(const LoadedModel& loaded, const std::string& kv,
               const std::vector<BenchTest>& tests);
 void PrintTests(const std::vector<BenchTest>& tests, bool markdown);
+// For each test that has stages, a table of them.
+void PrintStages(const std::vector<BenchTest>& tests, bool markdown);
 nlohmann::json ToJson(const std::vector<BenchTest>& tests);
 
 // Cells right-aligned under their names, which are rows[0].

@@ -33,9 +33,11 @@ class Depths {
     if (speed.sequences == 1 && options_.prefill_tokens > 0) {
       SequenceCache sequence = model_.NewSequence(pool_, 0);
       DSLA_RETURN_IF_ERROR(Copy(sequence, speed.level));
+      if (options_.stages) ctx_.stages = &speed.prefill_stages;
       const double start = NowSeconds();
       DSLA_RETURN_IF_ERROR(Read(sequence, options_.prefill_tokens));
       speed.prefill.push_back(NowSeconds() - start);
+      ctx_.stages = nullptr;
     }
     std::deque<SequenceCache> sequences;
     for (int n = 0; n < speed.sequences; ++n) {
@@ -43,9 +45,11 @@ class Depths {
       DSLA_RETURN_IF_ERROR(Copy(sequences.back(), speed.level));
     }
     DSLA_RETURN_IF_ERROR(Step(sequences));  // not timed: the first step's memory is new
+    if (options_.stages) ctx_.stages = &speed.decode_stages;
     const double start = NowSeconds();
     for (int i = 0; i < options_.decode_tokens; ++i) DSLA_RETURN_IF_ERROR(Step(sequences));
     speed.decode.push_back((NowSeconds() - start) / options_.decode_tokens);
+    ctx_.stages = nullptr;
     return Status::Ok();
   }
 
@@ -86,7 +90,7 @@ class Depths {
     return model_.Raise(ctx_, pool_, to, level);
   }
 
-  const ExecContext& ctx_;
+  ExecContext ctx_;
   const HybridModel& model_;
   CachePool& pool_;
   std::span<const int32_t> text_;
@@ -135,7 +139,7 @@ Expected<std::vector<DepthSpeed>> MeasureDepths(
     const size_t first = speeds.size();
     for (const int level : options.levels)
       for (const int sequences : options.batches)
-        speeds.push_back({level, depth, sequences, {}, {}});
+        speeds.push_back({.level = level, .depth = depth, .sequences = sequences});
     // Alternating, so that a noisy machine treats all alike.
     for (int repetition = 0; repetition < options.repetitions; ++repetition) {
       for (size_t i = first; i < speeds.size(); ++i) {

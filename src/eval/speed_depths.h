@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "base/exec.h"
+#include "base/stage_times.h"
 #include "base/status.h"
 #include "cache/cache_pool.h"
 #include "model/hybrid_model.h"
@@ -25,6 +26,7 @@ struct DepthOptions {
   int decode_tokens = 64;
   int repetitions = 3;
   int prefill_chunk = 512;  // how the context is read
+  bool stages = false;      // note the time of every stage of a step (some 10 us of it); on the CPU
 };
 
 // Seconds of each repetition.
@@ -34,6 +36,7 @@ struct DepthSpeed {
   int sequences = 1;
   std::vector<double> prefill;  // all prefill_tokens; empty for more than one sequence
   std::vector<double> decode;   // one step of all sequences, mean of decode_tokens steps
+  StageTimes prefill_stages, decode_stages;  // sums over all repetitions, and over all decode steps
 };
 
 // In the order of depths, ascending, then levels, then batches. `text` is repeated where it is too

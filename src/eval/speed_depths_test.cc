@@ -31,7 +31,8 @@ TEST(SpeedDepths, MeasuresEveryDepthLevelAndBatch) {
                              .prefill_tokens = 20,
                              .decode_tokens = 2,
                              .repetitions = 2,
-                             .prefill_chunk = 33};
+                             .prefill_chunk = 33,
+                             .stages = true};
   const auto speeds = MeasureDepths(small.ctx(), small.model(), *pool, Text(40), options);
   ASSERT_TRUE(speeds.ok()) << speeds.status().message();
   ASSERT_EQ(speeds->size(), 12u);
@@ -44,6 +45,18 @@ TEST(SpeedDepths, MeasuresEveryDepthLevelAndBatch) {
     ASSERT_EQ(speed.decode.size(), 2u);
     for (const double seconds : speed.decode) EXPECT_GT(seconds, 0);
     for (const double seconds : speed.prefill) EXPECT_GT(seconds, 0);
+    // The stages are most of what they are the stages of, and no more.
+    const auto sum = [](const StageTimes& times) {
+      double seconds = 0;
+      for (const auto& [name, part] : times.stages()) seconds += part;
+      return seconds;
+    };
+    const double decode = options.decode_tokens * (speed.decode[0] + speed.decode[1]);
+    EXPECT_GT(sum(speed.decode_stages), 0);
+    EXPECT_LE(sum(speed.decode_stages), decode);
+    for (const auto& [name, part] : speed.decode_stages.stages())
+      EXPECT_EQ(name == "DSLA" && speed.level == 0, false) << "level 0 has no DSLA layer";
+    if (!speed.prefill.empty()) EXPECT_GT(sum(speed.prefill_stages), 0);
   }
   EXPECT_EQ(pool->ledger().used_bytes(), 0) << "every copy gives its memory back";
 }

@@ -118,6 +118,7 @@ void HybridModel::AttentionBlock(const ExecContext& ctx, CachePool& pool, Step& 
   const int64_t stride = q + 2 * kv;
   weights.qkv.Forward(ctx, step.normed, C, step.rows.T(), step.qkv, stride, Accumulate::kNo,
                       step.products);
+  step.clock.Mark("qkv");
 
   // The layer is DSLA for the sequences whose level is above its rank: the last ones of the sorted
   // batch.
@@ -126,6 +127,7 @@ void HybridModel::AttentionBlock(const ExecContext& ctx, CachePool& pool, Step& 
   if (dsla_rows > 0) {
     adapter_.layers[layer].q_delta.AddTo(ctx, step.normed + m * C, C, dsla_rows,
                                          step.qkv + m * stride, stride, step.products);
+    step.clock.Mark("adapter's deltas");
   }
 
   RopeArgs rope{.x = step.qkv,
@@ -141,17 +143,26 @@ void HybridModel::AttentionBlock(const ExecContext& ctx, CachePool& pool, Step& 
   rope.heads = config_.Hkv;
   rope.norm_weight = config_.qk_norm ? weights.k_norm.data() : nullptr;
   NormRope(ctx, rope);
+  step.clock.Mark("norms, RoPE");
 
-  if (softmax_sequences > 0) SoftmaxRows(ctx, pool, step, layer, softmax_sequences);
-  if (dsla_rows > 0) DslaRows(ctx, pool, step, layer, softmax_sequences);
+  if (softmax_sequences > 0) {
+    SoftmaxRows(ctx, pool, step, layer, softmax_sequences);
+    step.clock.Mark("softmax attention");
+  }
+  if (dsla_rows > 0) {
+    DslaRows(ctx, pool, step, layer, softmax_sequences);
+    step.clock.Mark("DSLA");
+  }
   if (step.visit_queries != nullptr)
     (*step.visit_queries)(layer, {step.qkv, static_cast<size_t>(q)});
 
   weights.o.Forward(ctx, step.attention, q, step.rows.T(), step.delta, C, Accumulate::kNo,
                     step.products);
+  step.clock.Mark("o");
   if (dsla_rows > 0) {
     adapter_.layers[layer].o_delta.AddTo(ctx, step.attention + m * q, q, dsla_rows,
                                          step.delta + m * C, C, step.products);
+    step.clock.Mark("adapter's deltas");
   }
 }
 
@@ -159,6 +170,7 @@ void HybridModel::RunLayers(const ExecContext& ctx, CachePool& pool, Step& step)
   const int64_t T = step.rows.T(), C = config_.C;
   const Products products = step.products;
   Workspace& workspace = *ctx.workspace;
+  step.clock = StageClock(ctx.stages);
   step.hidden = workspace.Take<float>(T * C);
   step.normed = workspace.Take<float>(T * C);
   step.delta = workspace.Take<float>(T * C);
@@ -183,14 +195,19 @@ void HybridModel::RunLayers(const ExecContext& ctx, CachePool& pool, Step& step)
       AddRmsNorm(ctx, step.hidden, step.delta, weights.attn_norm.data(), config_.norm_eps, T, C,
                  step.normed);
     }
+    step.clock.Mark("norms, RoPE");
     AttentionBlock(ctx, pool, step, layer);
     AddRmsNorm(ctx, step.hidden, step.delta, weights.mlp_norm.data(), config_.norm_eps, T, C,
                step.normed);
+    step.clock.Mark("norms, RoPE");
     weights.gate_up.Forward(ctx, step.normed, C, T, step.gate_up, 2 * config_.ffn, Accumulate::kNo,
                             products);
+    step.clock.Mark("gate and up");
     SiluMul(ctx, step.gate_up, T, config_.ffn, step.activation);
+    step.clock.Mark("SiLU");
     weights.down.Forward(ctx, step.activation, config_.ffn, T, step.delta, C, Accumulate::kNo,
                          products);
+    step.clock.Mark("down");
   }
   AddRmsNorm(ctx, step.hidden, step.delta, weights_->final_norm.data(), config_.norm_eps, T, C,
              step.normed);
@@ -200,12 +217,14 @@ void HybridModel::RunLayers(const ExecContext& ctx, CachePool& pool, Step& step)
 void HybridModel::Logits(const ExecContext& ctx, const Step& step, std::span<const int64_t> rows,
                          float* logits) const {
   const Workspace::Scope scope(*ctx.workspace);
+  StageClock clock(ctx.stages);
   const auto count = static_cast<int64_t>(rows.size()), C = int64_t{config_.C};
   float* gathered = ctx.workspace->Take<float>(count * C);
   for (int64_t i = 0; i < count; ++i)
     std::memcpy(gathered + i * C, step.normed + rows[i] * C, C * sizeof(float));
   weights_->output().Forward(ctx, gathered, C, count, logits, config_.V, Accumulate::kNo,
                              step.products);
+  clock.Mark("head");
 }
 
 }  // namespace dsla

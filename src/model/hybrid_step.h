@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "base/stage_times.h"
 #include "model/hybrid_model.h"
 
 namespace dsla {
@@ -10,6 +11,7 @@ namespace dsla {
 struct HybridModel::Step {
   Products products = Products::kFastest;
   const QueryVisitor* visit_queries = nullptr;
+  StageClock clock{nullptr};
   PlacedRows rows;
   float* hidden = nullptr;      // [T, C] residual stream
   float* normed = nullptr;      // [T, C]

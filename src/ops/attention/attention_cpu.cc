@@ -137,7 +137,8 @@ Plan MakePlan(const PagedAttentionArgs& a, Workspace& workspace) {
 void PagedAttentionCpu(const ExecContext& ctx, const PagedAttentionArgs& args) {
   DSLA_CHECK(ctx.workspace != nullptr);
   DSLA_CHECK(args.kv.Hkv > 0 && args.H > 0 && args.H % args.kv.Hkv == 0);
-  DSLA_CHECK(args.kv.D > 0 && args.kv.D % 8 == 0 && args.kv.D <= kMaxHeadDim && args.kv.page_size > 0);
+  DSLA_CHECK(args.kv.D > 0 && args.kv.D % 8 == 0 && args.kv.D <= kMaxHeadDim &&
+             args.kv.page_size > 0);
   const Workspace::Scope scope(*ctx.workspace);
   const Plan plan = MakePlan(args, *ctx.workspace);
   const int64_t scratch_size = RoundUp64(

@@ -34,8 +34,9 @@ std::string_view OriginForm(std::string_view target) {
 // More than this is never left over by a well-formed body: a chunk's head with its extensions.
 constexpr size_t kMaxChunkHead = 4096;
 
-// Beast asserts that it is not given less of the last chunk than its shortest form, "0\r\n\r\n". Any
-// rest of a well-formed chunked body is as long, so a shorter one that looks like it is kept back.
+// Beast asserts that it is not given less of the last chunk than its shortest form, "0\r\n\r\n".
+// Any rest of a well-formed chunked body is as long, so a shorter one that looks like it is kept
+// back.
 constexpr std::string_view kLastChunk = "0\r\n\r\n";
 bool MayBeLastChunk(std::string_view rest) {
   return rest.size() < kLastChunk.size() && rest.starts_with(kLastChunk[0]);
