@@ -22,7 +22,7 @@ struct BenchTest {
   double work = 0;              // operations of a prefill, bytes of a decode step
   double share = 0;             // of the machine's GEMM rate or read bandwidth, at the median
   // Mean seconds by stage of one prefill or one decode step; empty if they were not asked for.
-  std::vector<std::pair<std::string, double>> stages;
+  std::vector<std::pair<std::string, double>> stages = {};
 
   double median() const;
   double tokens() const {

@@ -139,7 +139,7 @@ Expected<std::vector<DepthSpeed>> MeasureDepths(
     const size_t first = speeds.size();
     for (const int level : options.levels)
       for (const int sequences : options.batches)
-        speeds.push_back({.level = level, .depth = depth, .sequences = sequences});
+        speeds.push_back({level, depth, sequences, {}, {}, {}, {}});
     // Alternating, so that a noisy machine treats all alike.
     for (int repetition = 0; repetition < options.repetitions; ++repetition) {
       for (size_t i = first; i < speeds.size(); ++i) {
