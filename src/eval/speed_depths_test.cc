@@ -45,7 +45,7 @@ TEST(SpeedDepths, MeasuresEveryDepthLevelAndBatch) {
     ASSERT_EQ(speed.decode.size(), 2u);
     for (const double seconds : speed.decode) EXPECT_GT(seconds, 0);
     for (const double seconds : speed.prefill) EXPECT_GT(seconds, 0);
-    // The stages are most of what they are the stages of, and no more.
+    // The stages take no longer than the steps that they are the stages of.
     const auto sum = [](const StageTimes& times) {
       double seconds = 0;
       for (const auto& [name, part] : times.stages()) seconds += part;

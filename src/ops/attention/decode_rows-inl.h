@@ -97,11 +97,8 @@ void RowsAndAhead(const void* base, const void* next, const PagedAttentionArgs& 
 }
 
 // D channels in the kernels' order from `from` in its own, zeros up to Dp.
-inline void WidenRow(const float* from, int D, int Dp, float* to) {
-  std::copy(from, from + D, to);
-  std::fill(to + D, to + Dp, 0.f);
-}
-inline void WidenRow(const bf16* from, int D, int Dp, float* to) {
+template <typename T>
+void WidenRow(const T* from, int D, int Dp, float* to) {
   const DF d;
   int i = 0;
   for (; i + 2 * kLanes <= D; i += 2 * kLanes) {
@@ -109,18 +106,12 @@ inline void WidenRow(const bf16* from, int D, int Dp, float* to) {
     hn::Store(LoadHalf<1>(from + i), d, to + i + kLanes);
   }
   std::fill(to + i, to + Dp, 0.f);
-  for (; i < D; ++i) to[Place<bf16>(i)] = ToFloat(from[i]);
-}
-
-inline void WidenRow(const int8_t* from, int D, int Dp, float* to) {
-  const DF d;
-  int i = 0;
-  for (; i + 2 * kLanes <= D; i += 2 * kLanes) {
-    hn::Store(LoadHalf<0>(from + i), d, to + i);
-    hn::Store(LoadHalf<1>(from + i), d, to + i + kLanes);
+  for (; i < D; ++i) {
+    if constexpr (kPaired<T>)
+      to[Place<T>(i)] = ToFloat(from[i]);
+    else
+      to[i] = static_cast<float>(from[i]);
   }
-  std::copy(from + i, from + D, to + i);
-  std::fill(to + D, to + Dp, 0.f);
 }
 
 // Copies `keys` rows to dense fp32 ones, padded with zeros to Dp, and points `wide` at them.

@@ -59,7 +59,7 @@ std::vector<float> Random(int64_t n, uint32_t seed) {
   return values;
 }
 
-void BM_Linear(benchmark::State& state) {
+void Measure(benchmark::State& state, Products products) {
   const int64_t T = state.range(0), out = state.range(1), in = state.range(2);
   const auto format = static_cast<WeightFormat>(state.range(3));
   const std::vector<float> weight = Random(out * in, 1);
@@ -77,7 +77,8 @@ void BM_Linear(benchmark::State& state) {
   double best = 1e9;
   for (auto _ : state) {
     const auto start = std::chrono::steady_clock::now();
-    for (const Linear& layer : layers) layer.Forward(ctx, x.data(), in, T, y.data(), out);
+    for (const Linear& layer : layers)
+      layer.Forward(ctx, x.data(), in, T, y.data(), out, Accumulate::kNo, products);
     benchmark::DoNotOptimize(y.data());
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     best = std::min(best, seconds.count() / copies);
@@ -91,6 +92,9 @@ void BM_Linear(benchmark::State& state) {
   state.counters["dram_GB/s"] = dram * 1e-9;
   state.counters["GFLOP/s"] = 2e-9 * static_cast<double>(T * out * in) / best;
 }
+void BM_Linear(benchmark::State& state) { Measure(state, Products::kFastest); }
+// Our own loop for any number of rows: where it ends being the faster one is in LinearLoopRows.
+void BM_LinearLoop(benchmark::State& state) { Measure(state, Products::kInvariant); }
 constexpr auto Arg(WeightFormat format) { return static_cast<int64_t>(format); }
 constexpr int64_t kF32 = Arg(WeightFormat::kF32), kBF16 = Arg(WeightFormat::kBF16);
 const std::vector<int64_t> kSixteenBitsAndLess = {kBF16, Arg(WeightFormat::kInt8),
@@ -101,8 +105,14 @@ BENCHMARK(BM_Linear)
     ->ArgsProduct({{1}, {576, 3072, 49152}, {576}, kSixteenBitsAndLess})
     ->ArgsProduct({{1}, {576}, {1536}, kSixteenBitsAndLess})
     ->ArgsProduct({{1}, {4096}, {4096}, {kF32, kBF16}})
-    ->ArgsProduct({{2, 4, 8, 16, 32, 64, 65, 128, 512}, {3072}, {576}, kSixteenBitsAndLess})
+    ->ArgsProduct(
+        {{2, 4, 8, 16, 32, 64, 65, 128, 192, 256, 512}, {3072}, {576}, kSixteenBitsAndLess})
     ->ArgsProduct({{2, 4, 8, 16, 32, 64, 65, 128, 512}, {4096}, {4096}, {kBF16}})
+    ->UseRealTime()
+    ->MeasureProcessCPUTime();
+BENCHMARK(BM_LinearLoop)
+    ->ArgNames({"T", "out", "in", "format"})
+    ->ArgsProduct({{32, 64, 128, 192, 256}, {3072}, {576}, kSixteenBitsAndLess})
     ->UseRealTime()
     ->MeasureProcessCPUTime();
 
