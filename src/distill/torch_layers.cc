@@ -2,6 +2,8 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/log_sigmoid.h>
 #include <ATen/ops/ones.h>
@@ -9,11 +11,13 @@
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <ATen/ops/silu.h>
 #include <ATen/ops/stack.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include <cmath>
 #include <optional>
 
 #include "format/adapter_layout.h"
+#include "ops/training/training_kernels.h"
 
 namespace dsla::distill {
 namespace {
@@ -62,7 +66,46 @@ Tensor PaperAttention(const Heads& heads, const Tensor& x, const AdapterTensors&
   return lin.num * adapter.log_scale.exp().unsqueeze(1);
 }
 
+// silu(g) u of [.., g u] in one pass, on a GPU.
+class SwiGluFunction : public torch::autograd::Function<SwiGluFunction> {
+ public:
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& given) {
+    const Tensor gate_up = given.contiguous();
+    ctx->save_for_backward({gate_up});
+    std::vector<int64_t> shape(gate_up.sizes().begin(), gate_up.sizes().end());
+    shape.back() /= 2;
+    Tensor y = at::empty(shape, gate_up.options());
+    DSLA_CHECK(TrainingKernels()->swiglu(Args(gate_up, {}, y), nullptr) == 0);
+    return y;
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& grads) {
+    const Tensor gate_up = ctx->get_saved_variables()[0], d = grads[0].contiguous();
+    Tensor d_gate_up = at::empty_like(gate_up);
+    DSLA_CHECK(TrainingKernels()->swiglu_backward(Args(gate_up, d, d_gate_up), nullptr) == 0);
+    return {d_gate_up};
+  }
+
+ private:
+  static cuda::TrainingSwiGluArgs Args(const Tensor& gate_up, const Tensor& d, Tensor& y) {
+    const int64_t width = gate_up.size(-1) / 2;
+    return {gate_up.const_data_ptr(), d.defined() ? d.const_data_ptr() : nullptr,
+            y.mutable_data_ptr(), gate_up.numel() / (2 * width), static_cast<int>(width)};
+  }
+};
+
+Tensor SwiGlu(const Tensor& gate_up) {
+  if (HasTrainingKernels(gate_up) && gate_up.size(-1) % 16 == 0)
+    return SwiGluFunction::apply(gate_up);
+  const std::vector<Tensor> parts = gate_up.chunk(2, -1);
+  return at::silu(parts[0]) * parts[1];
+}
+
 }  // namespace
+
+bool HasTrainingKernels(const Tensor& x) {
+  return x.is_cuda() && x.scalar_type() == at::kBFloat16 && TrainingKernels() != nullptr;
+}
 
 Tensor LogGates(const Heads& heads, const Tensor& x, const AdapterTensors& adapter,
                 const DslaLayerOptions& options) {
@@ -149,8 +192,7 @@ Tensor OutputProjection(const TeacherLayer& layer, const Tensor& out,
 Tensor MlpBlock(const Teacher& teacher, const TeacherLayer& layer, const Tensor& x) {
   const Tensor gate_up =
       at::linear(Norm(x, layer.mlp_norm, teacher.config.norm_eps), layer.gate_up);
-  const std::vector<Tensor> parts = gate_up.chunk(2, 2);
-  return x + at::linear(at::silu(parts[0]) * parts[1], layer.down);
+  return x + at::linear(SwiGlu(gate_up), layer.down);
 }
 
 }  // namespace dsla::distill

@@ -57,6 +57,9 @@ struct Prefix {
   Tensor k, k_plain, v;  // [B, s, Hkv, D]; undefined: none
 };
 
+// Whether the kernels of ops/training take x: on a GPU, in bf16, where they are built.
+bool HasTrainingKernels(const Tensor& x);
+
 Tensor Norm(const Tensor& x, const Tensor& weight, double eps);
 // The projections of the normed input x; with `adapter`, q has its delta.
 Heads Project(const Teacher& teacher, const TeacherLayer& layer, const Tensor& x,

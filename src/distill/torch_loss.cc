@@ -1,6 +1,7 @@
 #include "distill/torch_loss.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/linear.h>
@@ -12,6 +13,10 @@
 
 #include <algorithm>
 
+#include "base/check.h"
+#include "distill/torch_layers.h"
+#include "ops/training/training_kernels.h"
+
 namespace dsla::distill {
 namespace {
 
@@ -22,6 +27,33 @@ int64_t Positions(const Tensor& head) {
 
 Tensor LogProbabilities(const Tensor& hidden, const Tensor& head) {
   return at::log_softmax(at::linear(hidden, head), -1, at::kFloat);
+}
+
+Tensor FusedNormalisedError(const Tensor& y, const Tensor& o, const Tensor& counted, Ranks* ranks,
+                            Tensor* gradient) {
+  const auto fp32 = y.options().dtype(at::kFloat);
+  Tensor parts = at::empty({cuda::kTrainingErrorBlocks, 2}, fp32);
+  const Tensor rows = counted.defined() ? counted.contiguous() : counted;
+  const int64_t width = y.size(-1);
+  cuda::TrainingErrorArgs args{y.const_data_ptr(),
+                               o.const_data_ptr(),
+                               rows.defined() ? rows.const_data_ptr<float>() : nullptr,
+                               parts.mutable_data_ptr<float>(),
+                               nullptr,
+                               nullptr,
+                               y.numel() / width,
+                               static_cast<int>(width)};
+  DSLA_CHECK(TrainingKernels()->error_sums(args, nullptr) == 0);
+  const Tensor sums = parts.sum(0);
+  Tensor scale = sums.select(0, 1).clone();
+  if (ranks != nullptr) ranks->Sum(scale);
+  scale.clamp_min_(1e-20).reciprocal_();
+  if (gradient != nullptr) {
+    *gradient = at::empty_like(y);
+    args.scale = scale.const_data_ptr<float>(), args.gradient = gradient->mutable_data_ptr();
+    DSLA_CHECK(TrainingKernels()->error_gradient(args, nullptr) == 0);
+  }
+  return sums.select(0, 0) * scale;
 }
 
 }  // namespace
@@ -38,6 +70,17 @@ Tensor KlGradient(const Tensor& head, const Tensor& hidden, const Tensor& teache
   for (int64_t i = 0; i < n; i += step) {
     const int64_t m = std::min(step, n - i);
     const Tensor w = share.narrow(0, i, m);
+    if (HasTrainingKernels(student) && head.size(0) % 8 == 0) {
+      const Tensor logits_t = at::linear(target.narrow(0, i, m), head), scale = w * weight;
+      Tensor logits = at::linear(student.narrow(0, i, m), head), kl = at::empty({m}, fp32);
+      DSLA_CHECK(TrainingKernels()->kl({logits_t.const_data_ptr(), logits.mutable_data_ptr(),
+                                        scale.const_data_ptr<float>(), kl.mutable_data_ptr<float>(),
+                                        m, static_cast<int>(head.size(0))},
+                                       nullptr) == 0);
+      total.add_((kl * w).sum());
+      d.narrow(0, i, m).copy_(at::matmul(logits, head));
+      continue;
+    }
     const Tensor log_t = LogProbabilities(target.narrow(0, i, m), head);
     Tensor log_s = LogProbabilities(student.narrow(0, i, m), head);
     const Tensor p_t = log_t.exp();
@@ -52,6 +95,8 @@ Tensor KlGradient(const Tensor& head, const Tensor& hidden, const Tensor& teache
 
 Tensor NormalisedError(const Tensor& y, const Tensor& o, const Tensor& counted, Ranks* ranks,
                        Tensor* gradient) {
+  if (HasTrainingKernels(y) && HasTrainingKernels(o) && y.size(-1) % 8 == 0)
+    return FusedNormalisedError(y.detach().contiguous(), o.contiguous(), counted, ranks, gradient);
   Tensor difference = y.detach().to(at::kFloat).sub(o), reference = o.to(at::kFloat);
   if (counted.defined()) {
     difference = difference * counted.unsqueeze(2);

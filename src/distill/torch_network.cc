@@ -301,7 +301,9 @@ Expected<std::unique_ptr<Network>> Network::Create(const ModelFile& file,
 const ParameterLayout& Network::layout() const { return impl_->layout; }
 
 std::string Network::device_name() const {
-  return impl_->device.str() + (impl_->type == at::kBFloat16 ? ", bf16" : ", fp32");
+  const Tensor like = at::empty({1}, at::TensorOptions(impl_->type).device(impl_->device));
+  return impl_->device.str() + (impl_->type == at::kBFloat16 ? ", bf16" : ", fp32") +
+         (distill::HasTrainingKernels(like) ? ", fused kernels" : "");
 }
 
 std::string Network::TeacherHash() const {

@@ -103,7 +103,8 @@ struct DslaLayerOptions {
 // The whole operator between the projections: features, gates, states, window, sinks, merge.
 // q [B, T, H, D] rotated; k [B, TK, Hkv, D] rotated, as a cache would hold it; k_plain [B, TK, Hkv,
 // D] the same with RoPE undone, of k's type or of the sum type (more exact gates); v [B, TK, Hkv,
-// D]; claim [B, T, H] sum type, undefined if window = 0. Returns [B, T, H, D] of the sum type.
+// D]; claim [B, T, H] sum type, undefined if window = 0. Returns [B, T, H, D] of q's type. On a GPU
+// in bf16 it is one function with fused kernels where those of ops/training are built.
 at::Tensor DslaLayer(const at::Tensor& q, const at::Tensor& k, const at::Tensor& k_plain,
                      const at::Tensor& v, const at::Tensor& claim, const DslaLayerParams& params,
                      const DslaLayerOptions& options);

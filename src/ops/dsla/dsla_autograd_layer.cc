@@ -6,6 +6,7 @@
 #include <ATen/ops/softmax.h>
 
 #include "ops/dsla/dsla_autograd.h"
+#include "ops/dsla/dsla_autograd_fused.h"
 #include "ops/dsla/dsla_autograd_util.h"
 
 namespace dsla {
@@ -14,13 +15,6 @@ namespace {
 
 constexpr double kEpsilon = 1e-6;  // kDslaEpsilon of dsla.h
 constexpr double kGateDivisor = 16;
-
-// [B, T, h, D] -> [h, B T, D], the operand of a product per head.
-Tensor PerHead(const Tensor& x) { return x.permute({2, 0, 1, 3}).flatten(1, 2); }
-// [h, B T, D] -> [B, T, h, D], a view.
-Tensor FromPerHead(const Tensor& x, int64_t B, int64_t T) {
-  return x.unflatten(1, {B, T}).permute({1, 2, 0, 3});
-}
 
 class FeaturesFunction : public torch::autograd::Function<FeaturesFunction> {
  public:
@@ -102,10 +96,6 @@ class GatesFunction : public torch::autograd::Function<GatesFunction> {
     const Tensor dbias = dz_heads.sum(1).unflatten(1, {states, F}).transpose(0, 1);
     return {dk, dweight, dbias, Tensor()};
   }
-
- private:
-  // [states, Hkv, D, F] -> [Hkv, D, states F]
-  static Tensor JoinStates(const Tensor& weight) { return weight.permute({1, 2, 0, 3}).flatten(2); }
 };
 
 Tensor Rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse) {
@@ -205,6 +195,7 @@ at::Tensor DslaRope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor
   TORCH_CHECK(x.size(3) % 2 == 0, kOp, ": head dimension ", x.size(3), " is odd");
   CheckTensor(kOp, "cos", cos, {x.size(1), x.size(3) / 2}, SumType(x), x);
   CheckTensor(kOp, "sin", sin, {x.size(1), x.size(3) / 2}, SumType(x), x);
+  if (autograd::FusedRopeTakes(x)) return autograd::FusedRope(x, cos, sin, inverse);
   return autograd::RopeFunction::apply(x, cos, sin, inverse);
 }
 
@@ -244,15 +235,17 @@ at::Tensor DslaLayer(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
   // Half a chunk at the floor must stay inside the exponent range of fp32 (e^88).
   TORCH_CHECK(options.chunked.chunk / 2 * -options.gate_floor <= 80, kOp, ": chunk ",
               options.chunked.chunk, " is too long for gate floor ", options.gate_floor);
+  if (autograd::FusedLayerTakes(q, params, options))
+    return autograd::FusedLayer(q, k, k_plain, v, claim, params, options);
   const at::Tensor phi_q = DslaFeatures(q, params.phi_q, F == 2 * D);
   const at::Tensor phi_k = DslaFeatures(k, params.phi_k, F == 2 * D);
   const at::Tensor a = DslaGates(k_plain, params.gate_weight, params.gate_bias, options.gate_floor);
   const DslaChunkedResult lin =
       DslaChunked(phi_q, params.mix.softmax(1), phi_k, a, v, {}, {}, options.chunked);
-  if (W == 0) return DslaMerge(lin.num, lin.den);
+  if (W == 0) return DslaMerge(lin.num, lin.den).to(q.scalar_type());
   const DslaWindowResult win =
       DslaWindowAttention(q, k, v, W, options.chunked.sinks, options.chunked.segment);
-  return DslaMerge(lin.num, lin.den, win.out, win.lse, claim);
+  return DslaMerge(lin.num, lin.den, win.out, win.lse, claim).to(q.scalar_type());
 }
 
 }  // namespace dsla

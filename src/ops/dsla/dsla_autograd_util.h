@@ -65,6 +65,15 @@ inline Tensor Product(const Tensor& a, const Tensor& b) {
   return at::bmm(a3.to(sum), b3.to(sum)).view(shape);
 }
 
+// [B, T, h, D] -> [h, B T, D], the operand of a product per head.
+inline Tensor PerHead(const Tensor& x) { return x.permute({2, 0, 1, 3}).flatten(1, 2); }
+// [h, B T, D] -> [B, T, h, D], a view.
+inline Tensor FromPerHead(const Tensor& x, int64_t B, int64_t T) {
+  return x.unflatten(1, {B, T}).permute({1, 2, 0, 3});
+}
+// [states, Hkv, D, F] -> [Hkv, D, states F], as one product makes the logits of all gates.
+inline Tensor JoinStates(const Tensor& weight) { return weight.permute({1, 2, 0, 3}).flatten(2); }
+
 // A stream of rows along dimension 1 in which x's rows [first, last) stand at `at` + first, ...,
 // and everything else is zero.
 struct Rows {
