@@ -39,7 +39,7 @@ struct DistillConfig {
   int64_t chain_tokens = 18'000'000;
   double chain_low_rank_lr = 5e-4, chain_lr = 2e-3;
   std::vector<int> chain_levels;
-  double chain_level_share = 0.5, chain_switch_share = 0.3;
+  double chain_level_share = 0.6, chain_switch_share = 0.3;
   double kl_weight = 1, align_weight = 0, cosine_weight = 0;
 
   std::vector<int> evaluate_levels;
