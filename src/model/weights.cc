@@ -131,6 +131,7 @@ WeightFormat FormatFor(const ModelFile& file) {
 
 Expected<ModelWeights> LoadWeights(const ExecContext& ctx, const ModelFile& file,
                                    WeightFormat format) {
+  DSLA_RETURN_IF_ERROR(PrepareLinear(format));
   const ModelConfig& config = file.config();
   ModelWeights weights;
   weights.arena = std::make_unique<Arena>();

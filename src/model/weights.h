@@ -43,7 +43,8 @@ struct ModelWeights {
 WeightFormat FormatFor(const ModelFile& file);
 
 // Reads and converts every tensor of `file`. The embedding and the head are never stored below 8
-// bits: at 4 they cost more quality than all other weights. Errors are those of ModelFile::Read.
+// bits: at 4 they cost more quality than all other weights. Errors: ModelFile::Read's and
+// PrepareLinear's.
 Expected<ModelWeights> LoadWeights(const ExecContext& ctx, const ModelFile& file,
                                    WeightFormat format);
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -28,9 +30,8 @@ DType ElementOf(WeightFormat format) {
 // about 100 rows of every shape in linear_bench (16 rows: half, 64 rows: 10 to 25% less), and it
 // keeps the batch out of a row's result; beyond, the GEMM's packing pays.
 constexpr int64_t kMaxRows = 64;
-// Where the CPU multiplies bf16, which also has the 512-bit integer loop: that one is faster than
-// the widening of a panel and the bf16 product up to here.
-constexpr int64_t kMaxIntegerRows = 128;
+// Integers where the CPU multiplies bf16, which also has the 512-bit integer loop.
+constexpr int64_t kAnyRows = std::numeric_limits<int64_t>::max();
 static_assert(kMaxRows >= kLinearInvariantRows);
 
 // How T rows are multiplied. A CPU with bf16 dot products (AVX512_BF16, AMX) has several times the
@@ -87,7 +88,8 @@ struct Linear::Storage {
   struct Cut;
   Cut CutProduct(int threads, int64_t T, int64_t out, Path path) const;
   bf16* NarrowRows(const ExecContext& ctx, const GemmArgs& args) const;
-  void GemmPiece(GemmArgs args, int64_t feature, Path path, const bf16* x16, char* panel) const;
+  void GemmPiece(const Gemm& gemm, GemmArgs args, int64_t feature, Path path, const bf16* x16,
+                 char* panel) const;
   void ForwardGemm(const ExecContext& ctx, const GemmArgs& args, Path path) const;
   // Features [begin, end) as fp32 rows `stride` floats apart.
   void Widen(int64_t begin, int64_t end, float* to) const;
@@ -95,7 +97,11 @@ struct Linear::Storage {
 
 int64_t LinearLoopRows(WeightFormat format) {
   if (!CpuMultipliesBf16() || format == WeightFormat::kF32) return kMaxRows;
-  return IsQuantized(format) ? kMaxIntegerRows : kLinearInvariantRows;
+  return IsQuantized(format) ? kAnyRows : kLinearInvariantRows;
+}
+
+Status PrepareLinear(WeightFormat format) {
+  return LinearLoopRows(format) == kAnyRows ? Status::Ok() : LoadGemm().status();
 }
 
 const char* Name(WeightFormat format) {
@@ -324,8 +330,8 @@ bf16* Linear::Storage::NarrowRows(const ExecContext& ctx, const GemmArgs& args) 
 }
 
 // One piece, args' rows and features, the first of them `feature`. panel: scratch memory.
-void Linear::Storage::GemmPiece(GemmArgs args, int64_t feature, Path path, const bf16* x16,
-                                char* panel) const {
+void Linear::Storage::GemmPiece(const Gemm& gemm, GemmArgs args, int64_t feature, Path path,
+                                const bf16* x16, char* panel) const {
   if (const float* b = bias_or_null()) {
     // The product is added to rows that hold the bias already.
     for (int64_t t = 0; t < args.T; ++t) {
@@ -344,7 +350,7 @@ void Linear::Storage::GemmPiece(GemmArgs args, int64_t feature, Path path, const
       Widen(feature, feature + args.out, rows);
       args.w = rows;
     }
-    GemmF32(args);
+    gemm.f32(args);
     return;
   }
   const bf16* w16_piece = w16() + feature * stride;
@@ -359,10 +365,12 @@ void Linear::Storage::GemmPiece(GemmArgs args, int64_t feature, Path path, const
     w16_piece = rows;
   }
   args.in = stride;
-  GemmBf16(args, x16, w16_piece);
+  gemm.bf16(args, x16, w16_piece);
 }
 
 void Linear::Storage::ForwardGemm(const ExecContext& ctx, const GemmArgs& args, Path path) const {
+  const auto gemm = LoadGemm();
+  if (!gemm.ok()) throw std::runtime_error(gemm.status().message());
   const Workspace::Scope scope(*ctx.workspace);
   const bf16* x16 = path == Path::kGemmBf16 ? NarrowRows(ctx, args) : nullptr;
   const Cut cut = CutProduct(ctx.threads, args.T, args.out, path);
@@ -375,7 +383,7 @@ void Linear::Storage::ForwardGemm(const ExecContext& ctx, const GemmArgs& args, 
     piece.out = std::min(cut.features, args.out - feature);
     piece.x = args.x + row * args.x_stride;
     piece.y = args.y + row * args.y_stride + feature;
-    GemmPiece(piece, feature, path, x16 != nullptr ? x16 + row * stride : nullptr,
+    GemmPiece(**gemm, piece, feature, path, x16 != nullptr ? x16 + row * stride : nullptr,
               panels + thread * cut.panel_bytes);
   });
 }
@@ -399,14 +407,14 @@ LowRankDelta::LowRankDelta(std::span<const float> a, std::span<const float> b, i
     : a_(a, rank, in, format, {}, arena), b_(b, out, rank, format, {}, arena) {}
 
 void LowRankDelta::AddTo(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T,
-                         float* y, int64_t y_stride, Products products) const {
+                         float* y, int64_t y_stride) const {
   if (empty() || T <= 0) return;
   DSLA_CHECK(ctx.workspace != nullptr);
   const Workspace::Scope scope(*ctx.workspace);
   const int64_t rank = a_.out();
   float* h = ctx.workspace->Take<float>(T * rank);
-  a_.Forward(ctx, x, x_stride, T, h, rank, Accumulate::kNo, products);
-  b_.Forward(ctx, h, rank, T, y, y_stride, Accumulate::kYes, products);
+  a_.Forward(ctx, x, x_stride, T, h, rank, Accumulate::kNo, Products::kInvariant);
+  b_.Forward(ctx, h, rank, T, y, y_stride, Accumulate::kYes, Products::kInvariant);
 }
 
 }  // namespace dsla

@@ -1,7 +1,7 @@
 // Linear: y = W x + b with a weight stored in bf16, fp32 or groups of small integers, and fp32
-// activations. Many rows go through libtorch's GEMM; few rows (decode) are bound by the weight's
-// bytes and take our own loop.
-// Immutable after construction; Forward is thread-safe.
+// activations. Few rows (decode) are bound by the weight's bytes and take our own loop, many rows
+// of bf16 and fp32 libtorch's GEMM, a library that is loaded when it is first needed. Immutable
+// after construction; Forward is thread-safe.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,7 @@
 
 #include "base/arena.h"
 #include "base/exec.h"
+#include "base/status.h"
 
 namespace dsla {
 
@@ -23,6 +24,11 @@ const char* Name(WeightFormat format);
 
 // Up to so many rows kFastest takes our own loop on this CPU; beyond, a GEMM.
 int64_t LinearLoopRows(WeightFormat format);
+
+// Loads the GEMM now if weights of this format may need it, rather than at the first product of
+// many rows, which throws std::runtime_error where it cannot be loaded. Error: kUnavailable, naming
+// the file.
+Status PrepareLinear(WeightFormat format);
 
 // On every CPU at least so many: a row's result is then the same bits however many others it is
 // batched with, on any number of threads. With kFastest more rows may go through a GEMM, which sums
@@ -69,7 +75,8 @@ class Linear {
   int64_t in_ = 0, out_ = 0;
 };
 
-// The adapter's correction of a frozen weight: y += B (A x), A [r, in], B [out, r].
+// The adapter's correction of a frozen weight: y += B (A x), A [r, in], B [out, r]. Always by our
+// own loop: r is too small for a GEMM to gain by.
 class LowRankDelta {
  public:
   LowRankDelta() = default;
@@ -79,7 +86,7 @@ class LowRankDelta {
   bool empty() const { return a_.empty(); }
   int64_t bytes() const { return empty() ? 0 : a_.bytes() + b_.bytes(); }
   void AddTo(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T, float* y,
-             int64_t y_stride, Products products = Products::kFastest) const;
+             int64_t y_stride) const;
 
  private:
   Linear a_, b_;

@@ -25,8 +25,6 @@ void UseOneThread() {
   if (at::get_num_threads() != 1) at::set_num_threads(1);
 }
 
-}  // namespace
-
 void GemmF32(const GemmArgs& a) {
   const c10::InferenceMode guard;
   UseOneThread();
@@ -54,6 +52,10 @@ void GemmBf16(const GemmArgs& a, const bf16* x16, const bf16* w16) {
     y.copy_(product);
 }
 
-bool CpuMultipliesBf16() { return __builtin_cpu_supports("avx512bf16"); }
-
+}  // namespace
 }  // namespace dsla
+
+extern "C" const dsla::Gemm* DslaGemm() {
+  static constexpr dsla::Gemm kGemm{.f32 = dsla::GemmF32, .bf16 = dsla::GemmBf16};
+  return &kGemm;
+}
