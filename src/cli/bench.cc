@@ -249,7 +249,8 @@ Status Bench(const BenchArgs& args) {
   SpeedOptions speed = args.speed;
   if (speed.levels.empty()) {
     speed.levels = {0};
-    if (loaded.adapter != nullptr) speed.levels.push_back(loaded.adapter->top_level);
+    if (const AdapterInfo* adapter = loaded.model->adapter())
+      speed.levels.push_back(adapter->top_level);
   }
   DocumentOptions document;
   const int room = loaded.model->max_positions() - speed.decode_tokens;

@@ -182,14 +182,15 @@ DslaParams DslaLayer::params() const {
   return params;
 }
 
-BoundAdapter BindAdapter(const ModelConfig& config, std::shared_ptr<const Adapter> adapter,
-                         WeightFormat format, DType kv_dtype) {
+BoundAdapter BindAdapter(const ModelConfig& config, const Adapter& adapter, WeightFormat format,
+                         DType kv_dtype) {
   if (format != WeightFormat::kF32) format = WeightFormat::kBF16;
   BoundAdapter bound;
+  bound.info = adapter;
   bound.arena = std::make_unique<Arena>();
   Arena* const arena = bound.arena.get();
   const int64_t q = int64_t{config.H} * config.D;
-  for (const AdapterLayer& from : adapter->layers) {
+  for (const AdapterLayer& from : adapter.layers) {
     DslaLayer layer;
     layer.shape = {.H = config.H,
                    .Hkv = config.Hkv,
@@ -222,7 +223,6 @@ BoundAdapter BindAdapter(const ModelConfig& config, std::shared_ptr<const Adapte
     bound.slot_bytes = std::max(bound.slot_bytes, MakeSlotLayout(layer.shape).bytes);
     bound.layers.push_back(std::move(layer));
   }
-  bound.adapter = std::move(adapter);
   return bound;
 }
 

@@ -411,10 +411,9 @@ void LowRankDelta::AddTo(const ExecContext& ctx, const float* x, int64_t x_strid
   if (empty() || T <= 0) return;
   DSLA_CHECK(ctx.workspace != nullptr);
   const Workspace::Scope scope(*ctx.workspace);
-  const int64_t rank = a_.out();
-  float* h = ctx.workspace->Take<float>(T * rank);
-  a_.Forward(ctx, x, x_stride, T, h, rank, Accumulate::kNo, Products::kInvariant);
-  b_.Forward(ctx, h, rank, T, y, y_stride, Accumulate::kYes, Products::kInvariant);
+  float* h = ctx.workspace->Take<float>(T * rank());
+  a_.Forward(ctx, x, x_stride, T, h, rank(), Accumulate::kNo, Products::kInvariant);
+  b_.Forward(ctx, h, rank(), T, y, y_stride, Accumulate::kYes, Products::kInvariant);
 }
 
 }  // namespace dsla

@@ -84,6 +84,7 @@ class LowRankDelta {
                int64_t out, WeightFormat format, Arena* arena = nullptr);
 
   bool empty() const { return a_.empty(); }
+  int64_t rank() const { return a_.out(); }
   int64_t bytes() const { return empty() ? 0 : a_.bytes() + b_.bytes(); }
   void AddTo(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T, float* y,
              int64_t y_stride) const;
