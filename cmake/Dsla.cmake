@@ -53,7 +53,6 @@ function(dsla_loaded_library)
   set_target_properties(dsla_${ARG_NAME} PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR})
   target_link_libraries(dsla_${ARG_NAME} PRIVATE ${ARG_DEPS})
   target_link_options(dsla_${ARG_NAME} PRIVATE -Wl,--exclude-libs,ALL)
-  add_dependencies(quickstart dsla_${ARG_NAME})
 endfunction()
 
 # dsla_test(NAME <name> SRCS <files> [DEPS <targets>] [LABELS <labels>] [ARGS <arguments>] [ENV <name=value>...] [TIMEOUT <s>]):
