@@ -286,6 +286,34 @@ TEST_F(CliTest, BadFilesAreRefused) {
   ExpectRefused("run --model " + plain + " abc", "tokenizer.json");
 }
 
+// By the library that the program loads for it.
+TEST_F(CliTest, TrainsAnAdapterAndRunsIt) {
+  const std::string data = (folder_ / "text.txt").string(),
+                    config = (folder_ / "config.toml").string(),
+                    trained = (folder_ / "trained.safetensors").string(),
+                    texts = (folder_ / "texts.jsonl").string();
+  std::ofstream text(data);
+  for (int i = 0; i < 4000; ++i) text << static_cast<char>('a' + i * i % 13);
+  text.close();
+  std::ofstream(config) << "[adapter]\nwindow = 8\nsinks = 2\nrank = 2\n"
+                           "[data]\nlengths = [64]\nlength_shares = [1.0]\ntokens_per_step = 128\n"
+                           "[align]\ntokens = 256\n[order]\nmethod = \"uniform\"\n"
+                           "[chain]\ntokens = 256\n"
+                           "[evaluate]\nlength = 64\ndocuments = 2\nrecall = 2\n"
+                           "[run]\nthreads = 1\n";
+  const Outcome distill = Dsla("distill --model " + model_ + " --config " + config + " --data " +
+                               data + " --out " + trained);
+  ASSERT_EQ(distill.exit_code, 0) << distill.err;
+  const Outcome run =
+      Dsla("run --model " + model_ + " --adapter " + trained + " --level 2 --json -n 3 abc");
+  ASSERT_EQ(run.exit_code, 0) << run.err;
+  EXPECT_EQ(nlohmann::json::parse(run.out)["level"], 2);
+  const Outcome write = Dsla("distill write --model " + model_ + " --prompts " + data +
+                             " --documents 2 --length 40 --out " + texts + " --threads 1");
+  ASSERT_EQ(write.exit_code, 0) << write.err;
+  EXPECT_THAT(ReadAll(texts), HasSubstr("\"text\""));
+}
+
 // The program without the libraries that belong beside it: it starts, and names what it misses.
 TEST_F(CliTest, NamesTheLibraryThatIsNotThere) {
   const fs::path alone = folder_ / "alone";
