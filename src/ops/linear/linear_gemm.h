@@ -1,6 +1,6 @@
 // Matrix products of many rows through libtorch, behind plain pointers. They are a library of their
 // own, libdsla_gemm.so (linear_torch.cc, the only file of the operator that includes ATen headers),
-// loaded at the first such product: libtorch alone makes 115 MB resident and takes .2 s to start,
+// loaded at the first such product: libtorch alone makes 115 MB resident and takes .15 s to start,
 // and what runs on integer weights never needs it. Each call runs on the calling thread alone: a
 // product is cut into tasks of ours (linear.cc), so that libtorch's threads and ours never compete.
 // Internal to this folder.
