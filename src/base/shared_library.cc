@@ -19,7 +19,7 @@ bool IsBelow(const fs::path& path, const fs::path& folder) {
 std::string Find(const std::string& library) {
   std::error_code error;
   const fs::path program = fs::read_symlink("/proc/self/exe", error).parent_path();
-  const fs::path build_folder = DSLA_BINARY_DIR;
+  const fs::path build_folder = fs::weakly_canonical(DSLA_BINARY_DIR, error);  // as the former
   if (fs::exists(program / library, error)) return program / library;
   // Tests and benchmarks lie in folders below it.
   if (IsBelow(program, build_folder) && fs::exists(build_folder / library, error))

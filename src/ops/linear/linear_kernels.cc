@@ -63,7 +63,7 @@ HWY_INLINE void FinishAll(Vec v0, Vec v1, Vec v2, Vec v3, const float* bias, boo
 using Tag4 = hn::FixedTag<float, kFeatures>;
 
 template <class D>
-HWY_INLINE hn::Vec<Tag4> SumOfBlocks(D d, hn::Vec<D> v) {
+HWY_INLINE hn::Vec<Tag4> SumOfBlocks(D /*d*/, hn::Vec<D> v) {
   if constexpr (hn::MaxLanes(D()) == kFeatures) {
     return v;
   } else {
