@@ -322,7 +322,7 @@ TEST_F(CliTest, NamesTheLibraryThatIsNotThere) {
   EXPECT_THAT(ReadAll(DSLA_PROGRAM), Not(HasSubstr("libtorch_cpu.so")));  // linked by them alone
   program_ = alone / fs::path(DSLA_PROGRAM).filename();
   EXPECT_EQ(Dsla("inspect " + model_).exit_code, 0);
-  ExpectRefused("run " + Model() + "--weights bf16 abc", "'libdsla_gemm.so', which belongs beside");
+  ExpectRefused("run " + Model() + "--weights fp32 abc", "'libdsla_gemm.so', which belongs beside");
   std::ofstream(folder_ / "text.txt") << "some text";
   ExpectRefused("distill --model " + model_ + " --data " + (folder_ / "text.txt").string() +
                     " --out " + (folder_ / "trained.safetensors").string(),
