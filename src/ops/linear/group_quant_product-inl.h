@@ -28,18 +28,6 @@ namespace HWY_NAMESPACE {
 // Where input i of a group lies among QuantRows::q.
 constexpr int Place(int i) { return i / 4 * 4 + i % 2 * 2 + i % 4 / 2; }
 
-// A block's parts.
-struct BlockView {
-  const uint16_t* d;
-  const uint16_t* m;
-  const uint8_t* q;
-};
-inline BlockView ViewBlock(const GroupQuantShape& shape, const uint8_t* weight, int64_t block) {
-  const uint8_t* at = weight + block * shape.block_bytes();
-  const auto* d = reinterpret_cast<const uint16_t*>(at);
-  return {d, d + shape.groups() * kQuantBlock, at + shape.header_bytes()};
-}
-
 #if defined(__x86_64__) && HWY_TARGET <= HWY_AVX2
 
 // GCC would add up a group's products as a tree, all of them spilled to memory first: a sum that it

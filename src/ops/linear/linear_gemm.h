@@ -6,8 +6,6 @@
 
 #include <cstdint>
 
-#include "base/half.h"
-
 namespace dsla {
 
 // y[T, out] (+)= x[T, in] w[out, in]^T, all fp32 and row-major with the given strides.
@@ -22,18 +20,5 @@ struct GemmArgs {
   bool accumulate = false;
 };
 void GemmF32(const GemmArgs& args);
-
-// y (+)= x w^T with x [T, in] and w [out, in] in bf16, dense; args.x and args.w are not read.
-// oneDNN sums in fp32 and rounds the product to bf16. Only fast where the CPU multiplies bf16
-// itself. `in` must be a multiple of 32, AMX's depth: oneDNN reads the last partial block of a row
-// together with the start of the next row, times zeros, and so carries a NaN from one row of the
-// batch to another.
-// x has zero rows up to a multiple of kBf16Rows: oneDNN makes and keeps code for every shape that
-// it meets, and a server meets batches of every size.
-inline constexpr int64_t kBf16Rows = 32;
-void GemmBf16(const GemmArgs& args, const bf16* x, const bf16* w);
-
-// Does this CPU have bf16 dot products (AVX512_BF16; every CPU with AMX has it too)?
-bool CpuMultipliesBf16();
 
 }  // namespace dsla
