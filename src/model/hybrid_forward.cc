@@ -94,7 +94,7 @@ void HybridModel::DslaRows(const ExecContext& ctx, CachePool& pool, const Step& 
   if (!dsla.claim.empty()) {
     claim = ctx.workspace->Take<float>(T * config_.H);
     dsla.claim.Forward(ctx, step.normed + first_row * config_.C, config_.C, T, claim, config_.H,
-                       Accumulate::kNo, Products::kInvariant);
+                       Accumulate::kNo, step.products);
   }
   DslaForwardCpu(
       ctx, {.shape = dsla.shape,
@@ -126,7 +126,7 @@ void HybridModel::AttentionBlock(const ExecContext& ctx, CachePool& pool, Step& 
   const int64_t m = step.rows.row_start[softmax_sequences], dsla_rows = step.rows.T() - m;
   if (dsla_rows > 0) {
     adapter_.layers[layer].q_delta.AddTo(ctx, step.normed + m * C, C, dsla_rows,
-                                         step.qkv + m * stride, stride);
+                                         step.qkv + m * stride, stride, step.products);
     step.clock.Mark("adapter's deltas");
   }
 
@@ -161,7 +161,7 @@ void HybridModel::AttentionBlock(const ExecContext& ctx, CachePool& pool, Step& 
   step.clock.Mark("o");
   if (dsla_rows > 0) {
     adapter_.layers[layer].o_delta.AddTo(ctx, step.attention + m * q, q, dsla_rows,
-                                         step.delta + m * C, C);
+                                         step.delta + m * C, C, step.products);
     step.clock.Mark("adapter's deltas");
   }
 }

@@ -4,10 +4,10 @@
 
 namespace dsla {
 
-Expected<const Gemm*> LoadGemm() {
-  static const Expected<const Gemm*> gemm = []() -> Expected<const Gemm*> {
-    DSLA_ASSIGN_OR_RETURN(void* const get, LibraryFunction("libdsla_gemm.so", "DslaGemm"));
-    return reinterpret_cast<const Gemm* (*)()>(get)();
+Expected<Gemm> LoadGemm() {
+  static const Expected<Gemm> gemm = []() -> Expected<Gemm> {
+    DSLA_ASSIGN_OR_RETURN(void* const function, LibraryFunction("libdsla_gemm.so", "DslaGemm"));
+    return reinterpret_cast<Gemm>(function);
   }();
   return gemm;
 }
