@@ -44,6 +44,17 @@ function(dsla_library)
   target_link_libraries(dsla_${ARG_NAME} PUBLIC ${ARG_DEPS})
 endfunction()
 
+# dsla_loaded_library(NAME <name> SRCS <files> [DEPS <targets>]): the shared library dsla_<name>, which programs load when they need it
+# (base/shared_library.h): it is left beside the program, and keeps the symbols of the static libraries in it to itself.
+function(dsla_loaded_library)
+  cmake_parse_arguments(ARG "" "NAME" "SRCS;DEPS" ${ARGN})
+  add_library(dsla_${ARG_NAME} SHARED ${ARG_SRCS})
+  dsla_options(dsla_${ARG_NAME})
+  set_target_properties(dsla_${ARG_NAME} PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR})
+  target_link_libraries(dsla_${ARG_NAME} PRIVATE ${ARG_DEPS})
+  target_link_options(dsla_${ARG_NAME} PRIVATE -Wl,--exclude-libs,ALL)
+endfunction()
+
 # dsla_test(NAME <name> SRCS <files> [DEPS <targets>] [LABELS <labels>] [ARGS <arguments>] [ENV <name=value>...] [TIMEOUT <s>]):
 # a GoogleTest program run by CTest as <name>. It finds data through the compile definition DSLA_SOURCE_DIR. With the
 # label tsan it also runs under ThreadSanitizer, so it must not need libtorch or OpenMP threads.

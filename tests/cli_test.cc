@@ -19,6 +19,7 @@ namespace {
 
 namespace fs = std::filesystem;
 using testing::HasSubstr;
+using testing::Not;
 using testing_models::DataPath;
 
 struct Outcome {
@@ -85,8 +86,8 @@ class CliTest : public testing::Test {
   Outcome Dsla(const std::string& arguments, const std::string& input = "") {
     const fs::path out = folder_ / "out", err = folder_ / "err", in = folder_ / "in";
     std::ofstream(in) << input;
-    const std::string command = std::string(DSLA_PROGRAM) + " " + arguments + " <" + in.string() +
-                                " >" + out.string() + " 2>" + err.string();
+    const std::string command = program_ + " " + arguments + " <" + in.string() + " >" +
+                                out.string() + " 2>" + err.string();
     const int status = std::system(command.c_str());
     return {.exit_code = WIFEXITED(status) ? WEXITSTATUS(status) : -1,
             .out = ReadAll(out),
@@ -110,7 +111,7 @@ class CliTest : public testing::Test {
   }
 
   fs::path folder_;
-  std::string model_, adapter_;
+  std::string program_ = DSLA_PROGRAM, model_, adapter_;
 };
 
 TEST_F(CliTest, RunsAtEveryLevelAndRaisesInMidAnswer) {
@@ -283,6 +284,49 @@ TEST_F(CliTest, BadFilesAreRefused) {
   const std::string plain = MakeModel("no_tokenizer");
   fs::remove(plain + "/tokenizer.json");
   ExpectRefused("run --model " + plain + " abc", "tokenizer.json");
+}
+
+// By the library that the program loads for it.
+TEST_F(CliTest, TrainsAnAdapterAndRunsIt) {
+  const std::string data = (folder_ / "text.txt").string(),
+                    config = (folder_ / "config.toml").string(),
+                    trained = (folder_ / "trained.safetensors").string(),
+                    texts = (folder_ / "texts.jsonl").string();
+  std::ofstream text(data);
+  for (int i = 0; i < 4000; ++i) text << static_cast<char>('a' + i * i % 13);
+  text.close();
+  std::ofstream(config) << "[adapter]\nwindow = 8\nsinks = 2\nrank = 2\n"
+                           "[data]\nlengths = [64]\nlength_shares = [1.0]\ntokens_per_step = 128\n"
+                           "[align]\ntokens = 256\n[order]\nmethod = \"uniform\"\n"
+                           "[chain]\ntokens = 256\n"
+                           "[evaluate]\nlength = 64\ndocuments = 2\nrecall = 2\n"
+                           "[run]\nthreads = 1\n";
+  const Outcome distill = Dsla("distill --model " + model_ + " --config " + config + " --data " +
+                               data + " --out " + trained);
+  ASSERT_EQ(distill.exit_code, 0) << distill.err;
+  const Outcome run =
+      Dsla("run --model " + model_ + " --adapter " + trained + " --level 2 --json -n 3 abc");
+  ASSERT_EQ(run.exit_code, 0) << run.err;
+  EXPECT_EQ(nlohmann::json::parse(run.out)["level"], 2);
+  const Outcome write = Dsla("distill write --model " + model_ + " --prompts " + data +
+                             " --documents 2 --length 40 --out " + texts + " --threads 1");
+  ASSERT_EQ(write.exit_code, 0) << write.err;
+  EXPECT_THAT(ReadAll(texts), HasSubstr("\"text\""));
+}
+
+// The program without the libraries that belong beside it: it starts, and names what it misses.
+TEST_F(CliTest, NamesTheLibraryThatIsNotThere) {
+  const fs::path alone = folder_ / "alone";
+  fs::create_directories(alone);
+  fs::copy(DSLA_PROGRAM, alone);
+  EXPECT_THAT(ReadAll(DSLA_PROGRAM), Not(HasSubstr("libtorch_cpu.so")));  // linked by them alone
+  program_ = alone / fs::path(DSLA_PROGRAM).filename();
+  EXPECT_EQ(Dsla("inspect " + model_).exit_code, 0);
+  ExpectRefused("run " + Model() + "--weights fp32 abc", "'libdsla_gemm.so', which belongs beside");
+  std::ofstream(folder_ / "text.txt") << "some text";
+  ExpectRefused("distill --model " + model_ + " --data " + (folder_ / "text.txt").string() +
+                    " --out " + (folder_ / "trained.safetensors").string(),
+                "'libdsla_trainer.so', which belongs beside");
 }
 
 }  // namespace

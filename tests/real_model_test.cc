@@ -51,7 +51,8 @@ class RealModelTest : public testing::Test {
     const auto fingerprint = file_->Fingerprint();
     ASSERT_TRUE(fingerprint.ok());
     ASSERT_TRUE((*adapter)->CheckBase(*fingerprint, file_->path()).ok());
-    auto model = HybridModel::Load(ctx_, *file_, *adapter, {.weights = weights, .kv_dtype = kv});
+    auto model =
+        HybridModel::Load(ctx_, *file_, adapter->get(), {.weights = weights, .kv_dtype = kv});
     ASSERT_TRUE(model.ok()) << model.status().message();
     model_ = std::move(model).value();
     auto pool = CachePool::Create(model_->cache_geometry(), int64_t{1} << 30);

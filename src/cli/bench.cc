@@ -186,7 +186,8 @@ Status BenchDepths(const BenchArgs& args, const std::vector<int>& levels, const 
     return Unsupported("--stages: {} runs a step as a whole", loaded.where());
   const Progress progress;
   progress.Show("measuring the machine");
-  const MachineLimits machine = MeasureMachine(loaded.ctx, loaded.model->device());
+  DSLA_ASSIGN_OR_RETURN(const MachineLimits machine,
+                        MeasureMachine(loaded.ctx, loaded.model->device()));
   DSLA_ASSIGN_OR_RETURN(const auto speeds,
                         MeasureDepths(loaded.ctx, *loaded.model, pool, text, options,
                                       [&](const std::string& what) { progress.Show(what); }));
@@ -215,7 +216,8 @@ Status BenchText(const BenchArgs& args, const SpeedOptions& speed, const LoadedM
                  CachePool& pool, const std::vector<std::vector<int32_t>>& text) {
   const Progress progress;
   progress.Show("measuring the machine");
-  const MachineLimits machine = MeasureMachine(loaded.ctx, loaded.model->device());
+  DSLA_ASSIGN_OR_RETURN(const MachineLimits machine,
+                        MeasureMachine(loaded.ctx, loaded.model->device()));
   DSLA_ASSIGN_OR_RETURN(const auto speeds,
                         MeasureSpeed(loaded.ctx, *loaded.model, pool, text.front(), speed,
                                      [&](const std::string& what) { progress.Show(what); }));
@@ -249,7 +251,8 @@ Status Bench(const BenchArgs& args) {
   SpeedOptions speed = args.speed;
   if (speed.levels.empty()) {
     speed.levels = {0};
-    if (loaded.adapter != nullptr) speed.levels.push_back(loaded.adapter->top_level);
+    if (const AdapterInfo* adapter = loaded.model->adapter())
+      speed.levels.push_back(adapter->top_level);
   }
   DocumentOptions document;
   const int room = loaded.model->max_positions() - speed.decode_tokens;

@@ -1,6 +1,4 @@
 // dsla distill: trains an adapter for a model.
-#include "distill/distill.h"
-
 #include <algorithm>
 #include <atomic>
 #include <csignal>
@@ -12,7 +10,7 @@
 #include "cli/model_args.h"
 #include "distill/config.h"
 #include "distill/controls.h"
-#include "distill/write.h"
+#include "distill/trainer.h"
 
 namespace dsla {
 namespace {
@@ -64,8 +62,9 @@ Status RunWrite(WriteArgs& args) {
   Setting setting;
   DSLA_RETURN_IF_ERROR(Prepare(args.model, args.job.threads, setting));
   args.job.interrupted = [] { return interrupted.load(); };
+  DSLA_ASSIGN_OR_RETURN(const Trainer* const trainer, LoadTrainer());
   DSLA_ASSIGN_OR_RETURN(const WriteOutcome outcome,
-                        WriteTexts(setting.ctx, *setting.model, args.job));
+                        trainer->write_texts(setting.ctx, *setting.model, args.job));
   if (!outcome.finished)
     return Error(StatusCode::kCancelled,
                  "interrupted after {} texts; the same command goes on from here",
@@ -93,9 +92,11 @@ Status RunDistill(DistillArgs& args) {
   args.job.interrupted = [] { return interrupted.load(); };
   const bool controls = !args.controls.empty();
   if (args.controls == std::vector<std::string>{"all"}) args.controls = {};
-  DSLA_ASSIGN_OR_RETURN(const DistillOutcome outcome,
-                        controls ? RunControls(setting.ctx, *setting.model, args.job, args.controls)
-                                 : Distill(setting.ctx, *setting.model, args.job));
+  DSLA_ASSIGN_OR_RETURN(const Trainer* const trainer, LoadTrainer());
+  DSLA_ASSIGN_OR_RETURN(
+      const DistillOutcome outcome,
+      controls ? trainer->run_controls(setting.ctx, *setting.model, args.job, args.controls)
+               : trainer->distill(setting.ctx, *setting.model, args.job));
   if (!outcome.finished && interrupted)
     return Error(StatusCode::kCancelled, "interrupted in {}; the same command goes on from here",
                  outcome.stage);

@@ -70,20 +70,22 @@ Status Eval(const EvalArgs& args) {
   const size_t levels = std::max<size_t>(1, options.levels.size());
   const int sequences = 4 + static_cast<int>(levels * (1 + options.switches.size()));
   DSLA_ASSIGN_OR_RETURN(const LoadedModel loaded, LoadModel(args.model, sequences));
-  if (loaded.adapter == nullptr)
+  // Once more, for its tensors: the controls change them.
+  DSLA_ASSIGN_OR_RETURN(const auto adapter, OpenAdapter(args.model, *loaded.file));
+  if (adapter == nullptr)
     return InvalidArgument("'{}' has no adapter: there is only level 0", loaded.file->path());
-  if (options.levels.empty()) options.levels = {loaded.adapter->top_level};
+  if (options.levels.empty()) options.levels = {adapter->top_level};
   options.control_memory_bytes = loaded.memory_bytes;
-  DSLA_RETURN_IF_ERROR(ReadControls(args, *loaded.adapter, options));
+  DSLA_RETURN_IF_ERROR(ReadControls(args, *adapter, options));
   DSLA_ASSIGN_OR_RETURN(const auto documents,
                         ReadData(args, *loaded.tokenizer, loaded.model->max_positions()));
   DSLA_ASSIGN_OR_RETURN(CachePool pool, loaded.NewPool());
   const bool progress = ::isatty(STDERR_FILENO) != 0;
-  DSLA_ASSIGN_OR_RETURN(
-      const Evaluation evaluation,
-      Evaluate(loaded.ctx, *loaded.model, pool, documents, options, [&](const std::string& line) {
-        if (progress) fmt::print(stderr, "\r{}\033[K", line);
-      }));
+  DSLA_ASSIGN_OR_RETURN(const Evaluation evaluation,
+                        Evaluate(loaded.ctx, *loaded.model, *adapter, pool, documents, options,
+                                 [&](const std::string& line) {
+                                   if (progress) fmt::print(stderr, "\r{}\033[K", line);
+                                 }));
   if (progress) fmt::print(stderr, "\r\033[K");
   EvaluationReportOptions report = args.report;
   report.data = fmt::format("{}", fmt::join(args.data, ", "));

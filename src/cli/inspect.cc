@@ -58,7 +58,7 @@ Inspection Inspect(const ModelFile& file, std::shared_ptr<const Adapter> adapter
   result.kv_token = 2 * c.Hkv * KvRowBytes(kv_dtype, c.D);
   result.levels.push_back({0, c.L * result.kv_token, 0});
   if (result.adapter == nullptr) return result;
-  const BoundAdapter bound = BindAdapter(c, result.adapter, WeightFormat::kBF16, kv_dtype);
+  const BoundAdapter bound = BindAdapter(c, *result.adapter, WeightFormat::kBF16, kv_dtype);
   for (const DslaLayer& layer : bound.layers) {
     result.slot_bytes.push_back(MakeSlotLayout(layer.shape).bytes);
     result.break_even.push_back((result.slot_bytes.back() + result.kv_token - 1) / result.kv_token);

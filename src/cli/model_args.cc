@@ -34,10 +34,8 @@ Expected<WeightFormat> ParseWeightFormat(const std::string& value, const ModelFi
 
 // The model on the device that `args` mean, or on the CPU.
 Expected<std::unique_ptr<HybridModel>> LoadOn(const ModelArgs& args, const LoadedModel& loaded,
-                                              ModelOptions options) {
-  const auto load = [&] {
-    return HybridModel::Load(loaded.ctx, *loaded.file, loaded.adapter, options);
-  };
+                                              const Adapter* adapter, ModelOptions options) {
+  const auto load = [&] { return HybridModel::Load(loaded.ctx, *loaded.file, adapter, options); };
   if (args.device == "cpu") return load();
   const bool automatic = args.device == "auto";
   // What only the CPU has is taken as a wish for it.
@@ -143,6 +141,7 @@ std::string ShippedAdapterPath() {
 
 Expected<std::shared_ptr<const Adapter>> OpenAdapter(const ModelArgs& args, const ModelFile& file) {
   if (args.adapter == "none") return std::shared_ptr<const Adapter>();
+  if (args.random_weights) return RandomAdapter(file.config(), {.features = file.config().D});
   const bool named = !args.adapter.empty();
   const std::string path = named ? args.adapter : ShippedAdapterPath();
   if (!named && !fs::exists(path)) return std::shared_ptr<const Adapter>();
@@ -168,7 +167,7 @@ Expected<DType> ParseKvType(const std::string& value) {
 
 namespace {
 
-// The file, the adapter and the tokenizer that `args` mean.
+// The file and the tokenizer that `args` mean.
 Status OpenFiles(const ModelArgs& args, LoadedModel& loaded) {
   std::string path = args.model;
   if (path.empty() || args.random_weights) {
@@ -177,10 +176,7 @@ Status OpenFiles(const ModelArgs& args, LoadedModel& loaded) {
   DSLA_ASSIGN_OR_RETURN(loaded.file, ModelFile::Open(path));
   DSLA_ASSIGN_OR_RETURN(TokenizerData tokenizer, loaded.file->ReadTokenizer());
   DSLA_ASSIGN_OR_RETURN(loaded.tokenizer, Tokenizer::Create(std::move(tokenizer)));
-  if (!args.random_weights) {
-    DSLA_ASSIGN_OR_RETURN(loaded.adapter, OpenAdapter(args, *loaded.file));
-    return Status::Ok();
-  }
+  if (!args.random_weights) return Status::Ok();
   if (args.model.empty())
     return InvalidArgument("--random-weights: needs a config.json as --model");
   if (!args.adapter.empty() && args.adapter != "none")
@@ -192,7 +188,6 @@ Status OpenFiles(const ModelArgs& args, LoadedModel& loaded) {
     return InvalidArgument("'{}': vocab_size {}: the tokenizer that is used has {} tokens",
                            args.model, config.V, tokens);
   }
-  if (args.adapter.empty()) loaded.adapter = RandomAdapter(config, {.features = config.D});
   return Status::Ok();
 }
 
@@ -212,7 +207,10 @@ Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences) {
 
   DSLA_RETURN_IF_ERROR(OpenFiles(args, loaded));
   DSLA_ASSIGN_OR_RETURN(options.weights, ParseWeightFormat(args.weights, *loaded.file));
-  DSLA_ASSIGN_OR_RETURN(loaded.model, LoadOn(args, loaded, options));
+  {
+    DSLA_ASSIGN_OR_RETURN(const auto adapter, OpenAdapter(args, *loaded.file));
+    DSLA_ASSIGN_OR_RETURN(loaded.model, LoadOn(args, loaded, adapter.get(), options));
+  }
   // What loading took beside the weights goes back to the system: a half of a small model's memory.
   loaded.file->ReleasePages();
   ::malloc_trim(0);

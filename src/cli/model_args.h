@@ -35,7 +35,6 @@ struct ModelArgs {
 // A model ready to run. Members are in the order in which they depend on each other.
 struct LoadedModel {
   std::unique_ptr<ModelFile> file;
-  std::shared_ptr<const Adapter> adapter;  // null: level 0 only
   std::unique_ptr<Tokenizer> tokenizer;
   std::unique_ptr<HybridModel> model;
   std::unique_ptr<Workspace> workspace;
@@ -62,7 +61,7 @@ Expected<std::string> DefaultModelPath();
 std::string ShippedAdapterPath();
 
 // The adapter that `args` mean for `file`: a named one must fit; the shipped one is taken where its
-// fingerprint fits.
+// fingerprint fits. Null: none. The model that LoadModel loads keeps its own form of it alone.
 Expected<std::shared_ptr<const Adapter>> OpenAdapter(const ModelArgs& args, const ModelFile& file);
 
 // "512M", "2G", "1.5GiB", "65536" -> bytes. Powers of 1024.

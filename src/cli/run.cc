@@ -93,11 +93,12 @@ Expected<std::optional<ChatTemplate>> ChooseTemplate(const RunArgs& args,
 Expected<SessionOptions> ChooseLevel(const RunArgs& args, const LoadedModel& loaded) {
   SessionOptions options;
   options.prefill_chunk = args.prefill_chunk;
-  const int top = loaded.adapter == nullptr ? 0 : loaded.adapter->top_level;
+  const AdapterInfo* adapter = loaded.model->adapter();
+  const int top = adapter == nullptr ? 0 : adapter->top_level;
   if (args.tier != "full" && args.tier != "auto" && args.tier != "economy") {
     return InvalidArgument("--tier: '{}' is not one of full, auto, economy", args.tier);
   }
-  if (args.tier != "full" && loaded.adapter == nullptr) {
+  if (args.tier != "full" && adapter == nullptr) {
     return InvalidArgument("--tier {}: '{}' has no adapter, so only tier full", args.tier,
                            loaded.file->path());
   }

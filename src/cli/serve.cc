@@ -148,7 +148,7 @@ Status Program::LoadAll() {
   if (device == nullptr && args_.model.memory.empty())
     model_.memory_bytes = std::min(model_.memory_bytes, quarter);
   DSLA_RETURN_IF_ERROR(CheckMemory(model_, args_.model.memory));
-  const Adapter* adapter = model_.model->adapter();
+  const AdapterInfo* adapter = model_.model->adapter();
   model_name_ = args_.model_names.empty() ? NameOfPath(model_.file->path()) : args_.model_names[0];
   ladder_.model = model_name_;
   if (adapter) {

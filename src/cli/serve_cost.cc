@@ -20,8 +20,9 @@ constexpr int kMaxDepth = 4;
 Expected<std::string> MeasuredWith(const LoadedModel& loaded) {
   DSLA_ASSIGN_OR_RETURN(const std::string fingerprint, loaded.file->Fingerprint());
   const ModelOptions& options = loaded.model->options();
+  const AdapterInfo* adapter = loaded.model->adapter();
   return fmt::format("model {}, adapter {}, weights {}, cache {}, {}", fingerprint,
-                     loaded.adapter ? loaded.adapter->id : "none", Name(options.weights),
+                     adapter != nullptr ? adapter->id : "none", Name(options.weights),
                      Name(options.kv_dtype), loaded.where());
 }
 

@@ -21,6 +21,10 @@ const std::vector<Control>& Controls();
 // states. kInvalidArgument for an unknown name and where there are no equal bytes.
 Status ApplyControl(const std::string& name, const ModelConfig& model, DistillConfig* config);
 
+// What a converted layer keeps, in bytes, as tokens of a bf16 KV cache: a state of F features is F
+// rows of D fp32 numbers for a KV head, a token 2 rows of D bf16 numbers.
+int64_t TokenBytes(const DistillConfig& config, const ModelConfig& model);
+
 // Runs the named controls (empty: all) one after another, each as Distill would, in `job.work`
 // (else `job.out`.controls) / NAME, and after each writes controls.md, controls.json and
 // controls.svg over all that is there. Data are tokenised once; controls of the order begin with

@@ -22,7 +22,7 @@ constexpr double kIdleDecisionSeconds = 0.25;
 constexpr size_t kEventsKept = 64;
 
 SchedulerOptions SchedulerOptionsOf(const HybridModel& model, const EngineOptions& options) {
-  const Adapter* adapter = model.adapter();
+  const AdapterInfo* adapter = model.adapter();
   return {.layers = model.config().L,
           .max_level = model.max_level(),
           .top_level = adapter == nullptr ? 0 : adapter->top_level,

@@ -58,8 +58,7 @@ double PrefillFlops(const HybridModel& model, int level, int64_t tokens, int64_t
   flops += (c.L - level) * 4.0 * q * CausalKeys(tokens, depth, c.sliding_window);
   for (int rank = 0; rank < level; ++rank) {
     const int layer = model.adapter()->ladder[rank];
-    flops +=
-        DslaFlops(c, model.dsla_shape(layer), model.adapter()->layers[layer].rank, tokens, depth);
+    flops += DslaFlops(c, model.dsla_shape(layer), model.delta_rank(layer), tokens, depth);
   }
   return flops;
 }

@@ -27,11 +27,11 @@ Expected<std::vector<int>> EntropyOrder(const ExecContext& ctx, const HybridMode
 }
 
 Expected<std::shared_ptr<const Adapter>> AdapterFor(const ExecContext& ctx,
-                                                    const HybridModel& model, CachePool& pool,
+                                                    const HybridModel& model,
+                                                    const Adapter& adapter, CachePool& pool,
                                                     std::span<const std::vector<int32_t>> documents,
                                                     const EvaluationOptions& options,
                                                     Control control) {
-  const Adapter& adapter = *model.adapter();
   switch (control) {
     case Control::kRandomOrder:
       return WithOrder(adapter, RandomLayerOrder(model.config().L, options.seed));
@@ -48,15 +48,16 @@ Expected<std::shared_ptr<const Adapter>> AdapterFor(const ExecContext& ctx,
 }
 
 Expected<ControlModel> MakeControl(const ExecContext& ctx, const HybridModel& model,
-                                   CachePool& pool, std::span<const std::vector<int32_t>> documents,
+                                   const Adapter& adapter, CachePool& pool,
+                                   std::span<const std::vector<int32_t>> documents,
                                    const EvaluationOptions& options, Control control) {
   ControlModel made;
   made.name = Name(control);
   made.reorders = control == Control::kRandomOrder || control == Control::kEntropyOrder ||
                   control == Control::kGivenOrder;
-  DSLA_ASSIGN_OR_RETURN(std::shared_ptr<const Adapter> adapter,
-                        AdapterFor(ctx, model, pool, documents, options, control));
-  DSLA_ASSIGN_OR_RETURN(made.model, model.WithAdapter(std::move(adapter)));
+  DSLA_ASSIGN_OR_RETURN(const std::shared_ptr<const Adapter> changed,
+                        AdapterFor(ctx, model, adapter, pool, documents, options, control));
+  DSLA_ASSIGN_OR_RETURN(made.model, model.WithAdapter(*changed));
   DSLA_ASSIGN_OR_RETURN(
       CachePool own, CachePool::Create(made.model->cache_geometry(), options.control_memory_bytes,
                                        made.model->memory()));
@@ -107,16 +108,17 @@ Summary Summarise(const std::vector<DocumentSums>& documents, size_t subject, ui
 
 // The states and the window as tokens of bf16 cache: F rows of D fp32 weigh as much as F tokens'
 // bf16 K and V. The mean over layers where they differ.
-int64_t LayerTokens(const Adapter& adapter, const std::string& control) {
+int64_t LayerTokens(const HybridModel& model, const std::string& control) {
   int64_t sum = 0;
-  for (const AdapterLayer& layer : adapter.layers) {
+  for (int layer = 0; layer < model.config().L; ++layer) {
+    const DslaShape& shape = model.dsla_shape(layer);
     // The controls hold states that they never read.
     const int states = control == "window" || control == "zeroed" || control == "bypass" ? 0
                        : control == "history" || control == "recency"                    ? 1
-                                                                      : layer.states;
-    sum += int64_t{states} * layer.features + layer.window + layer.sinks;
+                                                                      : shape.states;
+    sum += int64_t{states} * shape.F + shape.window + shape.sinks;
   }
-  return sum / static_cast<int64_t>(adapter.layers.size());
+  return sum / model.config().L;
 }
 
 void AddText(const std::vector<DocumentSums>& documents, const EvaluationOptions& options,
@@ -166,15 +168,14 @@ std::string SubjectResult::Title() const {
                          : fmt::format("level {}, {}", level, control);
 }
 
-Expected<Evaluation> Evaluate(const ExecContext& ctx, const HybridModel& model, CachePool& pool,
+Expected<Evaluation> Evaluate(const ExecContext& ctx, const HybridModel& model,
+                              const Adapter& adapter, CachePool& pool,
                               std::span<const std::vector<int32_t>> documents,
                               const EvaluationOptions& options,
                               const std::function<void(const std::string&)>& progress) {
   const auto say = [&](const std::string& line) {
     if (progress) progress(line);
   };
-  if (model.adapter() == nullptr)
-    return InvalidArgument("without an adapter there is only level 0");
   if (documents.empty()) return InvalidArgument("no documents to measure on");
   if (options.levels.empty()) return InvalidArgument("no levels to measure");
   for (const int level : options.levels) {
@@ -191,7 +192,7 @@ Expected<Evaluation> Evaluate(const ExecContext& ctx, const HybridModel& model, 
   for (const Control control : options.controls) {
     say(fmt::format("control {}", Name(control)));
     DSLA_ASSIGN_OR_RETURN(ControlModel made,
-                          MakeControl(ctx, model, pool, documents, options, control));
+                          MakeControl(ctx, model, adapter, pool, documents, options, control));
     controls.push_back(std::move(made));
   }
   for (const ControlModel& control : controls) {
@@ -222,7 +223,7 @@ Expected<Evaluation> Evaluate(const ExecContext& ctx, const HybridModel& model, 
           .mean;
   for (size_t i = 0; i < subjects.size(); ++i) {
     SubjectResult& result = evaluation.subjects[i];
-    result.layer_tokens = LayerTokens(*subjects[i].model->adapter(), result.control);
+    result.layer_tokens = LayerTokens(*subjects[i].model, result.control);
     AddText(sums, options, i, result);
   }
   if (options.measure_recall) {

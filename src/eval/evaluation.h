@@ -72,9 +72,11 @@ struct Evaluation {
   GenerationReport generation;          // likewise
 };
 
-// `documents`: token sequences of 2 tokens to the context's length; recall takes its running text
-// from them. `progress` gets a line on what is going on.
-Expected<Evaluation> Evaluate(const ExecContext& ctx, const HybridModel& model, CachePool& pool,
+// `adapter` is the model's own: controls are made of its tensors. `documents`: token sequences of 2
+// tokens to the context's length; recall takes its running text from them. `progress` gets a line
+// on what is going on.
+Expected<Evaluation> Evaluate(const ExecContext& ctx, const HybridModel& model,
+                              const Adapter& adapter, CachePool& pool,
                               std::span<const std::vector<int32_t>> documents,
                               const EvaluationOptions& options,
                               const std::function<void(const std::string&)>& progress = {});

@@ -33,7 +33,8 @@ class EvaluationTest : public testing::Test {
   Evaluation Measure(const std::vector<std::vector<int32_t>>& documents,
                      EvaluationOptions options) {
     options.control_memory_bytes = kMemory;
-    auto found = Evaluate(small_.ctx(), small_.model(), small_.pool(), documents, options);
+    auto found =
+        Evaluate(small_.ctx(), small_.model(), adapter(), small_.pool(), documents, options);
     EXPECT_TRUE(found.ok()) << found.status().message();
     return std::move(found).value();
   }
@@ -41,7 +42,7 @@ class EvaluationTest : public testing::Test {
   // The sums of one document at a level of `adapter` on this model's weights.
   SubjectSums Compare(std::shared_ptr<const Adapter> adapter, int level,
                       const std::vector<int32_t>& text) {
-    const auto model = small_.model().WithAdapter(std::move(adapter)).value();
+    const auto model = small_.model().WithAdapter(*adapter).value();
     auto pool = CachePool::Create(model->cache_geometry(), kMemory);
     EXPECT_TRUE(pool.ok());
     const Subject subjects[] = {{model.get(), &*pool, level}};
@@ -57,7 +58,7 @@ class EvaluationTest : public testing::Test {
   }
 
   SmallModel small_{"smollm2", true};  // two layers, W = 8, S = 2, two states of F = 32
-  const Adapter& adapter() { return *small_.model().adapter(); }
+  const Adapter& adapter() { return *small_.adapter(); }
 };
 
 TEST_F(EvaluationTest, ASwitchAtTheStartIsTheStart) {
@@ -180,7 +181,7 @@ TEST_F(EvaluationTest, AStateAloneIsAnAdapterOfOneState) {
 
 // With every layer bypassed a token knows nothing of those before it.
 TEST_F(EvaluationTest, BypassedLayersSeeNoContext) {
-  const auto model = small_.model().WithAdapter(Changed(adapter(), Control::kBypass)).value();
+  const auto model = small_.model().WithAdapter(*Changed(adapter(), Control::kBypass)).value();
   auto pool = CachePool::Create(model->cache_geometry(), kMemory);
   ASSERT_TRUE(pool.ok());
   std::vector<std::vector<float>> last;
@@ -314,7 +315,7 @@ TEST_F(EvaluationTest, TheReportHoldsEveryPart) {
 TEST_F(EvaluationTest, WhatCannotBeMeasuredIsNamed) {
   const std::vector<std::vector<int32_t>> documents = {Text(20, 1)};
   const auto message = [&](const EvaluationOptions& options) {
-    return Evaluate(small_.ctx(), small_.model(), small_.pool(), documents, options)
+    return Evaluate(small_.ctx(), small_.model(), adapter(), small_.pool(), documents, options)
         .status()
         .message();
   };
@@ -328,12 +329,11 @@ TEST_F(EvaluationTest, WhatCannotBeMeasuredIsNamed) {
   EXPECT_THAT(ParseControl("none").status().message(),
               HasSubstr("control 'none' is not one of window, zeroed, history"));
   const SmallModel no_window("qwen2", true, {.window = 0, .sinks = 0});
-  EXPECT_THAT(
-      ControlAdapter(*no_window.model().adapter(), no_window.model().config(), Control::kZeroed)
-          .status()
-          .message(),
-      HasSubstr("has no window"));
-  EXPECT_THAT(ControlsOf(*no_window.model().adapter()), Not(testing::Contains(Control::kZeroed)));
+  EXPECT_THAT(ControlAdapter(*no_window.adapter(), no_window.model().config(), Control::kZeroed)
+                  .status()
+                  .message(),
+              HasSubstr("has no window"));
+  EXPECT_THAT(ControlsOf(*no_window.adapter()), Not(testing::Contains(Control::kZeroed)));
 }
 
 TEST(BootstrapTest, IntervalsAreOverDocumentsByTheirWeight) {

@@ -38,7 +38,8 @@ double ReadBandwidth(const ExecContext& ctx) {
   return best;
 }
 
-double GemmRate(const ExecContext& ctx) {
+Expected<double> GemmRate(const ExecContext& ctx) {
+  DSLA_RETURN_IF_ERROR(PrepareLinear(WeightFormat::kF32));
   constexpr int64_t kRows = 512, kSize = 1536;
   Buffer<float> weight(kSize * kSize), x(kRows * kSize), y(kRows * kSize);
   weight.Fill(0.01f);
@@ -55,12 +56,15 @@ double GemmRate(const ExecContext& ctx) {
 
 }  // namespace
 
-MachineLimits MeasureMachine(const ExecContext& ctx, Device* device) {
+Expected<MachineLimits> MeasureMachine(const ExecContext& ctx, Device* device) {
   if (device != nullptr) {
     const DeviceLimits limits = device->Measure();
-    return {.read_bytes_per_second = limits.copy_bytes_per_second, .gemm_flops = limits.gemm_flops};
+    return MachineLimits{.read_bytes_per_second = limits.copy_bytes_per_second,
+                         .gemm_flops = limits.gemm_flops};
   }
-  return {.read_bytes_per_second = ReadBandwidth(ctx), .gemm_flops = GemmRate(ctx)};
+  MachineLimits limits{.read_bytes_per_second = ReadBandwidth(ctx)};
+  DSLA_ASSIGN_OR_RETURN(limits.gemm_flops, GemmRate(ctx));
+  return limits;
 }
 
 }  // namespace dsla

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "base/exec.h"
+#include "base/status.h"
 #include "model/device.h"
 
 namespace dsla {
@@ -13,7 +14,7 @@ struct MachineLimits {
 };
 
 // Of the device where there is one: of a copy, and of a large product in bf16. Takes about a
-// second.
-MachineLimits MeasureMachine(const ExecContext& ctx, Device* device);
+// second. Error: PrepareLinear's.
+Expected<MachineLimits> MeasureMachine(const ExecContext& ctx, Device* device);
 
 }  // namespace dsla

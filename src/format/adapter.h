@@ -35,12 +35,17 @@ struct AdapterLayer {
   std::vector<float> claim_bias;    // [H]; empty when W = 0
 };
 
-struct Adapter {
+// What an adapter is, without its tensors: all that is kept of it once a model holds them in its
+// own form.
+struct AdapterInfo {
   std::string id;                // hex digest of the file, first 16 digits
   std::string base_fingerprint;  // ModelFile::Fingerprint() of the model it belongs to
   std::string base_name;         // for people
   std::vector<int> ladder;       // layer indices, least sensitive first: a permutation of 0 .. L-1
   int top_level = 0;             // highest rung recommended (tier economy)
+};
+
+struct Adapter : AdapterInfo {
   std::vector<AdapterLayer> layers;  // [L]
 
   // Reads and checks everything against the base model's dimensions; does not compare fingerprints.

@@ -3,26 +3,10 @@
 #include <dlfcn.h>
 
 #include <charconv>
-#include <filesystem>
+
+#include "base/shared_library.h"
 
 namespace dsla {
-namespace {
-
-namespace fs = std::filesystem;
-constexpr char kCudaLibrary[] = "libdsla_cuda_model.so";
-
-// Beside the program, where the build and an installation leave it; else where the system looks.
-void* OpenCudaLibrary() {
-  std::error_code error;
-  const fs::path program = fs::read_symlink("/proc/self/exe", error).parent_path();
-  const fs::path places[] = {program / kCudaLibrary, program / "src/model/cuda" / kCudaLibrary};
-  for (const fs::path& place : places) {
-    if (fs::exists(place, error)) return ::dlopen(place.c_str(), RTLD_NOW | RTLD_LOCAL);
-  }
-  return ::dlopen(kCudaLibrary, RTLD_NOW | RTLD_LOCAL);
-}
-
-}  // namespace
 
 Expected<std::shared_ptr<Device>> OpenDevice(const std::string& name) {
   constexpr std::string_view kCuda = "cuda";
@@ -41,18 +25,11 @@ Expected<std::shared_ptr<Device>> OpenDevice(const std::string& name) {
   // First what is there only with a GPU: our own part brings libraries of half a gigabyte along.
   if (::dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL) == nullptr)
     return Error(StatusCode::kUnavailable, "no NVIDIA driver: {}", ::dlerror());
-  void* library = OpenCudaLibrary();  // stays loaded
-  if (library == nullptr) {
-    return Error(StatusCode::kUnavailable, "the CUDA part cannot be loaded: {}", ::dlerror());
-  }
-  using Open = void (*)(int, std::shared_ptr<Device>*, Status*);
-  const auto open = reinterpret_cast<Open>(::dlsym(library, "DslaOpenCudaDevice"));
-  if (open == nullptr) {
-    return Error(StatusCode::kUnavailable, "'{}' is not of this build", kCudaLibrary);
-  }
+  DSLA_ASSIGN_OR_RETURN(void* const open,
+                        LibraryFunction("libdsla_cuda_model.so", "DslaOpenCudaDevice"));
   std::shared_ptr<Device> device;
   Status status;
-  open(index, &device, &status);
+  reinterpret_cast<void (*)(int, std::shared_ptr<Device>*, Status*)>(open)(index, &device, &status);
   if (!status.ok()) return status;
   return device;
 }

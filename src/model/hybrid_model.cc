@@ -10,7 +10,7 @@ namespace dsla {
 
 Expected<std::unique_ptr<HybridModel>> HybridModel::Load(const ExecContext& ctx,
                                                          const ModelFile& file,
-                                                         std::shared_ptr<const Adapter> adapter,
+                                                         const Adapter* adapter,
                                                          const ModelOptions& options) {
   std::unique_ptr<HybridModel> model(new HybridModel);
   const ModelConfig& config = file.config();
@@ -32,12 +32,13 @@ Expected<std::unique_ptr<HybridModel>> HybridModel::Load(const ExecContext& ctx,
     DSLA_ASSIGN_OR_RETURN(ModelWeights weights, LoadWeights(ctx, file, options.weights));
     model->weights_ = std::make_shared<const ModelWeights>(std::move(weights));
   }
-  model->Bind(std::move(adapter));
-  if (options.device != nullptr) DSLA_RETURN_IF_ERROR(model->LoadOnDevice(ctx, file));
+  model->Bind(adapter);
+  if (options.device != nullptr) DSLA_RETURN_IF_ERROR(model->LoadOnDevice(ctx, file, adapter));
   return model;
 }
 
-Status HybridModel::LoadOnDevice(const ExecContext& ctx, const ModelFile& file) {
+Status HybridModel::LoadOnDevice(const ExecContext& ctx, const ModelFile& file,
+                                 const Adapter* adapter) {
   if (options_.weights != WeightFormat::kBF16 || options_.kv_dtype != DType::kBF16) {
     return Unsupported("{}: weights and cache are held in bf16 there", options_.device->name());
   }
@@ -47,16 +48,16 @@ Status HybridModel::LoadOnDevice(const ExecContext& ctx, const ModelFile& file) 
   const auto parallel = [&](int64_t tasks, const std::function<void(int64_t)>& task) {
     ParallelFor(ctx, tasks, [&](int64_t i, int) { task(i); });
   };
-  DSLA_ASSIGN_OR_RETURN(on_device_, options_.device->Load(DeviceSpec(), read, parallel));
+  DSLA_ASSIGN_OR_RETURN(on_device_, options_.device->Load(DeviceSpec(adapter), read, parallel));
   return Status::Ok();
 }
 
-DeviceModelSpec HybridModel::DeviceSpec() const {
+DeviceModelSpec HybridModel::DeviceSpec(const Adapter* adapter) const {
   DeviceModelSpec spec{.config = config_,
                        .rope_cos = rope_.cos(),
                        .rope_sin = rope_.sin(),
                        .positions = rope_.positions(),
-                       .adapter = adapter(),
+                       .adapter = adapter,
                        .shapes = {},
                        .layouts = {},
                        .rank = rank_};
@@ -68,13 +69,13 @@ DeviceModelSpec HybridModel::DeviceSpec() const {
 }
 
 // Everything that follows from the adapter and the options.
-void HybridModel::Bind(std::shared_ptr<const Adapter> adapter) {
+void HybridModel::Bind(const Adapter* adapter) {
   ladder_.resize(config_.L);
   std::iota(ladder_.begin(), ladder_.end(), 0);
   if (adapter != nullptr) {
     DSLA_CHECK(static_cast<int>(adapter->layers.size()) == config_.L);
     ladder_ = adapter->ladder;
-    adapter_ = BindAdapter(config_, std::move(adapter), options_.weights, options_.kv_dtype);
+    adapter_ = BindAdapter(config_, *adapter, options_.weights, options_.kv_dtype);
   }
   rank_.resize(config_.L);
   for (int rank = 0; rank < config_.L; ++rank) rank_[ladder_[rank]] = rank;
@@ -82,16 +83,15 @@ void HybridModel::Bind(std::shared_ptr<const Adapter> adapter) {
                     options_.max_positions > 0 ? options_.max_positions : config_.max_position);
 }
 
-Expected<std::unique_ptr<HybridModel>> HybridModel::WithAdapter(
-    std::shared_ptr<const Adapter> adapter) const {
-  DSLA_CHECK(this->adapter() != nullptr && adapter != nullptr);
+Expected<std::unique_ptr<HybridModel>> HybridModel::WithAdapter(const Adapter& adapter) const {
+  DSLA_CHECK(this->adapter() != nullptr);
   std::unique_ptr<HybridModel> model(new HybridModel);
   model->config_ = config_;
   model->options_ = options_;
   model->weights_ = weights_;
-  model->Bind(std::move(adapter));
+  model->Bind(&adapter);
   if (on_device_ != nullptr) {
-    DSLA_ASSIGN_OR_RETURN(model->on_device_, on_device_->WithAdapter(model->DeviceSpec()));
+    DSLA_ASSIGN_OR_RETURN(model->on_device_, on_device_->WithAdapter(model->DeviceSpec(&adapter)));
   }
   return model;
 }

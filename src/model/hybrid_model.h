@@ -44,19 +44,22 @@ using LogitsVisitor = DeviceLogitsVisitor;
 class HybridModel {
  public:
   // `adapter` may be null: then the model only runs at level 0. Its base fingerprint is the
-  // caller's to check.
+  // caller's to check. Its tensors are copied into the form that the operators take.
   static Expected<std::unique_ptr<HybridModel>> Load(const ExecContext& ctx, const ModelFile& file,
-                                                     std::shared_ptr<const Adapter> adapter,
+                                                     const Adapter* adapter,
                                                      const ModelOptions& options);
 
   // The same weights, shared, with another adapter in place of this model's own (there must be
   // one): for what is measured against it, such as another ladder.
-  Expected<std::unique_ptr<HybridModel>> WithAdapter(std::shared_ptr<const Adapter> adapter) const;
+  Expected<std::unique_ptr<HybridModel>> WithAdapter(const Adapter& adapter) const;
 
   const ModelConfig& config() const { return config_; }
   const ModelOptions& options() const { return options_; }
-  const Adapter* adapter() const { return adapter_.adapter.get(); }
+  const AdapterInfo* adapter() const {  // null: none
+    return adapter_.layers.empty() ? nullptr : &adapter_.info;
+  }
   const DslaShape& dsla_shape(int layer) const { return adapter_.layers[layer].shape; }
+  int64_t delta_rank(int layer) const { return adapter_.layers[layer].q_delta.rank(); }
   int max_level() const { return adapter() == nullptr ? 0 : config_.L; }
   int max_positions() const { return static_cast<int>(rope_.positions()); }
   CacheGeometry cache_geometry() const;
@@ -108,9 +111,9 @@ class HybridModel {
   struct Step;  // one Forward's arrays
 
   HybridModel() = default;
-  void Bind(std::shared_ptr<const Adapter> adapter);
-  Status LoadOnDevice(const ExecContext& ctx, const ModelFile& file);
-  DeviceModelSpec DeviceSpec() const;
+  void Bind(const Adapter* adapter);
+  Status LoadOnDevice(const ExecContext& ctx, const ModelFile& file, const Adapter* adapter);
+  DeviceModelSpec DeviceSpec(const Adapter* adapter) const;
   PlacedRows Place(CachePool& pool, std::span<const SequenceRows> batch) const;
   void RunLayers(const ExecContext& ctx, CachePool& pool, Step& step) const;
   void Logits(const ExecContext& ctx, const Step& step, std::span<const int64_t> rows,

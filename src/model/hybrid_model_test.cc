@@ -174,7 +174,7 @@ TEST_P(HybridTest, FoldingALayerWhoseKeysDoNotDependOnTheLevelEqualsTheStart) {
   std::reverse(reversed->ladder.begin(), reversed->ladder.end());  // layer 0 converts first
   auto file = ModelFile::Open(DataPath("models/" + GetParam().family));
   ASSERT_TRUE(file.ok());
-  auto model = HybridModel::Load(small_.ctx(), **file, reversed, small_.model().options());
+  auto model = HybridModel::Load(small_.ctx(), **file, reversed.get(), small_.model().options());
   ASSERT_TRUE(model.ok());
   const auto tokens = RandomTokens(config(), 120, 3);
   const auto run = [&](SequenceCache& cache, const std::vector<int32_t>& part) {

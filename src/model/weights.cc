@@ -41,9 +41,10 @@ void AddMatrix(std::vector<Part> parts, int64_t in, WeightFormat format,
     pieces.push_back({&linear, shared, row, std::min(out, row + kPieceRows)});
 }
 
-Status ReadPiece(const ModelFile& file, const Piece& piece) {
+// rows: scratch memory.
+Status ReadPiece(const ModelFile& file, const Piece& piece, Buffer<float>& rows) {
   const int64_t in = piece.linear->in();
-  Buffer<float> rows((piece.end - piece.begin) * in);
+  rows.Resize((piece.end - piece.begin) * in);
   int64_t first = 0;  // row of the matrix where a part begins
   for (const Part& part : *piece.parts) {
     const int64_t begin = std::max(piece.begin, first),
@@ -131,6 +132,7 @@ WeightFormat FormatFor(const ModelFile& file) {
 
 Expected<ModelWeights> LoadWeights(const ExecContext& ctx, const ModelFile& file,
                                    WeightFormat format) {
+  DSLA_RETURN_IF_ERROR(PrepareLinear(format));
   const ModelConfig& config = file.config();
   ModelWeights weights;
   weights.arena = std::make_unique<Arena>();
@@ -149,10 +151,12 @@ Expected<ModelWeights> LoadWeights(const ExecContext& ctx, const ModelFile& file
   Status first_error;
   // The file's pages, mapped as they are read, would double the peak of a small machine's memory.
   constexpr int64_t kPiecesBetweenReleases = 16;
-  ParallelFor(ctx, static_cast<int64_t>(pieces.size()), [&](int64_t task, int) {
+  // A buffer for each thread: one for each piece is new memory, which the system clears first.
+  std::vector<Buffer<float>> rows(ctx.threads);
+  ParallelFor(ctx, static_cast<int64_t>(pieces.size()), [&](int64_t task, int thread) {
     Status status;
     try {  // nothing may leave a parallel section by exception
-      status = ReadPiece(file, pieces[task]);
+      status = ReadPiece(file, pieces[task], rows[thread]);
     } catch (const std::bad_alloc&) {
       status = ResourceExhausted("'{}': out of memory while its weights were read", file.path());
     }
@@ -181,14 +185,15 @@ DslaParams DslaLayer::params() const {
   return params;
 }
 
-BoundAdapter BindAdapter(const ModelConfig& config, std::shared_ptr<const Adapter> adapter,
-                         WeightFormat format, DType kv_dtype) {
+BoundAdapter BindAdapter(const ModelConfig& config, const Adapter& adapter, WeightFormat format,
+                         DType kv_dtype) {
   if (format != WeightFormat::kF32) format = WeightFormat::kBF16;
   BoundAdapter bound;
+  bound.info = adapter;
   bound.arena = std::make_unique<Arena>();
   Arena* const arena = bound.arena.get();
   const int64_t q = int64_t{config.H} * config.D;
-  for (const AdapterLayer& from : adapter->layers) {
+  for (const AdapterLayer& from : adapter.layers) {
     DslaLayer layer;
     layer.shape = {.H = config.H,
                    .Hkv = config.Hkv,
@@ -221,7 +226,6 @@ BoundAdapter BindAdapter(const ModelConfig& config, std::shared_ptr<const Adapte
     bound.slot_bytes = std::max(bound.slot_bytes, MakeSlotLayout(layer.shape).bytes);
     bound.layers.push_back(std::move(layer));
   }
-  bound.adapter = std::move(adapter);
   return bound;
 }
 

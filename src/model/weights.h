@@ -43,7 +43,8 @@ struct ModelWeights {
 WeightFormat FormatFor(const ModelFile& file);
 
 // Reads and converts every tensor of `file`. The embedding and the head are never stored below 8
-// bits: at 4 they cost more quality than all other weights. Errors are those of ModelFile::Read.
+// bits: at 4 they cost more quality than all other weights. Errors: ModelFile::Read's and
+// PrepareLinear's.
 Expected<ModelWeights> LoadWeights(const ExecContext& ctx, const ModelFile& file,
                                    WeightFormat format);
 
@@ -60,15 +61,16 @@ struct DslaLayer {
   DslaParams params() const;  // without the rope table
 };
 
+// An adapter in the form that a model runs.
 struct BoundAdapter {
-  std::shared_ptr<const Adapter> adapter;
+  AdapterInfo info;
   std::unique_ptr<Arena> arena;  // where the matrices lie
   std::vector<DslaLayer> layers;
   int64_t slot_bytes = 0;  // of the largest layer's slot
 };
 
 // The adapter's matrices are small and stay in 16 bits where the model's have fewer.
-BoundAdapter BindAdapter(const ModelConfig& config, std::shared_ptr<const Adapter> adapter,
-                         WeightFormat format, DType kv_dtype);
+BoundAdapter BindAdapter(const ModelConfig& config, const Adapter& adapter, WeightFormat format,
+                         DType kv_dtype);
 
 }  // namespace dsla

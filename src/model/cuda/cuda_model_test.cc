@@ -53,7 +53,7 @@ class BothTest : public testing::TestWithParam<Shape> {
     for (const bool on_device : {false, true}) {
       ModelOptions options;
       if (on_device) options.device = *device;
-      auto model = HybridModel::Load(ctx_, **file, adapter, options);
+      auto model = HybridModel::Load(ctx_, **file, adapter.get(), options);
       ASSERT_TRUE(model.ok()) << model.status().message();
       models_.push_back(std::move(model).value());
       auto pool =

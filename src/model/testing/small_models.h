@@ -95,11 +95,10 @@ class SmallModel {
     auto file = ModelFile::Open(DataPath("models/" + family));
     EXPECT_TRUE(file.ok()) << file.status().message();
     file_ = std::move(file).value();
-    std::shared_ptr<const Adapter> adapter;
-    if (with_adapter) adapter = RandomAdapter(file_->config(), shape, 5);
+    if (with_adapter) adapter_ = RandomAdapter(file_->config(), shape, 5);
     ctx_.threads = 2;
     ctx_.workspace = &workspace_;
-    auto model = HybridModel::Load(ctx_, *file_, adapter, options);
+    auto model = HybridModel::Load(ctx_, *file_, adapter_.get(), options);
     EXPECT_TRUE(model.ok()) << model.status().message();
     model_ = std::move(model).value();
     auto pool = CachePool::Create(model_->cache_geometry(), int64_t{64} << 20);
@@ -108,6 +107,7 @@ class SmallModel {
   }
 
   const HybridModel& model() const { return *model_; }
+  const Adapter* adapter() const { return adapter_.get(); }  // null: none
   CachePool& pool() { return *pool_; }
   ExecContext& ctx() { return ctx_; }
   SequenceCache NewSequence(int level) { return model_->NewSequence(*pool_, level); }
@@ -144,6 +144,7 @@ class SmallModel {
 
  private:
   std::unique_ptr<ModelFile> file_;
+  std::shared_ptr<const Adapter> adapter_;
   Workspace workspace_;
   ExecContext ctx_;
   std::unique_ptr<HybridModel> model_;

@@ -1,4 +1,4 @@
-// Feature maps, gates and small layout changes shared by the chunked and the recurrent form.
+// Feature maps and gates shared by the chunked and the recurrent form.
 // Included once per Highway target.
 
 #if defined(DSLA_OPS_DSLA_FEATURES_INL_H_) == defined(HWY_TARGET_TOGGLE)
@@ -14,6 +14,7 @@
 #include "ops/dsla/dsla.h"
 #include "ops/simd/math-inl.h"
 #include "ops/simd/tile-inl.h"
+#include "ops/simd/transpose-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace dsla {
@@ -102,34 +103,6 @@ HWY_INLINE void Unrotate(const float* HWY_RESTRICT k, const float* HWY_RESTRICT 
 HWY_INLINE V32 LogGate(F32 d, V32 logit, V32 bias, V32 floor) {
   const V32 a = hn::Mul(LogSigmoid(d, hn::Add(logit, bias)), hn::Set(d, 1.f / kDslaGateDivisor));
   return hn::Max(floor, a);
-}
-
-// to[c * to_row + r] = from[r * from_row + c]; rows need not be a multiple of 4, cols is one.
-HWY_INLINE void Transpose(const float* HWY_RESTRICT from, int64_t from_row, int rows, int cols,
-                          float* HWY_RESTRICT to, int64_t to_row) {
-  int r = 0;
-#if HWY_TARGET != HWY_SCALAR  // has no vectors of 4
-  const hn::FixedTag<float, 4> d;
-  const hn::Repartition<double, decltype(d)> dd;
-  for (; r + 4 <= rows; r += 4) {
-    const float* p = from + r * from_row;
-    for (int c = 0; c < cols; c += 4) {
-      const auto r0 = hn::LoadU(d, p + c), r1 = hn::LoadU(d, p + from_row + c);
-      const auto r2 = hn::LoadU(d, p + 2 * from_row + c), r3 = hn::LoadU(d, p + 3 * from_row + c);
-      const auto a = hn::BitCast(dd, hn::InterleaveLower(d, r0, r1));
-      const auto b = hn::BitCast(dd, hn::InterleaveLower(d, r2, r3));
-      const auto e = hn::BitCast(dd, hn::InterleaveUpper(d, r0, r1));
-      const auto f = hn::BitCast(dd, hn::InterleaveUpper(d, r2, r3));
-      float* q = to + c * to_row + r;
-      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(dd, a, b)), d, q);
-      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(dd, a, b)), d, q + to_row);
-      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(dd, e, f)), d, q + 2 * to_row);
-      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(dd, e, f)), d, q + 3 * to_row);
-    }
-  }
-#endif
-  for (; r < rows; ++r)
-    for (int c = 0; c < cols; ++c) to[c * to_row + r] = from[r * from_row + c];
 }
 
 }  // namespace

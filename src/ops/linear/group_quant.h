@@ -23,6 +23,8 @@ namespace dsla {
 
 inline constexpr int kQuantGroup = 32;  // inputs
 inline constexpr int kQuantBlock = 8;   // features
+// Numbers below have no reciprocal in fp32 and count as zeros.
+inline constexpr float kTiny = 1e-34f;
 
 struct GroupQuantShape {
   int64_t out = 0, in = 0;
@@ -36,6 +38,18 @@ struct GroupQuantShape {
   int64_t block_bytes() const { return header_bytes() + groups() * group_bytes(); }
   int64_t bytes() const { return blocks() * block_bytes(); }
 };
+
+// A block's parts.
+struct BlockView {
+  const uint16_t* d;
+  const uint16_t* m;
+  const uint8_t* q;
+};
+inline BlockView ViewBlock(const GroupQuantShape& shape, const uint8_t* weight, int64_t block) {
+  const uint8_t* at = weight + block * shape.block_bytes();
+  const auto* d = reinterpret_cast<const uint16_t*>(at);
+  return {d, d + shape.groups() * kQuantBlock, at + shape.header_bytes()};
+}
 
 // weight [end - begin, in], the features [begin, end) -> their blocks of `to`, 64-byte aligned,
 // shape.bytes(); begin is a multiple of kQuantBlock, and so is end unless it is shape.out. Features

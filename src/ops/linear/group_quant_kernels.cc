@@ -170,8 +170,6 @@ void QuantizeTarget(const GroupQuantShape& shape, int64_t begin, int64_t end, co
 }
 
 constexpr float kLargest = 127 * 128;
-// Groups below have no reciprocal in fp32 and count as zeros.
-constexpr float kTiny = 1e-34f;
 
 // One group of activations, zeros at its end where there are fewer, to integers `to`. Returns the
 // scale; *total is the integers' sum. Rounds to nearest even, so that every target gives the same.

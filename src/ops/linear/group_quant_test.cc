@@ -11,7 +11,7 @@
 #include "base/buffer.h"
 #include "base/half.h"
 #include "ops/linear/linear.h"
-#include "ops/linear/linear_gemm.h"
+#include "ops/linear/panel_testing.h"
 #include "ops/simd/each_target.h"
 #include "ops/testing/expect_close.h"
 
@@ -141,13 +141,11 @@ void CheckCase(const Case& c, int threads) {
   linear.Forward({threads, &workspace}, x.data(), c.in, c.T, y.data(), c.out, Accumulate::kYes,
                  c.products);
   const bool rounded = c.T <= LinearLoopRows(c.format) || c.products == Products::kInvariant;
-  const bool bf16_product = !rounded && CpuMultipliesBf16();
   std::vector<float> product(want.size());
   LinearRef(weight, c.out, c.in, c.format, bias, x.data(), c.in, c.T, product.data(), c.out,
             rounded);
   for (size_t i = 0; i < want.size(); ++i) want[i] += product[i];
-  // One rounding of the result and the random sum of two in every term, under 4 deviations.
-  ExpectClose(y, want, bf16_product ? RoundingTolerance(7, DType::kBF16) : SumTolerance(c.in));
+  ExpectClose(y, want, rounded ? SumTolerance(c.in) : kPanelTolerance);
 }
 
 TEST(GroupQuantTest, ProductsEqualTheReference) {
@@ -159,31 +157,37 @@ TEST(GroupQuantTest, ProductsEqualTheReference) {
     for (const int64_t in : {1, 31, 32, 33, 577})
       for (const int64_t out : {1, 7, 8, 9, 67}) CheckCase({3, out, in, format}, 1);
     for (const int threads : {1, 2, 3}) CheckCase({2, 3000, 160, format}, threads);
-    CheckCase({150, 3001, 160, format}, 3);  // more features than a panel has
+    for (const int threads : {1, 2, 3})  // pieces of rows and features, segments of inputs
+      CheckCase({1100, 601, 420, format}, threads);
   }
 }
 
 TEST(GroupQuantTest, EveryTargetEqualsTheReference) {
   ForEachTarget([] {
     for (const WeightFormat format : {WeightFormat::kInt8, WeightFormat::kInt4})
-      for (const int64_t T : {1, 2, 3, 4, 7, 8, 9, 21}) CheckCase({T, 39, 100, format}, 1);
+      for (const int64_t T : {1, 2, 3, 4, 7, 8, 9, 21, 33, 34, 35, 36, 37, 38})
+        CheckCase({T, 39, 300, format}, 1);
   });
 }
 
-// The integers at the ends of their ranges, where 16-bit sums would overflow first.
+// The integers at the ends of their ranges, where sums of 16 bits, or of a segment, would overflow.
 TEST(GroupQuantTest, ExtremesDoNotOverflow) {
-  const int64_t out = 16, in = 64;
+  const int64_t out = 16, in = 256;
   ForEachTarget([&] {
     for (const WeightFormat format : {WeightFormat::kInt8, WeightFormat::kInt4}) {
       for (const float sign : {1.f, -1.f}) {
-        std::vector<float> weight(static_cast<size_t>(out * in), sign), x(in, 1.f), y(out),
-            want(out);
-        weight[5] = -sign, x[7] = -1.f;  // so that int4 has a range
+        std::vector<float> weight(static_cast<size_t>(out * in), sign);
+        weight[5] = -sign;  // so that int4 has a range
         for (int64_t o = 1; o < out; ++o) weight[static_cast<size_t>(o * in)] = 0.f;
-        Workspace workspace;
-        Linear(weight, out, in, format).Forward({1, &workspace}, x.data(), in, 1, y.data(), out);
-        LinearRef(weight, out, in, format, {}, x.data(), in, 1, want.data(), out, true);
-        ExpectClose(y, want, SumTolerance(in));
+        for (const int64_t T : {int64_t{1}, kLinearInvariantRows + 1}) {
+          std::vector<float> x(static_cast<size_t>(T * in), 1.f), y(static_cast<size_t>(T * out)),
+              want = y;
+          x[7] = -1.f;
+          Workspace workspace;
+          Linear(weight, out, in, format).Forward({1, &workspace}, x.data(), in, T, y.data(), out);
+          LinearRef(weight, out, in, format, {}, x.data(), in, T, want.data(), out, true);
+          ExpectClose(y, want, T == 1 ? SumTolerance(in) : kPanelTolerance);
+        }
       }
     }
   });
@@ -207,6 +211,27 @@ TEST(GroupQuantTest, ARowDoesNotDependOnTheBatch) {
   });
 }
 
+// Nor among many rows: not on how many they are, nor on how they are cut for the threads.
+TEST(GroupQuantTest, ARowOfManyDoesNotDependOnTheOthers) {
+  const int64_t out = 201, in = 200, T = 600;
+  const std::vector<float> weight = Random(out * in, 1), x = Random(T * in, 3);
+  Workspace workspace;
+  ForEachTarget([&] {
+    for (const WeightFormat format :
+         {WeightFormat::kInt8, WeightFormat::kInt4, WeightFormat::kBF16}) {
+      const Linear linear(weight, out, in, format);
+      const auto run = [&](int threads, int64_t rows) {
+        std::vector<float> y(static_cast<size_t>(T * out));
+        for (int64_t t = 0; t < T; t += rows)
+          linear.Forward({threads, &workspace}, x.data() + t * in, in, rows, y.data() + t * out,
+                         out);
+        return y;
+      };
+      EXPECT_EQ(run(1, 40), run(3, T)) << Name(format);
+    }
+  });
+}
+
 // An activation that is no number must show in its row and nowhere else.
 TEST(GroupQuantTest, NonFiniteActivationsShow) {
   const int64_t out = 9, in = 50;
@@ -215,12 +240,14 @@ TEST(GroupQuantTest, NonFiniteActivationsShow) {
     for (const WeightFormat format : {WeightFormat::kInt8, WeightFormat::kInt4}) {
       for (const float bad :
            {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
-        std::vector<float> x = Random(3 * in, 3), y(static_cast<size_t>(3 * out));
-        x[static_cast<size_t>(in + 7)] = bad;
-        Workspace workspace;
-        Linear(weight, out, in, format).Forward({1, &workspace}, x.data(), in, 3, y.data(), out);
-        for (int64_t i = 0; i < 3 * out; ++i)
-          EXPECT_EQ(std::isfinite(y[static_cast<size_t>(i)]), i / out != 1) << Name(format);
+        for (const int64_t T : {int64_t{3}, kLinearInvariantRows + 1}) {
+          std::vector<float> x = Random(T * in, 3), y(static_cast<size_t>(T * out));
+          x[static_cast<size_t>(in + 7)] = bad;
+          Workspace workspace;
+          Linear(weight, out, in, format).Forward({1, &workspace}, x.data(), in, T, y.data(), out);
+          for (int64_t i = 0; i < T * out; ++i)
+            EXPECT_EQ(std::isfinite(y[static_cast<size_t>(i)]), i / out != 1) << Name(format);
+        }
       }
     }
   });

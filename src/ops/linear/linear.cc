@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -11,11 +12,10 @@
 #include "ops/linear/group_quant.h"
 #include "ops/linear/linear_gemm.h"
 #include "ops/linear/linear_kernels.h"
+#include "ops/linear/panel.h"
 
 namespace dsla {
 namespace {
-
-enum class Path { kRows, kGemmF32, kGemmBf16 };
 
 bool IsQuantized(WeightFormat format) {
   return format == WeightFormat::kInt8 || format == WeightFormat::kInt4;
@@ -24,34 +24,20 @@ DType ElementOf(WeightFormat format) {
   return format == WeightFormat::kF32 ? DType::kF32 : DType::kBF16;
 }
 
-// On AVX2 our own loop takes less CPU time than the conversion of a panel and the fp32 GEMM up to
-// about 100 rows of every shape in linear_bench (16 rows: half, 64 rows: 10 to 25% less), and it
-// keeps the batch out of a row's result; beyond, the GEMM's packing pays.
+// Rows of our own loop at a time: no more than keep the activations in the cache. On AVX2 it takes
+// less CPU time than the fp32 GEMM up to about 100 rows of every shape in linear_bench (16 rows:
+// half, 64 rows: 10 to 25% less), and it keeps the batch out of a row's result.
 constexpr int64_t kMaxRows = 64;
-// Where the CPU multiplies bf16, which also has the 512-bit integer loop: that one is faster than
-// the widening of a panel and the bf16 product up to here.
-constexpr int64_t kMaxIntegerRows = 128;
 static_assert(kMaxRows >= kLinearInvariantRows);
-
-// How T rows are multiplied. A CPU with bf16 dot products (AVX512_BF16, AMX) has several times the
-// fp32 rate in them, worth rounding the activations, and what integer weights stand for, to bf16
-// once T is a prefill's, not a batch of decodes. On other CPUs libtorch's bf16 product is far
-// slower than fp32, hence the panels.
-Path ChoosePath(int64_t T, WeightFormat format) {
-  if (T <= LinearLoopRows(format)) return Path::kRows;
-  return format != WeightFormat::kF32 && CpuMultipliesBf16() ? Path::kGemmBf16 : Path::kGemmF32;
-}
 
 // Below this many bytes of weights times rows, starting threads costs more than they save.
 constexpr int64_t kMinParallelBytes = 64 << 10;
 // A task of the row loop: large enough that handing it out is nothing, small enough to even out.
 constexpr int64_t kTaskBytes = 64 << 10;
 // A task of the GEMM: enough features for the library to run at full speed and for the activations,
-// which every task reads, to be little beside them; a panel of converted weights stays in the
-// core's own cache, and is made from as many fp32 rows at a time.
+// which every task reads, to be little beside them.
 constexpr int64_t kMinTaskFeatures = 64, kMaxTaskFeatures = 1024, kFeatureUnit = 16;
-constexpr int64_t kPanelBytes = 1 << 20;
-constexpr int64_t kBf16RowsAtOnce = 8;
+constexpr int64_t kRowUnit = 32;
 
 int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -84,18 +70,16 @@ struct Linear::Storage {
                    int64_t out, float* y, int64_t y_stride, bool accumulate) const;
   void ForwardQuantized(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T,
                         float* y, int64_t y_stride, bool accumulate) const;
-  struct Cut;
-  Cut CutProduct(int threads, int64_t T, int64_t out, Path path) const;
-  bf16* NarrowRows(const ExecContext& ctx, const GemmArgs& args) const;
-  void GemmPiece(GemmArgs args, int64_t feature, Path path, const bf16* x16, char* panel) const;
-  void ForwardGemm(const ExecContext& ctx, const GemmArgs& args, Path path) const;
-  // Features [begin, end) as fp32 rows `stride` floats apart.
-  void Widen(int64_t begin, int64_t end, float* to) const;
+  void GemmPiece(Gemm gemm, GemmArgs args, int64_t feature) const;
+  void ForwardGemm(const ExecContext& ctx, const GemmArgs& args) const;
 };
 
 int64_t LinearLoopRows(WeightFormat format) {
-  if (!CpuMultipliesBf16() || format == WeightFormat::kF32) return kMaxRows;
-  return IsQuantized(format) ? kMaxIntegerRows : kLinearInvariantRows;
+  return format == WeightFormat::kF32 ? kMaxRows : kLinearInvariantRows;
+}
+
+Status PrepareLinear(WeightFormat format) {
+  return format == WeightFormat::kF32 ? LoadGemm().status() : Status::Ok();
 }
 
 const char* Name(WeightFormat format) {
@@ -162,13 +146,6 @@ void Linear::Storage::Store(int64_t begin, int64_t end, const float* from, int64
   }
 }
 
-void Linear::Storage::Widen(int64_t begin, int64_t end, float* to) const {
-  if (IsQuantized(format))
-    GroupDequantize(quant, blocks(), begin, end, to, stride);
-  else
-    WidenBf16(w16() + begin * stride, to, (end - begin) * stride);
-}
-
 Linear::Linear(Linear&& other) noexcept
     : storage_(std::move(other.storage_)),
       in_(std::exchange(other.in_, 0)),
@@ -196,26 +173,37 @@ void Linear::Forward(const ExecContext& ctx, const float* x, int64_t x_stride, i
   DSLA_CHECK(T <= 1 || (x_stride >= in_ && y_stride >= out_));
   if (T <= 0) return;
   const bool add = accumulate == Accumulate::kYes;
-  const Path path =
-      products == Products::kInvariant ? Path::kRows : ChoosePath(T, storage_->format);
-  if (path == Path::kRows) {
-    // No more rows at a time than keep the activations in the cache.
+  const Storage& s = *storage_;
+  if (products == Products::kInvariant || T <= LinearLoopRows(s.format)) {
     for (int64_t t = 0; t < T; t += kMaxRows) {
-      storage_->ForwardRows(ctx, x + t * x_stride, x_stride, std::min(kMaxRows, T - t), in_, out_,
-                            y + t * y_stride, y_stride, add);
+      s.ForwardRows(ctx, x + t * x_stride, x_stride, std::min(kMaxRows, T - t), in_, out_,
+                    y + t * y_stride, y_stride, add);
     }
     return;
   }
-  GemmArgs args{.x = x,
-                .x_stride = x_stride,
-                .w_stride = storage_->stride,
-                .y = y,
-                .y_stride = y_stride,
-                .T = T,
-                .in = in_,
-                .out = out_,
-                .accumulate = add};
-  storage_->ForwardGemm(ctx, args, path);
+  if (s.format != WeightFormat::kF32) {
+    PanelProduct(ctx, {.format = s.format,
+                       .out = out_,
+                       .in = in_,
+                       .weight = s.weight,
+                       .bias = s.bias_or_null(),
+                       .x = x,
+                       .x_stride = x_stride,
+                       .T = T,
+                       .y = y,
+                       .y_stride = y_stride,
+                       .accumulate = add});
+    return;
+  }
+  s.ForwardGemm(ctx, {.x = x,
+                      .x_stride = x_stride,
+                      .w_stride = s.stride,
+                      .y = y,
+                      .y_stride = y_stride,
+                      .T = T,
+                      .in = in_,
+                      .out = out_,
+                      .accumulate = add});
 }
 
 void Linear::Storage::ForwardQuantized(const ExecContext& ctx, const float* x, int64_t x_stride,
@@ -276,56 +264,8 @@ void Linear::Storage::ForwardRows(const ExecContext& ctx, const float* x, int64_
   });
 }
 
-// How a product of many rows is cut: `features` by `rows` pieces, all of them of the same size but
-// the last.
-struct Linear::Storage::Cut {
-  int64_t features = 0, rows = 0;
-  int64_t feature_pieces = 0, row_pieces = 0;
-  int64_t panel_bytes = 0;  // per thread, for converted weights
-};
-
-Linear::Storage::Cut Linear::Storage::CutProduct(int threads, int64_t T, int64_t out,
-                                                 Path path) const {
-  // Two tasks per thread, so that a thread held up by the system does not hold up all.
-  const int64_t tasks = threads > 1 ? 2 * threads : 1;
-  const bool panel =
-      IsQuantized(format) || (path == Path::kGemmF32 && format != WeightFormat::kF32);
-  const int64_t element = path == Path::kGemmBf16 ? 2 : 4;
-  const int64_t most =
-      panel ? std::min(kMaxTaskFeatures, kPanelBytes / (stride * element)) : kMaxTaskFeatures;
-  Cut cut;
-  cut.features = RoundUp(
-      std::clamp((out + tasks - 1) / tasks, kMinTaskFeatures, std::max(most, kMinTaskFeatures)),
-      kFeatureUnit);
-  cut.feature_pieces = (out + cut.features - 1) / cut.features;
-  // Where there are fewer features than that, the rows are cut, too.
-  const int64_t row_pieces = (tasks + cut.feature_pieces - 1) / cut.feature_pieces;
-  cut.rows = RoundUp((T + row_pieces - 1) / row_pieces, kBf16Rows);
-  cut.row_pieces = (T + cut.rows - 1) / cut.rows;
-  if (panel) {
-    const int64_t wide = path == Path::kGemmBf16 ? kBf16RowsAtOnce * 4 : 0;
-    cut.panel_bytes = RoundUp((cut.features * element + wide) * stride, 64);
-  }
-  return cut;
-}
-
-// Activations rounded to bf16, zeros up to the weight's stride and to a multiple of kBf16Rows.
-bf16* Linear::Storage::NarrowRows(const ExecContext& ctx, const GemmArgs& args) const {
-  const int64_t padded = RoundUp(args.T, kBf16Rows);
-  bf16* x16 = ctx.workspace->Take<bf16>(padded * stride);
-  std::fill(x16 + args.T * stride, x16 + padded * stride, bf16{0});
-  ParallelRanges(ctx, args.T, 16, [&](int64_t begin, int64_t end, int) {
-    for (int64_t t = begin; t < end; ++t) {
-      NarrowBf16(args.x + t * args.x_stride, x16 + t * stride, args.in);
-      std::fill(x16 + t * stride + args.in, x16 + (t + 1) * stride, bf16{0});
-    }
-  });
-  return x16;
-}
-
-// One piece, args' rows and features, the first of them `feature`. panel: scratch memory.
-void Linear::Storage::GemmPiece(GemmArgs args, int64_t feature, Path path, const bf16* x16,
-                                char* panel) const {
+// args' rows and features, the first of them `feature`.
+void Linear::Storage::GemmPiece(Gemm gemm, GemmArgs args, int64_t feature) const {
   if (const float* b = bias_or_null()) {
     // The product is added to rows that hold the bias already.
     for (int64_t t = 0; t < args.T; ++t) {
@@ -337,46 +277,30 @@ void Linear::Storage::GemmPiece(GemmArgs args, int64_t feature, Path path, const
     }
     args.accumulate = true;
   }
-  if (path == Path::kGemmF32) {
-    args.w = w32() + feature * stride;
-    if (format != WeightFormat::kF32) {
-      float* rows = reinterpret_cast<float*>(panel);
-      Widen(feature, feature + args.out, rows);
-      args.w = rows;
-    }
-    GemmF32(args);
-    return;
-  }
-  const bf16* w16_piece = w16() + feature * stride;
-  if (IsQuantized(format)) {
-    bf16* rows = reinterpret_cast<bf16*>(panel);
-    float* wide = reinterpret_cast<float*>(rows + args.out * stride);
-    for (int64_t r = 0; r < args.out; r += kBf16RowsAtOnce) {
-      const int64_t count = std::min(kBf16RowsAtOnce, args.out - r);
-      Widen(feature + r, feature + r + count, wide);
-      NarrowBf16(wide, rows + r * stride, count * stride);
-    }
-    w16_piece = rows;
-  }
-  args.in = stride;
-  GemmBf16(args, x16, w16_piece);
+  args.w = w32() + feature * stride;
+  gemm(args);
 }
 
-void Linear::Storage::ForwardGemm(const ExecContext& ctx, const GemmArgs& args, Path path) const {
-  const Workspace::Scope scope(*ctx.workspace);
-  const bf16* x16 = path == Path::kGemmBf16 ? NarrowRows(ctx, args) : nullptr;
-  const Cut cut = CutProduct(ctx.threads, args.T, args.out, path);
-  char* panels = ctx.workspace->Take<char>(ctx.threads * cut.panel_bytes);
-  ParallelFor(ctx, cut.feature_pieces * cut.row_pieces, [&](int64_t task, int thread) {
-    const int64_t feature = task / cut.row_pieces * cut.features,
-                  row = task % cut.row_pieces * cut.rows;
+void Linear::Storage::ForwardGemm(const ExecContext& ctx, const GemmArgs& args) const {
+  const auto gemm = LoadGemm();
+  if (!gemm.ok()) throw std::runtime_error(gemm.status().message());
+  // Two tasks per thread, so that a thread held up by the system does not hold up all. Where there
+  // are fewer features than that, the rows are cut, too.
+  const int64_t tasks = ctx.threads > 1 ? 2 * ctx.threads : 1;
+  const int64_t features = RoundUp(
+      std::clamp((args.out + tasks - 1) / tasks, kMinTaskFeatures, kMaxTaskFeatures), kFeatureUnit);
+  const int64_t feature_pieces = (args.out + features - 1) / features,
+                wanted = (tasks + feature_pieces - 1) / feature_pieces,
+                rows = RoundUp((args.T + wanted - 1) / wanted, kRowUnit),
+                row_pieces = (args.T + rows - 1) / rows;
+  ParallelFor(ctx, feature_pieces * row_pieces, [&](int64_t task, int) {
+    const int64_t feature = task / row_pieces * features, row = task % row_pieces * rows;
     GemmArgs piece = args;
-    piece.T = std::min(cut.rows, args.T - row);
-    piece.out = std::min(cut.features, args.out - feature);
+    piece.T = std::min(rows, args.T - row);
+    piece.out = std::min(features, args.out - feature);
     piece.x = args.x + row * args.x_stride;
     piece.y = args.y + row * args.y_stride + feature;
-    GemmPiece(piece, feature, path, x16 != nullptr ? x16 + row * stride : nullptr,
-              panels + thread * cut.panel_bytes);
+    GemmPiece(*gemm, piece, feature);
   });
 }
 
@@ -385,7 +309,7 @@ void Linear::ReadRow(int64_t i, float* out) const {
   const Storage& s = *storage_;
   if (IsQuantized(s.format)) {
     std::vector<float> row(static_cast<size_t>(s.stride));
-    s.Widen(i, i + 1, row.data());
+    GroupDequantize(s.quant, s.blocks(), i, i + 1, row.data(), s.stride);
     std::memcpy(out, row.data(), static_cast<size_t>(in_) * sizeof(float));
   } else if (s.dtype == DType::kBF16) {
     WidenBf16(s.w16() + i * s.stride, out, in_);

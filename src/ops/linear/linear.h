@@ -1,6 +1,7 @@
 // Linear: y = W x + b with a weight stored in bf16, fp32 or groups of small integers, and fp32
-// activations. Many rows go through libtorch's GEMM; few rows (decode) are bound by the weight's
-// bytes and take our own loop.
+// activations. Few rows (decode) are bound by the weight's bytes and take a loop that reads them
+// once; many rows unpack them in panels (panel.h), those of fp32 go through libtorch's GEMM, a
+// library that is loaded when it is first needed.
 // Immutable after construction; Forward is thread-safe.
 #pragma once
 
@@ -10,24 +11,30 @@
 
 #include "base/arena.h"
 #include "base/exec.h"
+#include "base/status.h"
 
 namespace dsla {
 
 enum class Accumulate { kNo, kYes };
 
 // How a weight is stored. kInt8 and kInt4: groups of 32 inputs with a scale, and with int4 a
-// minimum (group_quant.h), 8.5 and 5 or 6 bits a weight; in our own loop their activations are
-// rounded to 15 bits in the same groups.
+// minimum (group_quant.h), 8.5 and 5 or 6 bits a weight; for few rows their activations are rounded
+// to 15 bits in the same groups.
 enum class WeightFormat { kF32, kBF16, kInt8, kInt4 };
 const char* Name(WeightFormat format);
 
-// Up to so many rows kFastest takes our own loop on this CPU; beyond, a GEMM.
+// Up to so many rows kFastest takes the loop for few; beyond, panels or the GEMM.
 int64_t LinearLoopRows(WeightFormat format);
 
-// On every CPU at least so many: a row's result is then the same bits however many others it is
-// batched with, on any number of threads. With kFastest more rows may go through a GEMM, which sums
-// in another order (and on CPUs with bf16 dot products rounds activations and result to bf16), so
-// that near-ties may fall the other way; with kInvariant the promise holds for any number of rows.
+// Loads the GEMM now if weights of this format may need it, rather than at the first product of
+// many rows, which throws std::runtime_error where it cannot be loaded. Error: kUnavailable, naming
+// the file.
+Status PrepareLinear(WeightFormat format);
+
+// Of every format at least so many: a row's result is then the same bits however many others it is
+// batched with, on any number of threads. With kFastest more rows are summed in another order and,
+// but for fp32, of weights and activations rounded to integers of 12 and 13 bits, so that near-ties
+// may fall the other way; with kInvariant the promise holds for any number of rows.
 inline constexpr int64_t kLinearInvariantRows = 32;
 enum class Products { kFastest, kInvariant };
 
@@ -55,7 +62,7 @@ class Linear {
   int64_t bytes() const;  // of the stored weight and bias
 
   // y[t] (+)= W x[t] + b for T rows; strides in floats between rows. x and y do not overlap.
-  // Sets libtorch's thread count to 1 where it takes the GEMM: the threads are ctx's.
+  // Sets libtorch's thread count to 1 where it takes the GEMM (fp32): the threads are ctx's.
   void Forward(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T, float* y,
                int64_t y_stride, Accumulate accumulate = Accumulate::kNo,
                Products products = Products::kFastest) const;
@@ -77,6 +84,7 @@ class LowRankDelta {
                int64_t out, WeightFormat format, Arena* arena = nullptr);
 
   bool empty() const { return a_.empty(); }
+  int64_t rank() const { return a_.out(); }
   int64_t bytes() const { return empty() ? 0 : a_.bytes() + b_.bytes(); }
   void AddTo(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T, float* y,
              int64_t y_stride, Products products = Products::kFastest) const;

@@ -93,7 +93,7 @@ void Measure(benchmark::State& state, Products products) {
   state.counters["GFLOP/s"] = 2e-9 * static_cast<double>(T * out * in) / best;
 }
 void BM_Linear(benchmark::State& state) { Measure(state, Products::kFastest); }
-// Our own loop for any number of rows: where it ends being the faster one is in LinearLoopRows.
+// The loop for few rows at any number: where it ends being the faster one is in LinearLoopRows.
 void BM_LinearLoop(benchmark::State& state) { Measure(state, Products::kInvariant); }
 constexpr auto Arg(WeightFormat format) { return static_cast<int64_t>(format); }
 constexpr int64_t kF32 = Arg(WeightFormat::kF32), kBF16 = Arg(WeightFormat::kBF16);
@@ -106,13 +106,15 @@ BENCHMARK(BM_Linear)
     ->ArgsProduct({{1}, {576}, {1536}, kSixteenBitsAndLess})
     ->ArgsProduct({{1}, {4096}, {4096}, {kF32, kBF16}})
     ->ArgsProduct(
-        {{2, 4, 8, 16, 32, 64, 65, 128, 192, 256, 512}, {3072}, {576}, kSixteenBitsAndLess})
+        {{2, 4, 8, 16, 32, 33, 64, 128, 256, 512, 2048}, {3072}, {576}, kSixteenBitsAndLess})
+    ->ArgsProduct({{512}, {576, 960}, {576}, kSixteenBitsAndLess})
+    ->ArgsProduct({{512}, {576}, {1536}, kSixteenBitsAndLess})
     ->ArgsProduct({{2, 4, 8, 16, 32, 64, 65, 128, 512}, {4096}, {4096}, {kBF16}})
     ->UseRealTime()
     ->MeasureProcessCPUTime();
 BENCHMARK(BM_LinearLoop)
     ->ArgNames({"T", "out", "in", "format"})
-    ->ArgsProduct({{32, 64, 128, 192, 256}, {3072}, {576}, kSixteenBitsAndLess})
+    ->ArgsProduct({{33, 64, 128}, {3072}, {576}, kSixteenBitsAndLess})
     ->UseRealTime()
     ->MeasureProcessCPUTime();
 

@@ -42,6 +42,58 @@ HWY_INLINE void DecodePair(const float* w, Vec& first, Vec& second) {
   second = hn::Load(d, w + kLanes);
 }
 
+// y (+)= sum + bias, of one feature.
+HWY_INLINE void Finish(float sum, const float* bias, bool accumulate, float* y) {
+  if (bias != nullptr) sum += *bias;
+  *y = accumulate ? *y + sum : sum;
+}
+
+// FinishAll: the same of kFeatures features, each of whose sums is in the lanes of a vector.
+#if HWY_TARGET == HWY_SCALAR
+HWY_INLINE float SumOfLanes(Vec v) { return hn::GetLane(v); }
+HWY_INLINE void FinishAll(Vec v0, Vec v1, Vec v2, Vec v3, const float* bias, bool accumulate,
+                          float* y) {
+  int r = 0;
+  for (const Vec v : {v0, v1, v2, v3}) {
+    Finish(SumOfLanes(v), bias != nullptr ? bias + r : nullptr, accumulate, y + r);
+    ++r;
+  }
+}
+#else
+using Tag4 = hn::FixedTag<float, kFeatures>;
+
+template <class D>
+HWY_INLINE hn::Vec<Tag4> SumOfBlocks(D /*d*/, hn::Vec<D> v) {
+  if constexpr (hn::MaxLanes(D()) == kFeatures) {
+    return v;
+  } else {
+    const hn::Half<D> half;
+    return SumOfBlocks(half, hn::Add(hn::LowerHalf(half, v), hn::UpperHalf(half, v)));
+  }
+}
+// Transposed and added together, which takes half the time of four sums by themselves. It counts
+// where rows are short: an adapter's B has 32 inputs, two products a sum.
+HWY_INLINE hn::Vec<Tag4> SumsOfLanes(Vec v0, Vec v1, Vec v2, Vec v3) {
+  const Tag d;
+  const hn::Repartition<double, Tag> d64;
+  const auto v01 =
+      hn::BitCast(d64, hn::Add(hn::InterleaveLower(d, v0, v1), hn::InterleaveUpper(d, v0, v1)));
+  const auto v23 =
+      hn::BitCast(d64, hn::Add(hn::InterleaveLower(d, v2, v3), hn::InterleaveUpper(d, v2, v3)));
+  return SumOfBlocks(d, hn::Add(hn::BitCast(d, hn::InterleaveLower(d64, v01, v23)),
+                                hn::BitCast(d, hn::InterleaveUpper(d64, v01, v23))));
+}
+// In the same order, so that a feature's bits do not depend on those beside it.
+HWY_INLINE float SumOfLanes(Vec v) { return hn::GetLane(SumsOfLanes(v, v, v, v)); }
+HWY_INLINE void FinishAll(Vec v0, Vec v1, Vec v2, Vec v3, const float* bias, bool accumulate,
+                          float* y) {
+  const Tag4 d;
+  auto sums = SumsOfLanes(v0, v1, v2, v3);
+  if (bias != nullptr) sums = hn::Add(sums, hn::LoadU(d, bias));
+  hn::StoreU(accumulate ? hn::Add(hn::LoadU(d, y), sums) : sums, d, y);
+}
+#endif
+
 template <typename W, int kR, int kT>
 HWY_INLINE void Tile(const W* HWY_RESTRICT w, int64_t stride, int64_t ahead,
                      const float* HWY_RESTRICT x, const float* bias, float* HWY_RESTRICT y,
@@ -70,12 +122,11 @@ HWY_INLINE void Tile(const W* HWY_RESTRICT w, int64_t stride, int64_t ahead,
     }
   }
   for (int t = 0; t < kT; ++t) {
-    for (int r = 0; r < kR; ++r) {
-      float value = hn::GetLane(hn::SumOfLanes(d, sum[r][t]));
-      if (bias != nullptr) value += bias[r];
-      float& to = y[t * y_stride + r];
-      to = accumulate ? to + value : value;
-    }
+    float* const to = y + t * y_stride;
+    if constexpr (kR == kFeatures)
+      FinishAll(sum[0][t], sum[1][t], sum[2][t], sum[3][t], bias, accumulate, to);
+    else
+      Finish(SumOfLanes(sum[0][t]), bias, accumulate, to);
   }
 }
 

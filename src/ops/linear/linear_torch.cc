@@ -2,11 +2,9 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <c10/core/InferenceMode.h>
 
-#include "base/check.h"
 #include "ops/linear/linear_gemm.h"
 
 namespace dsla {
@@ -26,10 +24,13 @@ void UseOneThread() {
 }
 
 }  // namespace
+}  // namespace dsla
 
-void GemmF32(const GemmArgs& a) {
+// A Gemm: LoadGemm (linear_gemm.h) finds it here.
+extern "C" void DslaGemm(const dsla::GemmArgs& a) {
+  using dsla::View;
   const c10::InferenceMode guard;
-  UseOneThread();
+  dsla::UseOneThread();
   const at::Tensor x = View(a.x, a.T, a.in, a.x_stride, at::kFloat);
   const at::Tensor w = View(a.w, a.out, a.in, a.w_stride, at::kFloat);
   at::Tensor y = View(a.y, a.T, a.out, a.y_stride, at::kFloat);
@@ -38,22 +39,3 @@ void GemmF32(const GemmArgs& a) {
   else
     at::mm_out(y, x, w.t());
 }
-
-void GemmBf16(const GemmArgs& a, const bf16* x16, const bf16* w16) {
-  DSLA_CHECK(a.in % 32 == 0);
-  const c10::InferenceMode guard;
-  UseOneThread();
-  const int64_t padded = (a.T + kBf16Rows - 1) / kBf16Rows * kBf16Rows;
-  const at::Tensor x = View(x16, padded, a.in, a.in, at::kBFloat16);
-  const at::Tensor w = View(w16, a.out, a.in, a.in, at::kBFloat16);
-  at::Tensor y = View(a.y, a.T, a.out, a.y_stride, at::kFloat);
-  const at::Tensor product = at::linear(x, w).narrow(0, 0, a.T);
-  if (a.accumulate)
-    y.add_(product);
-  else
-    y.copy_(product);
-}
-
-bool CpuMultipliesBf16() { return __builtin_cpu_supports("avx512bf16"); }
-
-}  // namespace dsla

@@ -1,0 +1,254 @@
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "ops/linear/panel.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "ops/linear/panel_kernels.cc"
+#include "hwy/foreach_target.h"
+#include "hwy/highway.h"
+#include "ops/linear/panel_unpack-inl.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#ifndef DSLA_OPS_LINEAR_PANEL_KERNELS_CC_
+#define DSLA_OPS_LINEAR_PANEL_KERNELS_CC_
+namespace dsla {
+
+// Activations: x = scale q up to rounding.
+struct PanelRows {
+  int16_t* q;    // [T, stride]
+  float* scale;  // [T, segments]
+  int64_t stride, segments;
+
+  PanelRows From(int64_t t) const {
+    return {q + t * stride, scale + t * segments, stride, segments};
+  }
+  PanelRows Segment(int64_t s) const {
+    return {q + s * kPanelSegment, scale + s, stride, segments};
+  }
+};
+
+// Unpacked weights: of one strip and segment at a time.
+struct PanelScratch {
+  alignas(64) int32_t pairs[kPanelFeatures * kPanelSegment / 2];
+  alignas(64) float step[kPanelFeatures];
+};
+
+// All rows of `product` times the features of a panel.
+struct PanelTask {
+  PanelArgs product;  // but for x
+  PanelRows x;
+  int64_t panel;
+  PanelScratch* scratch;
+  float* sums;  // [T, kPanelFeatures]
+};
+
+}  // namespace dsla
+#endif  // DSLA_OPS_LINEAR_PANEL_KERNELS_CC_
+
+HWY_BEFORE_NAMESPACE();
+namespace dsla {
+namespace HWY_NAMESPACE {
+
+// Sums of the element type, not of the library's: with those GCC moves or spills them all at every
+// step.
+typedef int32_t Sums __attribute__((vector_size(sizeof(Ints))));
+HWY_INLINE Sums SumsOf(Ints ints) { return (Sums)ints.raw; }
+HWY_INLINE Ints IntsOf(Sums sums) { return Ints{(decltype(Ints::raw))sums}; }
+
+// 24 sums of 32 registers, 12 of 16: one broadcast of activations serves kVectors products, one
+// load of weights kTileRows, and there are more chains of sums than hide the latency of two
+// products a cycle.
+constexpr int kTileRows = 6;
+
+// Features of a panel that one tile takes, over one segment.
+struct Strip {
+  const int32_t* pairs;  // [count][kStrip] pairs of 16-bit weights
+  int64_t count;
+  const float* step;
+  int64_t features;  // the first ones, the others are undefined
+};
+
+// The sums of two 16-bit products in every lane.
+HWY_INLINE Ints MulPairs(Ints w, Ints x) {
+#if HWY_TARGET == HWY_SCALAR
+  const auto half = [](Ints v, int by) { return static_cast<int16_t>(v.raw >> by); };
+  return Ints(half(w, 0) * half(x, 0) + half(w, 16) * half(x, 16));
+#else
+  const hn::Repartition<int16_t, DI> d16;
+  Ints unused = hn::Zero(DI());
+  return hn::ReorderWidenMulAccumulate(DI(), hn::BitCast(d16, w), hn::BitCast(d16, x), unused,
+                                       unused);
+#endif
+}
+
+namespace plain {
+#include "ops/linear/panel_tile-inl.h"
+}  // namespace plain
+
+#if HWY_TARGET == HWY_AVX3
+}  // namespace HWY_NAMESPACE
+}  // namespace dsla
+HWY_PUSH_ATTRIBUTES(HWY_TARGET_STR ",avx512vnni")
+namespace dsla {
+namespace HWY_NAMESPACE {
+namespace vnni {
+#define DSLA_WITH_VNNI
+#include "ops/linear/panel_tile-inl.h"
+#undef DSLA_WITH_VNNI
+}  // namespace vnni
+}  // namespace HWY_NAMESPACE
+}  // namespace dsla
+HWY_POP_ATTRIBUTES
+namespace dsla {
+namespace HWY_NAMESPACE {
+#endif
+
+template <class Done>
+HWY_INLINE void StripProduct(const Strip& strip, const PanelRows& x, int64_t rows, bool first,
+                             float* to, const Done& done) {
+#if HWY_TARGET == HWY_AVX3
+  static const bool has_vnni = __builtin_cpu_supports("avx512vnni");
+  if (has_vnni) return vnni::StripTiles(strip, x, rows, first, to, done);
+#endif
+  plain::StripTiles(strip, x, rows, first, to, done);
+}
+
+// The sums of rows [t, t + rows) and a strip, the panel's features from `first` on, to the result.
+HWY_INLINE void WriteStrip(const PanelTask& a, int64_t first, int64_t t, int64_t rows) {
+  const PanelArgs& to = a.product;
+  const int64_t feature = a.panel * kPanelFeatures + first,
+                count = std::min<int64_t>(kStrip, to.out - feature);
+  for (const int64_t end = t + rows; t < end; ++t) {
+    const float* from = a.sums + t * kPanelFeatures + first;
+    float* y = to.y + t * to.y_stride + feature;
+    for (int64_t i = 0; i < count; ++i) {
+      const float value = from[i] + (to.bias != nullptr ? to.bias[feature + i] : 0.f);
+      y[i] = to.accumulate ? y[i] + value : value;
+    }
+  }
+}
+
+void PanelTarget(const PanelTask& a) {
+  const PanelArgs& product = a.product;
+  const int64_t from = a.panel * kPanelFeatures,
+                features = std::min(kPanelFeatures, product.out - from);
+  int32_t* const pairs = a.scratch->pairs;
+  float* const step = a.scratch->step;
+  for (int64_t s = 0; s < a.x.segments; ++s) {
+    const int64_t begin = s * kPanelSegment,
+                  end = std::min(product.padded(), begin + kPanelSegment);
+    for (int64_t first = 0; first < features; first += kStrip) {
+      const int64_t count = std::min<int64_t>(kStrip, features - first);
+      for (int64_t v = 0; v < count; v += kLanes)
+        UnpackLanes(product, from + first + v, begin, end, pairs + v, step + v);
+      const Strip strip{pairs, (end - begin) / 2, step, count};
+      // Tile by tile, so that the result's cache misses pass during the next tile.
+      const auto done = [&](int64_t t, int64_t rows) {
+        if (s + 1 == a.x.segments) WriteStrip(a, first, t, rows);
+      };
+      StripProduct(strip, a.x.Segment(s), product.T, s == 0, a.sums + first, done);
+    }
+  }
+}
+
+// kLanes inputs of which `count` are there, the others 0.
+HWY_INLINE Floats LoadInputs(const float* x, int64_t count) {
+  if (count >= kLanes) return hn::LoadU(DF(), x);
+  HWY_ALIGN float last[kLanes] = {};
+  std::copy(x, x + std::max<int64_t>(count, 0), last);
+  return hn::Load(DF(), last);
+}
+
+// One segment of a row, `count` inputs, to integers up to `padded`. A NaN or an infinity has no
+// integer: the scale carries it to the result as NaN.
+HWY_INLINE float RoundSegment(const float* x, int64_t count, int64_t padded, int16_t* to) {
+  // Without their sign, floats are in the order of their bits, infinities and then NaNs at the end.
+  Ints most = hn::Zero(DI());
+  for (int64_t i = 0; i < padded; i += kLanes)
+    most = hn::Max(hn::BitCast(DI(), hn::Abs(LoadInputs(x + i, count - i))), most);
+  const float largest = hn::GetLane(hn::BitCast(DF(), hn::MaxOfLanes(DI(), most)));
+  if (!std::isfinite(largest)) {
+    std::fill(to, to + padded, int16_t{0});
+    return std::numeric_limits<float>::quiet_NaN();
+  }
+  const Floats inverse = hn::Set(DF(), largest > kTiny ? kLargestActivation / largest : 0.f);
+  const hn::Rebind<int16_t, DI> d16;
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    const Ints q = RoundSteps(hn::Mul(LoadInputs(x + i, count - i), inverse));
+    hn::StoreU(hn::DemoteTo(d16, q), d16, to + i);
+  }
+  return largest / kLargestActivation;
+}
+
+void RoundRowsTarget(const PanelArgs& a, int64_t begin, int64_t end, const PanelRows& to) {
+  for (int64_t t = begin; t < end; ++t) {
+    const PanelRows row = to.From(t);
+    for (int64_t s = 0; s < row.segments; ++s) {
+      const int64_t at = s * kPanelSegment, count = std::min(kPanelSegment, a.in - at),
+                    padded = std::min(kPanelSegment, row.stride - at);
+      row.scale[s] = RoundSegment(a.x + t * a.x_stride + at, count, padded, row.q + at);
+    }
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace dsla
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace dsla {
+
+HWY_EXPORT(PanelTarget);
+HWY_EXPORT(RoundRowsTarget);
+
+namespace {
+
+// Rows of a task: enough of them that unpacking a panel is little beside its products, and no more
+// than an L2 cache holds sums and activations of.
+constexpr int64_t kFewestTaskRows = 128, kMostTaskRows = 516;
+// Tasks that the threads finish at about the same time.
+constexpr int64_t kTasksPerThread = 8;
+
+int64_t TaskRows(int threads, int64_t panels, int64_t T) {
+  const int64_t for_threads = (kTasksPerThread * threads + panels - 1) / panels;
+  const int64_t pieces =
+      std::max((T + kMostTaskRows - 1) / kMostTaskRows, std::min(for_threads, T / kFewestTaskRows));
+  constexpr int64_t kUnit = 6;  // whole tiles
+  return (T + pieces * kUnit - 1) / (pieces * kUnit) * kUnit;
+}
+
+}  // namespace
+
+void PanelProduct(const ExecContext& ctx, const PanelArgs& args) {
+  const int64_t segments = (args.in + kPanelSegment - 1) / kPanelSegment,
+                panels = (args.out + kPanelFeatures - 1) / kPanelFeatures,
+                rows = TaskRows(ctx.threads, panels, args.T), pieces = (args.T + rows - 1) / rows;
+  const Workspace::Scope scope(*ctx.workspace);
+  const PanelRows rounded{ctx.workspace->Take<int16_t>(args.T * args.padded()),
+                          ctx.workspace->Take<float>(args.T * segments), args.padded(), segments};
+  auto* const scratch = ctx.workspace->Take<PanelScratch>(ctx.threads);
+  float* const sums = ctx.workspace->Take<float>(ctx.threads * rows * kPanelFeatures);
+  ParallelRanges(ctx, args.T, 16, [&](int64_t begin, int64_t end, int) {
+    HWY_DYNAMIC_DISPATCH(RoundRowsTarget)(args, begin, end, rounded);
+  });
+  ParallelFor(ctx, panels * pieces, [&](int64_t task, int thread) {
+    const int64_t first = task % pieces * rows;
+    PanelTask piece{.product = args,
+                    .x = rounded.From(first),
+                    .panel = task / pieces,
+                    .scratch = scratch + thread,
+                    .sums = sums + thread * rows * kPanelFeatures};
+    piece.product.T = std::min(rows, args.T - first);
+    piece.product.y += first * args.y_stride;
+    HWY_DYNAMIC_DISPATCH(PanelTarget)(piece);
+  });
+}
+
+}  // namespace dsla
+#endif  // HWY_ONCE
