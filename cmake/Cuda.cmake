@@ -84,7 +84,7 @@ function(dsla_cuda_library)
     list(APPEND objects ${object})
   endforeach()
   add_library(dsla_${ARG_NAME} SHARED ${objects})
-  set_target_properties(dsla_${ARG_NAME} PROPERTIES LINKER_LANGUAGE CXX)
+  set_target_properties(dsla_${ARG_NAME} PROPERTIES LINKER_LANGUAGE CXX LIBRARY_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR})
   target_include_directories(dsla_${ARG_NAME} PUBLIC ${PROJECT_SOURCE_DIR}/src)
   # Its symbols stay inside: a program may have another runtime.
   target_link_libraries(dsla_${ARG_NAME} PRIVATE ${toolkit}/lib64/libcudart_static.a ${CMAKE_DL_LIBS} pthread rt)

@@ -152,14 +152,13 @@ void UnpackGroups(const PanelArgs& a, int64_t feature, int64_t begin, int64_t en
   }
 }
 
-// The same of bf16. Pairs are first copied to their places, as if they were floats, then rounded
-// there.
+// The same of bf16. Pairs are first copied to their places, then rounded there.
 inline void UnpackRows(const PanelArgs& a, int64_t feature, int64_t begin, int64_t end, int32_t* to,
                        float* step) {
   const int64_t stride = a.padded() / 2;
-  const float* const rows = static_cast<const float*>(a.weight) + feature * stride + begin / 2;
+  const int32_t* const rows = static_cast<const int32_t*>(a.weight) + feature * stride + begin / 2;
   Transpose(rows, stride, static_cast<int>(std::min<int64_t>(kLanes, a.out - feature)),
-            static_cast<int>((end - begin) / 2), reinterpret_cast<float*>(to), kStrip);
+            static_cast<int>((end - begin) / 2), to, kStrip);
   const auto first = [](Ints pair) { return hn::BitCast(DF(), hn::ShiftLeft<16>(pair)); };
   const auto second = [](Ints pair) {
     return hn::BitCast(DF(), hn::And(pair, hn::Set(DI(), -0x10000)));

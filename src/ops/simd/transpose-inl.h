@@ -20,15 +20,16 @@ namespace dsla {
 namespace HWY_NAMESPACE {
 
 // to[c * to_row + r] = from[r * from_row + c]; rows need not be a multiple of 4, cols is one.
-HWY_INLINE void Transpose(const float* HWY_RESTRICT from, int64_t from_row, int rows, int cols,
-                          float* HWY_RESTRICT to, int64_t to_row) {
+template <class T>
+HWY_INLINE void Transpose(const T* HWY_RESTRICT from, int64_t from_row, int rows, int cols,
+                          T* HWY_RESTRICT to, int64_t to_row) {
   int r = 0;
 #if HWY_TARGET != HWY_SCALAR  // has no vectors of 4
   namespace hn = hwy::HWY_NAMESPACE;
-  const hn::FixedTag<float, 4> d;
+  const hn::FixedTag<T, 4> d;
   const hn::Repartition<double, decltype(d)> dd;
   for (; r + 4 <= rows; r += 4) {
-    const float* p = from + r * from_row;
+    const T* p = from + r * from_row;
     for (int c = 0; c < cols; c += 4) {
       const auto r0 = hn::LoadU(d, p + c), r1 = hn::LoadU(d, p + from_row + c);
       const auto r2 = hn::LoadU(d, p + 2 * from_row + c), r3 = hn::LoadU(d, p + 3 * from_row + c);
@@ -36,7 +37,7 @@ HWY_INLINE void Transpose(const float* HWY_RESTRICT from, int64_t from_row, int 
       const auto b = hn::BitCast(dd, hn::InterleaveLower(d, r2, r3));
       const auto e = hn::BitCast(dd, hn::InterleaveUpper(d, r0, r1));
       const auto f = hn::BitCast(dd, hn::InterleaveUpper(d, r2, r3));
-      float* q = to + c * to_row + r;
+      T* q = to + c * to_row + r;
       hn::StoreU(hn::BitCast(d, hn::InterleaveLower(dd, a, b)), d, q);
       hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(dd, a, b)), d, q + to_row);
       hn::StoreU(hn::BitCast(d, hn::InterleaveLower(dd, e, f)), d, q + 2 * to_row);
