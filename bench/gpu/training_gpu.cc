@@ -123,7 +123,7 @@ int TimeSteps(const std::string& path, bool profile) {
   const auto file = ModelFile::OpenRandom(path);
   if (!file.ok()) return fail(file.status());
   const ModelConfig& config = (*file)->config();
-  const auto layout = ParameterLayout::Create(config, {});
+  const auto layout = ParameterLayout::Create(config, {.window = 256, .states = 2});
   if (!layout.ok()) return fail(layout.status());
   const auto network = Network::Create(**file, *layout, {.device = "cuda"});
   if (!network.ok()) return fail(network.status());

@@ -109,8 +109,8 @@ std::vector<ConfigKey> ConfigKeys(DistillConfig& c) {
       {"chain.low_rank_lr", "", "learning rate of the low-rank deltas", &c.chain_low_rank_lr,
        from_chain},
       {"chain.lr", "", "learning rate of everything else", &c.chain_lr, from_chain},
-      {"chain.levels", "layers", "levels drawn more often, empty: the quarters", &c.chain_levels,
-       from_chain},
+      {"chain.levels", "layers", "levels drawn more often, empty: half, three quarters, all",
+       &c.chain_levels, from_chain},
       {"chain.level_share", "", "share of the steps at those levels, the rest at any",
        &c.chain_level_share, from_chain},
       {"chain.switch_share", "", "share of the steps that switch from the teacher on the way",
@@ -256,7 +256,10 @@ Status CompleteConfig(const ModelConfig& model, DistillConfig* config) {
   if (c.top_level == 0) c.top_level = std::max(1, model.L * 3 / 4);
   DSLA_RETURN_IF_ERROR(check(c.top_level > 0 && c.top_level <= model.L, "adapter.top_level",
                              fmt::format("{} is not in 1 to {}", c.top_level, model.L)));
-  if (c.chain_levels.empty()) c.chain_levels = Quarters(model.L);
+  if (c.chain_levels.empty()) {
+    c.chain_levels = Quarters(model.L);
+    if (c.chain_levels.size() > 1) c.chain_levels.erase(c.chain_levels.begin());
+  }
   DSLA_RETURN_IF_ERROR(levels("chain.levels", c.chain_levels));
   DSLA_RETURN_IF_ERROR(levels("evaluate.levels", c.evaluate_levels));
   DSLA_RETURN_IF_ERROR(share("data.long_share", c.long_share));

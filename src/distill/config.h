@@ -28,7 +28,7 @@ struct DistillConfig {
   double recall_share = 0.25;
   int held_out = 64;
 
-  int64_t align_tokens = 8'000'000;
+  int64_t align_tokens = 12'000'000;
   double align_low_rank_lr = 1e-3, align_lr = 5e-3;
 
   std::string order_method = "greedy";
@@ -36,7 +36,7 @@ struct DistillConfig {
   int order_sequences = 5, order_length = 1024, order_candidates = 8;
 
   std::string chain_method = "nested";
-  int64_t chain_tokens = 18'000'000;
+  int64_t chain_tokens = 64'000'000;
   double chain_low_rank_lr = 5e-4, chain_lr = 2e-3;
   std::vector<int> chain_levels;
   double chain_level_share = 0.6, chain_switch_share = 0.3;

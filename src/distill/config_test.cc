@@ -222,7 +222,8 @@ TEST(ParametersTest, GateBiasGivesTheHalfLife) {
 }
 
 TEST(ParametersTest, StartSpreadsHalfLivesAndSurvivesTheAdapter) {
-  const auto layout = ParameterLayout::Create(SmallConfig(), {.window = 8, .sinks = 2, .rank = 3});
+  const auto layout =
+      ParameterLayout::Create(SmallConfig(), {.window = 8, .sinks = 2, .states = 2, .rank = 3});
   ASSERT_TRUE(layout.ok());
   const std::vector<float> values = layout->Start({}, 5);
   const Adapter adapter = layout->ToAdapter(values);
@@ -237,7 +238,8 @@ TEST(ParametersTest, StartSpreadsHalfLivesAndSurvivesTheAdapter) {
   const auto back = layout->FromAdapter(adapter, "x");
   ASSERT_TRUE(back.ok());
   EXPECT_EQ(*back, values);
-  const auto other = ParameterLayout::Create(SmallConfig(), {.window = 9, .sinks = 2, .rank = 3});
+  const auto other =
+      ParameterLayout::Create(SmallConfig(), {.window = 9, .sinks = 2, .states = 2, .rank = 3});
   EXPECT_THAT(other->FromAdapter(adapter, "x").status().message(),
               HasSubstr("layer 0 has window 8, the settings say 9"));
   EXPECT_THAT(ParameterLayout::Create(SmallConfig(), {.window = 0, .sinks = 2}).status().message(),

@@ -12,7 +12,8 @@ int64_t TokenBytes(const DistillConfig& config, const ModelConfig& model) {
 const std::vector<Control>& Controls() {
   static const std::vector<Control> controls = {
       {"ours", "the settings as given"},
-      {"single-state", "one state of equal bytes"},
+      {"single-state", "one state of equal bytes in place of two"},
+      {"dual-state", "two states in place of one, the window shorter: equal bytes"},
       {"window", "a trained window of equal bytes, no states"},
       {"entropy-order", "order by attention entropy"},
       {"random-order", "random order"},
@@ -20,6 +21,12 @@ const std::vector<Control>& Controls() {
       {"paper-recipe", "the paper's training, on our operator"},
       {"paper-operator", "the paper's training and operator, which cannot be folded from a cache"}};
   return controls;
+}
+
+bool IsControlOf(const std::string& name, const DistillConfig& config) {
+  if (name == "single-state") return config.adapter.states == 2;
+  if (name == "dual-state") return config.adapter.states == 1;
+  return true;
 }
 
 Status ApplyControl(const std::string& name, const ModelConfig& model, DistillConfig* config) {
@@ -33,6 +40,16 @@ Status ApplyControl(const std::string& name, const ModelConfig& model, DistillCo
           a.states, a.features_per_channel);
     a.states = 1, a.features_per_channel = 2;
     c.cosine_weight = 0;
+    return Status::Ok();
+  }
+  if (name == "dual-state") {
+    const int features = a.features_per_channel * model.D;
+    if (a.states != 1 || a.window <= features)
+      return InvalidArgument(
+          "dual-state: equal bytes need 1 state and a window of more than {} tokens, not {} with "
+          "{}",
+          features, a.states, a.window);
+    a.states = 2, a.window -= features;
     return Status::Ok();
   }
   if (name == "window") {

@@ -73,7 +73,7 @@ Status WriteTableOf(const std::string& folder, const ModelConfig& model,
   std::vector<Row> rows;
   for (const Control& control : Controls()) {
     const std::string path = fmt::format("{}/{}/evaluate.json", folder, control.name);
-    if (!fs::exists(path)) continue;
+    if (!fs::exists(path) || !IsControlOf(control.name, ours)) continue;
     DSLA_ASSIGN_OR_RETURN(const std::string text, ReadTextFile(path, 64 << 20));
     DSLA_ASSIGN_OR_RETURN(nlohmann::json evaluation, ParseJson(text, path));
     DistillConfig config = ours;
@@ -103,7 +103,8 @@ Expected<DistillOutcome> RunControls(const ExecContext& ctx, const ModelFile& mo
   DistillOutcome outcome;
   outcome.finished = true;
   for (const Control& control : Controls()) {
-    if (!names.empty() && std::find(names.begin(), names.end(), control.name) == names.end())
+    if (names.empty() ? !IsControlOf(control.name, job.config)
+                      : std::find(names.begin(), names.end(), control.name) == names.end())
       continue;
     DistillJob one = job;
     DSLA_RETURN_IF_ERROR(ApplyControl(control.name, model.config(), &one.config));

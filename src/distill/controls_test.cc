@@ -88,7 +88,7 @@ TEST(ControlsTest, KeepEqualBytes) {
   ModelConfig model = testing::TrainingModel();  // D 8
   model.max_position = 8192;
   DistillConfig config;
-  config.adapter = {.window = 256, .sinks = 4};
+  config.adapter = {.window = 256, .sinks = 4, .states = 2};
   config.cosine_weight = 0.1;
   const auto control = [&](const char* name) {
     DistillConfig changed = config;
@@ -113,10 +113,20 @@ TEST(ControlsTest, KeepEqualBytes) {
     EXPECT_EQ(c.adapter.op,
               std::string(paper) == "paper-recipe" ? Operator::kDsla : Operator::kPaper);
   }
+  EXPECT_TRUE(IsControlOf("single-state", config));
+  EXPECT_FALSE(IsControlOf("dual-state", config));
+  EXPECT_THAT(ApplyControl("dual-state", model, &config).message(), HasSubstr("equal bytes"));
+  DistillConfig single = config;
+  single.adapter.states = 1;
+  EXPECT_FALSE(IsControlOf("single-state", single));
+  DistillConfig dual = single;
+  ASSERT_TRUE(ApplyControl("dual-state", model, &dual).ok());
+  EXPECT_EQ(dual.adapter.states, 2);
+  EXPECT_EQ(TokenBytes(dual, model), TokenBytes(single, model));
   config.adapter.features_per_channel = 2;
   EXPECT_THAT(ApplyControl("single-state", model, &config).message(), HasSubstr("equal bytes"));
   EXPECT_THAT(ApplyControl("best", model, &config).message(),
-              HasSubstr("control 'best' is not one of ours, single-state, window"));
+              HasSubstr("control 'best' is not one of ours, single-state, dual-state, window"));
 }
 
 TEST(ControlsTest, RunToOneTable) {
@@ -140,9 +150,13 @@ TEST(ControlsTest, RunToOneTable) {
   const std::string at = job.out + ".controls";
   const std::string table = testing::ReadFile(at + "/controls.md");
   const auto json = nlohmann::json::parse(testing::ReadFile(at + "/controls.json"));
-  ASSERT_EQ(json.size(), Controls().size());
+  std::vector<std::string> names;  // of controls of two states
+  for (const Control& control : Controls())
+    if (IsControlOf(control.name, job.config)) names.push_back(control.name);
+  EXPECT_EQ(names.size() + 1, Controls().size());
+  ASSERT_EQ(json.size(), names.size());
   for (size_t i = 0; i < json.size(); ++i) {
-    const std::string name = Controls()[i].name;
+    const std::string& name = names[i];
     EXPECT_EQ(json[i]["control"], name);
     EXPECT_THAT(table, HasSubstr("| " + name + " |"));
     EXPECT_EQ(json[i]["token_bytes"], name.starts_with("paper") ? 16 : 8 + 2 + 16) << name;

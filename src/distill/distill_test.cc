@@ -140,11 +140,11 @@ void ExpectGradient(Network& network, const std::vector<float>& values,
 
 TEST_F(DistillTest, GradientsMatchDifferences) {
   for (const AdapterSettings& settings :
-       {AdapterSettings{.window = 8, .sinks = 2, .rank = 4},
-        AdapterSettings{.window = 0, .sinks = 0, .features_per_channel = 2, .rank = 4},
+       {AdapterSettings{.window = 8, .sinks = 2, .states = 2, .rank = 4},
+        AdapterSettings{.window = 0, .sinks = 0, .states = 2, .features_per_channel = 2, .rank = 4},
         AdapterSettings{.window = 8, .sinks = 0, .states = 1, .rank = 0},
-        AdapterSettings{.window = 8, .sinks = 2, .rank = 4, .op = Operator::kWindow},
-        AdapterSettings{.window = 0, .sinks = 0, .rank = 4, .op = Operator::kPaper}}) {
+        AdapterSettings{.window = 8, .sinks = 2, .states = 2, .rank = 4, .op = Operator::kWindow},
+        AdapterSettings{.window = 0, .sinks = 0, .states = 2, .rank = 4, .op = Operator::kPaper}}) {
     SCOPED_TRACE(fmt::format("W {} states {} rank {} operator {}", settings.window, settings.states,
                              settings.rank, static_cast<int>(settings.op)));
     const auto network = NewNetwork(settings);

@@ -41,7 +41,7 @@ inline DistillJob TrainingJob(const std::string& folder, const std::string& name
   job.out = folder + "/" + name;
   job.quiet = true;
   DistillConfig& c = job.config;
-  c.adapter = {.window = 8, .sinks = 2, .rank = 4};
+  c.adapter = {.window = 8, .sinks = 2, .states = 2, .rank = 4};
   c.half_lives = {16, 64, 2, 8};
   c.lengths = {64, 96};
   c.length_shares = {0.5, 0.5};
