@@ -12,8 +12,8 @@
 //
 // noise is what the faster products do to a logit on this machine, measured: the relative rms
 // difference of two replays of the same tokens, by faster and by invariant products, the largest of
-// the test's requests; a gap is a difference of two logits. A reply at other levels than recorded
-// has gaps of the size of the logits themselves.
+// the test's positions (they differ by a factor of ten); a gap is a difference of two logits. A
+// reply at other levels than recorded has gaps of the size of the logits themselves.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -181,6 +181,7 @@ class ExactnessTest : public ::testing::TestWithParam<Case> {
     constexpr int kOtherChunk = 80;  // than the engine's, and more rows than the loops for few take
     double noise = std::ldexp(1., -20);  // of sums in fp32, in whatever order
     double worst = 0;                    // gap, relative to its row's rms
+    double mean_noise = 0;               // over a request, the largest
     for (size_t i = 0; i < requests.size(); ++i) {
       const auto exact = Replay(requests[i], replies[i], kOtherChunk, Products::kInvariant);
       const auto fast = Replay(requests[i], replies[i], kOtherChunk, Products::kFastest);
@@ -188,16 +189,16 @@ class ExactnessTest : public ::testing::TestWithParam<Case> {
       for (size_t t = 0; t < exact.size(); ++t) {
         std::vector<float> delta(fast[t]);
         for (size_t v = 0; v < delta.size(); ++v) delta[v] -= exact[t][v];
-        difference += MeanSquare(delta);
-        const double square = MeanSquare(exact[t]);
-        size += square;
+        const double error = MeanSquare(delta), square = MeanSquare(exact[t]);
+        difference += error, size += square;
+        noise = std::max(noise, std::sqrt(error / square));
         const double gap = *std::max_element(exact[t].begin(), exact[t].end()) -
                            exact[t][static_cast<size_t>(replies[i].tokens[t])];
         worst = std::max(worst, gap / std::sqrt(square));
       }
-      if (size > 0) noise = std::max(noise, std::sqrt(difference / size));
+      if (size > 0) mean_noise = std::max(mean_noise, std::sqrt(difference / size));
     }
-    EXPECT_LT(noise, 0.05) << "products this rough would hide anything";
+    EXPECT_LT(mean_noise, 0.05) << "products this rough would hide anything";
     return worst / (kDeviations * std::sqrt(2.) * noise);
   }
   void ExpectNearReplay(const std::vector<Request>& requests, const std::vector<Reply>& replies) {
@@ -319,9 +320,15 @@ TEST_P(ExactnessTest, OtherwiseUpToNearTies) {
     if (tiny) options.memory_bytes = TinyMemory();
     options.prefix_cache = true;
     TestEngine engine(model(), *tokenizer_, options, RaisingPolicy());
-    const auto replies = Together(engine, requests);
+    auto replies = Together(engine, requests);
     ExpectNearReplay(requests, replies);
     if (tiny) {
+      // Whether they are there at the same time is a matter of when this thread runs.
+      for (int round = 0; round < 5 && Preemptions(replies) == 0; ++round) {
+        for (Request& request : requests) request.id += "again";
+        replies = Together(engine, requests);
+        ExpectNearReplay(requests, replies);
+      }
       EXPECT_GT(Preemptions(replies), 0);
       continue;  // the prefix cache has no room
     }
