@@ -9,6 +9,7 @@
 #include <filesystem>
 
 #include "base/clock.h"
+#include "ops/simd/limit.h"
 
 namespace dsla {
 namespace {
@@ -121,6 +122,11 @@ void ModelArgs::AddTo(CLI::App& app) {
   app.add_option("-t,--threads", threads, "CPU threads [default: all cores]")
       ->type_name("N")
       ->group(group);
+  app.add_option("--simd", simd,
+                 "vectors used: auto (the CPU's widest), or avx2, for measuring (no AVX-512)")
+      ->type_name("NAME")
+      ->capture_default_str()
+      ->group(group);
 }
 
 Expected<std::string> DefaultModelPath() {
@@ -195,6 +201,7 @@ Status OpenFiles(const ModelArgs& args, LoadedModel& loaded) {
 
 Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences) {
   const double start = NowSeconds();
+  DSLA_RETURN_IF_ERROR(LimitSimd(args.simd));
   LoadedModel loaded;
   ModelOptions options;
   DSLA_ASSIGN_OR_RETURN(options.kv_dtype, ParseKvType(args.kv));

@@ -27,6 +27,7 @@ struct ModelArgs {
   std::string memory;  // cache budget, such as 512M; empty: one sequence of the whole context
   int threads = 0;     // 0: all cores
   std::string device = "auto";
+  std::string simd = "auto";
   bool random_weights = false;  // `model` is a config.json
 
   void AddTo(CLI::App& app);
