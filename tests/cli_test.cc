@@ -201,6 +201,36 @@ TEST_F(CliTest, EvalAndBenchMeasure) {
   EXPECT_THAT(csv, HasSubstr(",3,0,2,70,1,"));
 }
 
+TEST_F(CliTest, EvalMeasuresRecallWritingPositionsAndControls) {
+  std::ofstream data(folder_ / "data.jsonl");
+  for (int i = 0; i < 3; ++i) {
+    std::string text;
+    for (int j = 0; j < 300; ++j) text += static_cast<char>('a' + (i + 1) * j * j % 23);
+    data << nlohmann::json{{"text", text}}.dump() << "\n";
+  }
+  data.close();
+  const std::string report = (folder_ / "report.html").string(),
+                    eval = "eval " + Model() + "--data " + (folder_ / "data.jsonl").string() +
+                           " --levels 1,2 --switch-at 0.5,0.25 --by-position --recall "
+                           "--recall-gaps 16 --recall-lengths 128 --recall-depths 0,1 "
+                           "--recall-texts 1 --generate --generate-prompt 16 --generate-tokens 4 "
+                           "--controls window,random-order --report " +
+                           report;
+  const Outcome json = Dsla(eval + " --json"), again = Dsla(eval + " --json"), text = Dsla(eval);
+  ASSERT_EQ(json.exit_code, 0) << json.err;
+  EXPECT_EQ(json.out, again.out) << "seeded";
+  const auto all = nlohmann::json::parse(json.out);
+  for (const char* part : {"levels", "recall", "controls", "generation"})
+    EXPECT_TRUE(all.contains(part)) << json.out.substr(0, 2000);
+  EXPECT_THAT(text.out, HasSubstr("random-order"));
+  EXPECT_THAT(ReadAll(report), HasSubstr("<svg"));
+  ExpectRefused("eval " + Model() + "--data " + (folder_ / "data.jsonl").string() + " --levels 9",
+                "9");
+  ExpectRefused("eval " + Model() + "--data " + (folder_ / "data.jsonl").string() +
+                    " --controls best",
+                "best");
+}
+
 TEST_F(CliTest, HelpNamesEveryCommandAndOption) {
   const Outcome help = Dsla("--help");
   EXPECT_EQ(help.exit_code, 0);
@@ -240,6 +270,7 @@ TEST_F(CliTest, BadOptionsAreNamed) {
   ExpectRefused("run " + Model() + "--context 100000 abc",
                 "context of 100000 tokens: the model has 512");
   ExpectRefused("run " + Model() + "--chat-template nope abc", "nope");
+  ExpectRefused("run " + Model() + "--simd sse abc", "--simd: 'sse' is not one of auto, avx2");
   ExpectRefused("run " + Model() + "--prefill-chunk 0 abc", "--prefill-chunk: 0 is not positive");
   ExpectRefused("eval " + Model() + "--data " + folder_.string() + "/none.jsonl", "cannot open");
 }
