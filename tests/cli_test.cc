@@ -226,9 +226,9 @@ TEST_F(CliTest, EvalMeasuresRecallWritingPositionsAndControls) {
   EXPECT_THAT(ReadAll(report), HasSubstr("<svg"));
   ExpectRefused("eval " + Model() + "--data " + (folder_ / "data.jsonl").string() + " --levels 9",
                 "9");
-  ExpectRefused("eval " + Model() + "--data " + (folder_ / "data.jsonl").string() +
-                    " --controls best",
-                "best");
+  ExpectRefused(
+      "eval " + Model() + "--data " + (folder_ / "data.jsonl").string() + " --controls best",
+      "best");
 }
 
 TEST_F(CliTest, HelpNamesEveryCommandAndOption) {
