@@ -196,6 +196,7 @@ class Scheduler {
   void PlanDecodes();
   void PlanPrefills();
   void NoteReadyPrefixes();
+  void AdmitReady(std::span<Sequence* const> order);
   bool GrantInOrder(std::span<Sequence* const> order, int rows, bool may_admit, int* left,
                     std::vector<Grant>* grants);
   int PrefillUnit() const;

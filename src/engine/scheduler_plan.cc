@@ -124,6 +124,7 @@ void Scheduler::PlanPrefills() {
       oldest = by_age_next_ ? left : 0;
     }
   }
+  AdmitReady(by_rest);
   std::vector<Grant> grants;
   const bool may_admit = GrantInOrder(by_age, oldest, true, &left, &grants);
   GrantInOrder(by_rest, left, true, &left, &grants);
@@ -153,6 +154,17 @@ void Scheduler::NoteReadyPrefixes() {
     if (ready != sequence.ready) sequence.blocked_level = -1;
     sequence.ready = ready;
     sequence.ready_at = changes;
+  }
+}
+
+// Those whose prompt is cached but for what one step reads come in before the oldest one: the
+// memory that it waits for would often be that of their prefix, which they would then compute
+// again. As with every overtaking the oldest one's loss is bounded.
+void Scheduler::AdmitReady(std::span<Sequence* const> order) {
+  for (Sequence* sequence : order) {
+    if (sequence->to_compute() > options_.max_batch_tokens) break;
+    if (sequence->cache || 2 * sequence->ready < sequence->size()) continue;
+    if (!AwaitsPrefix(*sequence) && MayOvertake(*sequence) && !TryAdmit(*sequence)) break;
   }
 }
 

@@ -459,6 +459,21 @@ TEST_F(SchedulerTest, WhatSomebodyWaitsForIsGivenUpLast) {
   EXPECT_EQ(ended_.at(waits).cached_tokens, 16);
 }
 
+// Else the oldest would take the memory of the prefix.
+TEST_F(SchedulerTest, APromptThatIsCachedComesBeforeWhoWouldTakeItsPrefix) {
+  Make(20 * kTokenPages);
+  Add(40, 1, Tier::kFull, 1);
+  RunUntilIdle();
+  const int64_t oldest = Add(64, 1, Tier::kFull, 2);
+  const int64_t cached = Add(41, 1, Tier::kFull, 1);
+  Step();
+  EXPECT_EQ(shapes_[cached], Shape(40, 1));
+  EXPECT_EQ(scheduler_->running() + scheduler_->waiting(), 1);
+  RunUntilIdle();
+  EXPECT_EQ(ended_.at(cached).cached_tokens, 40);
+  EXPECT_TRUE(ended_.at(oldest).status.ok());
+}
+
 TEST_F(SchedulerTest, ThereIsRoomForTheStatesThatAPromptWillLeave) {
   // At level 3 a prompt of 40 takes 10 pages and 3 slots, and leaves 3 slots.
   Make(2 * (1000 + 450) + 450 + 50);
