@@ -196,6 +196,11 @@ TEST_F(CliTest, EvalAndBenchMeasure) {
                              " --depths 0,70 --prefill 8 --decode 2 --repetitions 1 --format ";
   const auto tests = nlohmann::json::parse(Dsla(depths + "json").out)["tests"];
   EXPECT_EQ(tests.size(), 8u) << "prefill and decode at two depths and two levels";
+  const auto served = nlohmann::json::parse(Dsla(depths + "json --serve 3").out)["tests"];
+  ASSERT_EQ(served.size(), 12u) << "and serving 3 requests at two depths and two levels";
+  EXPECT_EQ(served.back()["test"], "serve");
+  EXPECT_EQ(served.back()["first_token_seconds"].size(), 3u);
+  EXPECT_THAT(Dsla(depths + "text --serve 3").out, HasSubstr("70 + 2"));
   const std::string csv = Dsla(depths + "csv --batch 1,3").out;
   EXPECT_EQ(std::count(csv.begin(), csv.end(), '\n'), 13) << csv;
   EXPECT_THAT(csv, HasSubstr(",3,0,2,70,1,"));
@@ -270,6 +275,7 @@ TEST_F(CliTest, BadOptionsAreNamed) {
   ExpectRefused("run " + Model() + "--context 100000 abc",
                 "context of 100000 tokens: the model has 512");
   ExpectRefused("run " + Model() + "--chat-template nope abc", "nope");
+  ExpectRefused("bench " + Model() + "--text /dev/null --serve 2", "--serve goes with --depths");
   ExpectRefused("run " + Model() + "--simd sse abc", "--simd: 'sse' is not one of auto, avx2");
   ExpectRefused("run " + Model() + "--prefill-chunk 0 abc", "--prefill-chunk: 0 is not positive");
   ExpectRefused("eval " + Model() + "--data " + folder_.string() + "/none.jsonl", "cannot open");

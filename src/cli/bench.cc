@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <iterator>
 #include <nlohmann/json.hpp>
 
 #include "cli/bench_report.h"
@@ -24,7 +25,7 @@ struct BenchArgs {
   SpeedOptions speed;
   int max_tokens = 0;
   std::vector<int> depths, batches = {1};
-  int prefill_tokens = 512;
+  int prefill_tokens = 512, requests = 0;
   bool kl = false, stages = false;
   std::string format = "text";
 };
@@ -140,6 +141,9 @@ Status CheckArgs(const BenchArgs& args) {
     return InvalidArgument("--decode: {} is not positive", args.speed.decode_tokens);
   if (args.prefill_tokens < 0)
     return InvalidArgument("--prefill: {} is negative", args.prefill_tokens);
+  if (args.requests < 0) return InvalidArgument("--serve: {} is negative", args.requests);
+  if (args.depths.empty() && args.requests > 0)
+    return InvalidArgument("--serve goes with --depths");
   for (const int sequences : args.batches) {
     if (sequences < 1) return InvalidArgument("--batch: {} is not positive", sequences);
   }
@@ -191,8 +195,20 @@ Status BenchDepths(const BenchArgs& args, const std::vector<int>& levels, const 
   DSLA_ASSIGN_OR_RETURN(const auto speeds,
                         MeasureDepths(loaded.ctx, *loaded.model, pool, text, options,
                                       [&](const std::string& what) { progress.Show(what); }));
+  auto tests = TestsOf(*loaded.model, machine, options, speeds);
+  if (args.requests > 0) {
+    const ServeOptions serve{.levels = levels,
+                             .prompts = args.depths,
+                             .requests = args.requests,
+                             .reply_tokens = args.speed.decode_tokens,
+                             .repetitions = args.speed.repetitions,
+                             .memory_bytes = loaded.memory_bytes};
+    DSLA_ASSIGN_OR_RETURN(const auto served,
+                          MeasureServe(loaded.ctx, *loaded.model, *loaded.tokenizer, text, serve,
+                                       [&](const std::string& what) { progress.Show(what); }));
+    std::ranges::move(TestsOf(serve, served), std::back_inserter(tests));
+  }
   progress.Clear();
-  const auto tests = TestsOf(*loaded.model, machine, options, speeds);
   if (args.format == "csv") {
     PrintCsv(loaded, args.model.kv, tests);
   } else if (args.format == "json") {
@@ -243,8 +259,10 @@ Status BenchText(const BenchArgs& args, const SpeedOptions& speed, const LoadedM
 
 Status Bench(const BenchArgs& args) {
   DSLA_RETURN_IF_ERROR(CheckArgs(args));
-  // The text, and at depths copies of it for the largest batch; else one context for each level.
-  const int most = *std::max_element(args.batches.begin(), args.batches.end());
+  // The text, and at depths copies of it for the largest batch, or all requests; else one context
+  // for each level.
+  const int most =
+      std::max(args.requests, *std::max_element(args.batches.begin(), args.batches.end()));
   const int contexts =
       1 + (args.depths.empty() ? static_cast<int>(args.speed.levels.size()) : most);
   DSLA_ASSIGN_OR_RETURN(const LoadedModel loaded, LoadModel(args.model, contexts));
@@ -279,7 +297,8 @@ void AddBench(CLI::App& app, Command& chosen) {
       "level. With --depths, --prefill tokens are read and --decode tokens decoded after so many "
       "tokens of context.\n\n"
       "Examples:\n  dsla bench --text /usr/share/common-licenses/GPL-3 --levels 0,8,15,22 --kl\n"
-      "  dsla bench --text /usr/share/common-licenses/GPL-3 --depths 0,2000,7600 --batch 1,8");
+      "  dsla bench --text /usr/share/common-licenses/GPL-3 --depths 0,2000,7600 --batch 1,8\n"
+      "  dsla bench --text /usr/share/common-licenses/GPL-3 --depths 2000 --serve 8");
   const auto group = "Bench";
   command.add_option("--text", args->text, "the text that is read")
       ->type_name("PATH")
@@ -328,6 +347,13 @@ void AddBench(CLI::App& app, Command& chosen) {
   command
       .add_option("--prefill", args->prefill_tokens,
                   "with --depths: tokens that one sequence reads in one step; 0: none")
+      ->type_name("N")
+      ->capture_default_str()
+      ->group(group);
+  command
+      .add_option("--serve", args->requests,
+                  "with --depths: requests at once through the engine, prompts of that many tokens "
+                  "and replies of --decode; 0: none")
       ->type_name("N")
       ->capture_default_str()
       ->group(group);

@@ -53,6 +53,34 @@ std::vector<std::pair<std::string, double>> MeanStages(const StageTimes& times, 
   return means;
 }
 
+double Quantile(std::vector<double> values, double share) {
+  if (values.empty()) return 0;
+  const auto at =
+      std::min(values.size() - 1, static_cast<size_t>(share * static_cast<double>(values.size())));
+  std::nth_element(values.begin(), values.begin() + static_cast<int64_t>(at), values.end());
+  return values[at];
+}
+
+void PrintServing(const std::vector<BenchTest>& tests, bool markdown) {
+  std::vector<std::vector<std::string>> cells = {{"serve", "level", "requests", "tok/s",
+                                                  "written/s", "first token p50, s", "p95, s",
+                                                  "per token p50, ms", "p95, ms"}};
+  for (const BenchTest& test : tests) {
+    if (!test.serves()) continue;
+    const double written = static_cast<double>(test.n_gen * test.sequences) / test.median();
+    cells.push_back({fmt::format("{} + {}", test.n_prompt, test.n_gen),
+                     fmt::format("{}", test.level), fmt::format("{}", test.sequences),
+                     fmt::format("{:.1f}", test.rate()), fmt::format("{:.1f}", written),
+                     fmt::format("{:.2f}", Quantile(test.first_token, 0.5)),
+                     fmt::format("{:.2f}", Quantile(test.first_token, 0.95)),
+                     fmt::format("{:.1f}", 1e3 * Quantile(test.per_token, 0.5)),
+                     fmt::format("{:.1f}", 1e3 * Quantile(test.per_token, 0.95))});
+  }
+  if (cells.size() == 1) return;
+  fmt::print("\n");
+  PrintTable(cells, markdown);
+}
+
 std::string Quoted(const std::string& text) {
   std::string quoted = "\"";
   for (const char c : text) quoted += c == '"' ? std::string("\"\"") : std::string(1, c);
@@ -61,13 +89,7 @@ std::string Quoted(const std::string& text) {
 
 }  // namespace
 
-double BenchTest::median() const {
-  if (seconds.empty()) return 0;
-  std::vector<double> sorted = seconds;
-  const auto middle = sorted.begin() + static_cast<int64_t>(sorted.size() / 2);
-  std::nth_element(sorted.begin(), middle, sorted.end());
-  return *middle;
-}
+double BenchTest::median() const { return Quantile(seconds, 0.5); }
 
 std::vector<BenchTest> TestsOf(const HybridModel& model, const MachineLimits& machine,
                                const DepthOptions& options, const std::vector<DepthSpeed>& speeds) {
@@ -99,6 +121,20 @@ std::vector<BenchTest> TestsOf(const HybridModel& model, const MachineLimits& ma
   return tests;
 }
 
+std::vector<BenchTest> TestsOf(const ServeOptions& options, const std::vector<ServeSpeed>& speeds) {
+  std::vector<BenchTest> tests;
+  for (const ServeSpeed& speed : speeds) {
+    tests.push_back({.level = speed.level,
+                     .sequences = options.requests,
+                     .n_prompt = speed.prompt_tokens,
+                     .n_gen = options.reply_tokens,
+                     .seconds = speed.seconds,
+                     .first_token = speed.first_token,
+                     .per_token = speed.per_token});
+  }
+  return tests;
+}
+
 void PrintCsv(const LoadedModel& loaded, const std::string& kv,
               const std::vector<BenchTest>& tests) {
   fmt::print(
@@ -124,6 +160,7 @@ void PrintTests(const std::vector<BenchTest>& tests, bool markdown) {
   std::vector<std::vector<std::string>> cells = {
       {"test", "depth", "level", "sequences", "tok/s", "   ms", "GFLOP or MB", "of the limit"}};
   for (const BenchTest& test : tests) {
+    if (test.serves()) continue;
     const bool prefill = test.n_prompt > 0;
     const double steps = prefill ? 1 : static_cast<double>(test.n_gen);
     cells.push_back(
@@ -135,6 +172,7 @@ void PrintTests(const std::vector<BenchTest>& tests, bool markdown) {
          fmt::format("{:.0f}%", test.share * 100)});
   }
   PrintTable(cells, markdown);
+  PrintServing(tests, markdown);
 }
 
 void PrintStages(const std::vector<BenchTest>& tests, bool markdown) {
@@ -160,16 +198,23 @@ nlohmann::json ToJson(const std::vector<BenchTest>& tests) {
   nlohmann::json list = nlohmann::json::array();
   for (const BenchTest& test : tests) {
     const bool prefill = test.n_prompt > 0;
-    list.push_back({{"test", prefill ? "prefill" : "decode"},
+    list.push_back({{"test", test.serves() ? "serve"
+                             : prefill     ? "prefill"
+                                           : "decode"},
                     {"level", test.level},
                     {"sequences", test.sequences},
                     {"n_prompt", test.n_prompt},
                     {"n_gen", test.n_gen},
                     {"n_depth", test.n_depth},
                     {"seconds", test.seconds},
-                    {"tokens_per_second", test.rate()},
-                    {prefill ? "flops" : "bytes_per_step", test.work},
-                    {prefill ? "share_of_gemm" : "share_of_bandwidth", test.share}});
+                    {"tokens_per_second", test.rate()}});
+    if (test.serves()) {
+      list.back()["first_token_seconds"] = test.first_token;
+      list.back()["per_token_seconds"] = test.per_token;
+      continue;
+    }
+    list.back()[prefill ? "flops" : "bytes_per_step"] = test.work;
+    list.back()[prefill ? "share_of_gemm" : "share_of_bandwidth"] = test.share;
     for (const auto& [name, seconds] : test.stages) list.back()["stages"][name] = seconds;
   }
   return list;
