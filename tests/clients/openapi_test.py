@@ -16,7 +16,6 @@ if importlib.util.find_spec("schemathesis") is None:
 
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 EXAMPLES = 20
-PYTHON_FAILURE = "SystemError: AST constructor recursion depth mismatch"
 SEED = 20240607
 # The one answer above 499 that a client can ask for: by a timeout that is too short, and the
 # one for replies that this test lets run for no longer than a second.
@@ -36,20 +35,17 @@ def main():
             with tempfile.TemporaryDirectory() as folder:
                 config = pathlib.Path(folder) / "schemathesis.toml"
                 config.write_text(CONFIG)
+                # One worker: of two, one moves the recursion limit while the other parses, at which Python 3.11 fails.
                 command = [
                     sys.executable, "-m", "schemathesis.cli", "--config-file", config, "run", f"{running.url}/openapi.json",
                     "--header", f"Authorization: Bearer {key}", "--checks", CHECKS,
                     "--max-examples", arguments.examples, "--seed", SEED, "--request-timeout", 120,
-                    "--phases", "coverage,fuzzing", "--workers", 2, "--no-color",
+                    "--phases", "coverage,fuzzing", "--workers", 1, "--no-color",
                     "--generation-database", "none",
                 ]  # fmt: skip
                 if key == ADMIN_KEY:
                     command += ["--include-path", "/v1/dsla"]
-                # Python 3.11 now and then fails by itself while it compiles what schemathesis makes up.
-                for _ in range(3):
-                    result = subprocess.run([*map(str, command)], cwd=folder, capture_output=True, text=True, timeout=400)
-                    if result.returncode == 0 or PYTHON_FAILURE not in result.stdout:
-                        break
+                result = subprocess.run([*map(str, command)], cwd=folder, capture_output=True, text=True, timeout=400)
                 check(result.returncode == 0, f"schemathesis {what}")
                 print(result.stdout[-6000:] if result.returncode else "\n".join(result.stdout.splitlines()[-12:]), flush=True)
                 print(result.stderr[-2000:], flush=True)
