@@ -29,6 +29,23 @@ Tensor LogProbabilities(const Tensor& hidden, const Tensor& head) {
   return at::log_softmax(at::linear(hidden, head), -1, at::kFloat);
 }
 
+// *kl [m]: of each row of logits [m, V]. The student's become the gradient by them, times scale
+// [m].
+void ToKlGradient(const Tensor& teacher, const Tensor& scale, Tensor* student, Tensor* kl) {
+  if (HasTrainingKernels(*student) && student->size(1) % 8 == 0) {
+    *kl = at::empty_like(scale);
+    DSLA_CHECK(TrainingKernels()->kl({teacher.const_data_ptr(), student->mutable_data_ptr(),
+                                      scale.const_data_ptr<float>(), kl->mutable_data_ptr<float>(),
+                                      student->size(0), static_cast<int>(student->size(1))},
+                                     nullptr) == 0);
+    return;
+  }
+  const Tensor log_t = at::log_softmax(teacher, -1, at::kFloat), p_t = log_t.exp();
+  Tensor log_s = at::log_softmax(*student, -1, at::kFloat);
+  *kl = (log_t - log_s).mul_(p_t).sum(1);
+  *student = log_s.exp_().sub_(p_t).mul_(scale.unsqueeze(1)).to(student->scalar_type());
+}
+
 Tensor FusedNormalisedError(const Tensor& y, const Tensor& o, const Tensor& counted, Ranks* ranks,
                             Tensor* gradient) {
   const auto fp32 = y.options().dtype(at::kFloat);
@@ -70,23 +87,10 @@ Tensor KlGradient(const Tensor& head, const Tensor& hidden, const Tensor& teache
   for (int64_t i = 0; i < n; i += step) {
     const int64_t m = std::min(step, n - i);
     const Tensor w = share.narrow(0, i, m);
-    if (HasTrainingKernels(student) && head.size(0) % 8 == 0) {
-      const Tensor logits_t = at::linear(target.narrow(0, i, m), head), scale = w * weight;
-      Tensor logits = at::linear(student.narrow(0, i, m), head), kl = at::empty({m}, fp32);
-      DSLA_CHECK(TrainingKernels()->kl({logits_t.const_data_ptr(), logits.mutable_data_ptr(),
-                                        scale.const_data_ptr<float>(), kl.mutable_data_ptr<float>(),
-                                        m, static_cast<int>(head.size(0))},
-                                       nullptr) == 0);
-      total.add_((kl * w).sum());
-      d.narrow(0, i, m).copy_(at::matmul(logits, head));
-      continue;
-    }
-    const Tensor log_t = LogProbabilities(target.narrow(0, i, m), head);
-    Tensor log_s = LogProbabilities(student.narrow(0, i, m), head);
-    const Tensor p_t = log_t.exp();
-    total.add_(((log_t - log_s).mul_(p_t).sum(1) * w).sum());
-    const Tensor logits =
-        log_s.exp_().sub_(p_t).mul_((w * weight).unsqueeze(1)).to(student.scalar_type());
+    const Tensor scale = w * weight;
+    Tensor kl, logits = at::linear(student.narrow(0, i, m), head);
+    ToKlGradient(at::linear(target.narrow(0, i, m), head), scale, &logits, &kl);
+    total.add_((kl * w).sum());
     d.narrow(0, i, m).copy_(at::matmul(logits, head));
   }
   *gradient = d.view(hidden.sizes());

@@ -299,35 +299,6 @@ class FusedLayerFunction : public torch::autograd::Function<FusedLayerFunction> 
   }
 };
 
-class FusedRopeFunction : public torch::autograd::Function<FusedRopeFunction> {
- public:
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& cos, const Tensor& sin,
-                        bool inverse) {
-    ctx->save_for_backward({cos, sin});
-    ctx->saved_data["inverse"] = inverse;
-    return Rotate(x, cos, sin, inverse);
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    CheckOnce("dsla rope");
-    const variable_list saved = ctx->get_saved_variables();
-    // A rotation's transpose is its inverse.
-    return {Rotate(grads[0], saved[0], saved[1], !ctx->saved_data["inverse"].toBool()), Tensor(),
-            Tensor(), Tensor()};
-  }
-
- private:
-  static Tensor Rotate(const Tensor& given, const Tensor& cos, const Tensor& sin, bool inverse) {
-    const Tensor x = given.stride(3) == 1 ? given : given.contiguous();
-    Tensor y = at::empty(x.sizes(), x.options());
-    Check(TrainingKernels()->rope(
-        {Data(x), x.stride(0), x.stride(1), x.stride(2), Floats(cos), Floats(sin),
-         y.mutable_data_ptr(), static_cast<int>(x.size(0)), static_cast<int>(x.size(1)),
-         static_cast<int>(x.size(2)), static_cast<int>(x.size(3)), inverse},
-        nullptr));
-    return y;
-  }
-};
-
 bool OnGpuInBf16(const Tensor& x) {
   return x.is_cuda() && x.scalar_type() == at::kBFloat16 && TrainingKernels() != nullptr;
 }
@@ -353,8 +324,16 @@ Tensor FusedLayer(const Tensor& q, const Tensor& k, const Tensor& k_plain, const
 
 bool FusedRopeTakes(const Tensor& x) { return OnGpuInBf16(x) && x.size(3) % 4 == 0; }
 
-Tensor FusedRope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse) {
-  return FusedRopeFunction::apply(x, cos.contiguous(), sin.contiguous(), inverse);
+Tensor FusedRotate(const Tensor& given, const Tensor& cos, const Tensor& sin, bool inverse) {
+  const Tensor x = given.stride(3) == 1 ? given : given.contiguous();
+  const Tensor c = cos.contiguous(), s = sin.contiguous();
+  Tensor y = at::empty(x.sizes(), x.options());
+  Check(TrainingKernels()->rope(
+      {Data(x), x.stride(0), x.stride(1), x.stride(2), Floats(c), Floats(s), y.mutable_data_ptr(),
+       static_cast<int>(x.size(0)), static_cast<int>(x.size(1)), static_cast<int>(x.size(2)),
+       static_cast<int>(x.size(3)), inverse},
+      nullptr));
+  return y;
 }
 
 }  // namespace dsla::autograd

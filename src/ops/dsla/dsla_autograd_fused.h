@@ -16,9 +16,9 @@ at::Tensor FusedLayer(const at::Tensor& q, const at::Tensor& k, const at::Tensor
                       const at::Tensor& v, const at::Tensor& claim, const DslaLayerParams& params,
                       const DslaLayerOptions& options);
 
-// DslaRope, likewise.
+// What DslaRope computes, likewise; without a gradient.
 bool FusedRopeTakes(const at::Tensor& x);
-at::Tensor FusedRope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
-                     bool inverse);
+at::Tensor FusedRotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
+                       bool inverse);
 
 }  // namespace dsla::autograd

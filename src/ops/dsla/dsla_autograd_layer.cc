@@ -99,6 +99,7 @@ class GatesFunction : public torch::autograd::Function<GatesFunction> {
 };
 
 Tensor Rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse) {
+  if (FusedRopeTakes(x)) return FusedRotate(x, cos, sin, inverse);
   const int64_t half = x.size(3) / 2;
   const Tensor x1 = x.narrow(3, 0, half), x2 = x.narrow(3, half, half);
   const Tensor c = cos.unsqueeze(1), s = inverse ? sin.unsqueeze(1).neg() : sin.unsqueeze(1);
@@ -195,7 +196,6 @@ at::Tensor DslaRope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor
   TORCH_CHECK(x.size(3) % 2 == 0, kOp, ": head dimension ", x.size(3), " is odd");
   CheckTensor(kOp, "cos", cos, {x.size(1), x.size(3) / 2}, SumType(x), x);
   CheckTensor(kOp, "sin", sin, {x.size(1), x.size(3) / 2}, SumType(x), x);
-  if (autograd::FusedRopeTakes(x)) return autograd::FusedRope(x, cos, sin, inverse);
   return autograd::RopeFunction::apply(x, cos, sin, inverse);
 }
 

@@ -1,4 +1,4 @@
-// What the training kernels share: pairs of bf16, sums over a warp, a row of features.
+// What the training kernels share: pairs of bf16, a row of features.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "base/check.h"
+#include "ops/dsla/cuda/mma.cuh"
 #include "ops/training/training_cuda.h"
 
 namespace dsla::cuda {
@@ -30,17 +31,6 @@ __device__ __forceinline__ float2 operator-(float2 x, float2 y) { return {x.x - 
 __device__ __forceinline__ float2 operator*(float2 x, float2 y) { return {x.x * y.x, x.y * y.y}; }
 __device__ __forceinline__ float2 operator*(float x, float2 y) { return {x * y.x, x * y.y}; }
 __device__ __forceinline__ float2 ExpPair(float2 x) { return {__expf(x.x), __expf(x.y)}; }
-
-__device__ __forceinline__ float WarpSum(float x) {
-#pragma unroll
-  for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
-  return x;
-}
-__device__ __forceinline__ float WarpMax(float x) {
-#pragma unroll
-  for (int i = 16; i > 0; i /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, i));
-  return x;
-}
 
 // The warp's number, as a value that the compiler knows to be the same in all of its lanes.
 __device__ __forceinline__ int UniformWarp() {
