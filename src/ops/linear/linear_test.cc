@@ -108,8 +108,8 @@ TEST(LinearTest, OddShapes) {
 }
 
 TEST(LinearTest, MoreFeaturesThanOnePanelOrTask) {
-  for (const int64_t T : {1, 6, 33, 70})
-    for (const int threads : {1, 2, 3})
+  for (const int64_t T : {1, 6, 33, 70, 150})
+    for (const int threads : {1, 2, 3, 5})
       CheckCase({T, 1300, 160, WeightFormat::kBF16, true, true}, threads);
 }
 

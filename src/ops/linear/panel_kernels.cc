@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 
 #include "ops/linear/panel.h"
 
@@ -214,39 +215,78 @@ namespace {
 constexpr int64_t kFewestTaskRows = 128, kMostTaskRows = 516;
 // Tasks that the threads finish at about the same time.
 constexpr int64_t kTasksPerThread = 8;
+// Rows of a part of a task, where that keeps a thread from waiting for others.
+constexpr int64_t kFewestPartRows = 30;
 
-int64_t TaskRows(int threads, int64_t panels, int64_t T) {
-  const int64_t for_threads = (kTasksPerThread * threads + panels - 1) / panels;
-  const int64_t pieces =
-      std::max((T + kMostTaskRows - 1) / kMostTaskRows, std::min(for_threads, T / kFewestTaskRows));
-  constexpr int64_t kUnit = 6;  // whole tiles
-  return (T + pieces * kUnit - 1) / (pieces * kUnit) * kUnit;
+int64_t WholeTiles(int64_t rows, int64_t pieces) {
+  constexpr int64_t kUnit = 6;
+  return (rows + pieces * kUnit - 1) / (pieces * kUnit) * kUnit;
 }
+
+// A task is a panel and `rows` rows. Where they are few and not a multiple of the threads, the last
+// ones are cut into parts.
+class TaskPlan {
+ public:
+  struct Piece {
+    int64_t panel, first, rows;
+  };
+
+  TaskPlan(int64_t threads, int64_t panels, int64_t T) : T_(T) {
+    const int64_t for_threads = (kTasksPerThread * threads + panels - 1) / panels;
+    rows_ = WholeTiles(T, std::max((T + kMostTaskRows - 1) / kMostTaskRows,
+                                   std::min(for_threads, T / kFewestTaskRows)));
+    pieces_ = (T + rows_ - 1) / rows_;
+    const int64_t tasks = panels * pieces_, over = tasks % threads;
+    whole_ = tasks;
+    if (over > 0 && tasks < kTasksPerThread * threads) {
+      const int64_t parts = std::min(threads / std::gcd(over, threads),
+                                     std::max<int64_t>(1, rows_ / kFewestPartRows));
+      part_rows_ = WholeTiles(rows_, parts);
+      parts_ = (rows_ + part_rows_ - 1) / part_rows_;
+      whole_ -= over;
+    }
+    size_ = whole_ + (tasks - whole_) * parts_;
+  }
+
+  int64_t size() const { return size_; }
+  int64_t rows() const { return rows_; }
+  Piece At(int64_t i) const {  // its rows may be none
+    const int64_t task = i < whole_ ? i : whole_ + (i - whole_) / parts_;
+    const int64_t begin = task % pieces_ * rows_, end = std::min(T_, begin + rows_);
+    if (i < whole_) return {task / pieces_, begin, end - begin};
+    const int64_t first = std::min(end, begin + (i - whole_) % parts_ * part_rows_);
+    return {task / pieces_, first, std::min(end - first, part_rows_)};
+  }
+
+ private:
+  int64_t T_, rows_, pieces_, whole_, part_rows_ = 0, parts_ = 1, size_;
+};
 
 }  // namespace
 
 void PanelProduct(const ExecContext& ctx, const PanelArgs& args) {
   const int64_t segments = (args.in + kPanelSegment - 1) / kPanelSegment,
-                panels = (args.out + kPanelFeatures - 1) / kPanelFeatures,
-                rows = TaskRows(ctx.threads, panels, args.T), pieces = (args.T + rows - 1) / rows;
+                panels = (args.out + kPanelFeatures - 1) / kPanelFeatures;
+  const TaskPlan plan(std::max(ctx.threads, 1), panels, args.T);
   const Workspace::Scope scope(*ctx.workspace);
   const PanelRows rounded{ctx.workspace->Take<int16_t>(args.T * args.padded()),
                           ctx.workspace->Take<float>(args.T * segments), args.padded(), segments};
   auto* const scratch = ctx.workspace->Take<PanelScratch>(ctx.threads);
-  float* const sums = ctx.workspace->Take<float>(ctx.threads * rows * kPanelFeatures);
+  float* const sums = ctx.workspace->Take<float>(ctx.threads * plan.rows() * kPanelFeatures);
   ParallelRanges(ctx, args.T, 16, [&](int64_t begin, int64_t end, int) {
     HWY_DYNAMIC_DISPATCH(RoundRowsTarget)(args, begin, end, rounded);
   });
-  ParallelFor(ctx, panels * pieces, [&](int64_t task, int thread) {
-    const int64_t first = task % pieces * rows;
-    PanelTask piece{.product = args,
-                    .x = rounded.From(first),
-                    .panel = task / pieces,
-                    .scratch = scratch + thread,
-                    .sums = sums + thread * rows * kPanelFeatures};
-    piece.product.T = std::min(rows, args.T - first);
-    piece.product.y += first * args.y_stride;
-    HWY_DYNAMIC_DISPATCH(PanelTarget)(piece);
+  ParallelFor(ctx, plan.size(), [&](int64_t i, int thread) {
+    const TaskPlan::Piece piece = plan.At(i);
+    if (piece.rows == 0) return;
+    PanelTask task{.product = args,
+                   .x = rounded.From(piece.first),
+                   .panel = piece.panel,
+                   .scratch = scratch + thread,
+                   .sums = sums + thread * plan.rows() * kPanelFeatures};
+    task.product.T = piece.rows;
+    task.product.y += piece.first * args.y_stride;
+    HWY_DYNAMIC_DISPATCH(PanelTarget)(task);
   });
 }
 

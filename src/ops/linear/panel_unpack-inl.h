@@ -106,22 +106,65 @@ HWY_INLINE void StorePair(Ints first, Ints second, int32_t* to) {
   hn::Store(hn::Or(hn::And(first, low), hn::ShiftLeft<16>(second)), DI(), to);
 }
 
-// kBits from bit kShift of each lane on, in steps.
-template <int kBits, int kShift>
-HWY_INLINE Ints RoundBits(Ints raw, Floats d, Floats m) {
-  Ints q;
-  if constexpr (kBits == 8)
-    q = hn::ShiftRight<24>(hn::ShiftLeft<24 - kShift>(raw));
-  else
-    q = hn::And(hn::ShiftRight<kShift>(raw), hn::Set(DI(), 15));
-  return RoundSteps(hn::MulAdd(hn::ConvertTo(DF(), q), d, m));
+// Scale and minimum of kLanes features in steps, as 16-bit numbers of fixed point, twice in each
+// lane: for both inputs of a pair. kFraction bits of a step are kept until the last rounding.
+template <int kBits>
+struct FixedGroup {
+  static constexpr int kFraction = kBits == 4 ? 2 : 3;
+  // The integers of a group fill 15 bits, so that a product's upper 16 are the weight.
+  static constexpr int kIntegerShift = 15 - kBits + (kBits == 8 ? 1 : 0);
+  static constexpr int kScaleShift = 15 + kFraction - kIntegerShift;
+
+  Ints d, m;
+
+  HWY_INLINE FixedGroup(Floats scale, Floats minimum) {
+    const auto twice = [](Floats x) {
+      const Ints rounded = hn::NearestInt(x);
+      return hn::Or(hn::And(rounded, hn::Set(DI(), 0xffff)), hn::ShiftLeft<16>(rounded));
+    };
+    d = twice(hn::Mul(scale, hn::Set(DF(), float{1 << kScaleShift})));
+    constexpr float kOne = 1 << kFraction;
+    m = twice(hn::MulAdd(minimum, hn::Set(DF(), kOne), hn::Set(DF(), kOne / 2)));
+  }
+};
+
+// The weights, in steps, of two inputs: kBits from bit kShift of bytes kByte and kByte + 1 of each
+// lane on.
+template <int kBits, int kShift, int kByte>
+HWY_INLINE Ints Pair(Ints raw, const FixedGroup<kBits>& group) {
+  using Fixed = FixedGroup<kBits>;
+#if HWY_TARGET == HWY_SCALAR  // which has no lanes of 16 bits
+  const auto half = [&](int i) {
+    const auto byte = static_cast<uint8_t>(raw.raw >> 8 * (kByte + i));
+    const int q = kBits == 8 ? static_cast<int8_t>(byte) : byte >> kShift & 15;
+    const int product = q * (1 << Fixed::kIntegerShift) * static_cast<int16_t>(group.d.raw);
+    const int sum = ((product + (1 << 14)) >> 15) + static_cast<int16_t>(group.m.raw);
+    return sum >> Fixed::kFraction;
+  };
+  return Ints(static_cast<int32_t>((half(0) & 0xffff) | static_cast<uint32_t>(half(1)) << 16));
+#else
+  const hn::Repartition<int16_t, DI> d16;
+  const hn::Repartition<uint8_t, DI> d8;
+  // Each byte twice, in one half of the lane.
+  alignas(16) static constexpr uint8_t kBytes[16] = {
+      kByte,     kByte,     kByte + 1, kByte + 1, kByte + 4,  kByte + 4,  kByte + 5,  kByte + 5,
+      kByte + 8, kByte + 8, kByte + 9, kByte + 9, kByte + 12, kByte + 12, kByte + 13, kByte + 13};
+  const auto bytes =
+      hn::BitCast(d16, hn::TableLookupBytes(hn::BitCast(d8, raw), hn::LoadDup128(d8, kBytes)));
+  constexpr int16_t kMask = kBits == 8 ? -0x100 : 15 << kShift;
+  const auto q = hn::ShiftLeft < kBits == 8
+                     ? 0
+                     : Fixed::kIntegerShift - kShift > (hn::And(bytes, hn::Set(d16, kMask)));
+  const auto product = hn::MulFixedPoint15(q, hn::BitCast(d16, group.d));
+  return hn::BitCast(DI(),
+                     hn::ShiftRight<Fixed::kFraction>(hn::Add(product, hn::BitCast(d16, group.m))));
+#endif
 }
 // Four inputs, one in every byte from bit kShift on.
 template <int kBits, int kShift>
-HWY_INLINE void StoreFour(Ints raw, Floats d, Floats m, int32_t* to) {
-  StorePair(RoundBits<kBits, kShift>(raw, d, m), RoundBits<kBits, kShift + 8>(raw, d, m), to);
-  StorePair(RoundBits<kBits, kShift + 16>(raw, d, m), RoundBits<kBits, kShift + 24>(raw, d, m),
-            to + kStrip);
+HWY_INLINE void StoreFour(Ints raw, const FixedGroup<kBits>& group, int32_t* to) {
+  hn::Store(Pair<kBits, kShift, 0>(raw, group), DI(), to);
+  hn::Store(Pair<kBits, kShift, 2>(raw, group), DI(), to + kStrip);
 }
 
 // Inputs [begin, end) of the kLanes features from `feature` on, kStrip pairs apart.
@@ -141,12 +184,12 @@ void UnpackGroups(const PanelArgs& a, int64_t feature, int64_t begin, int64_t en
   }
   const Floats inverse = steps.Store(step);
   for (int64_t g = begin / kQuantGroup; g < end / kQuantGroup; ++g) {
-    const Floats d = hn::Mul(LoadScales(at, &BlockView::d, g), inverse),
-                 m = hn::Mul(LoadScales(at, &BlockView::m, g), inverse);
+    const FixedGroup<kBits> group(hn::Mul(LoadScales(at, &BlockView::d, g), inverse),
+                                  hn::Mul(LoadScales(at, &BlockView::m, g), inverse));
     for (int c = 0; c < kBits; ++c) {
       const Ints raw = LoadChunk<kBits>(at, g, c);
-      StoreFour<kBits, 0>(raw, d, m, to + 2 * c * kStrip);
-      if constexpr (kBits == 4) StoreFour<kBits, 4>(raw, d, m, to + 2 * (c + 4) * kStrip);
+      StoreFour<kBits, 0>(raw, group, to + 2 * c * kStrip);
+      if constexpr (kBits == 4) StoreFour<kBits, 4>(raw, group, to + 2 * (c + 4) * kStrip);
     }
     to += kQuantGroup / 2 * kStrip;
   }
