@@ -27,6 +27,8 @@ DOCUMENTS = (
     "MPL-2.0+GPL-2",
 )
 SHORT = ("Artistic", "BSD")  # short chats quote paragraphs of these
+BURST = 30.0  # seconds in which its requests arrive
+REPLY = 256  # tokens of an answer about a document
 QUESTIONS = (
     "Summarise the text above in a few sentences.",
     "What must somebody do who passes the work on?",
@@ -75,7 +77,7 @@ def chat_request(rng, parts, at, tokens):
     return request
 
 
-def make_trace(seed=1, documents=12, questions=2, chats=24, burst=60.0, calm=60.0, calm_gap=4.0, document_tokens=128, chat_tokens=48):
+def make_trace(seed=1, documents=12, questions=2, chats=24, burst=BURST, calm=60.0, calm_gap=4.0, document_tokens=REPLY, chat_tokens=48):
     """`documents` texts with `questions` each and `chats` short ones within `burst` seconds, then short ones every
     `calm_gap` seconds for `calm` seconds, counted from the end of the burst's work."""
     rng = random.Random(seed)
@@ -123,21 +125,32 @@ def dump(trace):
     return json.dumps(trace, indent=1, ensure_ascii=False) + "\n"
 
 
-def scaled(scale, **arguments):
+def scaled(scale, burst=BURST, **arguments):
     """The default trace with `scale` times the requests, at the same rate."""
     return make_trace(
-        documents=max(1, round(12 * scale)), chats=max(1, round(24 * scale)), burst=max(5.0, 60.0 * scale), **arguments
+        documents=max(1, round(12 * scale)), chats=max(1, round(24 * scale)), burst=max(5.0, burst * scale), **arguments
     )
+
+
+def add_arguments(parser):
+    """What a made trace can be given."""
+    parser.add_argument("--seed", type=int, default=1, help="of the trace (1)")
+    parser.add_argument("--scale", type=float, default=1.0, help="times the requests of the burst, at the same rate (1)")
+    parser.add_argument("--burst", type=float, default=BURST, help=f"seconds in which they arrive, at scale 1 ({BURST:.0f})")
+    parser.add_argument("--document-tokens", type=int, default=REPLY, help=f"tokens of an answer about a document ({REPLY})")
+    parser.add_argument("--calm", type=float, default=60.0, help="seconds of calm after the burst (60)")
+
+
+def of_arguments(args):
+    return scaled(args.scale, burst=args.burst, seed=args.seed, calm=args.calm, document_tokens=args.document_tokens)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--scale", type=float, default=1.0, help="times the requests of the burst, at the same rate")
-    parser.add_argument("--calm", type=float, default=60.0, help="seconds of calm after it")
+    add_arguments(parser)
     parser.add_argument("--out", type=pathlib.Path, help="file to write; without it, to standard output")
     args = parser.parse_args()
-    text = dump(scaled(args.scale, seed=args.seed, calm=args.calm))
+    text = dump(of_arguments(args))
     if args.out:
         args.out.write_text(text, encoding="utf-8")
     else:

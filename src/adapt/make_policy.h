@@ -16,7 +16,7 @@ struct SloOptions {
   int prefill_chunk = 512;          // tokens of prompt that one step takes
   double memory_share = 0.95;       // of the budget that sequences may come to hold
   int growth_tokens = 256;          // of each reply that memory is kept for
-  double up_cooldown = 5.0;         // seconds between two rises of the target
+  double up_cooldown = 2.0;         // seconds between two rises of the target
   double calm_seconds = 10.0;       // a lower target must have sufficed for so long
   double down_margin = 0.7;         // "sufficed": with so much of targets and memory
   double raise_share = 0.5;         // of time that may go into folds

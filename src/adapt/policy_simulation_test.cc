@@ -107,9 +107,15 @@ class Invariants {
       ASSERT_LE(folds, options_.slo.raise_seconds + longest_fold_);
     }
     if (decision.target != target_) changes_.push_back(load.now);
+    if (decision.target < target_) drops_.push_back(load.now);
     target_ = decision.target;
-    std::erase_if(changes_, [&](double time) { return time < load.now - 60; });
+    for (std::vector<double>* times : {&changes_, &drops_})
+      std::erase_if(*times, [&](double time) { return time < load.now - 60; });
     ASSERT_LE(static_cast<int>(changes_.size()), most_per_minute_) << "flapping";
+    // Before each drop the lower level must have sufficed for calm_seconds.
+    if (options_.policy == "slo") {
+      ASSERT_LE(static_cast<double>(drops_.size()), 60 / options_.slo.calm_seconds + 1);
+    }
     // Nothing to do for a minute: level 0.
     if (!load.running.empty() || !load.waiting.empty()) calm_since_ = load.now;
     if (options_.policy == "slo" && load.now - calm_since_ > 60) {
@@ -123,7 +129,7 @@ class Invariants {
   int target_ = 0;
   double longest_fold_ = 0;
   double calm_since_ = 0;
-  std::vector<double> changes_;
+  std::vector<double> changes_, drops_;  // when, in the last minute
 };
 
 void RunTraces(const std::string& name, int traces, int most_per_minute) {
@@ -156,8 +162,8 @@ void RunTraces(const std::string& name, int traces, int most_per_minute) {
   std::printf("%s: %d traces, seeds 1000 to %d\n", name.c_str(), traces, 1000 + traces - 1);
 }
 
-// A change needs up_cooldown (5 s) since the last one: 12 a minute and the one that opens it.
-TEST(PolicySimulation, SloOnRandomTraces) { RunTraces("slo", 2000, 13); }
+// A change needs up_cooldown (2 s) since the last one: 30 a minute and the one that opens it.
+TEST(PolicySimulation, SloOnRandomTraces) { RunTraces("slo", 2000, 31); }
 TEST(PolicySimulation, PaperOnRandomTraces) { RunTraces("paper", 500, 2); }
 
 double P95(const SimResult& result) {
