@@ -30,88 +30,64 @@ void PackRows(const ExecContext& ctx, const float* x, int64_t stride, int64_t T,
 
 }  // namespace
 
-void HybridModel::SoftmaxRows(const ExecContext& ctx, CachePool& pool, const Step& step, int layer,
-                              int sequences) const {
-  Workspace::Scope scope(*ctx.workspace);
-  int32_t* page_start = ctx.workspace->Take<int32_t>(sequences + 1);
-  page_start[0] = 0;
-  for (int n = 0; n < sequences; ++n) {
-    page_start[n + 1] =
-        page_start[n] + static_cast<int32_t>(step.rows.sequences[n]->cache->pages(layer).size());
-  }
-  int32_t* pages = ctx.workspace->Take<int32_t>(page_start[sequences]);
-  for (int n = 0; n < sequences; ++n) {
-    const auto table = step.rows.sequences[n]->cache->pages(layer);
-    std::copy(table.begin(), table.end(), pages + page_start[n]);
-  }
+void HybridModel::SoftmaxRows(const ExecContext& ctx, const Step& step, int layer) const {
   const int64_t stride = int64_t{config_.H + 2 * config_.Hkv} * config_.D;
   const float* k = step.qkv + int64_t{config_.H} * config_.D;
-  const RaggedRows rows{
-      .N = sequences, .row_start = step.rows.row_start.data(), .pos = step.rows.pos.data()};
-  const PageTables tables{.page_start = page_start, .pages = pages};
+  const RaggedRows rows = step.plan.softmax_rows(layer);
+  const PageTables tables = step.plan.tables(layer);
   KvWriteCpu(ctx, {.rows = rows,
                    .tables = tables,
-                   .kv = pool.pages(),
+                   .kv = step.kv,
                    .k = k,
                    .v = k + int64_t{config_.Hkv} * config_.D,
                    .k_stride = stride,
                    .v_stride = stride});
   PagedAttentionCpu(ctx, {.rows = rows,
                           .tables = tables,
-                          .kv = pool.pages(),
+                          .kv = step.kv,
                           .H = config_.H,
                           .scale = 1.f / std::sqrt(static_cast<float>(config_.D)),
                           .sliding_window = config_.sliding_window,
                           .q = step.qkv,
                           .q_stride = stride,
                           .out = step.attention,
-                          .lse = nullptr});
+                          .lse = nullptr,
+                          .plan = &step.plan.split(layer).attention});
 }
 
-void HybridModel::DslaRows(const ExecContext& ctx, CachePool& pool, const Step& step, int layer,
-                           int first_sequence) const {
+void HybridModel::DslaRows(const ExecContext& ctx, const Step& step, int layer) const {
   Workspace::Scope scope(*ctx.workspace);
   const DslaLayer& dsla = adapter_.layers[layer];
-  const int N = step.rows.N() - first_sequence;
-  const int64_t first_row = step.rows.row_start[first_sequence], T = step.rows.T() - first_row;
-  int32_t* row_start = ctx.workspace->Take<int32_t>(N + 1);
-  int32_t* slots = ctx.workspace->Take<int32_t>(N);
-  for (int n = 0; n < N; ++n) {
-    row_start[n] = step.rows.row_start[first_sequence + n] - static_cast<int32_t>(first_row);
-    slots[n] = step.rows.sequences[first_sequence + n]->cache->slot(layer);
-  }
-  row_start[N] = static_cast<int32_t>(T);
-
+  const int64_t first_row = step.plan.split(layer).softmax_rows, T = step.rows.T() - first_row;
   const int64_t kv = int64_t{config_.Hkv} * config_.D, q = int64_t{config_.H} * config_.D,
                 stride = q + 2 * kv;
   const float* rows = step.qkv + first_row * stride;
   const DType type = dsla.shape.kv_dtype;
-  char* k = ctx.workspace->Take<char>(T * kv * SizeOf(type));
-  char* v = ctx.workspace->Take<char>(T * kv * SizeOf(type));
-  PackRows(ctx, rows + q, stride, T, kv, type, k);
-  PackRows(ctx, rows + q + kv, stride, T, kv, type, v);
+  const int64_t offset = first_row * kv * SizeOf(type);
+  char* const k = ctx.workspace->Take<char>(step.rows.T() * kv * SizeOf(type));
+  char* const v = ctx.workspace->Take<char>(step.rows.T() * kv * SizeOf(type));
+  PackRows(ctx, rows + q, stride, T, kv, type, k + offset);
+  PackRows(ctx, rows + q + kv, stride, T, kv, type, v + offset);
   float* claim = nullptr;
   if (!dsla.claim.empty()) {
-    claim = ctx.workspace->Take<float>(T * config_.H);
-    dsla.claim.Forward(ctx, step.normed + first_row * config_.C, config_.C, T, claim, config_.H,
-                       Accumulate::kNo, step.products);
+    claim = ctx.workspace->Take<float>(step.rows.T() * config_.H);
+    dsla.claim.Forward(ctx, step.normed + first_row * config_.C, config_.C, T,
+                       claim + first_row * config_.H, config_.H, Accumulate::kNo, step.products);
   }
-  DslaForwardCpu(
-      ctx, {.shape = dsla.shape,
-            .params = LayerParams(layer),
-            .rows = {.N = N, .row_start = row_start, .pos = step.rows.pos.data() + first_sequence},
-            .slots = slots,
-            .states = pool.slots(),
-            .q = rows,
-            .q_stride = stride,
-            .k = k,
-            .v = v,
-            .claim = claim,
-            .out = step.attention + first_row * q});
+  DslaForwardCpu(ctx, {.shape = dsla.shape,
+                       .params = LayerParams(layer),
+                       .rows = step.plan.dsla_rows(layer),
+                       .slots = step.plan.dsla_slots(layer),
+                       .states = step.states,
+                       .q = step.qkv,
+                       .q_stride = stride,
+                       .k = k,
+                       .v = v,
+                       .claim = claim,
+                       .out = step.attention});
 }
 
-void HybridModel::AttentionBlock(const ExecContext& ctx, CachePool& pool, Step& step,
-                                 int layer) const {
+void HybridModel::AttentionBlock(const ExecContext& ctx, Step& step, int layer) const {
   const LayerWeights& weights = weights_->layers[layer];
   const int64_t C = config_.C, q = int64_t{config_.H} * config_.D,
                 kv = int64_t{config_.Hkv} * config_.D;
@@ -122,8 +98,7 @@ void HybridModel::AttentionBlock(const ExecContext& ctx, CachePool& pool, Step& 
 
   // The layer is DSLA for the sequences whose level is above its rank: the last ones of the sorted
   // batch.
-  const int softmax_sequences = step.rows.SoftmaxSequences(rank_[layer]);
-  const int64_t m = step.rows.row_start[softmax_sequences], dsla_rows = step.rows.T() - m;
+  const int64_t m = step.plan.split(layer).softmax_rows, dsla_rows = step.rows.T() - m;
   if (dsla_rows > 0) {
     adapter_.layers[layer].q_delta.AddTo(ctx, step.normed + m * C, C, dsla_rows,
                                          step.qkv + m * stride, stride, step.products);
@@ -145,12 +120,12 @@ void HybridModel::AttentionBlock(const ExecContext& ctx, CachePool& pool, Step& 
   NormRope(ctx, rope);
   step.clock.Mark("norms, RoPE");
 
-  if (softmax_sequences > 0) {
-    SoftmaxRows(ctx, pool, step, layer, softmax_sequences);
+  if (m > 0) {
+    SoftmaxRows(ctx, step, layer);
     step.clock.Mark("softmax attention");
   }
   if (dsla_rows > 0) {
-    DslaRows(ctx, pool, step, layer, softmax_sequences);
+    DslaRows(ctx, step, layer);
     step.clock.Mark("DSLA");
   }
   if (step.visit_queries != nullptr)
@@ -166,11 +141,18 @@ void HybridModel::AttentionBlock(const ExecContext& ctx, CachePool& pool, Step& 
   }
 }
 
-void HybridModel::RunLayers(const ExecContext& ctx, CachePool& pool, Step& step) const {
-  const int64_t T = step.rows.T(), C = config_.C;
-  const Products products = step.products;
+// Places the batch's rows, plans them and takes the step's memory.
+HybridModel::Step HybridModel::BeginStep(const ExecContext& ctx, CachePool& pool,
+                                         std::span<const SequenceRows> batch,
+                                         Products products) const {
   Workspace& workspace = *ctx.workspace;
-  step.clock = StageClock(ctx.stages);
+  Step step;
+  step.products = products;
+  step.kv = pool.pages();
+  step.states = pool.slots();
+  step.rows = Place(pool, batch, workspace);
+  step.plan = PlanStep(step.rows, config_, options_.page_size, ladder_, workspace);
+  const int64_t T = step.rows.T(), C = config_.C;
   step.hidden = workspace.Take<float>(T * C);
   step.normed = workspace.Take<float>(T * C);
   step.delta = workspace.Take<float>(T * C);
@@ -178,7 +160,13 @@ void HybridModel::RunLayers(const ExecContext& ctx, CachePool& pool, Step& step)
   step.attention = workspace.Take<float>(T * config_.H * config_.D);
   step.gate_up = workspace.Take<float>(T * 2 * config_.ffn);
   step.activation = workspace.Take<float>(T * config_.ffn);
+  return step;
+}
 
+void HybridModel::RunLayers(const ExecContext& ctx, Step& step) const {
+  const int64_t T = step.rows.T(), C = config_.C;
+  const Products products = step.products;
+  step.clock = StageClock(ctx.stages);
   for (int n = 0; n < step.rows.N(); ++n) {
     for (size_t i = 0; i < step.rows.sequences[n]->tokens.size(); ++i) {
       const int32_t token = step.rows.sequences[n]->tokens[i];
@@ -196,7 +184,7 @@ void HybridModel::RunLayers(const ExecContext& ctx, CachePool& pool, Step& step)
                  step.normed);
     }
     step.clock.Mark("norms, RoPE");
-    AttentionBlock(ctx, pool, step, layer);
+    AttentionBlock(ctx, step, layer);
     AddRmsNorm(ctx, step.hidden, step.delta, weights.mlp_norm.data(), config_.norm_eps, T, C,
                step.normed);
     step.clock.Mark("norms, RoPE");

@@ -5,6 +5,7 @@
 
 #include "base/stage_times.h"
 #include "model/hybrid_model.h"
+#include "model/step_plan.h"
 
 namespace dsla {
 
@@ -13,6 +14,9 @@ struct HybridModel::Step {
   const QueryVisitor* visit_queries = nullptr;
   StageClock clock{nullptr};
   PlacedRows rows;
+  StepPlan plan;
+  PagedKvView kv;
+  DslaStateView states;
   float* hidden = nullptr;      // [T, C] residual stream
   float* normed = nullptr;      // [T, C]
   float* delta = nullptr;       // [T, C] a block's output, added to hidden by the next norm

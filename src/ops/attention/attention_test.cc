@@ -208,6 +208,12 @@ class Batch {
       a.lse = nullptr;
       PagedAttentionCpu(ExecContext{threads, &workspace_}, a);
       EXPECT_EQ(with_lse, out) << "asking for lse changes the output";
+      const Workspace::Scope scope(workspace_);
+      const PagedAttentionPlan plan = PlanPagedAttention(a, workspace_);
+      a.plan = &plan;
+      std::fill(out.begin(), out.end(), kNaN);
+      PagedAttentionCpu(ExecContext{threads, &workspace_}, a);
+      EXPECT_EQ(with_lse, out) << "planning ahead changes the output";
     }
     for (size_t i = 0; i < segments.size(); ++i) {
       const Segment& g = segments[i];

@@ -57,7 +57,7 @@ inline BlockView ViewBlock(const GroupQuantShape& shape, const uint8_t* weight, 
 void GroupQuantize(const GroupQuantShape& shape, int64_t begin, int64_t end, const float* weight,
                    uint8_t* to);
 
-// Features [begin, end) as fp32 rows, `stride` >= shape.stride() floats apart.
+// Features [begin, end) as fp32 rows, `stride` >= shape.in floats apart.
 void GroupDequantize(const GroupQuantShape& shape, const uint8_t* from, int64_t begin, int64_t end,
                      float* to, int64_t stride);
 

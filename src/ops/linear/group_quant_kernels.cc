@@ -49,8 +49,11 @@ void DequantizeTarget(const GroupQuantShape& shape, const uint8_t* from, int64_t
   for (int64_t o = begin; o < end; ++o) {
     const BlockView block = ViewBlock(shape, from, o / kQuantBlock);
     const int64_t lane = o % kQuantBlock;
-    float* row = to + (o - begin) * stride;
-    for (int64_t g = 0; g < shape.groups(); ++g, row += kQuantGroup) {
+    float* const row = to + (o - begin) * stride;
+    for (int64_t g = 0; g < shape.groups(); ++g) {
+      const int64_t count = std::min<int64_t>(kQuantGroup, shape.in - g * kQuantGroup);
+      float last[kQuantGroup];
+      float* const group = count < kQuantGroup ? last : row + g * kQuantGroup;
       const auto d = all(ToFloat(f16{block.d[g * kQuantBlock + lane]}));
       const uint8_t* q = block.q + g * shape.group_bytes() + 4 * lane;
       uint32_t four[8];  // inputs of this feature
@@ -68,15 +71,15 @@ void DequantizeTarget(const GroupQuantShape& shape, const uint8_t* from, int64_t
       const auto m = all(ToFloat(f16{block.m[g * kQuantBlock + lane]}));
       if (shape.bits == 8) {
         for (int c = 0; c < 8; c += 2)
-          store(pair(four[c], four[c + 1]), m, std::true_type(), row + 4 * c);
-        continue;
+          store(pair(four[c], four[c + 1]), m, std::true_type(), group + 4 * c);
       }
       constexpr uint64_t kLow = 0x0f0f0f0f0f0f0f0full;
-      for (int c = 0; c < 4; c += 2) {
+      for (int c = 0; c < 4 && shape.bits == 4; c += 2) {
         const uint64_t both = pair(four[c], four[c + 1]);
-        store(both & kLow, m, std::false_type(), row + 4 * c);
-        store(both >> 4 & kLow, m, std::false_type(), row + 4 * (c + 4));
+        store(both & kLow, m, std::false_type(), group + 4 * c);
+        store(both >> 4 & kLow, m, std::false_type(), group + 4 * (c + 4));
       }
+      if (count < kQuantGroup) std::copy_n(last, count, row + g * kQuantGroup);
     }
   }
 }

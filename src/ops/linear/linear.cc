@@ -4,7 +4,6 @@
 #include <cstring>
 #include <stdexcept>
 #include <utility>
-#include <vector>
 
 #include "base/buffer.h"
 #include "base/check.h"
@@ -308,9 +307,7 @@ void Linear::ReadRow(int64_t i, float* out) const {
   DSLA_CHECK(i >= 0 && i < out_);
   const Storage& s = *storage_;
   if (IsQuantized(s.format)) {
-    std::vector<float> row(static_cast<size_t>(s.stride));
-    GroupDequantize(s.quant, s.blocks(), i, i + 1, row.data(), s.stride);
-    std::memcpy(out, row.data(), static_cast<size_t>(in_) * sizeof(float));
+    GroupDequantize(s.quant, s.blocks(), i, i + 1, out, in_);
   } else if (s.dtype == DType::kBF16) {
     WidenBf16(s.w16() + i * s.stride, out, in_);
   } else {
