@@ -1,55 +1,22 @@
 // The layers on the CPU.
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 
-#include "base/half.h"
 #include "model/hybrid_model.h"
 #include "model/hybrid_step.h"
 #include "ops/attention/attention.h"
+#include "ops/norm_rope/rope_kv.h"
 
 namespace dsla {
-namespace {
-
-// [T, n] fp32 rows with a stride -> dense rows of fp32 or bf16: K and V as a cache of that type
-// would hold them.
-void PackRows(const ExecContext& ctx, const float* x, int64_t stride, int64_t T, int64_t n,
-              DType dtype, void* out) {
-  constexpr int64_t kGrain = 16;  // rows: enough work to pay for waking a thread
-  ParallelRanges(ctx, T, kGrain, [&](int64_t begin, int64_t end, int) {
-    for (int64_t t = begin; t < end; ++t) {
-      if (dtype == DType::kF32) {
-        std::memcpy(static_cast<float*>(out) + t * n, x + t * stride, n * sizeof(float));
-      } else {
-        bf16* row = static_cast<bf16*>(out) + t * n;
-        for (int64_t i = 0; i < n; ++i) row[i] = ToBf16(x[t * stride + i]);
-      }
-    }
-  });
-}
-
-}  // namespace
-
 void HybridModel::SoftmaxRows(const ExecContext& ctx, const Step& step, int layer) const {
-  const int64_t stride = int64_t{config_.H + 2 * config_.Hkv} * config_.D;
-  const float* k = step.qkv + int64_t{config_.H} * config_.D;
-  const RaggedRows rows = step.plan.softmax_rows(layer);
-  const PageTables tables = step.plan.tables(layer);
-  KvWriteCpu(ctx, {.rows = rows,
-                   .tables = tables,
-                   .kv = step.kv,
-                   .k = k,
-                   .v = k + int64_t{config_.Hkv} * config_.D,
-                   .k_stride = stride,
-                   .v_stride = stride});
-  PagedAttentionCpu(ctx, {.rows = rows,
-                          .tables = tables,
+  PagedAttentionCpu(ctx, {.rows = step.plan.softmax_rows(layer),
+                          .tables = step.plan.tables(layer),
                           .kv = step.kv,
                           .H = config_.H,
                           .scale = 1.f / std::sqrt(static_cast<float>(config_.D)),
                           .sliding_window = config_.sliding_window,
                           .q = step.qkv,
-                          .q_stride = stride,
+                          .q_stride = qkv_width(),
                           .out = step.attention,
                           .lse = nullptr,
                           .plan = &step.plan.split(layer).attention});
@@ -59,15 +26,6 @@ void HybridModel::DslaRows(const ExecContext& ctx, const Step& step, int layer) 
   Workspace::Scope scope(*ctx.workspace);
   const DslaLayer& dsla = adapter_.layers[layer];
   const int64_t first_row = step.plan.split(layer).softmax_rows, T = step.rows.T() - first_row;
-  const int64_t kv = int64_t{config_.Hkv} * config_.D, q = int64_t{config_.H} * config_.D,
-                stride = q + 2 * kv;
-  const float* rows = step.qkv + first_row * stride;
-  const DType type = dsla.shape.kv_dtype;
-  const int64_t offset = first_row * kv * SizeOf(type);
-  char* const k = ctx.workspace->Take<char>(step.rows.T() * kv * SizeOf(type));
-  char* const v = ctx.workspace->Take<char>(step.rows.T() * kv * SizeOf(type));
-  PackRows(ctx, rows + q, stride, T, kv, type, k + offset);
-  PackRows(ctx, rows + q + kv, stride, T, kv, type, v + offset);
   float* claim = nullptr;
   if (!dsla.claim.empty()) {
     claim = ctx.workspace->Take<float>(step.rows.T() * config_.H);
@@ -80,18 +38,16 @@ void HybridModel::DslaRows(const ExecContext& ctx, const Step& step, int layer) 
                        .slots = step.plan.dsla_slots(layer),
                        .states = step.states,
                        .q = step.qkv,
-                       .q_stride = stride,
-                       .k = k,
-                       .v = v,
+                       .q_stride = qkv_width(),
+                       .k = step.k,
+                       .v = step.v,
                        .claim = claim,
                        .out = step.attention});
 }
 
 void HybridModel::AttentionBlock(const ExecContext& ctx, Step& step, int layer) const {
   const LayerWeights& weights = weights_->layers[layer];
-  const int64_t C = config_.C, q = int64_t{config_.H} * config_.D,
-                kv = int64_t{config_.Hkv} * config_.D;
-  const int64_t stride = q + 2 * kv;
+  const int64_t C = config_.C, q = int64_t{config_.H} * config_.D, stride = qkv_width();
   weights.qkv.Forward(ctx, step.normed, C, step.rows.T(), step.qkv, stride, Accumulate::kNo,
                       step.products);
   step.clock.Mark("qkv");
@@ -105,19 +61,22 @@ void HybridModel::AttentionBlock(const ExecContext& ctx, Step& step, int layer) 
     step.clock.Mark("adapter's deltas");
   }
 
-  RopeArgs rope{.x = step.qkv,
-                .stride = stride,
-                .T = step.rows.T(),
-                .heads = config_.H,
-                .positions = step.rows.positions.data(),
-                .table = &rope_,
-                .norm_weight = config_.qk_norm ? weights.q_norm.data() : nullptr,
-                .norm_eps = config_.norm_eps};
-  NormRope(ctx, rope);
-  rope.x = step.qkv + q;
-  rope.heads = config_.Hkv;
-  rope.norm_weight = config_.qk_norm ? weights.k_norm.data() : nullptr;
-  NormRope(ctx, rope);
+  RopeKvCpu(ctx, {.qkv = step.qkv,
+                  .stride = stride,
+                  .T = step.rows.T(),
+                  .H = config_.H,
+                  .Hkv = config_.Hkv,
+                  .positions = step.rows.positions.data(),
+                  .table = &rope_,
+                  .q_norm = config_.qk_norm ? weights.q_norm.data() : nullptr,
+                  .k_norm = config_.qk_norm ? weights.k_norm.data() : nullptr,
+                  .norm_eps = config_.norm_eps,
+                  .paged = step.plan.softmax_rows(layer),
+                  .tables = step.plan.tables(layer),
+                  .kv = step.kv,
+                  .row_type = DslaRowType(options_.kv_dtype),
+                  .k = step.k,
+                  .v = step.v});
   step.clock.Mark("norms, RoPE");
 
   if (m > 0) {
@@ -156,7 +115,12 @@ HybridModel::Step HybridModel::BeginStep(const ExecContext& ctx, CachePool& pool
   step.hidden = workspace.Take<float>(T * C);
   step.normed = workspace.Take<float>(T * C);
   step.delta = workspace.Take<float>(T * C);
-  step.qkv = workspace.Take<float>(T * (config_.H + 2 * config_.Hkv) * config_.D);
+  step.qkv = workspace.Take<float>(T * qkv_width());
+  if (step.rows.sequences.back()->cache->level() > 0) {
+    const int64_t bytes = T * config_.Hkv * config_.D * SizeOf(DslaRowType(options_.kv_dtype));
+    step.k = workspace.Take<std::byte>(bytes);
+    step.v = workspace.Take<std::byte>(bytes);
+  }
   step.attention = workspace.Take<float>(T * config_.H * config_.D);
   step.gate_up = workspace.Take<float>(T * 2 * config_.ffn);
   step.activation = workspace.Take<float>(T * config_.ffn);

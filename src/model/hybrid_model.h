@@ -125,6 +125,7 @@ class HybridModel {
   void SoftmaxRows(const ExecContext& ctx, const Step& step, int layer) const;
   void DslaRows(const ExecContext& ctx, const Step& step, int layer) const;
   DslaParams LayerParams(int layer) const;
+  int64_t qkv_width() const { return (config_.H + int64_t{2} * config_.Hkv) * config_.D; }
 
   ModelConfig config_;
   ModelOptions options_;

@@ -1,6 +1,6 @@
 // Causal softmax attention over a paged KV cache, for prefill chunks and decode rows alike (a
-// ragged batch, GQA-aware). K and V of the new rows are already in the pages. fp32 arithmetic; K
-// and V are read in the cache's dtype.
+// ragged batch, GQA-aware). K and V of the new rows are already in the pages (RopeKvCpu). fp32
+// arithmetic; K and V are read in the cache's dtype.
 #pragma once
 
 #include <cstdint>
@@ -46,17 +46,5 @@ void PagedAttentionCpu(const ExecContext& ctx, const PagedAttentionArgs& args);
 
 // The oracle: fp64 sums, scalar, one thread.
 void PagedAttentionRef(const PagedAttentionArgs& args);
-
-// Copies new K and V rows into their pages, converting to the cache's dtype (round to nearest
-// even; kI8: by each row's largest).
-struct KvWriteArgs {
-  RaggedRows rows;
-  PageTables tables;
-  PagedKvView kv;
-  const float* k = nullptr;            // [T, Hkv, D], rotated
-  const float* v = nullptr;            // [T, Hkv, D]
-  int64_t k_stride = 0, v_stride = 0;  // floats between rows
-};
-void KvWriteCpu(const ExecContext& ctx, const KvWriteArgs& args);
 
 }  // namespace dsla
