@@ -1,6 +1,5 @@
 // The layers on the CPU.
 #include <cmath>
-#include <cstring>
 
 #include "model/hybrid_model.h"
 #include "model/hybrid_step.h"
@@ -8,6 +7,7 @@
 #include "ops/norm_rope/rope_kv.h"
 
 namespace dsla {
+
 void HybridModel::SoftmaxRows(const ExecContext& ctx, const Step& step, int layer) const {
   PagedAttentionCpu(ctx, {.rows = step.plan.softmax_rows(layer),
                           .tables = step.plan.tables(layer),
@@ -17,20 +17,19 @@ void HybridModel::SoftmaxRows(const ExecContext& ctx, const Step& step, int laye
                           .sliding_window = config_.sliding_window,
                           .q = step.qkv,
                           .q_stride = qkv_width(),
-                          .out = step.attention,
+                          .out = step.attention_rows,
                           .lse = nullptr,
                           .plan = &step.plan.split(layer).attention});
 }
 
-void HybridModel::DslaRows(const ExecContext& ctx, const Step& step, int layer) const {
+void HybridModel::DslaRows(const ExecContext& ctx, Step& step, int layer) const {
   Workspace::Scope scope(*ctx.workspace);
   const DslaLayer& dsla = adapter_.layers[layer];
-  const int64_t first_row = step.plan.split(layer).softmax_rows, T = step.rows.T() - first_row;
+  const int64_t m = step.plan.split(layer).softmax_rows;
   float* claim = nullptr;
   if (!dsla.claim.empty()) {
     claim = ctx.workspace->Take<float>(step.rows.T() * config_.H);
-    dsla.claim.Forward(ctx, step.normed + first_row * config_.C, config_.C, T,
-                       claim + first_row * config_.H, config_.H, Accumulate::kNo, step.products);
+    dsla.claim.Forward(ctx, step.normed, m, claim + m * config_.H, config_.H);
   }
   DslaForwardCpu(ctx, {.shape = dsla.shape,
                        .params = LayerParams(layer),
@@ -42,22 +41,20 @@ void HybridModel::DslaRows(const ExecContext& ctx, const Step& step, int layer) 
                        .k = step.k,
                        .v = step.v,
                        .claim = claim,
-                       .out = step.attention});
+                       .out = step.attention_rows});
 }
 
 void HybridModel::AttentionBlock(const ExecContext& ctx, Step& step, int layer) const {
   const LayerWeights& weights = weights_->layers[layer];
   const int64_t C = config_.C, q = int64_t{config_.H} * config_.D, stride = qkv_width();
-  weights.qkv.Forward(ctx, step.normed, C, step.rows.T(), step.qkv, stride, Accumulate::kNo,
-                      step.products);
+  weights.qkv.Forward(ctx, step.normed, 0, step.qkv, stride);
   step.clock.Mark("qkv");
 
   // The layer is DSLA for the sequences whose level is above its rank: the last ones of the sorted
   // batch.
   const int64_t m = step.plan.split(layer).softmax_rows, dsla_rows = step.rows.T() - m;
   if (dsla_rows > 0) {
-    adapter_.layers[layer].q_delta.AddTo(ctx, step.normed + m * C, C, dsla_rows,
-                                         step.qkv + m * stride, stride, step.products);
+    adapter_.layers[layer].q_delta.AddTo(ctx, step.normed, m, step.qkv + m * stride, stride);
     step.clock.Mark("adapter's deltas");
   }
 
@@ -90,12 +87,11 @@ void HybridModel::AttentionBlock(const ExecContext& ctx, Step& step, int layer) 
   if (step.visit_queries != nullptr)
     (*step.visit_queries)(layer, {step.qkv, static_cast<size_t>(q)});
 
-  weights.o.Forward(ctx, step.attention, q, step.rows.T(), step.delta, C, Accumulate::kNo,
-                    step.products);
+  step.attention.Set(step.attention_rows, q, step.rows.T());
+  weights.o.Forward(ctx, step.attention, 0, step.delta, C);
   step.clock.Mark("o");
   if (dsla_rows > 0) {
-    adapter_.layers[layer].o_delta.AddTo(ctx, step.attention + m * q, q, dsla_rows,
-                                         step.delta + m * C, C, step.products);
+    adapter_.layers[layer].o_delta.AddTo(ctx, step.attention, m, step.delta + m * C, C);
     step.clock.Mark("adapter's deltas");
   }
 }
@@ -113,23 +109,37 @@ HybridModel::Step HybridModel::BeginStep(const ExecContext& ctx, CachePool& pool
   step.plan = PlanStep(step.rows, config_, options_.page_size, ladder_, workspace);
   const int64_t T = step.rows.T(), C = config_.C;
   step.hidden = workspace.Take<float>(T * C);
-  step.normed = workspace.Take<float>(T * C);
+  step.normed_rows = workspace.Take<float>(T * C);
   step.delta = workspace.Take<float>(T * C);
   step.qkv = workspace.Take<float>(T * qkv_width());
-  if (step.rows.sequences.back()->cache->level() > 0) {
+  if (T > 0 && step.rows.sequences.back()->cache->level() > 0) {
     const int64_t bytes = T * config_.Hkv * config_.D * SizeOf(DslaRowType(options_.kv_dtype));
     step.k = workspace.Take<std::byte>(bytes);
     step.v = workspace.Take<std::byte>(bytes);
   }
-  step.attention = workspace.Take<float>(T * config_.H * config_.D);
+  step.attention_rows = workspace.Take<float>(T * config_.H * config_.D);
   step.gate_up = workspace.Take<float>(T * 2 * config_.ffn);
-  step.activation = workspace.Take<float>(T * config_.ffn);
+  step.activation_rows = workspace.Take<float>(T * config_.ffn);
+  step.normed = LinearInput(workspace, T, C, products);
+  step.attention = LinearInput(workspace, T, int64_t{config_.H} * config_.D, products);
+  step.activation = LinearInput(workspace, T, config_.ffn, products);
   return step;
 }
 
+// hidden += delta, its norm to step.normed, as `consumer` multiplies it.
+void HybridModel::Norm(const ExecContext& ctx, Step& step, const float* delta,
+                       const Buffer<float>& weight, const Linear& consumer) const {
+  const int64_t C = config_.C;
+  step.normed.Fill(ctx, step.normed_rows, C, step.rows.T(), consumer, LinearInput::Cut::kRows,
+                   [&](int64_t t, int64_t, int64_t) {
+                     AddRmsNormRow(step.hidden + t * C, delta != nullptr ? delta + t * C : nullptr,
+                                   weight.data(), config_.norm_eps, C, step.normed_rows + t * C);
+                   });
+  step.clock.Mark("norms, RoPE");
+}
+
 void HybridModel::RunLayers(const ExecContext& ctx, Step& step) const {
-  const int64_t T = step.rows.T(), C = config_.C;
-  const Products products = step.products;
+  const int64_t T = step.rows.T(), C = config_.C, ffn = config_.ffn;
   step.clock = StageClock(ctx.stages);
   for (int n = 0; n < step.rows.N(); ++n) {
     for (size_t i = 0; i < step.rows.sequences[n]->tokens.size(); ++i) {
@@ -141,41 +151,37 @@ void HybridModel::RunLayers(const ExecContext& ctx, Step& step) const {
   }
   for (int layer = 0; layer < config_.L; ++layer) {
     const LayerWeights& weights = weights_->layers[layer];
-    if (layer == 0) {
-      RmsNorm(ctx, step.hidden, weights.attn_norm.data(), config_.norm_eps, T, C, step.normed);
-    } else {
-      AddRmsNorm(ctx, step.hidden, step.delta, weights.attn_norm.data(), config_.norm_eps, T, C,
-                 step.normed);
-    }
-    step.clock.Mark("norms, RoPE");
+    Norm(ctx, step, layer == 0 ? nullptr : step.delta, weights.attn_norm, weights.qkv);
     AttentionBlock(ctx, step, layer);
-    AddRmsNorm(ctx, step.hidden, step.delta, weights.mlp_norm.data(), config_.norm_eps, T, C,
-               step.normed);
-    step.clock.Mark("norms, RoPE");
-    weights.gate_up.Forward(ctx, step.normed, C, T, step.gate_up, 2 * config_.ffn, Accumulate::kNo,
-                            products);
+    Norm(ctx, step, step.delta, weights.mlp_norm, weights.gate_up);
+    weights.gate_up.Forward(ctx, step.normed, 0, step.gate_up, 2 * ffn);
     step.clock.Mark("gate and up");
-    SiluMul(ctx, step.gate_up, T, config_.ffn, step.activation);
+    step.activation.Fill(ctx, step.activation_rows, ffn, T, weights.down, LinearInput::Cut::kPieces,
+                         [&](int64_t t, int64_t begin, int64_t end) {
+                           SiluMulRow(step.gate_up + t * 2 * ffn, ffn, begin, end,
+                                      step.activation_rows + t * ffn);
+                         });
     step.clock.Mark("SiLU");
-    weights.down.Forward(ctx, step.activation, config_.ffn, T, step.delta, C, Accumulate::kNo,
-                         products);
+    weights.down.Forward(ctx, step.activation, 0, step.delta, C);
     step.clock.Mark("down");
   }
-  AddRmsNorm(ctx, step.hidden, step.delta, weights_->final_norm.data(), config_.norm_eps, T, C,
-             step.normed);
 }
 
-// The step's `rows` through the output head. logits: [rows, V].
+// The step's `rows` through the last norm and the output head, each once. logits: [rows, V].
 void HybridModel::Logits(const ExecContext& ctx, const Step& step, std::span<const int64_t> rows,
                          float* logits) const {
   const Workspace::Scope scope(*ctx.workspace);
   StageClock clock(ctx.stages);
   const auto count = static_cast<int64_t>(rows.size()), C = int64_t{config_.C};
-  float* gathered = ctx.workspace->Take<float>(count * C);
-  for (int64_t i = 0; i < count; ++i)
-    std::memcpy(gathered + i * C, step.normed + rows[i] * C, C * sizeof(float));
-  weights_->output().Forward(ctx, gathered, C, count, logits, config_.V, Accumulate::kNo,
-                             step.products);
+  const Linear& head = weights_->output();
+  float* const normed = ctx.workspace->Take<float>(count * C);
+  LinearInput input(*ctx.workspace, count, C, step.products);
+  input.Fill(ctx, normed, C, count, head, LinearInput::Cut::kRows,
+             [&](int64_t i, int64_t, int64_t) {
+               AddRmsNormRow(step.hidden + rows[i] * C, step.delta + rows[i] * C,
+                             weights_->final_norm.data(), config_.norm_eps, C, normed + i * C);
+             });
+  head.Forward(ctx, input, 0, logits, config_.V);
   clock.Mark("head");
 }
 

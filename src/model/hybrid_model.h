@@ -123,7 +123,9 @@ class HybridModel {
               float* logits) const;
   void AttentionBlock(const ExecContext& ctx, Step& step, int layer) const;
   void SoftmaxRows(const ExecContext& ctx, const Step& step, int layer) const;
-  void DslaRows(const ExecContext& ctx, const Step& step, int layer) const;
+  void DslaRows(const ExecContext& ctx, Step& step, int layer) const;
+  void Norm(const ExecContext& ctx, Step& step, const float* delta, const Buffer<float>& weight,
+            const Linear& consumer) const;
   DslaParams LayerParams(int layer) const;
   int64_t qkv_width() const { return (config_.H + int64_t{2} * config_.Hkv) * config_.D; }
 

@@ -231,23 +231,18 @@ inline float QuantizeActivations(const float* from, int16_t* to, int* total) {
 #endif
 
 // A NaN or an infinity has no integer: the scale carries it to the result as NaN.
-void QuantizeRowsTarget(const GroupQuantShape& shape, const float* x, int64_t x_stride, int64_t T,
-                        const QuantRows& to) {
-  for (int64_t t = 0; t < T; ++t) {
-    for (int64_t g = 0; g < shape.groups(); ++g) {
-      const float* from = x + t * x_stride + g * kQuantGroup;
-      const int64_t count = std::min<int64_t>(kQuantGroup, shape.in - g * kQuantGroup);
-      float last[kQuantGroup] = {};
-      if (count < kQuantGroup) {
-        std::copy(from, from + count, last);
-        from = last;
-      }
-      int sum = 0;
-      const float scale =
-          QuantizeActivations(from, to.q + t * shape.stride() + g * kQuantGroup, &sum);
-      to.scale[t * shape.groups() + g] = scale;
-      to.sum[t * shape.groups() + g] = scale * static_cast<float>(sum);
+void QuantizePieceTarget(const float* x, int64_t begin, int64_t end, const QuantRows& row) {
+  for (int64_t i = begin; i < end; i += kQuantGroup) {
+    const float* from = x + i;
+    float last[kQuantGroup];
+    if (end - i < kQuantGroup) {
+      std::fill(std::copy(from, x + end, last), last + kQuantGroup, 0.f);
+      from = last;
     }
+    int sum = 0;
+    const float scale = QuantizeActivations(from, row.q + i, &sum);
+    row.scale[i / kQuantGroup] = scale;
+    row.sum[i / kQuantGroup] = scale * static_cast<float>(sum);
   }
 }
 
@@ -261,7 +256,7 @@ namespace dsla {
 HWY_EXPORT(ProductTarget);
 HWY_EXPORT(QuantizeTarget);
 HWY_EXPORT(DequantizeTarget);
-HWY_EXPORT(QuantizeRowsTarget);
+HWY_EXPORT(QuantizePieceTarget);
 
 void GroupQuantProduct(const GroupQuantArgs& args, int64_t begin, int64_t end) {
   HWY_DYNAMIC_DISPATCH(ProductTarget)(args, begin, end);
@@ -279,9 +274,8 @@ void GroupDequantize(const GroupQuantShape& shape, const uint8_t* from, int64_t 
                      float* to, int64_t stride) {
   HWY_DYNAMIC_DISPATCH(DequantizeTarget)(shape, from, begin, end, to, stride);
 }
-void QuantizeRows(const GroupQuantShape& shape, const float* x, int64_t x_stride, int64_t T,
-                  const QuantRows& to) {
-  HWY_DYNAMIC_DISPATCH(QuantizeRowsTarget)(shape, x, x_stride, T, to);
+void QuantizePiece(const float* x, int64_t begin, int64_t end, const QuantRows& row) {
+  HWY_DYNAMIC_DISPATCH(QuantizePieceTarget)(x, begin, end, row);
 }
 
 }  // namespace dsla

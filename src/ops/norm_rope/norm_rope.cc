@@ -9,20 +9,14 @@ namespace dsla {
 void RmsNorm(const ExecContext& ctx, const float* x, const float* weight, float eps, int64_t T,
              int64_t C, float* out) {
   ForRows(ctx, T, C, [&](int64_t begin, int64_t end, int) {
-    RmsNormRows(nullptr, x, nullptr, weight, eps, C, out, begin, end);
+    for (int64_t t = begin; t < end; ++t)
+      RmsNormRow(nullptr, x + t * C, nullptr, weight, eps, C, out + t * C);
   });
 }
 
-void AddRmsNorm(const ExecContext& ctx, float* x, const float* delta, const float* weight,
-                float eps, int64_t T, int64_t C, float* out) {
-  ForRows(ctx, T, C, [&](int64_t begin, int64_t end, int) {
-    RmsNormRows(x, x, delta, weight, eps, C, out, begin, end);
-  });
-}
-
-void SiluMul(const ExecContext& ctx, const float* gate_up, int64_t T, int64_t ffn, float* out) {
-  ForRows(ctx, T, 2 * ffn,
-          [&](int64_t begin, int64_t end, int) { SiluMulRows(gate_up, ffn, out, begin, end); });
+void AddRmsNormRow(float* x, const float* delta, const float* weight, float eps, int64_t C,
+                   float* out) {
+  RmsNormRow(x, x, delta, weight, eps, C, out);
 }
 
 RopeTable::RopeTable(std::span<const double> frequencies, int64_t positions)

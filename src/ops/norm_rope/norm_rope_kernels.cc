@@ -12,30 +12,21 @@ namespace dsla {
 namespace HWY_NAMESPACE {
 
 void RmsNormTarget(float* sum_to, const float* x, const float* delta, const float* weight,
-                   float eps, int64_t C, float* out, int64_t begin, int64_t end) {
-  const Tag d;
-  for (int64_t t = begin; t < end; ++t) {
-    const float* row = x + t * C;
-    const float squares = delta != nullptr
-                              ? SumOfSquares<true>(sum_to + t * C, row, delta + t * C, C)
-                              : SumOfSquares<false>(nullptr, row, nullptr, C);
-    const Vec scale = hn::Set(d, InverseRms(squares, C, eps));
-    Vectors(C, [&](int64_t i, int64_t n) {
-      Store(hn::Mul(hn::Mul(Load(row + i, n), scale), Load(weight + i, n)), out + t * C + i, n);
-    });
-  }
+                   float eps, int64_t C, float* out) {
+  const float squares = delta != nullptr ? SumOfSquares<true>(sum_to, x, delta, C)
+                                         : SumOfSquares<false>(nullptr, x, nullptr, C);
+  const Vec scale = hn::Set(Tag(), InverseRms(squares, C, eps));
+  Vectors(C, [&](int64_t i, int64_t n) {
+    Store(hn::Mul(hn::Mul(Load(x + i, n), scale), Load(weight + i, n)), out + i, n);
+  });
 }
 
-void SiluMulTarget(const float* gate_up, int64_t ffn, float* out, int64_t begin, int64_t end) {
+void SiluMulTarget(const float* gate_up, int64_t ffn, int64_t begin, int64_t end, float* out) {
   const Tag d;
-  for (int64_t t = begin; t < end; ++t) {
-    const float* gate = gate_up + t * 2 * ffn;
-    const float* up = gate + ffn;
-    Vectors(ffn, [&](int64_t i, int64_t n) {
-      const Vec g = Load(gate + i, n);
-      Store(hn::Mul(hn::Mul(g, Sigmoid(d, g)), Load(up + i, n)), out + t * ffn + i, n);
-    });
-  }
+  Vectors(end - begin, [&](int64_t i, int64_t n) {
+    const Vec g = Load(gate_up + begin + i, n), up = Load(gate_up + ffn + begin + i, n);
+    Store(hn::Mul(hn::Mul(g, Sigmoid(d, g)), up), out + begin + i, n);
+  });
 }
 
 void NormRopeTarget(const RopeArgs& a, int64_t begin, int64_t end) {
@@ -61,12 +52,12 @@ HWY_EXPORT(RmsNormTarget);
 HWY_EXPORT(SiluMulTarget);
 HWY_EXPORT(NormRopeTarget);
 
-void RmsNormRows(float* sum_to, const float* x, const float* delta, const float* weight, float eps,
-                 int64_t C, float* out, int64_t begin, int64_t end) {
-  HWY_DYNAMIC_DISPATCH(RmsNormTarget)(sum_to, x, delta, weight, eps, C, out, begin, end);
+void RmsNormRow(float* sum_to, const float* x, const float* delta, const float* weight, float eps,
+                int64_t C, float* out) {
+  HWY_DYNAMIC_DISPATCH(RmsNormTarget)(sum_to, x, delta, weight, eps, C, out);
 }
-void SiluMulRows(const float* gate_up, int64_t ffn, float* out, int64_t begin, int64_t end) {
-  HWY_DYNAMIC_DISPATCH(SiluMulTarget)(gate_up, ffn, out, begin, end);
+void SiluMulRow(const float* gate_up, int64_t ffn, int64_t begin, int64_t end, float* out) {
+  HWY_DYNAMIC_DISPATCH(SiluMulTarget)(gate_up, ffn, begin, end, out);
 }
 void NormRopeRows(const RopeArgs& args, int64_t begin, int64_t end) {
   HWY_DYNAMIC_DISPATCH(NormRopeTarget)(args, begin, end);

@@ -1,5 +1,5 @@
-// The CPU kernels behind norm_rope.h, each over rows [begin, end) on one thread, and how rows are
-// shared out among threads. Internal to this folder.
+// The CPU kernels behind norm_rope.h, each on one thread, and how rows are shared out among
+// threads. Internal to this folder.
 #pragma once
 
 #include <cstdint>
@@ -20,11 +20,11 @@ void ForRows(const ExecContext& ctx, int64_t T, int64_t floats_per_row, Body&& b
   ParallelRanges(ctx, T, 1, body);
 }
 
-// out = RMSNorm(x) * weight; with a delta (not null) x + delta is written to `sum_to` (x itself)
-// first.
-void RmsNormRows(float* sum_to, const float* x, const float* delta, const float* weight, float eps,
-                 int64_t C, float* out, int64_t begin, int64_t end);
-void SiluMulRows(const float* gate_up, int64_t ffn, float* out, int64_t begin, int64_t end);
+// One row: out = RMSNorm(x) * weight; with a delta (not null) x + delta is written to `sum_to` (x
+// itself) first.
+void RmsNormRow(float* sum_to, const float* x, const float* delta, const float* weight, float eps,
+                int64_t C, float* out);
+// Rows [begin, end).
 void NormRopeRows(const RopeArgs& args, int64_t begin, int64_t end);
 
 }  // namespace dsla
