@@ -67,8 +67,7 @@ void LinearInput::Make(const ExecContext& ctx, InputForm form, int64_t first) {
   if (forms_->first[static_cast<int>(form)] <= first) return;
   Begin(form, first);
   if (form == InputForm::kPlain) return;
-  // Some microseconds of one core, as Fill's.
-  ForPieces(ctx, first, kPiece, int64_t{16} << 10,
+  ForPieces(ctx, first, kPiece,
             [&](int64_t t, int64_t begin, int64_t end) { MakePiece(form, t, begin, end); });
 }
 

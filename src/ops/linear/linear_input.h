@@ -41,9 +41,7 @@ class LinearInput {
     Set(x, stride, T);
     const InputForm form = FormOf(consumer.format(), T, products_);
     Begin(form, 0);
-    const int64_t piece = cut == Cut::kRows ? in_ : kPiece;
-    // A microsecond or two of one core, below which starting threads costs more than the work.
-    ForPieces(ctx, 0, piece, int64_t{4} << 10, [&](int64_t t, int64_t begin, int64_t end) {
+    ForPieces(ctx, 0, cut == Cut::kRows ? in_ : kPiece, [&](int64_t t, int64_t begin, int64_t end) {
       produce(t, begin, end);
       MakePiece(form, t, begin, end);
     });
@@ -66,8 +64,10 @@ class LinearInput {
   void MakePiece(InputForm form, int64_t t, int64_t begin, int64_t end) const;
   // Calls body(t, begin, end) for the pieces of rows [first, T).
   template <typename Body>
-  void ForPieces(const ExecContext& ctx, int64_t first, int64_t piece, int64_t min_parallel,
-                 Body&& body) const {
+  void ForPieces(const ExecContext& ctx, int64_t first, int64_t piece, Body&& body) const {
+    // Floats below which threads cost more than they save: some microseconds of one core, and what
+    // one core writes all others read without having to ask two.
+    constexpr int64_t kMinParallel = int64_t{8} << 10;
     const int64_t pieces = (in_ + piece - 1) / piece, count = (T_ - first) * pieces;
     const auto run = [&](int64_t from, int64_t to, int) {
       for (int64_t i = from; i < to; ++i) {
@@ -75,7 +75,7 @@ class LinearInput {
         body(first + i / pieces, begin, end < in_ ? end : in_);
       }
     };
-    if ((T_ - first) * in_ < min_parallel)
+    if ((T_ - first) * in_ < kMinParallel)
       run(0, count, 0);
     else
       ParallelRanges(ctx, count, 1, run);
