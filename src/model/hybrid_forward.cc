@@ -1,184 +1,146 @@
 // The layers on the CPU.
-#include <algorithm>
 #include <cmath>
-#include <cstring>
 
-#include "base/half.h"
 #include "model/hybrid_model.h"
 #include "model/hybrid_step.h"
 #include "ops/attention/attention.h"
+#include "ops/norm_rope/rope_kv.h"
 
 namespace dsla {
-namespace {
 
-// [T, n] fp32 rows with a stride -> dense rows of fp32 or bf16: K and V as a cache of that type
-// would hold them.
-void PackRows(const ExecContext& ctx, const float* x, int64_t stride, int64_t T, int64_t n,
-              DType dtype, void* out) {
-  constexpr int64_t kGrain = 16;  // rows: enough work to pay for waking a thread
-  ParallelRanges(ctx, T, kGrain, [&](int64_t begin, int64_t end, int) {
-    for (int64_t t = begin; t < end; ++t) {
-      if (dtype == DType::kF32) {
-        std::memcpy(static_cast<float*>(out) + t * n, x + t * stride, n * sizeof(float));
-      } else {
-        bf16* row = static_cast<bf16*>(out) + t * n;
-        for (int64_t i = 0; i < n; ++i) row[i] = ToBf16(x[t * stride + i]);
-      }
-    }
-  });
-}
-
-}  // namespace
-
-void HybridModel::SoftmaxRows(const ExecContext& ctx, CachePool& pool, const Step& step, int layer,
-                              int sequences) const {
-  Workspace::Scope scope(*ctx.workspace);
-  int32_t* page_start = ctx.workspace->Take<int32_t>(sequences + 1);
-  page_start[0] = 0;
-  for (int n = 0; n < sequences; ++n) {
-    page_start[n + 1] =
-        page_start[n] + static_cast<int32_t>(step.rows.sequences[n]->cache->pages(layer).size());
-  }
-  int32_t* pages = ctx.workspace->Take<int32_t>(page_start[sequences]);
-  for (int n = 0; n < sequences; ++n) {
-    const auto table = step.rows.sequences[n]->cache->pages(layer);
-    std::copy(table.begin(), table.end(), pages + page_start[n]);
-  }
-  const int64_t stride = int64_t{config_.H + 2 * config_.Hkv} * config_.D;
-  const float* k = step.qkv + int64_t{config_.H} * config_.D;
-  const RaggedRows rows{
-      .N = sequences, .row_start = step.rows.row_start.data(), .pos = step.rows.pos.data()};
-  const PageTables tables{.page_start = page_start, .pages = pages};
-  KvWriteCpu(ctx, {.rows = rows,
-                   .tables = tables,
-                   .kv = pool.pages(),
-                   .k = k,
-                   .v = k + int64_t{config_.Hkv} * config_.D,
-                   .k_stride = stride,
-                   .v_stride = stride});
-  PagedAttentionCpu(ctx, {.rows = rows,
-                          .tables = tables,
-                          .kv = pool.pages(),
+void HybridModel::SoftmaxRows(const ExecContext& ctx, const Step& step, int layer) const {
+  PagedAttentionCpu(ctx, {.rows = step.plan.softmax_rows(layer),
+                          .tables = step.plan.tables(layer),
+                          .kv = step.kv,
                           .H = config_.H,
                           .scale = 1.f / std::sqrt(static_cast<float>(config_.D)),
                           .sliding_window = config_.sliding_window,
                           .q = step.qkv,
-                          .q_stride = stride,
-                          .out = step.attention,
-                          .lse = nullptr});
+                          .q_stride = qkv_width(),
+                          .out = step.attention_rows,
+                          .lse = nullptr,
+                          .plan = &step.plan.split(layer).attention});
 }
 
-void HybridModel::DslaRows(const ExecContext& ctx, CachePool& pool, const Step& step, int layer,
-                           int first_sequence) const {
+void HybridModel::DslaRows(const ExecContext& ctx, Step& step, int layer) const {
   Workspace::Scope scope(*ctx.workspace);
   const DslaLayer& dsla = adapter_.layers[layer];
-  const int N = step.rows.N() - first_sequence;
-  const int64_t first_row = step.rows.row_start[first_sequence], T = step.rows.T() - first_row;
-  int32_t* row_start = ctx.workspace->Take<int32_t>(N + 1);
-  int32_t* slots = ctx.workspace->Take<int32_t>(N);
-  for (int n = 0; n < N; ++n) {
-    row_start[n] = step.rows.row_start[first_sequence + n] - static_cast<int32_t>(first_row);
-    slots[n] = step.rows.sequences[first_sequence + n]->cache->slot(layer);
-  }
-  row_start[N] = static_cast<int32_t>(T);
-
-  const int64_t kv = int64_t{config_.Hkv} * config_.D, q = int64_t{config_.H} * config_.D,
-                stride = q + 2 * kv;
-  const float* rows = step.qkv + first_row * stride;
-  const DType type = dsla.shape.kv_dtype;
-  char* k = ctx.workspace->Take<char>(T * kv * SizeOf(type));
-  char* v = ctx.workspace->Take<char>(T * kv * SizeOf(type));
-  PackRows(ctx, rows + q, stride, T, kv, type, k);
-  PackRows(ctx, rows + q + kv, stride, T, kv, type, v);
+  const int64_t m = step.plan.split(layer).softmax_rows;
   float* claim = nullptr;
   if (!dsla.claim.empty()) {
-    claim = ctx.workspace->Take<float>(T * config_.H);
-    dsla.claim.Forward(ctx, step.normed + first_row * config_.C, config_.C, T, claim, config_.H,
-                       Accumulate::kNo, step.products);
+    claim = ctx.workspace->Take<float>(step.rows.T() * config_.H);
+    dsla.claim.Forward(ctx, step.normed, m, claim + m * config_.H, config_.H);
   }
-  DslaForwardCpu(
-      ctx, {.shape = dsla.shape,
-            .params = LayerParams(layer),
-            .rows = {.N = N, .row_start = row_start, .pos = step.rows.pos.data() + first_sequence},
-            .slots = slots,
-            .states = pool.slots(),
-            .q = rows,
-            .q_stride = stride,
-            .k = k,
-            .v = v,
-            .claim = claim,
-            .out = step.attention + first_row * q});
+  DslaForwardCpu(ctx, {.shape = dsla.shape,
+                       .params = LayerParams(layer),
+                       .rows = step.plan.dsla_rows(layer),
+                       .slots = step.plan.dsla_slots(layer),
+                       .states = step.states,
+                       .q = step.qkv,
+                       .q_stride = qkv_width(),
+                       .k = step.k,
+                       .v = step.v,
+                       .claim = claim,
+                       .out = step.attention_rows});
 }
 
-void HybridModel::AttentionBlock(const ExecContext& ctx, CachePool& pool, Step& step,
-                                 int layer) const {
+void HybridModel::AttentionBlock(const ExecContext& ctx, Step& step, int layer) const {
   const LayerWeights& weights = weights_->layers[layer];
-  const int64_t C = config_.C, q = int64_t{config_.H} * config_.D,
-                kv = int64_t{config_.Hkv} * config_.D;
-  const int64_t stride = q + 2 * kv;
-  weights.qkv.Forward(ctx, step.normed, C, step.rows.T(), step.qkv, stride, Accumulate::kNo,
-                      step.products);
+  const int64_t C = config_.C, q = int64_t{config_.H} * config_.D, stride = qkv_width();
+  weights.qkv.Forward(ctx, step.normed, 0, step.qkv, stride);
   step.clock.Mark("qkv");
 
   // The layer is DSLA for the sequences whose level is above its rank: the last ones of the sorted
   // batch.
-  const int softmax_sequences = step.rows.SoftmaxSequences(rank_[layer]);
-  const int64_t m = step.rows.row_start[softmax_sequences], dsla_rows = step.rows.T() - m;
+  const int64_t m = step.plan.split(layer).softmax_rows, dsla_rows = step.rows.T() - m;
   if (dsla_rows > 0) {
-    adapter_.layers[layer].q_delta.AddTo(ctx, step.normed + m * C, C, dsla_rows,
-                                         step.qkv + m * stride, stride, step.products);
+    adapter_.layers[layer].q_delta.AddTo(ctx, step.normed, m, step.qkv + m * stride, stride);
     step.clock.Mark("adapter's deltas");
   }
 
-  RopeArgs rope{.x = step.qkv,
-                .stride = stride,
-                .T = step.rows.T(),
-                .heads = config_.H,
-                .positions = step.rows.positions.data(),
-                .table = &rope_,
-                .norm_weight = config_.qk_norm ? weights.q_norm.data() : nullptr,
-                .norm_eps = config_.norm_eps};
-  NormRope(ctx, rope);
-  rope.x = step.qkv + q;
-  rope.heads = config_.Hkv;
-  rope.norm_weight = config_.qk_norm ? weights.k_norm.data() : nullptr;
-  NormRope(ctx, rope);
+  RopeKvCpu(ctx, {.qkv = step.qkv,
+                  .stride = stride,
+                  .T = step.rows.T(),
+                  .H = config_.H,
+                  .Hkv = config_.Hkv,
+                  .positions = step.rows.positions.data(),
+                  .table = &rope_,
+                  .q_norm = config_.qk_norm ? weights.q_norm.data() : nullptr,
+                  .k_norm = config_.qk_norm ? weights.k_norm.data() : nullptr,
+                  .norm_eps = config_.norm_eps,
+                  .paged = step.plan.softmax_rows(layer),
+                  .tables = step.plan.tables(layer),
+                  .kv = step.kv,
+                  .row_type = DslaRowType(options_.kv_dtype),
+                  .k = step.k,
+                  .v = step.v});
   step.clock.Mark("norms, RoPE");
 
-  if (softmax_sequences > 0) {
-    SoftmaxRows(ctx, pool, step, layer, softmax_sequences);
+  if (m > 0) {
+    SoftmaxRows(ctx, step, layer);
     step.clock.Mark("softmax attention");
   }
   if (dsla_rows > 0) {
-    DslaRows(ctx, pool, step, layer, softmax_sequences);
+    DslaRows(ctx, step, layer);
     step.clock.Mark("DSLA");
   }
   if (step.visit_queries != nullptr)
     (*step.visit_queries)(layer, {step.qkv, static_cast<size_t>(q)});
 
-  weights.o.Forward(ctx, step.attention, q, step.rows.T(), step.delta, C, Accumulate::kNo,
-                    step.products);
+  step.attention.Set(step.attention_rows, q, step.rows.T());
+  weights.o.Forward(ctx, step.attention, 0, step.delta, C);
   step.clock.Mark("o");
   if (dsla_rows > 0) {
-    adapter_.layers[layer].o_delta.AddTo(ctx, step.attention + m * q, q, dsla_rows,
-                                         step.delta + m * C, C, step.products);
+    adapter_.layers[layer].o_delta.AddTo(ctx, step.attention, m, step.delta + m * C, C);
     step.clock.Mark("adapter's deltas");
   }
 }
 
-void HybridModel::RunLayers(const ExecContext& ctx, CachePool& pool, Step& step) const {
-  const int64_t T = step.rows.T(), C = config_.C;
-  const Products products = step.products;
+// Places the batch's rows, plans them and takes the step's memory.
+HybridModel::Step HybridModel::BeginStep(const ExecContext& ctx, CachePool& pool,
+                                         std::span<const SequenceRows> batch,
+                                         Products products) const {
   Workspace& workspace = *ctx.workspace;
-  step.clock = StageClock(ctx.stages);
+  Step step;
+  step.products = products;
+  step.kv = pool.pages();
+  step.states = pool.slots();
+  step.rows = Place(pool, batch, workspace);
+  step.plan = PlanStep(step.rows, config_, options_.page_size, ladder_, workspace);
+  const int64_t T = step.rows.T(), C = config_.C;
   step.hidden = workspace.Take<float>(T * C);
-  step.normed = workspace.Take<float>(T * C);
+  step.normed_rows = workspace.Take<float>(T * C);
   step.delta = workspace.Take<float>(T * C);
-  step.qkv = workspace.Take<float>(T * (config_.H + 2 * config_.Hkv) * config_.D);
-  step.attention = workspace.Take<float>(T * config_.H * config_.D);
+  step.qkv = workspace.Take<float>(T * qkv_width());
+  if (T > 0 && step.rows.sequences.back()->cache->level() > 0) {
+    const int64_t bytes = T * config_.Hkv * config_.D * SizeOf(DslaRowType(options_.kv_dtype));
+    step.k = workspace.Take<std::byte>(bytes);
+    step.v = workspace.Take<std::byte>(bytes);
+  }
+  step.attention_rows = workspace.Take<float>(T * config_.H * config_.D);
   step.gate_up = workspace.Take<float>(T * 2 * config_.ffn);
-  step.activation = workspace.Take<float>(T * config_.ffn);
+  step.activation_rows = workspace.Take<float>(T * config_.ffn);
+  step.normed = LinearInput(workspace, T, C, products);
+  step.attention = LinearInput(workspace, T, int64_t{config_.H} * config_.D, products);
+  step.activation = LinearInput(workspace, T, config_.ffn, products);
+  return step;
+}
 
+// hidden += delta, its norm to step.normed, as `consumer` multiplies it.
+void HybridModel::Norm(const ExecContext& ctx, Step& step, const float* delta,
+                       const Buffer<float>& weight, const Linear& consumer) const {
+  const int64_t C = config_.C;
+  step.normed.Fill(ctx, step.normed_rows, C, step.rows.T(), consumer, LinearInput::Cut::kRows,
+                   [&](int64_t t, int64_t, int64_t) {
+                     AddRmsNormRow(step.hidden + t * C, delta != nullptr ? delta + t * C : nullptr,
+                                   weight.data(), config_.norm_eps, C, step.normed_rows + t * C);
+                   });
+  step.clock.Mark("norms, RoPE");
+}
+
+void HybridModel::RunLayers(const ExecContext& ctx, Step& step) const {
+  const int64_t T = step.rows.T(), C = config_.C, ffn = config_.ffn;
+  step.clock = StageClock(ctx.stages);
   for (int n = 0; n < step.rows.N(); ++n) {
     for (size_t i = 0; i < step.rows.sequences[n]->tokens.size(); ++i) {
       const int32_t token = step.rows.sequences[n]->tokens[i];
@@ -189,41 +151,37 @@ void HybridModel::RunLayers(const ExecContext& ctx, CachePool& pool, Step& step)
   }
   for (int layer = 0; layer < config_.L; ++layer) {
     const LayerWeights& weights = weights_->layers[layer];
-    if (layer == 0) {
-      RmsNorm(ctx, step.hidden, weights.attn_norm.data(), config_.norm_eps, T, C, step.normed);
-    } else {
-      AddRmsNorm(ctx, step.hidden, step.delta, weights.attn_norm.data(), config_.norm_eps, T, C,
-                 step.normed);
-    }
-    step.clock.Mark("norms, RoPE");
-    AttentionBlock(ctx, pool, step, layer);
-    AddRmsNorm(ctx, step.hidden, step.delta, weights.mlp_norm.data(), config_.norm_eps, T, C,
-               step.normed);
-    step.clock.Mark("norms, RoPE");
-    weights.gate_up.Forward(ctx, step.normed, C, T, step.gate_up, 2 * config_.ffn, Accumulate::kNo,
-                            products);
+    Norm(ctx, step, layer == 0 ? nullptr : step.delta, weights.attn_norm, weights.qkv);
+    AttentionBlock(ctx, step, layer);
+    Norm(ctx, step, step.delta, weights.mlp_norm, weights.gate_up);
+    weights.gate_up.Forward(ctx, step.normed, 0, step.gate_up, 2 * ffn);
     step.clock.Mark("gate and up");
-    SiluMul(ctx, step.gate_up, T, config_.ffn, step.activation);
+    step.activation.Fill(ctx, step.activation_rows, ffn, T, weights.down, LinearInput::Cut::kPieces,
+                         [&](int64_t t, int64_t begin, int64_t end) {
+                           SiluMulRow(step.gate_up + t * 2 * ffn, ffn, begin, end,
+                                      step.activation_rows + t * ffn);
+                         });
     step.clock.Mark("SiLU");
-    weights.down.Forward(ctx, step.activation, config_.ffn, T, step.delta, C, Accumulate::kNo,
-                         products);
+    weights.down.Forward(ctx, step.activation, 0, step.delta, C);
     step.clock.Mark("down");
   }
-  AddRmsNorm(ctx, step.hidden, step.delta, weights_->final_norm.data(), config_.norm_eps, T, C,
-             step.normed);
 }
 
-// The step's `rows` through the output head. logits: [rows, V].
+// The step's `rows` through the last norm and the output head, each once. logits: [rows, V].
 void HybridModel::Logits(const ExecContext& ctx, const Step& step, std::span<const int64_t> rows,
                          float* logits) const {
   const Workspace::Scope scope(*ctx.workspace);
   StageClock clock(ctx.stages);
   const auto count = static_cast<int64_t>(rows.size()), C = int64_t{config_.C};
-  float* gathered = ctx.workspace->Take<float>(count * C);
-  for (int64_t i = 0; i < count; ++i)
-    std::memcpy(gathered + i * C, step.normed + rows[i] * C, C * sizeof(float));
-  weights_->output().Forward(ctx, gathered, C, count, logits, config_.V, Accumulate::kNo,
-                             step.products);
+  const Linear& head = weights_->output();
+  float* const normed = ctx.workspace->Take<float>(count * C);
+  LinearInput input(*ctx.workspace, count, C, step.products);
+  input.Fill(ctx, normed, C, count, head, LinearInput::Cut::kRows,
+             [&](int64_t i, int64_t, int64_t) {
+               AddRmsNormRow(step.hidden + rows[i] * C, step.delta + rows[i] * C,
+                             weights_->final_norm.data(), config_.norm_eps, C, normed + i * C);
+             });
+  head.Forward(ctx, input, 0, logits, config_.V);
   clock.Mark("head");
 }
 

@@ -132,8 +132,9 @@ namespace {
 CacheViews Views(const CachePool& pool) { return {pool.pages(), pool.slots()}; }
 }  // namespace
 
-PlacedRows HybridModel::Place(CachePool& pool, std::span<const SequenceRows> batch) const {
-  PlacedRows placed = PlaceRows(batch);
+PlacedRows HybridModel::Place(CachePool& pool, std::span<const SequenceRows> batch,
+                              Workspace& workspace) const {
+  const PlacedRows placed = PlaceRows(batch, workspace);
   for (const SequenceRows* rows : placed.sequences) {
     DSLA_CHECK(rows->cache->length() + static_cast<int64_t>(rows->tokens.size()) <=
                rope_.positions());
@@ -152,6 +153,7 @@ void HybridModel::Forward(const ExecContext& ctx, CachePool& pool,
                           std::span<const SequenceRows> batch, Buffer<float>& logits,
                           Products products) const {
   const int64_t V = config_.V;
+  const Workspace::Scope scope(*ctx.workspace);
   if (on_device_ != nullptr) {
     std::vector<SequenceRows> all(batch.begin(), batch.end());
     std::vector<int64_t> first_row(batch.size());  // of each sequence in logits
@@ -163,7 +165,8 @@ void HybridModel::Forward(const ExecContext& ctx, CachePool& pool,
     }
     logits.Resize(rows * V);
     on_device_->Forward(
-        Views(pool), Place(pool, all), [&](std::span<const LogitsRow> wanted, float* from, auto) {
+        Views(pool), Place(pool, all, *ctx.workspace),
+        [&](std::span<const LogitsRow> wanted, float* from, auto) {
           for (size_t i = 0; i < wanted.size(); ++i) {
             std::copy_n(from + static_cast<int64_t>(i) * V, V,
                         logits.data() + (first_row[wanted[i].sequence] + wanted[i].row) * V);
@@ -171,11 +174,8 @@ void HybridModel::Forward(const ExecContext& ctx, CachePool& pool,
         });
     return;
   }
-  const Workspace::Scope scope(*ctx.workspace);
-  Step step;
-  step.products = products;
-  step.rows = Place(pool, batch);
-  RunLayers(ctx, pool, step);
+  Step step = BeginStep(ctx, pool, batch, products);
+  RunLayers(ctx, step);
   logits.Resize(static_cast<int64_t>(step.rows.wanted.size()) * V);
   Logits(ctx, step, step.rows.wanted_rows, logits.data());
 }
@@ -199,10 +199,9 @@ Status HybridModel::AppendVisiting(const ExecContext& ctx, CachePool& pool, Sequ
   DSLA_RETURN_IF_ERROR(cache.Reserve(1));
   const Workspace::Scope scope(*ctx.workspace);
   const SequenceRows rows{.cache = &cache, .tokens = {&token, 1}, .logits_rows = 0};
-  Step step;
+  Step step = BeginStep(ctx, pool, {&rows, 1}, Products::kFastest);
   step.visit_queries = &visit;
-  step.rows = Place(pool, {&rows, 1});
-  RunLayers(ctx, pool, step);
+  RunLayers(ctx, step);
   cache.Commit(1);
   return Status::Ok();
 }
@@ -210,18 +209,17 @@ Status HybridModel::AppendVisiting(const ExecContext& ctx, CachePool& pool, Sequ
 void HybridModel::Forward(const ExecContext& ctx, CachePool& pool,
                           std::span<const SequenceRows> batch, Products products,
                           const LogitsVisitor& visit) const {
-  if (on_device_ != nullptr) return on_device_->Forward(Views(pool), Place(pool, batch), visit);
   const Workspace::Scope scope(*ctx.workspace);
-  Step step;
-  step.products = products;
-  step.rows = Place(pool, batch);
-  RunLayers(ctx, pool, step);
+  if (on_device_ != nullptr)
+    return on_device_->Forward(Views(pool), Place(pool, batch, *ctx.workspace), visit);
+  Step step = BeginStep(ctx, pool, batch, products);
+  RunLayers(ctx, step);
   const auto wanted = static_cast<int64_t>(step.rows.wanted.size());
   float* logits = ctx.workspace->Take<float>(std::min(wanted, kLogitsTileRows) * config_.V);
   for (int64_t begin = 0; begin < wanted; begin += kLogitsTileRows) {
     const auto count = static_cast<size_t>(std::min(kLogitsTileRows, wanted - begin));
-    Logits(ctx, step, std::span(step.rows.wanted_rows).subspan(begin, count), logits);
-    visit(std::span(step.rows.wanted).subspan(begin, count), logits, nullptr);
+    Logits(ctx, step, step.rows.wanted_rows.subspan(begin, count), logits);
+    visit(step.rows.wanted.subspan(begin, count), logits, nullptr);
   }
 }
 

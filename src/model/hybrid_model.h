@@ -5,7 +5,7 @@
 //
 // Immutable after Load; Forward and Raise may be called from several threads as long as each has
 // its own ExecContext and its own CachePool; on a device (ModelOptions::device) from one at a time.
-// There they throw what device.h says, and ExecContext counts for loading alone.
+// There they throw what device.h says, and of an ExecContext Forward uses the workspace alone.
 #pragma once
 
 #include <cstdint>
@@ -114,16 +114,20 @@ class HybridModel {
   void Bind(const Adapter* adapter);
   Status LoadOnDevice(const ExecContext& ctx, const ModelFile& file, const Adapter* adapter);
   DeviceModelSpec DeviceSpec(const Adapter* adapter) const;
-  PlacedRows Place(CachePool& pool, std::span<const SequenceRows> batch) const;
-  void RunLayers(const ExecContext& ctx, CachePool& pool, Step& step) const;
+  PlacedRows Place(CachePool& pool, std::span<const SequenceRows> batch,
+                   Workspace& workspace) const;
+  Step BeginStep(const ExecContext& ctx, CachePool& pool, std::span<const SequenceRows> batch,
+                 Products products) const;
+  void RunLayers(const ExecContext& ctx, Step& step) const;
   void Logits(const ExecContext& ctx, const Step& step, std::span<const int64_t> rows,
               float* logits) const;
-  void AttentionBlock(const ExecContext& ctx, CachePool& pool, Step& step, int layer) const;
-  void SoftmaxRows(const ExecContext& ctx, CachePool& pool, const Step& step, int layer,
-                   int sequences) const;
-  void DslaRows(const ExecContext& ctx, CachePool& pool, const Step& step, int layer,
-                int first_sequence) const;
+  void AttentionBlock(const ExecContext& ctx, Step& step, int layer) const;
+  void SoftmaxRows(const ExecContext& ctx, const Step& step, int layer) const;
+  void DslaRows(const ExecContext& ctx, Step& step, int layer) const;
+  void Norm(const ExecContext& ctx, Step& step, const float* delta, const Buffer<float>& weight,
+            const Linear& consumer) const;
   DslaParams LayerParams(int layer) const;
+  int64_t qkv_width() const { return (config_.H + int64_t{2} * config_.Hkv) * config_.D; }
 
   ModelConfig config_;
   ModelOptions options_;

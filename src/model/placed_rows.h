@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <span>
-#include <vector>
 
+#include "base/exec.h"
 #include "cache/sequence_cache.h"
 
 namespace dsla {
@@ -38,14 +38,14 @@ struct LogitsRow {
 };
 
 struct PlacedRows {
-  std::vector<const SequenceRows*> sequences;  // [N] in the order of the step
-  std::vector<int> batch_index;                // [N] each one's place in the batch
-  std::vector<int32_t> row_start;              // [N + 1]
-  std::vector<int32_t> pos;                    // [N] tokens cached before the step
-  std::vector<int32_t> positions;              // [T]
+  std::span<const SequenceRows*> sequences;  // [N] in the order of the step
+  std::span<int> batch_index;                // [N] each one's place in the batch
+  std::span<int32_t> row_start;              // [N + 1]
+  std::span<int32_t> pos;                    // [N] tokens cached before the step
+  std::span<int32_t> positions;              // [T]
 
-  std::vector<LogitsRow> wanted;     // whose logits were asked for, in the batch's order
-  std::vector<int64_t> wanted_rows;  // where they are in the step
+  std::span<LogitsRow> wanted;     // whose logits were asked for, in the batch's order
+  std::span<int64_t> wanted_rows;  // where they are in the step
 
   int N() const { return static_cast<int>(sequences.size()); }
   int64_t T() const { return static_cast<int64_t>(positions.size()); }
@@ -58,7 +58,7 @@ struct PlacedRows {
   }
 };
 
-// Every sequence of `batch` must outlive the result.
-PlacedRows PlaceRows(std::span<const SequenceRows> batch);
+// The result lies in `workspace`; every sequence of `batch` must outlive it.
+PlacedRows PlaceRows(std::span<const SequenceRows> batch, Workspace& workspace);
 
 }  // namespace dsla

@@ -225,8 +225,9 @@ void CudaModel::ForwardGraph(const CacheViews& cache, const PlacedRows& rows,
     launch();
   }
 
-  std::vector<int64_t> tile_row(rows.wanted_rows);  // the tile is the step's rows in their order
-  VisitTile(rows.wanted, rows, tile_row, fixed.activations, fixed.choices.as<TokenChoice>(), visit);
+  // The tile is the step's rows in their order.
+  VisitTile(rows.wanted, rows, rows.wanted_rows, fixed.activations, fixed.choices.as<TokenChoice>(),
+            visit);
 }
 
 void CudaModel::ForwardLaunched(const CacheViews& cache, const PlacedRows& rows,

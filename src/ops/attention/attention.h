@@ -1,6 +1,6 @@
 // Causal softmax attention over a paged KV cache, for prefill chunks and decode rows alike (a
-// ragged batch, GQA-aware). K and V of the new rows are already in the pages. fp32 arithmetic; K
-// and V are read in the cache's dtype.
+// ragged batch, GQA-aware). K and V of the new rows are already in the pages (RopeKvCpu). fp32
+// arithmetic; K and V are read in the cache's dtype.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +9,18 @@
 #include "ops/views.h"
 
 namespace dsla {
+
+// How the rows of a call are cut into tasks. It follows from the rows, the heads and the window
+// alone, so the layers of a step share one.
+struct AttentionTask;
+struct AttentionMerge;
+struct PagedAttentionPlan {
+  const AttentionTask* tasks = nullptr;
+  const AttentionMerge* merges = nullptr;
+  int64_t num_tasks = 0, num_merges = 0;
+  int64_t partials = 0;                  // floats of partial results
+  bool prefill = false, decode = false;  // which forms occur
+};
 
 struct PagedAttentionArgs {
   RaggedRows rows;
@@ -21,7 +33,11 @@ struct PagedAttentionArgs {
   int64_t q_stride = 0;      // floats between rows of q
   float* out = nullptr;      // [T, H, D], dense
   float* lse = nullptr;      // [T, H] natural log of the sum of exp(scale * q.k), or null
+  const PagedAttentionPlan* plan = nullptr;  // PlanPagedAttention's; null: the call makes its own
 };
+
+// Reads rows, H, sliding_window, and the heads of kv. The plan lies in `workspace`.
+PagedAttentionPlan PlanPagedAttention(const PagedAttentionArgs& args, Workspace& workspace);
 
 // Row (n, i) attends to the tokens [max(0, t - sliding_window + 1), t], t = pos[n] + i.
 // Deterministic; the result of a row does not depend on the number of threads, nor on which other
@@ -30,17 +46,5 @@ void PagedAttentionCpu(const ExecContext& ctx, const PagedAttentionArgs& args);
 
 // The oracle: fp64 sums, scalar, one thread.
 void PagedAttentionRef(const PagedAttentionArgs& args);
-
-// Copies new K and V rows into their pages, converting to the cache's dtype (round to nearest
-// even; kI8: by each row's largest).
-struct KvWriteArgs {
-  RaggedRows rows;
-  PageTables tables;
-  PagedKvView kv;
-  const float* k = nullptr;            // [T, Hkv, D], rotated
-  const float* v = nullptr;            // [T, Hkv, D]
-  int64_t k_stride = 0, v_stride = 0;  // floats between rows
-};
-void KvWriteCpu(const ExecContext& ctx, const KvWriteArgs& args);
 
 }  // namespace dsla

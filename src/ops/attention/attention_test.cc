@@ -208,6 +208,12 @@ class Batch {
       a.lse = nullptr;
       PagedAttentionCpu(ExecContext{threads, &workspace_}, a);
       EXPECT_EQ(with_lse, out) << "asking for lse changes the output";
+      const Workspace::Scope scope(workspace_);
+      const PagedAttentionPlan plan = PlanPagedAttention(a, workspace_);
+      a.plan = &plan;
+      std::fill(out.begin(), out.end(), kNaN);
+      PagedAttentionCpu(ExecContext{threads, &workspace_}, a);
+      EXPECT_EQ(with_lse, out) << "planning ahead changes the output";
     }
     for (size_t i = 0; i < segments.size(); ++i) {
       const Segment& g = segments[i];
@@ -390,75 +396,6 @@ TEST(PagedAttention, NothingToDo) {
   PagedAttentionCpu(ExecContext{2, &workspace}, a);
   a.rows.N = 2;  // two sequences without a row
   PagedAttentionCpu(ExecContext{2, &workspace}, a);
-}
-
-TEST(KvWrite, WritesTheNewRowsAndNothingElse) {
-  ForEachTarget([] {
-    for (const DType dtype : {DType::kBF16, DType::kF32, DType::kI8}) {
-      for (const int D : {8, 64, 72}) {
-        const Shape shape{.Hkv = 3, .D = D, .page_size = 16, .dtype = dtype};
-        const std::vector<Sequence> sequences = {{5, 70}, {40, 0}, {15, 2}, {0, 90}};
-        std::mt19937 rng(81);
-        std::vector<int> tokens;
-        std::vector<int32_t> row_start{0}, pos;
-        for (const Sequence& s : sequences) {
-          tokens.push_back(s.tokens());
-          row_start.push_back(row_start.back() + s.rows);
-          pos.push_back(s.cached);
-        }
-        int pool = 0;
-        const Tables tables = ShuffledTables(tokens, shape.page_size, rng, &pool);
-        Cache got(shape, pool), want(shape, pool);
-        const int width = shape.Hkv * D, stride = width + 5;
-        std::vector<float> k(static_cast<size_t>(row_start.back() * stride), kNaN), v = k;
-        std::normal_distribution<float> normal;
-        for (int n = 0; n < static_cast<int>(sequences.size()); ++n) {
-          for (int i = 0; i < sequences[static_cast<size_t>(n)].rows; ++i) {
-            const auto row = static_cast<size_t>((row_start[static_cast<size_t>(n)] + i) * stride);
-            for (size_t d = 0; d < static_cast<size_t>(width); ++d) {
-              k[row + d] = normal(rng);
-              v[row + d] = normal(rng);
-            }
-            want.Put(tables.view(), n, pos[static_cast<size_t>(n)] + i, &k[row], &v[row]);
-          }
-        }
-        KvWriteArgs a;
-        a.rows = {static_cast<int>(sequences.size()), row_start.data(), pos.data()};
-        a.tables = tables.view();
-        a.kv = got.view();
-        a.k = k.data();
-        a.v = v.data();
-        a.k_stride = a.v_stride = stride;
-        Workspace workspace;
-        KvWriteCpu(ExecContext{3, &workspace}, a);
-        const auto bytes = static_cast<size_t>(pool * got.view().page_stride * SizeOf(dtype));
-        EXPECT_EQ(std::memcmp(got.view().k, want.view().k, bytes), 0) << Name(dtype) << " D " << D;
-        EXPECT_EQ(std::memcmp(got.view().v, want.view().v, bytes), 0) << Name(dtype) << " D " << D;
-      }
-    }
-  });
-}
-
-// What has no integer leaves a NaN in what attends to it, not a number.
-TEST(KvWrite, ARowThatIsNotFiniteIsNaNInAnInt8Cache) {
-  ForEachTarget([] {
-    for (const float bad : {kNaN, std::numeric_limits<float>::infinity()}) {
-      Cache cache(Shape{.Hkv = 1, .D = 16, .page_size = 4, .dtype = DType::kI8}, 1);
-      std::vector<float> row(16, 0.5f);
-      row[3] = bad;
-      const int32_t row_start[] = {0, 1}, pos[] = {0}, page_start[] = {0, 1}, pages[] = {0};
-      Workspace workspace;
-      KvWriteCpu(ExecContext{1, &workspace}, {.rows = {1, row_start, pos},
-                                              .tables = {page_start, pages},
-                                              .kv = cache.view(),
-                                              .k = row.data(),
-                                              .v = row.data(),
-                                              .k_stride = 16,
-                                              .v_stride = 16});
-      EXPECT_TRUE(
-          std::isnan(*RowScale(cache.view(), cache.view().k, {page_start, pages}, 0, 0, 0)));
-    }
-  });
 }
 
 }  // namespace

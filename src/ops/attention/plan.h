@@ -23,6 +23,19 @@ inline constexpr int kPrefillRowPad = 32;  // a whole number of register blocks 
 inline constexpr int kPartialPad =
     32;  // D in the decode form is padded to two vectors of any target
 
+struct AttentionTask {
+  int64_t cost;  // rows times keys, to start the largest first
+  int32_t n, head;
+  int32_t begin, end;  // rows of the sequence (prefill) or keys (decode)
+  int64_t partial;     // where among the partial results a decode task's goes; -1: prefill
+};
+
+// The decode tasks of one (sequence, KV head), which are merged in ascending order of keys.
+struct AttentionMerge {
+  int32_t n, head, splits;
+  int64_t partial, split_stride;  // of the first, and between them
+};
+
 constexpr int RoundUp(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
 constexpr int64_t RoundUp64(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;

@@ -57,7 +57,7 @@ inline BlockView ViewBlock(const GroupQuantShape& shape, const uint8_t* weight, 
 void GroupQuantize(const GroupQuantShape& shape, int64_t begin, int64_t end, const float* weight,
                    uint8_t* to);
 
-// Features [begin, end) as fp32 rows, `stride` >= shape.stride() floats apart.
+// Features [begin, end) as fp32 rows, `stride` >= shape.in floats apart.
 void GroupDequantize(const GroupQuantShape& shape, const uint8_t* from, int64_t begin, int64_t end,
                      float* to, int64_t stride);
 
@@ -67,9 +67,14 @@ struct QuantRows {
   int16_t* q = nullptr;    // [T, stride]
   float* scale = nullptr;  // [T, groups]
   float* sum = nullptr;    // [T, groups]
+
+  QuantRows From(const GroupQuantShape& shape, int64_t t) const {
+    return {q + t * shape.stride(), scale + t * shape.groups(), sum + t * shape.groups()};
+  }
 };
-void QuantizeRows(const GroupQuantShape& shape, const float* x, int64_t x_stride, int64_t T,
-                  const QuantRows& to);
+// The inputs [begin, end) of one row x, `begin` a multiple of kQuantGroup, to the same places of
+// `row`; a group is filled up with zeros.
+void QuantizePiece(const float* x, int64_t begin, int64_t end, const QuantRows& row);
 
 struct GroupQuantArgs {
   GroupQuantShape shape;

@@ -49,8 +49,11 @@ void DequantizeTarget(const GroupQuantShape& shape, const uint8_t* from, int64_t
   for (int64_t o = begin; o < end; ++o) {
     const BlockView block = ViewBlock(shape, from, o / kQuantBlock);
     const int64_t lane = o % kQuantBlock;
-    float* row = to + (o - begin) * stride;
-    for (int64_t g = 0; g < shape.groups(); ++g, row += kQuantGroup) {
+    float* const row = to + (o - begin) * stride;
+    for (int64_t g = 0; g < shape.groups(); ++g) {
+      const int64_t count = std::min<int64_t>(kQuantGroup, shape.in - g * kQuantGroup);
+      float last[kQuantGroup];
+      float* const group = count < kQuantGroup ? last : row + g * kQuantGroup;
       const auto d = all(ToFloat(f16{block.d[g * kQuantBlock + lane]}));
       const uint8_t* q = block.q + g * shape.group_bytes() + 4 * lane;
       uint32_t four[8];  // inputs of this feature
@@ -68,15 +71,15 @@ void DequantizeTarget(const GroupQuantShape& shape, const uint8_t* from, int64_t
       const auto m = all(ToFloat(f16{block.m[g * kQuantBlock + lane]}));
       if (shape.bits == 8) {
         for (int c = 0; c < 8; c += 2)
-          store(pair(four[c], four[c + 1]), m, std::true_type(), row + 4 * c);
-        continue;
+          store(pair(four[c], four[c + 1]), m, std::true_type(), group + 4 * c);
       }
       constexpr uint64_t kLow = 0x0f0f0f0f0f0f0f0full;
-      for (int c = 0; c < 4; c += 2) {
+      for (int c = 0; c < 4 && shape.bits == 4; c += 2) {
         const uint64_t both = pair(four[c], four[c + 1]);
-        store(both & kLow, m, std::false_type(), row + 4 * c);
-        store(both >> 4 & kLow, m, std::false_type(), row + 4 * (c + 4));
+        store(both & kLow, m, std::false_type(), group + 4 * c);
+        store(both >> 4 & kLow, m, std::false_type(), group + 4 * (c + 4));
       }
+      if (count < kQuantGroup) std::copy_n(last, count, row + g * kQuantGroup);
     }
   }
 }
@@ -228,23 +231,18 @@ inline float QuantizeActivations(const float* from, int16_t* to, int* total) {
 #endif
 
 // A NaN or an infinity has no integer: the scale carries it to the result as NaN.
-void QuantizeRowsTarget(const GroupQuantShape& shape, const float* x, int64_t x_stride, int64_t T,
-                        const QuantRows& to) {
-  for (int64_t t = 0; t < T; ++t) {
-    for (int64_t g = 0; g < shape.groups(); ++g) {
-      const float* from = x + t * x_stride + g * kQuantGroup;
-      const int64_t count = std::min<int64_t>(kQuantGroup, shape.in - g * kQuantGroup);
-      float last[kQuantGroup] = {};
-      if (count < kQuantGroup) {
-        std::copy(from, from + count, last);
-        from = last;
-      }
-      int sum = 0;
-      const float scale =
-          QuantizeActivations(from, to.q + t * shape.stride() + g * kQuantGroup, &sum);
-      to.scale[t * shape.groups() + g] = scale;
-      to.sum[t * shape.groups() + g] = scale * static_cast<float>(sum);
+void QuantizePieceTarget(const float* x, int64_t begin, int64_t end, const QuantRows& row) {
+  for (int64_t i = begin; i < end; i += kQuantGroup) {
+    const float* from = x + i;
+    float last[kQuantGroup];
+    if (end - i < kQuantGroup) {
+      std::fill(std::copy(from, x + end, last), last + kQuantGroup, 0.f);
+      from = last;
     }
+    int sum = 0;
+    const float scale = QuantizeActivations(from, row.q + i, &sum);
+    row.scale[i / kQuantGroup] = scale;
+    row.sum[i / kQuantGroup] = scale * static_cast<float>(sum);
   }
 }
 
@@ -258,7 +256,7 @@ namespace dsla {
 HWY_EXPORT(ProductTarget);
 HWY_EXPORT(QuantizeTarget);
 HWY_EXPORT(DequantizeTarget);
-HWY_EXPORT(QuantizeRowsTarget);
+HWY_EXPORT(QuantizePieceTarget);
 
 void GroupQuantProduct(const GroupQuantArgs& args, int64_t begin, int64_t end) {
   HWY_DYNAMIC_DISPATCH(ProductTarget)(args, begin, end);
@@ -276,9 +274,8 @@ void GroupDequantize(const GroupQuantShape& shape, const uint8_t* from, int64_t 
                      float* to, int64_t stride) {
   HWY_DYNAMIC_DISPATCH(DequantizeTarget)(shape, from, begin, end, to, stride);
 }
-void QuantizeRows(const GroupQuantShape& shape, const float* x, int64_t x_stride, int64_t T,
-                  const QuantRows& to) {
-  HWY_DYNAMIC_DISPATCH(QuantizeRowsTarget)(shape, x, x_stride, T, to);
+void QuantizePiece(const float* x, int64_t begin, int64_t end, const QuantRows& row) {
+  HWY_DYNAMIC_DISPATCH(QuantizePieceTarget)(x, begin, end, row);
 }
 
 }  // namespace dsla

@@ -4,15 +4,13 @@
 #include <cstring>
 #include <stdexcept>
 #include <utility>
-#include <vector>
 
 #include "base/buffer.h"
 #include "base/check.h"
 #include "base/half.h"
-#include "ops/linear/group_quant.h"
+#include "ops/linear/linear_forms.h"
 #include "ops/linear/linear_gemm.h"
 #include "ops/linear/linear_kernels.h"
-#include "ops/linear/panel.h"
 
 namespace dsla {
 namespace {
@@ -66,10 +64,8 @@ struct Linear::Storage {
   const float* bias_or_null() const { return bias.size() > 0 ? bias.data() : nullptr; }
 
   void Store(int64_t begin, int64_t end, const float* from, int64_t in);
-  void ForwardRows(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T, int64_t in,
-                   int64_t out, float* y, int64_t y_stride, bool accumulate) const;
-  void ForwardQuantized(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T,
-                        float* y, int64_t y_stride, bool accumulate) const;
+  void ForwardRows(const ExecContext& ctx, const LinearRowsArgs& args, int64_t out) const;
+  void ForwardQuantized(const ExecContext& ctx, const GroupQuantArgs& args) const;
   void GemmPiece(Gemm gemm, GemmArgs args, int64_t feature) const;
   void ForwardGemm(const ExecContext& ctx, const GemmArgs& args) const;
 };
@@ -161,6 +157,8 @@ Linear& Linear::operator=(Linear&& other) noexcept {
 Linear::Linear() = default;
 Linear::~Linear() = default;
 
+WeightFormat Linear::format() const { return storage_->format; }
+
 int64_t Linear::bytes() const {
   if (empty()) return 0;
   return storage_->weight_bytes + storage_->bias.size() * static_cast<int64_t>(sizeof(float));
@@ -168,62 +166,87 @@ int64_t Linear::bytes() const {
 
 void Linear::Forward(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T, float* y,
                      int64_t y_stride, Accumulate accumulate, Products products) const {
-  DSLA_CHECK(!empty());
   DSLA_CHECK(ctx.workspace != nullptr);
-  DSLA_CHECK(T <= 1 || (x_stride >= in_ && y_stride >= out_));
   if (T <= 0) return;
-  const bool add = accumulate == Accumulate::kYes;
-  const Storage& s = *storage_;
-  if (products == Products::kInvariant || T <= LinearLoopRows(s.format)) {
-    for (int64_t t = 0; t < T; t += kMaxRows) {
-      s.ForwardRows(ctx, x + t * x_stride, x_stride, std::min(kMaxRows, T - t), in_, out_,
-                    y + t * y_stride, y_stride, add);
-    }
-    return;
-  }
-  if (s.format != WeightFormat::kF32) {
-    PanelProduct(ctx, {.format = s.format,
-                       .out = out_,
-                       .in = in_,
-                       .weight = s.weight,
-                       .bias = s.bias_or_null(),
-                       .x = x,
-                       .x_stride = x_stride,
-                       .T = T,
-                       .y = y,
-                       .y_stride = y_stride,
-                       .accumulate = add});
-    return;
-  }
-  s.ForwardGemm(ctx, {.x = x,
-                      .x_stride = x_stride,
-                      .w_stride = s.stride,
-                      .y = y,
-                      .y_stride = y_stride,
-                      .T = T,
-                      .in = in_,
-                      .out = out_,
-                      .accumulate = add});
+  const Workspace::Scope scope(*ctx.workspace);
+  LinearInput input(*ctx.workspace, T, in_, products);
+  input.Set(x, x_stride, T);
+  Forward(ctx, input, 0, y, y_stride, accumulate);
 }
 
-void Linear::Storage::ForwardQuantized(const ExecContext& ctx, const float* x, int64_t x_stride,
-                                       int64_t T, float* y, int64_t y_stride,
-                                       bool accumulate) const {
-  const Workspace::Scope scope(*ctx.workspace);
-  const QuantRows rows{.q = ctx.workspace->Take<int16_t>(T * quant.stride()),
-                       .scale = ctx.workspace->Take<float>(T * quant.groups()),
-                       .sum = ctx.workspace->Take<float>(T * quant.groups())};
-  QuantizeRows(quant, x, x_stride, T, rows);
-  const GroupQuantArgs args{.shape = quant,
-                            .weight = blocks(),
-                            .bias = bias_or_null(),
-                            .x = rows,
-                            .T = T,
-                            .y = y,
-                            .y_stride = y_stride,
-                            .accumulate = accumulate};
+void Linear::Forward(const ExecContext& ctx, LinearInput& x, int64_t first, float* y,
+                     int64_t y_stride, Accumulate accumulate) const {
+  DSLA_CHECK(!empty() && x.in() == in_);
+  DSLA_CHECK(ctx.workspace != nullptr);
+  const int64_t T = x.T() - first;
+  DSLA_CHECK(T <= 1 || y_stride >= out_);
+  if (T <= 0) return;
+  const Storage& s = *storage_;
+  const InputForm form = FormOf(s.format, T, x.products());
+  x.Make(ctx, form, first);
+  const LinearInput::Forms& forms = *x.forms_;
+  const bool add = accumulate == Accumulate::kYes;
+  const auto in_tiles = [&](auto&& product) {
+    for (int64_t t = 0; t < T; t += kMaxRows)
+      product(first + t, std::min(kMaxRows, T - t), y + t * y_stride);
+  };
+  switch (form) {
+    case InputForm::kPadded:
+    case InputForm::kPairs:
+      in_tiles([&](int64_t t, int64_t rows, float* to) {
+        s.ForwardRows(ctx,
+                      {.weight = s.weight,
+                       .dtype = s.dtype,
+                       .stride = s.stride,
+                       .bias = s.bias_or_null(),
+                       .x = forms.Packed(form, t),
+                       .T = rows,
+                       .y = to,
+                       .y_stride = y_stride,
+                       .accumulate = add},
+                      out_);
+      });
+      return;
+    case InputForm::kGroups:
+      in_tiles([&](int64_t t, int64_t rows, float* to) {
+        s.ForwardQuantized(ctx, {.shape = s.quant,
+                                 .weight = s.blocks(),
+                                 .bias = s.bias_or_null(),
+                                 .x = forms.Groups(t),
+                                 .T = rows,
+                                 .y = to,
+                                 .y_stride = y_stride,
+                                 .accumulate = add});
+      });
+      return;
+    case InputForm::kPanels:
+      PanelProduct(ctx, {.format = s.format,
+                         .out = out_,
+                         .in = in_,
+                         .weight = s.weight,
+                         .bias = s.bias_or_null(),
+                         .x = forms.Panels(first),
+                         .T = T,
+                         .y = y,
+                         .y_stride = y_stride,
+                         .accumulate = add});
+      return;
+    case InputForm::kPlain:
+      s.ForwardGemm(ctx, {.x = x.x_ + first * x.stride_,
+                          .x_stride = x.stride_,
+                          .w_stride = s.stride,
+                          .y = y,
+                          .y_stride = y_stride,
+                          .T = T,
+                          .in = in_,
+                          .out = out_,
+                          .accumulate = add});
+  }
+}
+
+void Linear::Storage::ForwardQuantized(const ExecContext& ctx, const GroupQuantArgs& args) const {
   const int64_t blocks = quant.blocks();
-  if (weight_bytes * T < kMinParallelBytes) {
+  if (weight_bytes * args.T < kMinParallelBytes) {
     GroupQuantProduct(args, 0, blocks);
     return;
   }
@@ -234,27 +257,10 @@ void Linear::Storage::ForwardQuantized(const ExecContext& ctx, const float* x, i
   });
 }
 
-void Linear::Storage::ForwardRows(const ExecContext& ctx, const float* x, int64_t x_stride,
-                                  int64_t T, int64_t in, int64_t out, float* y, int64_t y_stride,
-                                  bool accumulate) const {
-  if (IsQuantized(format)) {
-    ForwardQuantized(ctx, x, x_stride, T, y, y_stride, accumulate);
-    return;
-  }
-  const Workspace::Scope scope(*ctx.workspace);
-  float* packed = ctx.workspace->Take<float>(T * stride);
-  PackActivations(x, x_stride, T, in, stride, dtype, packed);
-  const LinearRowsArgs args{.weight = weight,
-                            .dtype = dtype,
-                            .stride = stride,
-                            .bias = bias_or_null(),
-                            .x = packed,
-                            .T = T,
-                            .y = y,
-                            .y_stride = y_stride,
-                            .accumulate = accumulate};
+void Linear::Storage::ForwardRows(const ExecContext& ctx, const LinearRowsArgs& args,
+                                  int64_t out) const {
   const int64_t row_bytes = stride * SizeOf(dtype);
-  if (out * row_bytes * T < kMinParallelBytes) {
+  if (out * row_bytes * args.T < kMinParallelBytes) {
     LinearRows(args, 0, out);
     return;
   }
@@ -308,9 +314,7 @@ void Linear::ReadRow(int64_t i, float* out) const {
   DSLA_CHECK(i >= 0 && i < out_);
   const Storage& s = *storage_;
   if (IsQuantized(s.format)) {
-    std::vector<float> row(static_cast<size_t>(s.stride));
-    GroupDequantize(s.quant, s.blocks(), i, i + 1, row.data(), s.stride);
-    std::memcpy(out, row.data(), static_cast<size_t>(in_) * sizeof(float));
+    GroupDequantize(s.quant, s.blocks(), i, i + 1, out, in_);
   } else if (s.dtype == DType::kBF16) {
     WidenBf16(s.w16() + i * s.stride, out, in_);
   } else {
@@ -322,15 +326,16 @@ LowRankDelta::LowRankDelta(std::span<const float> a, std::span<const float> b, i
                            int64_t in, int64_t out, WeightFormat format, Arena* arena)
     : a_(a, rank, in, format, {}, arena), b_(b, out, rank, format, {}, arena) {}
 
-void LowRankDelta::AddTo(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T,
-                         float* y, int64_t y_stride, Products products) const {
+void LowRankDelta::AddTo(const ExecContext& ctx, LinearInput& x, int64_t first, float* y,
+                         int64_t y_stride) const {
+  const int64_t T = x.T() - first;
   if (empty() || T <= 0) return;
   DSLA_CHECK(ctx.workspace != nullptr);
   const Workspace::Scope scope(*ctx.workspace);
   const int64_t rank = a_.out();
   float* h = ctx.workspace->Take<float>(T * rank);
-  a_.Forward(ctx, x, x_stride, T, h, rank, Accumulate::kNo, products);
-  b_.Forward(ctx, h, rank, T, y, y_stride, Accumulate::kYes, products);
+  a_.Forward(ctx, x, first, h, rank);
+  b_.Forward(ctx, h, rank, T, y, y_stride, Accumulate::kYes, x.products());
 }
 
 }  // namespace dsla

@@ -38,6 +38,8 @@ Status PrepareLinear(WeightFormat format);
 inline constexpr int64_t kLinearInvariantRows = 32;
 enum class Products { kFastest, kInvariant };
 
+class LinearInput;  // linear_input.h
+
 class Linear {
  public:
   Linear();
@@ -58,11 +60,16 @@ class Linear {
 
   int64_t in() const { return in_; }
   int64_t out() const { return out_; }
+  WeightFormat format() const;
   bool empty() const { return out_ == 0; }
   int64_t bytes() const;  // of the stored weight and bias
 
-  // y[t] (+)= W x[t] + b for T rows; strides in floats between rows. x and y do not overlap.
+  // y[t - first] (+)= W x[t] + b for the rows [first, T) of x; y_stride in floats between rows. x
+  // and y do not overlap. What it makes of x, x keeps for the next product.
   // Sets libtorch's thread count to 1 where it takes the GEMM (fp32): the threads are ctx's.
+  void Forward(const ExecContext& ctx, LinearInput& x, int64_t first, float* y, int64_t y_stride,
+               Accumulate accumulate = Accumulate::kNo) const;
+  // The same of T rows that are multiplied once.
   void Forward(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T, float* y,
                int64_t y_stride, Accumulate accumulate = Accumulate::kNo,
                Products products = Products::kFastest) const;
@@ -86,8 +93,9 @@ class LowRankDelta {
   bool empty() const { return a_.empty(); }
   int64_t rank() const { return a_.out(); }
   int64_t bytes() const { return empty() ? 0 : a_.bytes() + b_.bytes(); }
-  void AddTo(const ExecContext& ctx, const float* x, int64_t x_stride, int64_t T, float* y,
-             int64_t y_stride, Products products = Products::kFastest) const;
+  // Of the rows [first, T) of x; y: [T - first, out].
+  void AddTo(const ExecContext& ctx, LinearInput& x, int64_t first, float* y,
+             int64_t y_stride) const;
 
  private:
   Linear a_, b_;

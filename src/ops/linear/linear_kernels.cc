@@ -184,34 +184,28 @@ void LinearRowsTarget(const LinearRowsArgs& args, int64_t begin, int64_t end) {
 }
 
 // For bf16 weights every 2 N floats become N of even and N of odd index, as DecodePair yields them.
-void PackTarget(const float* x, int64_t x_stride, int64_t T, int64_t in, int64_t stride,
-                DType dtype, float* packed) {
+void PackTarget(const float* x, int64_t begin, int64_t end, int64_t in, int64_t stride, DType dtype,
+                float* packed) {
   const Tag d;
-  for (int64_t t = 0; t < T; ++t) {
-    const float* from = x + t * x_stride;
-    float* to = packed + t * stride;
-    if (dtype == DType::kF32) {
-      std::memcpy(to, from, static_cast<size_t>(in) * sizeof(float));
-      std::fill(to + in, to + stride, 0.f);
-      continue;
-    }
+  int64_t k = begin;
+  if (dtype == DType::kF32) {
+    k = std::copy(x + begin, x + end, packed + begin) - packed;
+  } else {
     Vec even, odd;
-    int64_t k = 0;
-    for (; k + 2 * kLanes <= in; k += 2 * kLanes) {
-      hn::LoadInterleaved2(d, from + k, even, odd);
-      hn::Store(even, d, to + k);
-      hn::Store(odd, d, to + k + kLanes);
-    }
-    if (k < in) {
-      HWY_ALIGN float last[2 * kLanes] = {};
-      std::copy(from + k, from + in, last);
-      hn::LoadInterleaved2(d, last, even, odd);
-      hn::Store(even, d, to + k);
-      hn::Store(odd, d, to + k + kLanes);
+    const auto store = [&](const float* from) {
+      hn::LoadInterleaved2(d, from, even, odd);
+      hn::Store(even, d, packed + k);
+      hn::Store(odd, d, packed + k + kLanes);
       k += 2 * kLanes;
+    };
+    while (k + 2 * kLanes <= end) store(x + k);
+    if (k < end) {
+      HWY_ALIGN float last[2 * kLanes] = {};
+      std::copy(x + k, x + end, last);
+      store(last);
     }
-    std::fill(to + k, to + stride, 0.f);
   }
+  if (end == in) std::fill(packed + k, packed + stride, 0.f);
 }
 
 void WidenTarget(const bf16* from, float* to, int64_t n) {
@@ -236,9 +230,9 @@ HWY_EXPORT(NarrowTarget);
 void LinearRows(const LinearRowsArgs& args, int64_t begin, int64_t end) {
   HWY_DYNAMIC_DISPATCH(LinearRowsTarget)(args, begin, end);
 }
-void PackActivations(const float* x, int64_t x_stride, int64_t T, int64_t in, int64_t stride,
-                     DType dtype, float* packed) {
-  HWY_DYNAMIC_DISPATCH(PackTarget)(x, x_stride, T, in, stride, dtype, packed);
+void PackPiece(const float* x, int64_t begin, int64_t end, int64_t in, int64_t stride, DType dtype,
+               float* packed) {
+  HWY_DYNAMIC_DISPATCH(PackTarget)(x, begin, end, in, stride, dtype, packed);
 }
 void WidenBf16(const bf16* from, float* to, int64_t n) {
   HWY_DYNAMIC_DISPATCH(WidenTarget)(from, to, n);

@@ -17,17 +17,18 @@ struct LinearRowsArgs {
   DType dtype = DType::kBF16;
   int64_t stride = 0;  // elements between rows of the weight: in, padded
   const float* bias = nullptr;
-  const float* x = nullptr;  // [T, stride] packed by PackActivations
+  const float* x = nullptr;  // [T, stride] packed by PackPiece
   int64_t T = 0;
   float* y = nullptr;  // [T, out]
   int64_t y_stride = 0;
   bool accumulate = false;
 };
 
-// x [T, in] -> packed [T, stride] in the order in which LinearRows decodes the weights (the same
-// dispatch target must read it), zeros at the end.
-void PackActivations(const float* x, int64_t x_stride, int64_t T, int64_t in, int64_t stride,
-                     DType dtype, float* packed);
+// The inputs [begin, end) of one row x [in], `begin` a multiple of kLinearPad, to packed [stride]
+// in the order in which LinearRows decodes the weights (the same dispatch target must read it);
+// with the last inputs come the zeros at the end.
+void PackPiece(const float* x, int64_t begin, int64_t end, int64_t in, int64_t stride, DType dtype,
+               float* packed);
 
 // y[:, begin..end): the output features [begin, end), all T rows. The sum of one element runs over
 // the inputs in one fixed order, whatever T and the range are.

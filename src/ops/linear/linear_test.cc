@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "base/half.h"
-#include "ops/linear/linear_kernels.h"
+#include "ops/linear/linear_input.h"
 #include "ops/linear/panel_testing.h"
 #include "ops/simd/each_target.h"
 #include "ops/testing/expect_close.h"
@@ -156,8 +156,10 @@ TEST(LinearTest, InvariantProductsDoNotDependOnTheBatch) {
         const int64_t count = std::min(rows, T - t);
         linear.Forward({threads, &workspace}, x.data() + t * in, in, count, y.data() + t * out, out,
                        Accumulate::kNo, Products::kInvariant);
-        delta.AddTo({threads, &workspace}, x.data() + t * in, in, count, y.data() + t * out, out,
-                    Products::kInvariant);
+        const Workspace::Scope scope(workspace);
+        LinearInput input(workspace, count, in, Products::kInvariant);
+        input.Set(x.data() + t * in, in, count);
+        delta.AddTo({threads, &workspace}, input, 0, y.data() + t * out, out);
       }
     };
     std::vector<float> alone(static_cast<size_t>(T * out));
@@ -242,7 +244,9 @@ TEST(LowRankDeltaTest, EqualsReference) {
     Workspace workspace;
     const LowRankDelta delta(a, b, rank, in, out, WeightFormat::kBF16);
     EXPECT_GT(delta.bytes(), 2 * (rank * in + out * rank) - 1);
-    delta.AddTo({2, &workspace}, x.data(), x_stride, T, y.data(), y_stride);
+    LinearInput input(workspace, T, in, Products::kFastest);
+    input.Set(x.data(), x_stride, T);
+    delta.AddTo({2, &workspace}, input, 0, y.data(), y_stride);
     for (int64_t t = 0; t < T; ++t) {
       for (int64_t o = 0; o < out; ++o) {
         const size_t i = static_cast<size_t>(t * y_stride + o);

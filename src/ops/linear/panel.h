@@ -24,14 +24,30 @@ static_assert(kPanelSegment * kLargestWeight * kLargestActivation <=
               std::numeric_limits<int32_t>::max());
 static_assert(kPanelSegment % kQuantGroup == 0);
 
+// Activations: x = scale q up to rounding.
+struct PanelRows {
+  int16_t* q = nullptr;    // [T, stride]
+  float* scale = nullptr;  // [T, segments]
+  int64_t stride = 0, segments = 0;
+
+  PanelRows From(int64_t t) const {
+    return {q + t * stride, scale + t * segments, stride, segments};
+  }
+  PanelRows Segment(int64_t s) const {
+    return {q + s * kPanelSegment, scale + s, stride, segments};
+  }
+};
+// The inputs [begin, end) of one row x [in], `begin` a multiple of kPanelSegment, to the same
+// places of `row`; with the last inputs come the zeros up to its stride.
+void RoundPanelPiece(const float* x, int64_t begin, int64_t end, int64_t in, const PanelRows& row);
+
 struct PanelArgs {
   WeightFormat format = WeightFormat::kInt8;
   int64_t out = 0, in = 0;
   // Integers: the blocks of GroupQuantShape. bf16: rows padded with zeros to as many inputs.
   const void* weight = nullptr;
   const float* bias = nullptr;  // [out] or null
-  const float* x = nullptr;     // [T, in]
-  int64_t x_stride = 0;
+  PanelRows x;
   int64_t T = 0;
   float* y = nullptr;  // [T, out]
   int64_t y_stride = 0;

@@ -20,20 +20,6 @@
 #define DSLA_OPS_LINEAR_PANEL_KERNELS_CC_
 namespace dsla {
 
-// Activations: x = scale q up to rounding.
-struct PanelRows {
-  int16_t* q;    // [T, stride]
-  float* scale;  // [T, segments]
-  int64_t stride, segments;
-
-  PanelRows From(int64_t t) const {
-    return {q + t * stride, scale + t * segments, stride, segments};
-  }
-  PanelRows Segment(int64_t s) const {
-    return {q + s * kPanelSegment, scale + s, stride, segments};
-  }
-};
-
 // Unpacked weights: of one strip and segment at a time.
 struct PanelScratch {
   alignas(64) int32_t pairs[kPanelFeatures * kPanelSegment / 2];
@@ -42,8 +28,7 @@ struct PanelScratch {
 
 // All rows of `product` times the features of a panel.
 struct PanelTask {
-  PanelArgs product;  // but for x
-  PanelRows x;
+  PanelArgs product;
   int64_t panel;
   PanelScratch* scratch;
   float* sums;  // [T, kPanelFeatures]
@@ -139,9 +124,10 @@ void PanelTarget(const PanelTask& a) {
   const PanelArgs& product = a.product;
   const int64_t from = a.panel * kPanelFeatures,
                 features = std::min(kPanelFeatures, product.out - from);
+  const PanelRows& x = product.x;
   int32_t* const pairs = a.scratch->pairs;
   float* const step = a.scratch->step;
-  for (int64_t s = 0; s < a.x.segments; ++s) {
+  for (int64_t s = 0; s < x.segments; ++s) {
     const int64_t begin = s * kPanelSegment,
                   end = std::min(product.padded(), begin + kPanelSegment);
     for (int64_t first = 0; first < features; first += kStrip) {
@@ -151,9 +137,9 @@ void PanelTarget(const PanelTask& a) {
       const Strip strip{pairs, (end - begin) / 2, step, count};
       // Tile by tile, so that the result's cache misses pass during the next tile.
       const auto done = [&](int64_t t, int64_t rows) {
-        if (s + 1 == a.x.segments) WriteStrip(a, first, t, rows);
+        if (s + 1 == x.segments) WriteStrip(a, first, t, rows);
       };
-      StripProduct(strip, a.x.Segment(s), product.T, s == 0, a.sums + first, done);
+      StripProduct(strip, x.Segment(s), product.T, s == 0, a.sums + first, done);
     }
   }
 }
@@ -187,14 +173,12 @@ HWY_INLINE float RoundSegment(const float* x, int64_t count, int64_t padded, int
   return largest / kLargestActivation;
 }
 
-void RoundRowsTarget(const PanelArgs& a, int64_t begin, int64_t end, const PanelRows& to) {
-  for (int64_t t = begin; t < end; ++t) {
-    const PanelRows row = to.From(t);
-    for (int64_t s = 0; s < row.segments; ++s) {
-      const int64_t at = s * kPanelSegment, count = std::min(kPanelSegment, a.in - at),
-                    padded = std::min(kPanelSegment, row.stride - at);
-      row.scale[s] = RoundSegment(a.x + t * a.x_stride + at, count, padded, row.q + at);
-    }
+void RoundPieceTarget(const float* x, int64_t begin, int64_t end, int64_t in,
+                      const PanelRows& row) {
+  for (int64_t i = begin; i < end; i += kPanelSegment) {
+    const int64_t count = std::min(kPanelSegment, in - i),
+                  padded = std::min(kPanelSegment, row.stride - i);
+    row.scale[i / kPanelSegment] = RoundSegment(x + i, count, padded, row.q + i);
   }
 }
 
@@ -206,7 +190,7 @@ HWY_AFTER_NAMESPACE();
 namespace dsla {
 
 HWY_EXPORT(PanelTarget);
-HWY_EXPORT(RoundRowsTarget);
+HWY_EXPORT(RoundPieceTarget);
 
 namespace {
 
@@ -264,27 +248,25 @@ class TaskPlan {
 
 }  // namespace
 
+void RoundPanelPiece(const float* x, int64_t begin, int64_t end, int64_t in, const PanelRows& row) {
+  HWY_DYNAMIC_DISPATCH(RoundPieceTarget)(x, begin, end, in, row);
+}
+
 void PanelProduct(const ExecContext& ctx, const PanelArgs& args) {
-  const int64_t segments = (args.in + kPanelSegment - 1) / kPanelSegment,
-                panels = (args.out + kPanelFeatures - 1) / kPanelFeatures;
+  const int64_t panels = (args.out + kPanelFeatures - 1) / kPanelFeatures;
   const TaskPlan plan(std::max(ctx.threads, 1), panels, args.T);
   const Workspace::Scope scope(*ctx.workspace);
-  const PanelRows rounded{ctx.workspace->Take<int16_t>(args.T * args.padded()),
-                          ctx.workspace->Take<float>(args.T * segments), args.padded(), segments};
   auto* const scratch = ctx.workspace->Take<PanelScratch>(ctx.threads);
   float* const sums = ctx.workspace->Take<float>(ctx.threads * plan.rows() * kPanelFeatures);
-  ParallelRanges(ctx, args.T, 16, [&](int64_t begin, int64_t end, int) {
-    HWY_DYNAMIC_DISPATCH(RoundRowsTarget)(args, begin, end, rounded);
-  });
   ParallelFor(ctx, plan.size(), [&](int64_t i, int thread) {
     const TaskPlan::Piece piece = plan.At(i);
     if (piece.rows == 0) return;
     PanelTask task{.product = args,
-                   .x = rounded.From(piece.first),
                    .panel = piece.panel,
                    .scratch = scratch + thread,
                    .sums = sums + thread * plan.rows() * kPanelFeatures};
     task.product.T = piece.rows;
+    task.product.x = args.x.From(piece.first);
     task.product.y += piece.first * args.y_stride;
     HWY_DYNAMIC_DISPATCH(PanelTarget)(task);
   });

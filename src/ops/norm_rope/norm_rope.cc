@@ -6,39 +6,17 @@
 #include "ops/norm_rope/norm_rope_kernels.h"
 
 namespace dsla {
-namespace {
-
-// Floats below which starting threads costs more than the work: some 10 us of one core.
-constexpr int64_t kMinParallel = int64_t{32} << 10;
-
-template <typename Body>
-void Rows(const ExecContext& ctx, int64_t T, int64_t floats_per_row, Body&& body) {
-  if (T * floats_per_row < kMinParallel) {
-    body(0, T);
-    return;
-  }
-  ParallelRanges(ctx, T, 1, [&](int64_t begin, int64_t end, int) { body(begin, end); });
-}
-
-}  // namespace
-
 void RmsNorm(const ExecContext& ctx, const float* x, const float* weight, float eps, int64_t T,
              int64_t C, float* out) {
-  Rows(ctx, T, C, [&](int64_t begin, int64_t end) {
-    RmsNormRows(nullptr, x, nullptr, weight, eps, C, out, begin, end);
+  ForRows(ctx, T, C, [&](int64_t begin, int64_t end, int) {
+    for (int64_t t = begin; t < end; ++t)
+      RmsNormRow(nullptr, x + t * C, nullptr, weight, eps, C, out + t * C);
   });
 }
 
-void AddRmsNorm(const ExecContext& ctx, float* x, const float* delta, const float* weight,
-                float eps, int64_t T, int64_t C, float* out) {
-  Rows(ctx, T, C, [&](int64_t begin, int64_t end) {
-    RmsNormRows(x, x, delta, weight, eps, C, out, begin, end);
-  });
-}
-
-void SiluMul(const ExecContext& ctx, const float* gate_up, int64_t T, int64_t ffn, float* out) {
-  Rows(ctx, T, 2 * ffn,
-       [&](int64_t begin, int64_t end) { SiluMulRows(gate_up, ffn, out, begin, end); });
+void AddRmsNormRow(float* x, const float* delta, const float* weight, float eps, int64_t C,
+                   float* out) {
+  RmsNormRow(x, x, delta, weight, eps, C, out);
 }
 
 RopeTable::RopeTable(std::span<const double> frequencies, int64_t positions)
@@ -62,7 +40,8 @@ void NormRope(const ExecContext& ctx, const RopeArgs& args) {
   DSLA_CHECK(args.T <= 1 || args.stride >= width);
   for (int64_t t = 0; t < args.T; ++t)
     DSLA_CHECK(args.positions[t] >= 0 && args.positions[t] < args.table->positions());
-  Rows(ctx, args.T, width, [&](int64_t begin, int64_t end) { NormRopeRows(args, begin, end); });
+  ForRows(ctx, args.T, width,
+          [&](int64_t begin, int64_t end, int) { NormRopeRows(args, begin, end); });
 }
 
 }  // namespace dsla

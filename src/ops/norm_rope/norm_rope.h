@@ -14,12 +14,12 @@ namespace dsla {
 void RmsNorm(const ExecContext& ctx, const float* x, const float* weight, float eps, int64_t T,
              int64_t C, float* out);
 
-// x[t] += delta[t], then as RmsNorm. x, delta, out: [T, C] dense.
-void AddRmsNorm(const ExecContext& ctx, float* x, const float* delta, const float* weight,
-                float eps, int64_t T, int64_t C, float* out);
-
-// out[t, j] = silu(gate_up[t, j]) * gate_up[t, ffn + j]. gate_up: [T, 2 ffn], out: [T, ffn], dense.
-void SiluMul(const ExecContext& ctx, const float* gate_up, int64_t T, int64_t ffn, float* out);
+// One row, on the calling thread: for LinearInput::Fill, which rounds it for a product meanwhile.
+// x += delta (null: nothing), then as RmsNorm. x, delta, out: [C].
+void AddRmsNormRow(float* x, const float* delta, const float* weight, float eps, int64_t C,
+                   float* out);
+// out[j] = silu(gate_up[j]) * gate_up[ffn + j] for j in [begin, end). gate_up: [2 ffn], out: [ffn].
+void SiluMulRow(const float* gate_up, int64_t ffn, int64_t begin, int64_t end, float* out);
 
 // cos and sin of every position's rotation angles, computed in fp64 once. Immutable, thread-safe.
 class RopeTable {
