@@ -28,7 +28,7 @@ DOCUMENTS = (
 )
 SHORT = ("Artistic", "BSD")  # short chats quote paragraphs of these
 BURST = 30.0  # seconds in which its requests arrive
-REPLY = 256  # tokens of an answer about a document
+REPLY = 320  # tokens of an answer about a document
 QUESTIONS = (
     "Summarise the text above in a few sentences.",
     "What must somebody do who passes the work on?",
