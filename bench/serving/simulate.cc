@@ -26,11 +26,11 @@ struct Options {
   int layers = 30, max_level = 22;
   double memory = 256;                                    // MiB
   int64_t page_bytes = 64 * 768, slot_bytes = 388 * 768;  // of one layer, SmolLM2-135M's
-  double bytes_per_token = 4.7;
   std::string texts = "/usr/share/common-licenses";
 };
 
-constexpr double kLatencyWindow = 10;  // seconds, as the engine's
+constexpr double kBytesPerToken = 4.7;  // of the texts
+constexpr double kLatencyWindow = 10;   // seconds, as the engine's
 
 struct Request {
   double arrival = 0;
@@ -63,7 +63,7 @@ Expected<std::vector<Request>> ReadTrace(const Options& options) {
               std::filesystem::file_size(options.texts + "/" + names.substr(begin, end - begin)));
           begin = end + 1;
         }
-        const auto tokens = static_cast<int32_t>(bytes / options.bytes_per_token);
+        const auto tokens = static_cast<int32_t>(bytes / kBytesPerToken);
         const auto [at, is_new] = first_token.try_emplace(names, next);
         if (is_new) next += tokens;
         for (int32_t i = 0; i < tokens; ++i) request.prompt.push_back(at->second + i);

@@ -1,20 +1,13 @@
 #include "eval/speed_depths.h"
 
-#include <numeric>
-
 #include "eval/cost.h"
 #include "model/testing/small_models.h"
 
 namespace dsla {
 namespace {
 
+using testing_models::CountingTokens;
 using testing_models::SmallModel;
-
-std::vector<int32_t> Text(int tokens) {
-  std::vector<int32_t> text(static_cast<size_t>(tokens));
-  std::iota(text.begin(), text.end(), 1);
-  return text;
-}
 
 Expected<CachePool> Pool(const HybridModel& model, int64_t bytes = 64 << 20) {
   return CachePool::Create(model.cache_geometry(), bytes);
@@ -33,7 +26,7 @@ TEST(SpeedDepths, MeasuresEveryDepthLevelAndBatch) {
                              .repetitions = 2,
                              .prefill_chunk = 33,
                              .stages = true};
-  const auto speeds = MeasureDepths(small.ctx(), small.model(), *pool, Text(40), options);
+  const auto speeds = MeasureDepths(small.ctx(), small.model(), *pool, CountingTokens(40), options);
   ASSERT_TRUE(speeds.ok()) << speeds.status().message();
   ASSERT_EQ(speeds->size(), 12u);
   for (size_t i = 0; i < speeds->size(); ++i) {
@@ -66,7 +59,9 @@ TEST(SpeedDepths, RefusesWhatCannotBe) {
   auto pool = Pool(small.model());
   ASSERT_TRUE(pool.ok());
   const auto status = [&](const DepthOptions& options) {
-    return MeasureDepths(small.ctx(), small.model(), *pool, Text(5), options).status().message();
+    return MeasureDepths(small.ctx(), small.model(), *pool, CountingTokens(5), options)
+        .status()
+        .message();
   };
   EXPECT_EQ(status({.levels = {1}, .depths = {0}, .prefill_tokens = 4, .decode_tokens = 2}),
             "level 1: the adapter has levels 0 to 0");
@@ -82,7 +77,7 @@ TEST(SpeedDepths, LittleMemoryIsAnError) {
   const auto& model = small.model();
   auto pool = Pool(model, model.config().L * 3 * model.cache_geometry().page_bytes());
   ASSERT_TRUE(pool.ok());
-  const auto speeds = MeasureDepths(small.ctx(), model, *pool, Text(50),
+  const auto speeds = MeasureDepths(small.ctx(), model, *pool, CountingTokens(50),
                                     {.levels = {0},
                                      .depths = {100},
                                      .batches = {8},

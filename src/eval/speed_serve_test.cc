@@ -2,21 +2,14 @@
 
 #include <gtest/gtest.h>
 
-#include <numeric>
-
 #include "engine/testing/test_engine.h"
 #include "model/testing/small_models.h"
 
 namespace dsla {
 namespace {
 
+using testing_models::CountingTokens;
 using testing_models::SmallModel;
-
-std::vector<int32_t> Text(int tokens) {
-  std::vector<int32_t> text(static_cast<size_t>(tokens));
-  std::iota(text.begin(), text.end(), 1);
-  return text;
-}
 
 TEST(SpeedServe, MeasuresEveryPromptAndLevel) {
   SmallModel small("llama3", /*with_adapter=*/true);
@@ -29,8 +22,9 @@ TEST(SpeedServe, MeasuresEveryPromptAndLevel) {
                              .repetitions = 2,
                              .memory_bytes = 64 << 20};
   std::vector<std::string> progress;
-  const auto speeds = MeasureServe(small.ctx(), small.model(), *tokenizer, Text(30), options,
-                                   [&](const std::string& what) { progress.push_back(what); });
+  const auto speeds =
+      MeasureServe(small.ctx(), small.model(), *tokenizer, CountingTokens(30), options,
+                   [&](const std::string& what) { progress.push_back(what); });
   ASSERT_TRUE(speeds.ok()) << speeds.status().message();
   ASSERT_EQ(speeds->size(), 4u);
   EXPECT_EQ(progress.size(), 8u);
@@ -52,7 +46,8 @@ TEST(SpeedServe, RefusesWhatCannotBe) {
   SmallModel small("llama3");
   const auto tokenizer = testing_engine::ByteTokenizer();
   const auto status = [&](const ServeOptions& options) {
-    return MeasureServe(small.ctx(), small.model(), *tokenizer, Text(5), options).status();
+    return MeasureServe(small.ctx(), small.model(), *tokenizer, CountingTokens(5), options)
+        .status();
   };
   EXPECT_EQ(status({.levels = {1}, .prompts = {4}, .memory_bytes = 64 << 20}).message(),
             "level 1: the adapter has levels 0 to 0");

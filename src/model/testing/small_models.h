@@ -7,6 +7,7 @@
 #include <fstream>
 #include <iterator>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -31,6 +32,13 @@ std::vector<T> ReadRaw(const std::string& path) {
   std::vector<T> values(bytes.size() / sizeof(T));
   std::copy_n(bytes.data(), values.size() * sizeof(T), reinterpret_cast<char*>(values.data()));
   return values;
+}
+
+// 1, 2, 3 and so on.
+inline std::vector<int32_t> CountingTokens(int count) {
+  std::vector<int32_t> tokens(static_cast<size_t>(count));
+  std::iota(tokens.begin(), tokens.end(), 1);
+  return tokens;
 }
 
 struct AdapterShape {

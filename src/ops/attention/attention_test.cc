@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "base/half.h"
+#include "ops/attention/cache_row_ref.h"
 #include "ops/attention/paging.h"
 #include "ops/attention/plan.h"
 #include "ops/simd/each_target.h"
@@ -90,24 +91,8 @@ class Cache {
 
  private:
   void PutRow(void* base, const PageTables& tables, int n, int h, int s, const float* x) {
-    const int64_t at = RowOffset(kv_, tables, n, h, s);
-    float most = 0;
-    for (int d = 0; d < kv_.D; ++d) most = std::max(most, std::abs(x[d]));
-    for (int d = 0; d < kv_.D; ++d) {
-      switch (kv_.dtype) {
-        case DType::kF32:
-          static_cast<float*>(base)[at + d] = x[d];
-          break;
-        case DType::kBF16:
-          static_cast<bf16*>(base)[at + d] = ToBf16(x[d]);
-          break;
-        case DType::kI8:
-          static_cast<int8_t*>(base)[at + d] =
-              most > 0 ? static_cast<int8_t>(std::nearbyint(x[d] * (127.f / most))) : int8_t{0};
-          break;
-      }
-    }
-    if (kv_.dtype == DType::kI8) *RowScale(kv_, base, tables, n, h, s) = most / 127.f;
+    float* const scale = kv_.dtype == DType::kI8 ? RowScale(kv_, base, tables, n, h, s) : nullptr;
+    PutCacheRowRef(kv_.dtype, x, kv_.D, base, RowOffset(kv_, tables, n, h, s), scale);
   }
   PagedKvView kv_;
   std::vector<std::byte> k_, v_;
