@@ -40,7 +40,9 @@ struct ActiveRequest {
   int generated = 0;
   std::vector<PromptLogprob> prompt_logprobs;
   size_t prompt_logprobs_known = 0;  // of its entries, from the first on
-  RequestResult result;              // as far as it is known
+  std::optional<TokenOutput>
+      unsent;            // the last token, while it has neither text nor reached `sink`
+  RequestResult result;  // as far as it is known
 };
 
 struct InboxLimits {

@@ -86,7 +86,7 @@ class RequestSink {
  public:
   virtual ~RequestSink() = default;
   virtual void OnPromptLogprobs(std::vector<PromptLogprob> logprobs) = 0;  // at most once, first
-  virtual void OnToken(TokenOutput token) = 0;
+  virtual void OnToken(TokenOutput token) = 0;             // may come while the next step runs
   virtual void OnFinish(const RequestResult& result) = 0;  // exactly once, last
 };
 

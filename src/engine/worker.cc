@@ -240,7 +240,9 @@ void Worker::Step() {
   SettleQueue();
   double model_seconds = 0;
   int generated = 0;
-  if (!plan.rows.empty()) {
+  if (plan.rows.empty()) {
+    HandOnAll();
+  } else {
     DescribeStep(plan);
     const double start = NowSeconds();
     const bool ran = RunModel(plan);
@@ -289,10 +291,12 @@ bool Worker::RunModel(const StepPlan& plan) {
   Status failed;
   try {
     if (fault_injector_) fault_injector_(state_.steps);
-    model_->Forward(ctx_, pool_, batch_,
-                    options_.deterministic ? Products::kInvariant : Products::kFastest,
-                    [&](std::span<const LogitsRow> rows, float* logits,
-                        const TokenChoice* choices) { VisitLogits(plan, rows, logits, choices); });
+    model_->Forward(
+        ctx_, pool_, batch_, options_.deterministic ? Products::kInvariant : Products::kFastest,
+        [&](std::span<const LogitsRow> rows, float* logits, const TokenChoice* choices) {
+          VisitLogits(plan, rows, logits, choices);
+        },
+        [&] { HandOnAll(); });
   } catch (const std::bad_alloc&) {
     failed = ResourceExhausted("out of memory in a step of {} tokens",
                                plan.prefill_rows + plan.decode_rows);
@@ -304,6 +308,7 @@ bool Worker::RunModel(const StepPlan& plan) {
     failed = Error(StatusCode::kInternal, "a step failed: {}", what);
   }
   if (failed.ok()) return true;
+  HandOnAll();
   for (Outcome& outcome : outcomes_) outcome.status = failed;
   return false;
 }
@@ -316,6 +321,10 @@ void Worker::Finish(const EndedSequence& ended) {
   if (active->started == 0) --unstarted_;
   ids_.erase(active->request.id);
   RequestResult& result = active->result;
+  if (active->unsent.has_value()) {
+    std::erase(unsent_, active.get());
+    HandOn(*active);
+  }
   if (!ended.status.ok()) {
     result.status = ended.status;
     result.finish = FinishReason::kCancelled;

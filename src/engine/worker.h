@@ -91,6 +91,8 @@ class Worker : private CacheOps {
                double now);
   void EmitPromptLogprobs(ActiveRequest& active);
   bool EmitToken(ActiveRequest& active, Outcome& outcome, int level, double now);
+  void HandOn(ActiveRequest& active);
+  void HandOnAll();
 
   const HybridModel* model_;
   const ExecContext ctx_;
@@ -113,6 +115,7 @@ class Worker : private CacheOps {
   std::vector<Outcome> outcomes_;
   std::mutex failure_mutex_;  // of their statuses, while rows are sampled side by side
   std::vector<RowResult> results_;
+  std::vector<ActiveRequest*> unsent_;  // whose last token waits for the next step to be under way
   double fold_seconds_ = 0;
   StepTime step_time_;  // for the policy
   SlidingQuantile ttft_, tpot_;

@@ -126,7 +126,7 @@ int Worker::EmitRows(const StepPlan& plan, double now) {
   for (size_t i = 0; i < plan.rows.size(); ++i) {
     ActiveRequest& active = *row_requests_[i];
     const int before = active.generated;
-    Status status = outcomes_[i].status;
+    Status status = active.result.status.ok() ? outcomes_[i].status : active.result.status;
     try {
       if (status.ok()) EmitRow(plan.rows[i], active, outcomes_[i], results_[i], now);
     } catch (const std::bad_alloc&) {
@@ -137,6 +137,7 @@ int Worker::EmitRows(const StepPlan& plan, double now) {
     active.result.status = std::move(status);
     results_[i].finish = results_[i].failed = true;
   }
+  if (model_->device() == nullptr) HandOnAll();  // nothing would run meanwhile
   return tokens;
 }
 
@@ -165,6 +166,7 @@ bool Worker::EmitToken(ActiveRequest& active, Outcome& outcome, int level, doubl
   RequestResult& result = active.result;
   const int32_t token = outcome.choice.token;
   const auto finish = [&](FinishReason reason) {
+    HandOn(active);
     result.finish = reason;
     if (!active.text.stop_string().has_value()) result.tail_text = active.text.Finish();
     return false;
@@ -186,19 +188,40 @@ bool Worker::EmitToken(ActiveRequest& active, Outcome& outcome, int level, doubl
 
   active.sampler.Accept(token);
   ++active.generated;
-  TokenOutput output;
+  TokenOutput& output = active.unsent.emplace();
   output.token = token;
-  output.text = active.text.Push(token, active.generated >= request.min_tokens);
   if (request.top_logprobs >= 0) output.logprob = outcome.choice.logprob;
   output.top = std::move(outcome.top);
   output.level = level;
-  active.sink->OnToken(std::move(output));
-  if (const auto& stop = active.text.stop_string(); stop.has_value()) {
-    result.stop_string = *stop;
-    return finish(FinishReason::kStop);
+  if (!request.stop.empty()) {  // its text decides whether it goes on
+    HandOn(active);
+    if (const auto& stop = active.text.stop_string(); stop.has_value()) {
+      result.stop_string = *stop;
+      return finish(FinishReason::kStop);
+    }
   }
   if (active.generated == request.max_tokens) return finish(FinishReason::kLength);
+  if (active.unsent.has_value()) unsent_.push_back(&active);
   return true;
+}
+
+// The text of its last token, and the token to its sink, if that has not been done. Where memory is
+// used up, the request ends at its next row.
+void Worker::HandOn(ActiveRequest& active) {
+  if (!active.unsent.has_value()) return;
+  try {
+    TokenOutput output = *std::exchange(active.unsent, std::nullopt);
+    output.text = active.text.Push(output.token, active.generated >= active.request.min_tokens);
+    active.sink->OnToken(std::move(output));
+  } catch (const std::bad_alloc&) {
+    active.result.status = ResourceExhausted("out of memory while a token was handed on");
+  }
+}
+
+// What need not be done before the next step begins is done while a device runs it.
+void Worker::HandOnAll() {
+  for (ActiveRequest* active : unsent_) HandOn(*active);
+  unsent_.clear();
 }
 
 }  // namespace dsla

@@ -50,6 +50,10 @@ struct CacheViews {
 using DeviceLogitsVisitor =
     std::function<void(std::span<const LogitsRow> rows, float* logits, const TokenChoice* choices)>;
 
+// Called once in a step, when the device has been told all of it and nothing is known of it yet:
+// the time for what the host has to do meanwhile. Empty: nothing.
+using LaunchedHook = std::function<void()>;
+
 // What the device itself did wrong, such as an illegal access: it and all that it holds are lost.
 class DeviceError : public std::runtime_error {
  public:
@@ -64,7 +68,7 @@ class DeviceModel {
 
   // Runs the rows through all layers and visits the logits that were asked for.
   virtual void Forward(const CacheViews& cache, const PlacedRows& rows,
-                       const DeviceLogitsVisitor& visit) = 0;
+                       const DeviceLogitsVisitor& visit, const LaunchedHook& launched) = 0;
   // Builds `slot` from the sequence's pages of this layer, of which there are some.
   virtual void Fold(const CacheViews& cache, const SequenceCache& sequence, int layer,
                     int32_t slot) = 0;

@@ -171,7 +171,8 @@ void HybridModel::Forward(const ExecContext& ctx, CachePool& pool,
             std::copy_n(from + static_cast<int64_t>(i) * V, V,
                         logits.data() + (first_row[wanted[i].sequence] + wanted[i].row) * V);
           }
-        });
+        },
+        {});
     return;
   }
   Step step = BeginStep(ctx, pool, batch, products);
@@ -208,10 +209,10 @@ Status HybridModel::AppendVisiting(const ExecContext& ctx, CachePool& pool, Sequ
 
 void HybridModel::Forward(const ExecContext& ctx, CachePool& pool,
                           std::span<const SequenceRows> batch, Products products,
-                          const LogitsVisitor& visit) const {
+                          const LogitsVisitor& visit, const LaunchedHook& launched) const {
   const Workspace::Scope scope(*ctx.workspace);
   if (on_device_ != nullptr)
-    return on_device_->Forward(Views(pool), Place(pool, batch, *ctx.workspace), visit);
+    return on_device_->Forward(Views(pool), Place(pool, batch, *ctx.workspace), visit, launched);
   Step step = BeginStep(ctx, pool, batch, products);
   RunLayers(ctx, step);
   const auto wanted = static_cast<int64_t>(step.rows.wanted.size());

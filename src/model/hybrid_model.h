@@ -97,10 +97,12 @@ class HybridModel {
                         int32_t token, const QueryVisitor& visit) const;
 
   // As the first Forward, but the logits are handed out by tiles of at most kLogitsTileRows rows,
-  // in the batch's order, so that a prompt's are never held at once.
+  // in the batch's order, so that a prompt's are never held at once. `launched`: see LaunchedHook;
+  // the CPU has no such moment, and does not call it.
   static constexpr int64_t kLogitsTileRows = 64;
   void Forward(const ExecContext& ctx, CachePool& pool, std::span<const SequenceRows> batch,
-               Products products, const LogitsVisitor& visit) const;
+               Products products, const LogitsVisitor& visit,
+               const LaunchedHook& launched = {}) const;
 
   // Raises a sequence by folding the pages of the layers that convert, one layer after another, so
   // that one free slot is enough. On kResourceExhausted the sequence stands at the level reached,

@@ -105,13 +105,13 @@ void CudaModel::Carve(Activations& a, int64_t T, int64_t tile) const {
 }
 
 void CudaModel::Forward(const CacheViews& cache, const PlacedRows& rows,
-                        const DeviceLogitsVisitor& visit) {
+                        const DeviceLogitsVisitor& visit, const LaunchedHook& launched) {
   cudaSetDevice(device_);
   const bool single = rows.T() == rows.N();
   if (single && rows.N() <= kMostGraphRows && rows.wanted_rows.size() == rows.sequences.size()) {
-    ForwardGraph(cache, rows, visit);
+    ForwardGraph(cache, rows, visit, launched);
   } else {
-    ForwardLaunched(cache, rows, visit);
+    ForwardLaunched(cache, rows, visit, launched);
   }
 }
 
@@ -168,7 +168,7 @@ void CudaModel::FinishTile(const Activations& a, const int32_t* rows, int count,
 }
 
 void CudaModel::ForwardGraph(const CacheViews& cache, const PlacedRows& rows,
-                             const DeviceLogitsVisitor& visit) {
+                             const DeviceLogitsVisitor& visit, const LaunchedHook& launched) {
   Fixed& fixed = FixedMemory();
   const int bucket = Bucket(rows.N());
   const bool dsla = rows.sequences.back()->cache->level() > 0;
@@ -224,6 +224,7 @@ void CudaModel::ForwardGraph(const CacheViews& cache, const PlacedRows& rows,
   } else {
     launch();
   }
+  if (launched) launched();
 
   // The tile is the step's rows in their order.
   VisitTile(rows.wanted, rows, rows.wanted_rows, fixed.activations, fixed.choices.as<TokenChoice>(),
@@ -231,7 +232,7 @@ void CudaModel::ForwardGraph(const CacheViews& cache, const PlacedRows& rows,
 }
 
 void CudaModel::ForwardLaunched(const CacheViews& cache, const PlacedRows& rows,
-                                const DeviceLogitsVisitor& visit) {
+                                const DeviceLogitsVisitor& visit, const LaunchedHook& launched) {
   if (rows.T() > activations_.T) {
     activations_ = {};  // freed first: both may not fit
     Carve(activations_, rows.T(), kTileRows);
@@ -252,6 +253,7 @@ void CudaModel::ForwardLaunched(const CacheViews& cache, const PlacedRows& rows,
   const auto wanted = static_cast<int64_t>(rows.wanted.size());
   host_choices_.Grow(kTileRows * int64_t{sizeof(TokenChoice)});
   scratch_.Grow(GreedyWorkspaceBytes(static_cast<int>(kTileRows), spec_.config.V));
+  if (launched && wanted == 0) launched();
   std::vector<int64_t> tile_row;
   for (int64_t begin = 0; begin < wanted; begin += kTileRows) {
     const auto count = static_cast<size_t>(std::min(kTileRows, wanted - begin));
@@ -260,6 +262,7 @@ void CudaModel::ForwardLaunched(const CacheViews& cache, const PlacedRows& rows,
     Check(cudaMemcpyAsync(host_choices_.as(), activations_.choices, count * sizeof(TokenChoice),
                           cudaMemcpyDeviceToHost, stream_),
           "fetching choices");
+    if (launched && begin == 0) launched();
     tile_row.resize(count);
     for (size_t i = 0; i < count; ++i) tile_row[i] = static_cast<int64_t>(i);
     VisitTile(of, rows, tile_row, activations_, host_choices_.as<TokenChoice>(), visit);

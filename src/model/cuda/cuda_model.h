@@ -24,8 +24,8 @@ class CudaModel : public DeviceModel {
             std::shared_ptr<const CudaWeights> weights, std::shared_ptr<const CudaAdapter> adapter);
   ~CudaModel() override;
 
-  void Forward(const CacheViews& cache, const PlacedRows& rows,
-               const DeviceLogitsVisitor& visit) override;
+  void Forward(const CacheViews& cache, const PlacedRows& rows, const DeviceLogitsVisitor& visit,
+               const LaunchedHook& launched) override;
   void Fold(const CacheViews& cache, const SequenceCache& sequence, int layer,
             int32_t slot) override;
   Expected<std::unique_ptr<DeviceModel>> WithAdapter(const DeviceModelSpec& spec) const override;
@@ -77,9 +77,9 @@ class CudaModel : public DeviceModel {
 
   void Carve(Activations& a, int64_t T, int64_t tile) const;
   void ForwardGraph(const CacheViews& cache, const PlacedRows& rows,
-                    const DeviceLogitsVisitor& visit);
+                    const DeviceLogitsVisitor& visit, const LaunchedHook& launched);
   void ForwardLaunched(const CacheViews& cache, const PlacedRows& rows,
-                       const DeviceLogitsVisitor& visit);
+                       const DeviceLogitsVisitor& visit, const LaunchedHook& launched);
   void SendTables(const StepTables& tables, const PlacedRows& rows, PinnedBuffer& host,
                   DeviceBuffer& device);
   void RunLayers(const Step& step);

@@ -1,0 +1,146 @@
+// The engine over a device that runs steps by itself, as a GPU does: here one that only counts.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <atomic>
+
+#include "engine/engine.h"
+#include "engine/testing/test_engine.h"
+
+namespace dsla {
+namespace {
+
+using ::testing::ElementsAre;
+using testing_engine::ByteTokenizer;
+using testing_engine::RecordingSink;
+using testing_engine::TestEngine;
+using testing_models::SmallModel;
+
+// What a test does at the two moments of each step.
+struct StepHooks {
+  std::function<void(int step)> begins = [](int) {}, runs = [](int) {};
+};
+
+// Its likeliest token is one more than the last.
+class CountingModel : public DeviceModel {
+ public:
+  CountingModel(int V, const StepHooks* hooks) : V_(V), hooks_(hooks) {}
+  void Forward(const CacheViews&, const PlacedRows& rows, const DeviceLogitsVisitor& visit,
+               const LaunchedHook& launched) override {
+    hooks_->begins(++step_);
+    if (launched) launched();
+    hooks_->runs(step_);
+    std::vector<TokenChoice> choices;
+    for (const LogitsRow& row : rows.wanted) {
+      for (int n = 0; n < rows.N(); ++n) {
+        if (rows.batch_index[n] != row.sequence) continue;
+        EXPECT_TRUE(rows.sequences[n]->greedy);
+        choices.push_back({.token = (rows.sequences[n]->tokens[row.row] + 1) % V_});
+      }
+    }
+    if (!choices.empty()) visit(rows.wanted, nullptr, choices.data());
+  }
+  void Fold(const CacheViews&, const SequenceCache&, int, int32_t) override {}
+  Expected<std::unique_ptr<DeviceModel>> WithAdapter(const DeviceModelSpec&) const override {
+    return Unsupported("not of this test");
+  }
+  int64_t weight_bytes(int) const override { return 0; }
+
+ private:
+  const int V_;
+  const StepHooks* hooks_;
+  int step_ = 0;
+};
+
+class CountingDevice : public Device {
+ public:
+  explicit CountingDevice(const StepHooks* hooks) : hooks_(hooks) {}
+  const std::string& name() const override { return name_; }
+  BlockMemory& memory() override { return HostMemory(); }
+  int64_t free_bytes() const override { return int64_t{1} << 30; }
+  void Synchronize() override {}
+  DeviceLimits Measure() override { return {}; }
+  Expected<std::unique_ptr<DeviceModel>> Load(const DeviceModelSpec& spec, const TensorReader&,
+                                              const ParallelRunner&) override {
+    return std::unique_ptr<DeviceModel>(new CountingModel(spec.config.V, hooks_));
+  }
+
+ private:
+  const std::string name_ = "counting";
+  const StepHooks* hooks_;
+};
+
+class EngineDeviceTest : public ::testing::Test {
+ protected:
+  EngineDeviceTest()
+      : small_("smollm2", false, {},
+               {.page_size = 16, .device = std::make_shared<CountingDevice>(&hooks_)}),
+        tokenizer_(ByteTokenizer()) {}
+  Request Ask(int max_tokens) {
+    Request request;
+    request.id = fmt::format("r{}", ++count_);
+    request.prompt = {7, 8, 9};
+    request.sampling.temperature = 0;
+    request.max_tokens = max_tokens;
+    request.ignore_eos = true;
+    return request;
+  }
+
+  static EngineOptions Options() { return {.memory_bytes = 16 << 20, .default_max_level = 0}; }
+
+  StepHooks hooks_;
+  SmallModel small_;
+  std::unique_ptr<Tokenizer> tokenizer_;
+  int count_ = 0;
+};
+
+TEST_F(EngineDeviceTest, TokensAreHandedOnWhileTheNextStepRuns) {
+  std::vector<int> begins, runs;
+  std::atomic<int> sent = 0;
+  hooks_.begins = [&](int) { begins.push_back(sent); };
+  hooks_.runs = [&](int) { runs.push_back(sent); };
+  TestEngine engine(small_.model(), *tokenizer_, Options());
+  const auto sink = engine.Submit(Ask(4), [&](int count) { sent = count; });
+  EXPECT_TRUE(sink->Wait().status.ok());
+  EXPECT_THAT(sink->tokens(), ElementsAre(10, 11, 12, 13));
+  EXPECT_THAT(begins, ElementsAre(0, 0, 1, 2));
+  EXPECT_THAT(runs, ElementsAre(0, 1, 2, 3)) << "the last token goes out with the reply's end";
+}
+
+// What its text says decides whether it goes on: no step is run for nothing.
+TEST_F(EngineDeviceTest, StopStringsAreLookedForBeforeTheNextStep) {
+  int steps = 0;
+  hooks_.begins = [&](int step) { steps = step; };
+  TestEngine engine(small_.model(), *tokenizer_, Options());
+  Request request = Ask(20);
+  request.prompt = {'0'};
+  request.stop = {"34"};
+  const auto sink = engine.Submit(request);
+  EXPECT_EQ(sink->Wait().stop_string, "34");
+  EXPECT_EQ(sink->text(), "12");
+  EXPECT_EQ(steps, 4);
+}
+
+TEST_F(EngineDeviceTest, NothingIsLostWhenTheRequestEndsInBetween) {
+  TestEngine engine(small_.model(), *tokenizer_, Options());
+  hooks_.begins = [](int step) {
+    if (step == 3) throw DeviceError("gone");
+  };
+  const auto failed = engine.Submit(Ask(9));
+  EXPECT_EQ(failed->Wait().status.message(), "the device failed: gone");
+  EXPECT_THAT(failed->tokens(), ElementsAre(10, 11));
+  EXPECT_EQ(failed->Wait().generated_tokens, 2);
+
+  hooks_.begins = [](int) {};
+  const auto cancelled = std::make_shared<RecordingSink>();
+  const Request request = Ask(60);
+  hooks_.runs = [&](int step) {
+    if (step == 6) engine->Cancel(request.id);
+  };
+  EXPECT_FALSE(engine->Submit(request, cancelled).has_value());
+  EXPECT_EQ(cancelled->Wait().finish, FinishReason::kCancelled);
+  EXPECT_EQ(static_cast<int>(cancelled->tokens().size()), cancelled->Wait().generated_tokens);
+}
+
+}  // namespace
+}  // namespace dsla
