@@ -1,201 +1,297 @@
 // Exact softmax attention of a chunk's queries over the window and the sinks: tiles of 64 keys,
 // online softmax in base 2. Leaves the result in `out` and the log-sum-exp in the workspace, for
 // the output kernel to merge with the states.
+//
+// A block has two chunks of a wave, a warpgroup for each. Where the second follows the first, all
+// tiles of keys but one serve both. A row's arithmetic does not depend on that: it goes through the
+// sinks, then through its own chunk's tiles from e0 on, each of them whole.
 #include "ops/dsla/cuda/prefill.cuh"
+#include "ops/dsla/cuda/warpgroup.cuh"
 
 namespace dsla::cuda {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 256;
+constexpr int kSinkGroup = 16;  // sinks are looked at in groups
 
+// A chunk, and what is needed to find its rows.
+struct Part {
+  Chunk chunk;
+  int64_t row;      // of q and out that belongs to the chunk's row 0
+  int64_t key_row;  // of k and v that would be token 0's
+  int pos;
+};
+
+template <int D>
+struct Tile {  // panels of 64 rows
+  uint4 pieces[kChunk * D / 8];
+};
 template <int D>
 struct WindowShared {
   static constexpr int kStages = D == 64 ? 3 : 2;
-  uint4 k[kStages][kChunk * D / 8];
-  uint4 v[kStages][kChunk * D / 8];
+  Tile<D> q[2], k[kStages], v[kStages];
+  Part part[2];
+  alignas(1024) uint4 sinks[];  // [part][group of 16][keys, values][16 rows], in panels
 };
-
-// Keys [first, first + 64), or the sinks. Only tokens that some query of the chunk sees are read;
-// the others' values are zero, since a weight of 0 times whatever lies there may be NaN.
+// Blocks that a multiprocessor's shared memory holds.
 template <int D>
-__device__ __forceinline__ void Fetch(const PrefillParams& p, uint4* k, uint4* v,
-                                      const Chunk& chunk, int h, int first, bool sinks) {
-  constexpr int kPieces = D / 8;
+#if __CUDA_ARCH__ >= 900
+inline constexpr int kBlocks = 2;
+#else
+inline constexpr int kBlocks = D == 128 ? 1 : 2;
+#endif
+template <int D>
+inline constexpr int kSinkPieces = kSinkGroup * D / 8;
+
+// Rows [from, until) of 64 that lie at one distance, zeros elsewhere.
+template <int D>
+__device__ __forceinline__ void CopyRows(Tile<D>& to, const __nv_bfloat16* row0, int64_t stride,
+                                         int from, int until) {
+#pragma unroll
+  for (int panel = 0; panel < D / 64; ++panel)
+    CopyTile<64, kThreads>(to.pieces + panel * (kChunk * 8), row0 + 64 * panel, stride, from,
+                           until);
+}
+
+// Keys [first, first + 64), of which [from, to) are read.
+template <int D>
+__device__ __forceinline__ void FetchTile(const PrefillParams& p, Tile<D>& k, Tile<D>& v,
+                                          const Part& part, int h, int first, int from, int to) {
   const Layer& l = p.layer;
-  const int pos = l.pos[chunk.n];
-  const int from = sinks ? 0 : max(l.S, chunk.e0 + chunk.lo + 1);
-  const int to = min(sinks ? l.S : INT_MAX, chunk.e0 + chunk.hi + l.W);
-  if (!sinks && IsSpan<D>(l, p.rows, chunk.n, first)) {
-    const KvSpan span = SpanOf<D>(l, p.rows, chunk.n, h, first);
-    CopyTile<D, kThreads>(k, span.row.k, span.k_stride, from - first, to - first);
-    CopyTile<D, kThreads>(v, span.row.v, span.v_stride, from - first, to - first);
+  if (first >= part.pos) {
+    const int64_t row = part.key_row + first;
+    CopyRows<D>(k, p.rows.k + row * p.rows.k_stride + h * D, p.rows.k_stride, from - first,
+                to - first);
+    CopyRows<D>(v, p.rows.v + row * p.rows.v_stride + h * D, p.rows.v_stride, from - first,
+                to - first);
     return;
   }
-  const int rows = sinks ? (l.S + 15) / 16 * 16 : kChunk;  // no more of the sinks are looked at
-  for (int i = threadIdx.x; i < rows * kPieces; i += kThreads) {
-    const int row = i / kPieces, c = i % kPieces, s = first + row;
+  for (int i = threadIdx.x; i < kChunk * D / 8; i += kThreads) {
+    const int row = i / (D / 8), c = i % (D / 8), s = first + row;
+    const int place = c / 8 * (kChunk * 8) + Swizzle<8>(row, c % 8);
     const bool valid = s >= from && s < to;
     KvRow at{p.rows.k, p.rows.v};
-    if (valid && sinks && s < pos) {
-      const std::byte* slot = SlotBase(l, chunk.n);
-      const int64_t place = (int64_t{h} * l.S + s) * D;
-      at = {reinterpret_cast<const __nv_bfloat16*>(slot + l.at.sink_k) + place,
-            reinterpret_cast<const __nv_bfloat16*>(slot + l.at.sink_v) + place};
-    } else if (valid) {
-      at = RowOf<D>(l, p.rows, chunk.n, h, s);
-    }
-    CopyAsync(k + Swizzle<kPieces>(row, c), at.k + 8 * c, valid);
-    CopyAsync(v + Swizzle<kPieces>(row, c), at.v + 8 * c, valid);
+    if (valid) at = RowOf<D>(l, p.rows, part.chunk.n, h, s);
+    CopyAsync(k.pieces + place, at.k + 8 * c, valid);
+    CopyAsync(v.pieces + place, at.v + 8 * c, valid);
   }
 }
 
-// grid (H, chunks of a wave)
 template <int D>
-__global__ void __launch_bounds__(kThreads, D == 128 ? 2 : 3)
+__device__ __forceinline__ void FetchSinks(const PrefillParams& p, uint4* sinks, const Part& part,
+                                           int h) {
+  const Layer& l = p.layer;
+  const int rows = (l.S + kSinkGroup - 1) / kSinkGroup * kSinkGroup;
+  const int to = min(l.S, part.chunk.e0 + part.chunk.hi + l.W);
+  for (int i = threadIdx.x; i < rows * (D / 8); i += kThreads) {
+    const int s = i / (D / 8), c = i % (D / 8);
+    uint4* place = sinks + s / kSinkGroup * (2 * kSinkPieces<D>) + c / 8 * (kSinkGroup * 8) +
+                   Swizzle<8>(s % kSinkGroup, c % 8);
+    KvRow at{p.rows.k, p.rows.v};
+    if (s < to && s < part.pos) {
+      const std::byte* slot = SlotBase(l, part.chunk.n);
+      const int64_t row = (int64_t{h} * l.S + s) * D;
+      at = {reinterpret_cast<const __nv_bfloat16*>(slot + l.at.sink_k) + row,
+            reinterpret_cast<const __nv_bfloat16*>(slot + l.at.sink_v) + row};
+    } else if (s < to) {
+      const int64_t row = part.key_row + s;
+      at = {p.rows.k + row * p.rows.k_stride + h * D, p.rows.v + row * p.rows.v_stride + h * D};
+    }
+    CopyAsync(place, at.k + 8 * c, s < to);
+    CopyAsync(place + kSinkPieces<D>, at.v + 8 * c, s < to);
+  }
+}
+
+// Rows g and g + 8 of a warp's 16.
+template <int D>
+struct Rows {
+  float acc[D / 64][8][4] = {};
+  float top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+};
+
+// Takes in kKeys keys. Row r sees `count[r]` of them (any number) from its first on: `first[r]` is
+// the place after that of column 2 t, if all of them are not seen anyway.
+template <int D, int kKeys>
+__device__ __forceinline__ void Attend(Rows<D>& rows, uint32_t q, uint32_t k, uint32_t v,
+                                       float scale, bool all_seen, const int (&first)[2],
+                                       const int (&count)[2]) {
+  float score[kKeys / 8][4];
+  ScoreKeys<D, kKeys>(score, q, k);
+  if (!all_seen) {
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+      for (int c = 0; c < 4; ++c)
+        if (static_cast<unsigned>(first[c / 2] + 8 * j + c % 2) >=
+            static_cast<unsigned>(count[c / 2]))
+          score[j][c] = -INFINITY;
+  }
+  float base[2], shrink[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float next = rows.top[r];
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; ++j)
+      next = fmaxf(next, fmaxf(score[j][2 * r], score[j][2 * r + 1]));
+    next = QuadMax(next);
+    base[r] = next == -INFINITY ? 0.f : next * scale;
+    shrink[r] = Exp2(rows.top[r] * scale - base[r]);
+    rows.top[r] = next;
+    rows.sum[r] *= shrink[r];
+  }
+  if (__any_sync(~0u, shrink[0] != 1 || shrink[1] != 1)) {
+#pragma unroll
+    for (int panel = 0; panel < D / 64; ++panel)
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) rows.acc[panel][j][c] *= shrink[c / 2];
+  }
+  uint32_t weights[kKeys / 16][4];
+#pragma unroll
+  for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float a = Exp2(score[j][2 * r] * scale - base[r]);
+      const float b = Exp2(score[j][2 * r + 1] * scale - base[r]);
+      rows.sum[r] += a + b;
+      weights[j / 2][j % 2 * 2 + r] = Pack(a, b);
+    }
+  AddValues<D, kKeys>(rows.acc, weights, v);
+}
+
+// grid (H, half the chunks of a wave)
+template <int D>
+__global__ void __launch_bounds__(kThreads, kBlocks<D>)
     WindowKernel(const __grid_constant__ PrefillParams p) {
   constexpr int kStages = WindowShared<D>::kStages;
-  extern __shared__ __align__(16) std::byte memory[];
+  extern __shared__ __align__(1024) std::byte memory[];
   auto& shared = *reinterpret_cast<WindowShared<D>*>(memory);
   const Layer& l = p.layer;
   const int head = blockIdx.x, h = head / l.G;
   AllowNext();  // reads nothing of the kernel before it, but ends only after it
-  const Chunk chunk = ChunkOf(p, blockIdx.y);
-  if (chunk.n < 0) {
+  if (threadIdx.x < 2) {
+    const int index = 2 * blockIdx.y + threadIdx.x;
+    Part part{{-1, 0, 0, 0}, 0, 0, 0};
+    if (index < p.wave_chunks) part.chunk = ChunkOf(p, index);
+    if (part.chunk.n >= 0) {
+      part.pos = l.pos[part.chunk.n];
+      part.key_row = l.row_start[part.chunk.n] - part.pos;
+      part.row = part.key_row + part.chunk.e0 + l.W;
+    }
+    shared.part[threadIdx.x] = part;
+  }
+  __syncthreads();
+  const Part(&part)[2] = shared.part;
+  if (part[0].chunk.n < 0) {  // nor is there a second
     AwaitPrevious();
     return;
   }
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  // Keys e0 + 1 .. e0 + W + 63 in tiles from e0 on, after the sinks.
-  const int tiles = (l.W + kChunk - 1) / kChunk + 1, sink_tiles = l.S > 0;
+  // Keys e0 + 1 .. e0 + W + 63 of a chunk in tiles from e0 on. Of the block's tiles the second
+  // chunk's begin at `second`.
+  const bool joined =
+      part[1].chunk.n == part[0].chunk.n && part[1].chunk.e0 == part[0].chunk.e0 + kChunk;
+  const int tiles = (l.W + kChunk - 1) / kChunk + 1, second = joined ? 1 : tiles;
+  const int count = part[1].chunk.n < 0 ? tiles : second + tiles;
+  const int sink_groups = (l.S + kSinkGroup - 1) / kSinkGroup;
   const auto fetch = [&](int i) {
-    const bool sinks = i < sink_tiles;
-    Fetch<D>(p, shared.k[i % kStages], shared.v[i % kStages], chunk, h,
-             sinks ? 0 : chunk.e0 + (i - sink_tiles) * kChunk, sinks);
+    const int owner = i >= tiles;
+    const Chunk &from = part[owner].chunk, &to = part[joined || owner].chunk;
+    FetchTile<D>(p, shared.k[i % kStages], shared.v[i % kStages], part[owner], h,
+                 from.e0 + (owner ? i - second : i) * kChunk, max(l.S, from.e0 + from.lo + 1),
+                 to.e0 + to.hi + l.W);
   };
+  const auto sinks_of = [&](int i) {
+    return shared.sinks + i * sink_groups * (2 * kSinkPieces<D>);
+  };
+  for (int i = 0; i < 2 && part[i].chunk.n >= 0; ++i) {
+    CopyRows<D>(shared.q[i], p.q + part[i].row * p.q_stride + head * D, p.q_stride,
+                part[i].chunk.lo, part[i].chunk.hi);
+    if (i == 0 || !joined) FetchSinks<D>(p, sinks_of(i), part[joined ? 1 : i], h);
+  }
+  CommitCopies();
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) {
-    if (i < sink_tiles + tiles) fetch(i);
+    if (i < count) fetch(i);
     CommitCopies();
   }
 
-  uint32_t q[D / 16][4];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int j = 16 * warp + g + 8 * i;
-    const bool valid = j >= chunk.lo && j < chunk.hi;
-    const __nv_bfloat16* from =
-        p.q + (valid ? (FirstRow(l, chunk) + j) * p.q_stride + head * D : 0);
-#pragma unroll
-    for (int c = 0; c < D / 16; ++c) {
-      q[c][i] = valid ? *reinterpret_cast<const uint32_t*>(from + 16 * c + 2 * t) : 0;
-      q[c][2 + i] = valid ? *reinterpret_cast<const uint32_t*>(from + 16 * c + 2 * t + 8) : 0;
-    }
-  }
-  const float scale = rsqrtf(static_cast<float>(D)) * 1.4426950408889634f;
-  float acc[D / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
-  for (int i = 0; i < sink_tiles + tiles; ++i) {
-    WaitCopies<kStages - 2>();
-    __syncthreads();
-    if (i + kStages - 1 < sink_tiles + tiles) fetch(i + kStages - 1);
-    CommitCopies();
-    const bool sinks = i < sink_tiles;
-    const int first = sinks ? 0 : chunk.e0 + (i - sink_tiles) * kChunk;
-    const uint32_t k = SharedAddress(shared.k[i % kStages]);
-    const uint32_t v = SharedAddress(shared.v[i % kStages]);
-    // Times of this warp's queries, and the groups of 16 keys that one of them sees.
-    const int early = chunk.e0 + l.W + 16 * warp, late = early + 15;
-    const int begin = sinks ? 0 : max(early - l.W + 1 - first, 0) / 16;
-    const int end = min((sinks ? l.S : kChunk) + 15, late - first + 16) / 16;
-    if (begin >= end) continue;
-    const bool all_seen =
-        !sinks && first > late - l.W && first + kChunk - 1 <= early && first >= l.S;
-    float score[8][4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) score[2 * j][c] = score[2 * j + 1][c] = 0;
-      if (j < begin || j >= end) continue;
-#pragma unroll
-      for (int c = 0; c < D / 16; ++c) {
-        uint32_t b[4];
-        LoadMatrix(
-            b, k + 16 * Swizzle<D / 8>(16 * j + lane % 8 + lane / 16 * 8, 2 * c + lane / 8 % 2));
-        Mma(score[2 * j], q[c], b[0], b[1]);
-        Mma(score[2 * j + 1], q[c], b[2], b[3]);
-      }
-    }
-    if (!all_seen) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const int s = first + 8 * j + 2 * t + c % 2, time = early + g + 8 * (c / 2);
-          const bool seen = s <= time && (sinks ? s < l.S : s >= l.S && s > time - l.W);
-          if (!seen) score[j][c] = -INFINITY;
-        }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float next = top[r];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) next = fmaxf(next, fmaxf(score[j][2 * r], score[j][2 * r + 1]));
-      next = QuadMax(next);
-      const float base = next == -INFINITY ? 0.f : next * scale;
-      const float shrink = Exp2(top[r] * scale - base);
-      top[r] = next;
-      sum[r] *= shrink;
-      if (__any_sync(~0u, shrink != 1)) {
-#pragma unroll
-        for (int j = 0; j < D / 8; ++j) {
-          acc[j][2 * r] *= shrink;
-          acc[j][2 * r + 1] *= shrink;
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        score[j][2 * r] = Exp2(score[j][2 * r] * scale - base);
-        score[j][2 * r + 1] = Exp2(score[j][2 * r + 1] * scale - base);
-        sum[r] += score[j][2 * r] + score[j][2 * r + 1];
-      }
-    }
-#pragma unroll
-    for (int c = 0; c < kChunk / 16; ++c) {
-      if (c < begin || c >= end) continue;
-      const uint32_t a[4] = {Pack(score[2 * c][0], score[2 * c][1]),
-                             Pack(score[2 * c][2], score[2 * c][3]),
-                             Pack(score[2 * c + 1][0], score[2 * c + 1][1]),
-                             Pack(score[2 * c + 1][2], score[2 * c + 1][3])};
-#pragma unroll
-      for (int j = 0; j < D / 16; ++j) {
-        uint32_t b[4];
-        LoadMatrixTransposed(b, v + 16 * Swizzle<D / 8>(16 * c + lane % 16, 2 * j + lane / 16));
-        Mma(acc[2 * j], a, b[0], b[1]);
-        Mma(acc[2 * j + 1], a, b[2], b[3]);
-      }
-    }
-  }
-  const Chunk again = ChunkOf(p, blockIdx.y);  // read twice: registers are short in between
-  const int64_t row0 = FirstRow(l, again);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, g = lane / 4, t = lane % 4;
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // tells ptxas that a warp has one
+  const bool mine = part[group].chunk.n >= 0;
+  const int begin = group ? second : 0, e0 = part[group].chunk.e0;
+  // Times of this warp's queries; the first key and the number of keys that a row's window has.
+  const int early = e0 + l.W + 16 * warp, late = early + 15;
+  int lower[2], keys[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float all = QuadSum(sum[r]);
-    const int j = 16 * warp + g + 8 * r;
-    if (j < again.lo || j >= again.hi) continue;
-    if (t == 0)
-      p.lse[(int64_t{blockIdx.y} * l.H + head) * kChunk + j] =
-          top[r] * scale * 0.6931471805599453f + logf(all);
-    uint32_t* out = reinterpret_cast<uint32_t*>(p.out + ((row0 + j) * l.H + head) * D);
+    const int time = early + g + 8 * r;
+    lower[r] = max(l.S, time - l.W + 1);
+    keys[r] = max(time - lower[r] + 1, 0);
+  }
+  const float scale = rsqrtf(static_cast<float>(D)) * 1.4426950408889634f;
+  const uint32_t q = SharedAddress(shared.q + group);
+  Rows<D> rows;
+  WaitCopies<kStages - 1>();
+  PublishCopies();
+  __syncthreads();
+  for (int i = 0; mine && i < sink_groups; ++i) {
+    const uint32_t k = SharedAddress(sinks_of(joined ? 0 : group) + i * (2 * kSinkPieces<D>));
+    const int first[2] = {kSinkGroup * i + 2 * t, kSinkGroup * i + 2 * t};
+    const int seen[2] = {max(min(l.S, early + g + 1), 0), max(min(l.S, early + g + 9), 0)};
+    Attend<D, kSinkGroup>(rows, q, k, k + 16 * kSinkPieces<D>, scale, false, first, seen);
+  }
+  for (int i = 0; i < count; ++i) {
+    WaitCopies<kStages - 2>();
+    PublishCopies();
+    __syncthreads();
+    if (i + kStages - 1 < count) fetch(i + kStages - 1);
+    CommitCopies();
+    if (!mine || i < begin || i >= begin + tiles) continue;
+    const int at = e0 + (i - begin) * kChunk;
+    const bool all_seen = at > late - l.W && at + kChunk - 1 <= early && at >= l.S;
+    const int first[2] = {at + 2 * t - lower[0], at + 2 * t - lower[1]};
+    Attend<D, kChunk>(rows, q, SharedAddress(shared.k + i % kStages),
+                      SharedAddress(shared.v + i % kStages), scale, all_seen, first, keys);
+  }
+
+  const Part& own = part[group];
+  float inverse[2];
 #pragma unroll
-    for (int c = 0; c < D / 8; ++c)
-      out[4 * c + t] = Pack(acc[c][2 * r] / all, acc[c][2 * r + 1] / all);
+  for (int r = 0; r < 2; ++r) {
+    const float all = QuadSum(rows.sum[r]);
+    inverse[r] = 1 / all;
+    const int j = 16 * warp + g + 8 * r;
+    if (t == 0 && j >= own.chunk.lo && j < own.chunk.hi)
+      p.lse[(int64_t{2 * blockIdx.y + group} * l.H + head) * kChunk + j] =
+          rows.top[r] * scale * 0.6931471805599453f + logf(all);
+  }
+  // Lanes of even t take all four columns of two lanes of one half of 16 columns, their neighbours
+  // those of the other half, so that a row's 32 bytes are written at once.
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int j = 16 * warp + g + 8 * r;
+    const bool valid = j >= own.chunk.lo && j < own.chunk.hi;
+    uint2* out = reinterpret_cast<uint2*>(p.out + ((own.row + j) * l.H + head) * D) +
+                 (t % 2 * 2 + t / 2);
+#pragma unroll
+    for (int c = 0; c < D / 16; ++c) {
+      const float(&a)[4] = rows.acc[c / 4][c % 4 * 2], (&b)[4] = rows.acc[c / 4][c % 4 * 2 + 1];
+      const uint32_t low = Pack(a[2 * r] * inverse[r], a[2 * r + 1] * inverse[r]);
+      const uint32_t high = Pack(b[2 * r] * inverse[r], b[2 * r + 1] * inverse[r]);
+      const uint32_t other = __shfl_xor_sync(~0u, t % 2 ? low : high, 1);
+      if (valid) out[4 * c] = t % 2 ? make_uint2(other, high) : make_uint2(low, other);
+    }
   }
   AwaitPrevious();
 }
 
 template <int D>
 void Launch(const PrefillParams& p, cudaStream_t stream) {
-  Start<WindowKernel<D>>("window", dim3(p.layer.H, p.wave_chunks), kThreads,
-                         sizeof(WindowShared<D>), p, stream);
+  const int sink_groups = (p.layer.S + kSinkGroup - 1) / kSinkGroup;
+  const int bytes = sizeof(WindowShared<D>) + 2 * sink_groups * 2 * kSinkPieces<D> * 16;
+  Start<WindowKernel<D>>("window", dim3(p.layer.H, (p.wave_chunks + 1) / 2), kThreads, bytes, p,
+                         stream);
 }
 
 }  // namespace
