@@ -1,5 +1,6 @@
-// Products of a warpgroup: 64 rows, 16 of them each warp's, with tiles in shared memory. Instructions
-// of compute capability 9.0 (`wgmma`) where the code is for that alone, `mma` elsewhere.
+// Products of a warpgroup: 64 rows, 16 of them each warp's, with tiles in shared memory.
+// Instructions of compute capability 9.0 (`wgmma`) where the code is for that alone, `mma`
+// elsewhere.
 //
 // A tile of n rows lies as panels of 64 columns, one behind the other; a panel's rows are 128 bytes
 // in the order of Swizzle<8>, which is the 128-byte swizzle of wgmma's descriptors. So a panel
@@ -12,19 +13,26 @@ namespace dsla::cuda {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// Of a panel, or of some of its columns (keys as B, queries as A) or rows (values as B): eight rows
-// of 128 bytes, the next eight behind them. The other stride is that between panels: unused.
-__device__ __forceinline__ uint64_t PanelDescriptor(uint32_t address) {
-  return uint64_t{1} << 62 | uint64_t{1024 / 16} << 32 | uint64_t{1} << 16 | (address >> 4);
+// Of a part of a panel that begins so many bytes after an address: 16 columns (keys as B, queries
+// as A) or 16 rows (values as B). Eight rows of 128 bytes, swizzled, and the next eight behind
+// them; the other stride would be one between panels.
+__device__ __forceinline__ uint64_t PanelDescriptor(uint32_t address, int offset) {
+  return uint64_t{1 << 30 | 1024 / 16} << 32 | ((1 << 16) + (address >> 4) + offset / 16);
 }
 
-// What was written to registers comes before the products that follow, and what is read of them
-// after those that came before.
+// What was written to registers comes before the products that follow, and what is read of them or
+// written to them again after those that came before: the compiler knows of no asynchronous use.
 template <int n>
 __device__ __forceinline__ void Pin(float (&x)[n][4]) {
 #pragma unroll
   for (int i = 0; i < n; ++i)
     asm volatile("" : "+f"(x[i][0]), "+f"(x[i][1]), "+f"(x[i][2]), "+f"(x[i][3])::"memory");
+}
+template <int n>
+__device__ __forceinline__ void Pin(uint32_t (&x)[n][4]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i)
+    asm volatile("" : "+r"(x[i][0]), "+r"(x[i][1]), "+r"(x[i][2]), "+r"(x[i][3])::"memory");
 }
 __device__ __forceinline__ void BeginProducts() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -88,8 +96,8 @@ __device__ __forceinline__ void ScoreKeys(float (&scores)[kKeys / 8][4], uint32_
   BeginProducts();
 #pragma unroll
   for (int c = 0; c < D / 16; ++c)
-    WarpgroupMma(scores, PanelDescriptor(q + c / 4 * (64 * 128) + c % 4 * 32),
-                 PanelDescriptor(k + c / 4 * (kKeys * 128) + c % 4 * 32));
+    WarpgroupMma(scores, PanelDescriptor(q, c / 4 * (64 * 128) + c % 4 * 32),
+                 PanelDescriptor(k, c / 4 * (kKeys * 128) + c % 4 * 32));
   EndProducts();
   Pin(scores);
 #else
@@ -102,9 +110,9 @@ __device__ __forceinline__ void ScoreKeys(float (&scores)[kKeys / 8][4], uint32_
 #pragma unroll
     for (int j = 0; j < kKeys / 16; ++j) {
       uint32_t b[4];
-      LoadMatrix(b, k + c / 4 * (kKeys * 128) +
-                        16 * Swizzle<8>(16 * j + lane % 8 + lane / 16 * 8,
-                                        2 * (c % 4) + lane / 8 % 2));
+      LoadMatrix(
+          b, k + c / 4 * (kKeys * 128) +
+                 16 * Swizzle<8>(16 * j + lane % 8 + lane / 16 * 8, 2 * (c % 4) + lane / 8 % 2));
       Mma(scores[2 * j], a, b[0], b[1]);
       Mma(scores[2 * j + 1], a, b[2], b[3]);
     }
@@ -115,20 +123,22 @@ __device__ __forceinline__ void ScoreKeys(float (&scores)[kKeys / 8][4], uint32_
 // acc += weights v, a tile of kKeys rows of D columns.
 template <int D, int kKeys>
 __device__ __forceinline__ void AddValues(float (&acc)[D / 64][8][4],
-                                          const uint32_t (&weights)[kKeys / 16][4], uint32_t v) {
+                                          uint32_t (&weights)[kKeys / 16][4], uint32_t v) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #pragma unroll
   for (int panel = 0; panel < D / 64; ++panel) Pin(acc[panel]);
+  Pin(weights);
   BeginProducts();
 #pragma unroll
   for (int c = 0; c < kKeys / 16; ++c)
 #pragma unroll
     for (int panel = 0; panel < D / 64; ++panel)
       WarpgroupMma(acc[panel], weights[c],
-                   PanelDescriptor(v + panel * (kKeys * 128) + c * (16 * 128)));
+                   PanelDescriptor(v, panel * (kKeys * 128) + c * (16 * 128)));
   EndProducts();
 #pragma unroll
   for (int panel = 0; panel < D / 64; ++panel) Pin(acc[panel]);
+  Pin(weights);
 #else
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -138,8 +148,8 @@ __device__ __forceinline__ void AddValues(float (&acc)[D / 64][8][4],
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         uint32_t b[4];
-        LoadMatrixTransposed(b, v + panel * (kKeys * 128) +
-                                    16 * Swizzle<8>(16 * c + lane % 16, 2 * j + lane / 16));
+        LoadMatrixTransposed(
+            b, v + panel * (kKeys * 128) + 16 * Swizzle<8>(16 * c + lane % 16, 2 * j + lane / 16));
         Mma(acc[panel][2 * j], weights[c], b[0], b[1]);
         Mma(acc[panel][2 * j + 1], weights[c], b[2], b[3]);
       }

@@ -14,6 +14,11 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kSinkGroup = 16;  // sinks are looked at in groups
 
+// Two, if a tile has room for the sinks of both.
+__host__ __device__ __forceinline__ int ChunksOfBlock(const Layer& l) {
+  return 2 * l.S <= kChunk ? 2 : 1;
+}
+
 // A chunk, and what is needed to find its rows.
 struct Part {
   Chunk chunk;
@@ -28,10 +33,9 @@ struct Tile {  // panels of 64 rows
 };
 template <int D>
 struct WindowShared {
-  static constexpr int kStages = D == 64 ? 3 : 2;
-  Tile<D> q[2], k[kStages], v[kStages];
+  static constexpr int kStages = D == 64 ? 4 : 2;
+  Tile<D> q[2], k[kStages], v[kStages];  // the last stage begins with the sinks, group by group
   Part part[2];
-  alignas(1024) uint4 sinks[];  // [part][group of 16][keys, values][16 rows], in panels
 };
 // Blocks that a multiprocessor's shared memory holds.
 template <int D>
@@ -41,16 +45,30 @@ inline constexpr int kBlocks = 2;
 inline constexpr int kBlocks = D == 128 ? 1 : 2;
 #endif
 template <int D>
-inline constexpr int kSinkPieces = kSinkGroup * D / 8;
+inline constexpr int kSinkPieces = kSinkGroup* D / 8;
+
+// threadIdx.x, such that what follows from it is worked out again in each turn of a loop: kept in
+// registers between turns it would be more than there are.
+__device__ __forceinline__ int ThreadIndex() {
+  int i = threadIdx.x;
+  asm volatile("" : "+r"(i));
+  return i;
+}
 
 // Rows [from, until) of 64 that lie at one distance, zeros elsewhere.
 template <int D>
 __device__ __forceinline__ void CopyRows(Tile<D>& to, const __nv_bfloat16* row0, int64_t stride,
                                          int from, int until) {
+  const int thread = ThreadIndex(), c = thread % 8;
 #pragma unroll
-  for (int panel = 0; panel < D / 64; ++panel)
-    CopyTile<64, kThreads>(to.pieces + panel * (kChunk * 8), row0 + 64 * panel, stride, from,
-                           until);
+  for (int i = 0; i < kChunk * 8 / kThreads; ++i) {
+    const int row = thread / 8 + i * (kThreads / 8);
+    const __nv_bfloat16* at = row0 + row * stride + 8 * c;
+#pragma unroll
+    for (int panel = 0; panel < D / 64; ++panel)
+      CopyAsync(to.pieces + panel * (kChunk * 8) + Swizzle<8>(row, c), at + 64 * panel,
+                row >= from && row < until);
+  }
 }
 
 // Keys [first, first + 64), of which [from, to) are read.
@@ -66,6 +84,7 @@ __device__ __forceinline__ void FetchTile(const PrefillParams& p, Tile<D>& k, Ti
                 to - first);
     return;
   }
+#pragma unroll 1
   for (int i = threadIdx.x; i < kChunk * D / 8; i += kThreads) {
     const int row = i / (D / 8), c = i % (D / 8), s = first + row;
     const int place = c / 8 * (kChunk * 8) + Swizzle<8>(row, c % 8);
@@ -78,15 +97,15 @@ __device__ __forceinline__ void FetchTile(const PrefillParams& p, Tile<D>& k, Ti
 }
 
 template <int D>
-__device__ __forceinline__ void FetchSinks(const PrefillParams& p, uint4* sinks, const Part& part,
-                                           int h) {
+__device__ __forceinline__ void FetchSinks(const PrefillParams& p, uint4* k, uint4* v,
+                                           const Part& part, int h) {
   const Layer& l = p.layer;
   const int rows = (l.S + kSinkGroup - 1) / kSinkGroup * kSinkGroup;
   const int to = min(l.S, part.chunk.e0 + part.chunk.hi + l.W);
   for (int i = threadIdx.x; i < rows * (D / 8); i += kThreads) {
     const int s = i / (D / 8), c = i % (D / 8);
-    uint4* place = sinks + s / kSinkGroup * (2 * kSinkPieces<D>) + c / 8 * (kSinkGroup * 8) +
-                   Swizzle<8>(s % kSinkGroup, c % 8);
+    const int place = s / kSinkGroup * kSinkPieces<D> + c / 8 * (kSinkGroup * 8) +
+                      Swizzle<8>(s % kSinkGroup, c % 8);
     KvRow at{p.rows.k, p.rows.v};
     if (s < to && s < part.pos) {
       const std::byte* slot = SlotBase(l, part.chunk.n);
@@ -97,8 +116,8 @@ __device__ __forceinline__ void FetchSinks(const PrefillParams& p, uint4* sinks,
       const int64_t row = part.key_row + s;
       at = {p.rows.k + row * p.rows.k_stride + h * D, p.rows.v + row * p.rows.v_stride + h * D};
     }
-    CopyAsync(place, at.k + 8 * c, s < to);
-    CopyAsync(place + kSinkPieces<D>, at.v + 8 * c, s < to);
+    CopyAsync(k + place, at.k + 8 * c, s < to);
+    CopyAsync(v + place, at.v + 8 * c, s < to);
   }
 }
 
@@ -109,22 +128,26 @@ struct Rows {
   float top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
 };
 
-// Takes in kKeys keys. Row r sees `count[r]` of them (any number) from its first on: `first[r]` is
-// the place after that of column 2 t, if all of them are not seen anyway.
-template <int D, int kKeys>
+// Takes in keys [first, first + kKeys). Unless all of them are seen, row r sees `range(r)`: from
+// which on, and how many (0 at least); r counts the rows of the warp.
+template <int D, int kKeys, typename Range>
 __device__ __forceinline__ void Attend(Rows<D>& rows, uint32_t q, uint32_t k, uint32_t v,
-                                       float scale, bool all_seen, const int (&first)[2],
-                                       const int (&count)[2]) {
+                                       float scale, int first, bool all_seen, const Range& range) {
   float score[kKeys / 8][4];
   ScoreKeys<D, kKeys>(score, q, k);
   if (!all_seen) {
+    const int thread = ThreadIndex();
 #pragma unroll
-    for (int j = 0; j < kKeys / 8; ++j)
+    for (int r = 0; r < 2; ++r) {
+      const int2 seen = range(thread / 4 % 8 + 8 * r);
+      const int place = first + thread % 4 * 2 - seen.x;
 #pragma unroll
-      for (int c = 0; c < 4; ++c)
-        if (static_cast<unsigned>(first[c / 2] + 8 * j + c % 2) >=
-            static_cast<unsigned>(count[c / 2]))
-          score[j][c] = -INFINITY;
+      for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+        for (int c = 0; c < 2; ++c)
+          if (static_cast<unsigned>(place + 8 * j + c) >= static_cast<unsigned>(seen.y))
+            score[j][2 * r + c] = -INFINITY;
+    }
   }
   float base[2], shrink[2];
 #pragma unroll
@@ -160,7 +183,7 @@ __device__ __forceinline__ void Attend(Rows<D>& rows, uint32_t q, uint32_t k, ui
   AddValues<D, kKeys>(rows.acc, weights, v);
 }
 
-// grid (H, half the chunks of a wave)
+// grid (H, chunks of a wave / chunks of a block)
 template <int D>
 __global__ void __launch_bounds__(kThreads, kBlocks<D>)
     WindowKernel(const __grid_constant__ PrefillParams p) {
@@ -171,9 +194,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D>)
   const int head = blockIdx.x, h = head / l.G;
   AllowNext();  // reads nothing of the kernel before it, but ends only after it
   if (threadIdx.x < 2) {
-    const int index = 2 * blockIdx.y + threadIdx.x;
+    const int chunks = ChunksOfBlock(l), index = chunks * blockIdx.y + threadIdx.x;
     Part part{{-1, 0, 0, 0}, 0, 0, 0};
-    if (index < p.wave_chunks) part.chunk = ChunkOf(p, index);
+    if (threadIdx.x < chunks && index < p.wave_chunks) part.chunk = ChunkOf(p, index);
     if (part.chunk.n >= 0) {
       part.pos = l.pos[part.chunk.n];
       part.key_row = l.row_start[part.chunk.n] - part.pos;
@@ -201,13 +224,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D>)
                  from.e0 + (owner ? i - second : i) * kChunk, max(l.S, from.e0 + from.lo + 1),
                  to.e0 + to.hi + l.W);
   };
-  const auto sinks_of = [&](int i) {
-    return shared.sinks + i * sink_groups * (2 * kSinkPieces<D>);
-  };
+  uint4* sink_k = shared.k[kStages - 1].pieces;
+  uint4* sink_v = shared.v[kStages - 1].pieces;
+  constexpr int kSecondSinks = kChunk / 2 * D / 8;
   for (int i = 0; i < 2 && part[i].chunk.n >= 0; ++i) {
     CopyRows<D>(shared.q[i], p.q + part[i].row * p.q_stride + head * D, p.q_stride,
                 part[i].chunk.lo, part[i].chunk.hi);
-    if (i == 0 || !joined) FetchSinks<D>(p, sinks_of(i), part[joined ? 1 : i], h);
+    if (i == 0 || !joined)
+      FetchSinks<D>(p, sink_k + i * kSecondSinks, sink_v + i * kSecondSinks, part[joined ? 1 : i],
+                    h);
   }
   CommitCopies();
 #pragma unroll
@@ -220,15 +245,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D>)
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // tells ptxas that a warp has one
   const bool mine = part[group].chunk.n >= 0;
   const int begin = group ? second : 0, e0 = part[group].chunk.e0;
-  // Times of this warp's queries; the first key and the number of keys that a row's window has.
-  const int early = e0 + l.W + 16 * warp, late = early + 15;
-  int lower[2], keys[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int time = early + g + 8 * r;
-    lower[r] = max(l.S, time - l.W + 1);
-    keys[r] = max(time - lower[r] + 1, 0);
-  }
+  const int early = e0 + l.W + 16 * warp, late = early + 15;  // times of this warp's queries
+  const auto of_window = [&](int r) {
+    const int time = early + r, from = max(l.S, time - l.W + 1);
+    return make_int2(from, max(time - from + 1, 0));
+  };
+  const auto of_sinks = [&](int r) { return make_int2(0, max(min(l.S, early + r + 1), 0)); };
   const float scale = rsqrtf(static_cast<float>(D)) * 1.4426950408889634f;
   const uint32_t q = SharedAddress(shared.q + group);
   Rows<D> rows;
@@ -236,10 +258,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D>)
   PublishCopies();
   __syncthreads();
   for (int i = 0; mine && i < sink_groups; ++i) {
-    const uint32_t k = SharedAddress(sinks_of(joined ? 0 : group) + i * (2 * kSinkPieces<D>));
-    const int first[2] = {kSinkGroup * i + 2 * t, kSinkGroup * i + 2 * t};
-    const int seen[2] = {max(min(l.S, early + g + 1), 0), max(min(l.S, early + g + 9), 0)};
-    Attend<D, kSinkGroup>(rows, q, k, k + 16 * kSinkPieces<D>, scale, false, first, seen);
+    const int at = i * kSinkPieces<D> + (joined ? 0 : group * kSecondSinks);
+    Attend<D, kSinkGroup>(rows, q, SharedAddress(sink_k + at), SharedAddress(sink_v + at), scale,
+                          kSinkGroup * i, false, of_sinks);
   }
   for (int i = 0; i < count; ++i) {
     WaitCopies<kStages - 2>();
@@ -250,9 +271,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D>)
     if (!mine || i < begin || i >= begin + tiles) continue;
     const int at = e0 + (i - begin) * kChunk;
     const bool all_seen = at > late - l.W && at + kChunk - 1 <= early && at >= l.S;
-    const int first[2] = {at + 2 * t - lower[0], at + 2 * t - lower[1]};
     Attend<D, kChunk>(rows, q, SharedAddress(shared.k + i % kStages),
-                      SharedAddress(shared.v + i % kStages), scale, all_seen, first, keys);
+                      SharedAddress(shared.v + i % kStages), scale, at, all_seen, of_window);
   }
 
   const Part& own = part[group];
@@ -263,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D>)
     inverse[r] = 1 / all;
     const int j = 16 * warp + g + 8 * r;
     if (t == 0 && j >= own.chunk.lo && j < own.chunk.hi)
-      p.lse[(int64_t{2 * blockIdx.y + group} * l.H + head) * kChunk + j] =
+      p.lse[(int64_t{ChunksOfBlock(l) * blockIdx.y + group} * l.H + head) * kChunk + j] =
           rows.top[r] * scale * 0.6931471805599453f + logf(all);
   }
   // Lanes of even t take all four columns of two lanes of one half of 16 columns, their neighbours
@@ -272,8 +292,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D>)
   for (int r = 0; r < 2; ++r) {
     const int j = 16 * warp + g + 8 * r;
     const bool valid = j >= own.chunk.lo && j < own.chunk.hi;
-    uint2* out = reinterpret_cast<uint2*>(p.out + ((own.row + j) * l.H + head) * D) +
-                 (t % 2 * 2 + t / 2);
+    uint2* out =
+        reinterpret_cast<uint2*>(p.out + ((own.row + j) * l.H + head) * D) + (t % 2 * 2 + t / 2);
 #pragma unroll
     for (int c = 0; c < D / 16; ++c) {
       const float(&a)[4] = rows.acc[c / 4][c % 4 * 2], (&b)[4] = rows.acc[c / 4][c % 4 * 2 + 1];
@@ -288,10 +308,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D>)
 
 template <int D>
 void Launch(const PrefillParams& p, cudaStream_t stream) {
-  const int sink_groups = (p.layer.S + kSinkGroup - 1) / kSinkGroup;
-  const int bytes = sizeof(WindowShared<D>) + 2 * sink_groups * 2 * kSinkPieces<D> * 16;
-  Start<WindowKernel<D>>("window", dim3(p.layer.H, (p.wave_chunks + 1) / 2), kThreads, bytes, p,
-                         stream);
+  const int chunks = ChunksOfBlock(p.layer);
+  Start<WindowKernel<D>>("window", dim3(p.layer.H, (p.wave_chunks + chunks - 1) / chunks), kThreads,
+                         sizeof(WindowShared<D>), p, stream);
 }
 
 }  // namespace
