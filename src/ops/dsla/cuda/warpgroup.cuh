@@ -62,6 +62,14 @@ __device__ __forceinline__ void WarpgroupMma(float (&c)[2][4], uint64_t a, uint6
       : DSLA_FOUR(c, 0), DSLA_FOUR(c, 1)
       : "l"(a), "l"(b));
 }
+__device__ __forceinline__ void WarpgroupMma(float (&c)[4][4], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, "
+      "%9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, 1, 0, 0;\n}"
+      : DSLA_SIXTEEN(c, 0)
+      : "l"(a), "l"(b));
+}
 // A in registers with 16 rows of `b`.
 __device__ __forceinline__ void WarpgroupMma(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b) {
   asm volatile(
@@ -84,8 +92,8 @@ __device__ __forceinline__ void PublishCopies() {
 #endif
 }
 
-// scores = q k^T: tiles of 64 and of kKeys rows of D columns, at these shared addresses.
-template <int D, int kKeys>
+// scores = q k^T: a tile of 64 rows, and kKeys rows from a multiple of 8 on of a tile of kRows.
+template <int D, int kKeys, int kRows>
 __device__ __forceinline__ void ScoreKeys(float (&scores)[kKeys / 8][4], uint32_t q, uint32_t k) {
 #pragma unroll
   for (int i = 0; i < kKeys / 8; ++i)
@@ -97,7 +105,7 @@ __device__ __forceinline__ void ScoreKeys(float (&scores)[kKeys / 8][4], uint32_
 #pragma unroll
   for (int c = 0; c < D / 16; ++c)
     WarpgroupMma(scores, PanelDescriptor(q, c / 4 * (64 * 128) + c % 4 * 32),
-                 PanelDescriptor(k, c / 4 * (kKeys * 128) + c % 4 * 32));
+                 PanelDescriptor(k, c / 4 * (kRows * 128) + c % 4 * 32));
   EndProducts();
   Pin(scores);
 #else
@@ -111,7 +119,7 @@ __device__ __forceinline__ void ScoreKeys(float (&scores)[kKeys / 8][4], uint32_
     for (int j = 0; j < kKeys / 16; ++j) {
       uint32_t b[4];
       LoadMatrix(
-          b, k + c / 4 * (kKeys * 128) +
+          b, k + c / 4 * (kRows * 128) +
                  16 * Swizzle<8>(16 * j + lane % 8 + lane / 16 * 8, 2 * (c % 4) + lane / 8 % 2));
       Mma(scores[2 * j], a, b[0], b[1]);
       Mma(scores[2 * j + 1], a, b[2], b[3]);
@@ -120,8 +128,8 @@ __device__ __forceinline__ void ScoreKeys(float (&scores)[kKeys / 8][4], uint32_
 #endif
 }
 
-// acc += weights v, a tile of kKeys rows of D columns.
-template <int D, int kKeys>
+// acc += weights v, with such rows.
+template <int D, int kKeys, int kRows>
 __device__ __forceinline__ void AddValues(float (&acc)[D / 64][8][4],
                                           uint32_t (&weights)[kKeys / 16][4], uint32_t v) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -134,7 +142,7 @@ __device__ __forceinline__ void AddValues(float (&acc)[D / 64][8][4],
 #pragma unroll
     for (int panel = 0; panel < D / 64; ++panel)
       WarpgroupMma(acc[panel], weights[c],
-                   PanelDescriptor(v, panel * (kKeys * 128) + c * (16 * 128)));
+                   PanelDescriptor(v, panel * (kRows * 128) + c * (16 * 128)));
   EndProducts();
 #pragma unroll
   for (int panel = 0; panel < D / 64; ++panel) Pin(acc[panel]);
@@ -149,7 +157,7 @@ __device__ __forceinline__ void AddValues(float (&acc)[D / 64][8][4],
       for (int j = 0; j < 4; ++j) {
         uint32_t b[4];
         LoadMatrixTransposed(
-            b, v + panel * (kKeys * 128) + 16 * Swizzle<8>(16 * c + lane % 16, 2 * j + lane / 16));
+            b, v + panel * (kRows * 128) + 16 * Swizzle<8>(16 * c + lane % 16, 2 * j + lane / 16));
         Mma(acc[panel][2 * j], weights[c], b[0], b[1]);
         Mma(acc[panel][2 * j + 1], weights[c], b[2], b[3]);
       }

@@ -33,17 +33,20 @@ struct Tile {  // panels of 64 rows
 };
 template <int D>
 struct WindowShared {
-  static constexpr int kStages = D == 64 ? 4 : 2;
+  static constexpr int kStages = D == 64 ? 3 : 2;
   Tile<D> q[2], k[kStages], v[kStages];  // the last stage begins with the sinks, group by group
   Part part[2];
 };
-// Blocks that a multiprocessor's shared memory holds.
+// Blocks of a multiprocessor, as far as shared memory goes; `mma` takes more registers than wgmma.
 template <int D>
-#if __CUDA_ARCH__ >= 900
-inline constexpr int kBlocks = 2;
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+inline constexpr int kBlocks = D == 128 ? 2 : 3;
 #else
 inline constexpr int kBlocks = D == 128 ? 1 : 2;
 #endif
+// Keys of a tile that are taken in at a time: as many as so many blocks have registers for.
+template <int D>
+inline constexpr int kStep = D == 128 ? kChunk : 32;
 template <int D>
 inline constexpr int kSinkPieces = kSinkGroup* D / 8;
 
@@ -128,13 +131,13 @@ struct Rows {
   float top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
 };
 
-// Takes in keys [first, first + kKeys). Unless all of them are seen, row r sees `range(r)`: from
-// which on, and how many (0 at least); r counts the rows of the warp.
-template <int D, int kKeys, typename Range>
+// Takes in keys [first, first + kKeys), at `k` and `v` in tiles of kRows rows. Unless all of them
+// are seen, row r of the warp's sees `range(r)`: from which on, and how many (0 at least).
+template <int D, int kKeys, int kRows, typename Range>
 __device__ __forceinline__ void Attend(Rows<D>& rows, uint32_t q, uint32_t k, uint32_t v,
                                        float scale, int first, bool all_seen, const Range& range) {
   float score[kKeys / 8][4];
-  ScoreKeys<D, kKeys>(score, q, k);
+  ScoreKeys<D, kKeys, kRows>(score, q, k);
   if (!all_seen) {
     const int thread = ThreadIndex();
 #pragma unroll
@@ -180,7 +183,7 @@ __device__ __forceinline__ void Attend(Rows<D>& rows, uint32_t q, uint32_t k, ui
       rows.sum[r] += a + b;
       weights[j / 2][j % 2 * 2 + r] = Pack(a, b);
     }
-  AddValues<D, kKeys>(rows.acc, weights, v);
+  AddValues<D, kKeys, kRows>(rows.acc, weights, v);
 }
 
 // grid (H, chunks of a wave / chunks of a block)
@@ -259,8 +262,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D>)
   __syncthreads();
   for (int i = 0; mine && i < sink_groups; ++i) {
     const int at = i * kSinkPieces<D> + (joined ? 0 : group * kSecondSinks);
-    Attend<D, kSinkGroup>(rows, q, SharedAddress(sink_k + at), SharedAddress(sink_v + at), scale,
-                          kSinkGroup * i, false, of_sinks);
+    Attend<D, kSinkGroup, kSinkGroup>(rows, q, SharedAddress(sink_k + at),
+                                      SharedAddress(sink_v + at), scale, kSinkGroup * i, false,
+                                      of_sinks);
   }
   for (int i = 0; i < count; ++i) {
     WaitCopies<kStages - 2>();
@@ -269,10 +273,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D>)
     if (i + kStages - 1 < count) fetch(i + kStages - 1);
     CommitCopies();
     if (!mine || i < begin || i >= begin + tiles) continue;
-    const int at = e0 + (i - begin) * kChunk;
-    const bool all_seen = at > late - l.W && at + kChunk - 1 <= early && at >= l.S;
-    Attend<D, kChunk>(rows, q, SharedAddress(shared.k + i % kStages),
-                      SharedAddress(shared.v + i % kStages), scale, at, all_seen, of_window);
+#pragma unroll 1
+    for (int row = 0; row < kChunk; row += kStep<D>) {
+      const int at = e0 + (i - begin) * kChunk + row;
+      const bool all_seen = at > late - l.W && at + kStep<D> - 1 <= early && at >= l.S;
+      Attend<D, kStep<D>, kChunk>(rows, q, SharedAddress(shared.k + i % kStages) + row * 128,
+                                  SharedAddress(shared.v + i % kStages) + row * 128, scale, at,
+                                  all_seen, of_window);
+    }
   }
 
   const Part& own = part[group];
