@@ -19,12 +19,15 @@ __host__ __device__ __forceinline__ int ChunksOfBlock(const Layer& l) {
   return 2 * l.S <= kChunk ? 2 : 1;
 }
 
-// A chunk, and what is needed to find its rows.
+// A chunk, and where its rows are. Of the block's tiles the i-th has the tokens from base + 64 i
+// on, as long as they are this part's; some query sees those in [from, to), of the other chunk too
+// where the two share tiles.
 struct Part {
   Chunk chunk;
-  int64_t row;      // of q and out that belongs to the chunk's row 0
-  int64_t key_row;  // of k and v that would be token 0's
-  int pos;
+  int base, from, to, pos = 0;
+  // Of token 0, if it were in this call, and of the block's KV head.
+  const __nv_bfloat16 *k = nullptr, *v = nullptr;
+  int64_t row = 0;  // of q and out that belongs to the chunk's row 0
 };
 
 template <int D>
@@ -58,33 +61,32 @@ __device__ __forceinline__ int ThreadIndex() {
   return i;
 }
 
-// Rows [from, until) of 64 that lie at one distance, zeros elsewhere.
+// Rows [first, first + 64) of 64 columns a panel, zeros instead of those outside of [from, until).
 template <int D>
 __device__ __forceinline__ void CopyRows(Tile<D>& to, const __nv_bfloat16* row0, int64_t stride,
-                                         int from, int until) {
+                                         int first, int from, int until) {
   const int thread = ThreadIndex(), c = thread % 8;
+  const auto bytes = static_cast<int>(2 * stride);  // 32 bits: an address is one multiplication
 #pragma unroll
   for (int i = 0; i < kChunk * 8 / kThreads; ++i) {
     const int row = thread / 8 + i * (kThreads / 8);
-    const __nv_bfloat16* at = row0 + row * stride + 8 * c;
+    const char* at =
+        reinterpret_cast<const char*>(row0 + 8 * c) + int64_t{first + row} * int64_t{bytes};
 #pragma unroll
     for (int panel = 0; panel < D / 64; ++panel)
-      CopyAsync(to.pieces + panel * (kChunk * 8) + Swizzle<8>(row, c), at + 64 * panel,
-                row >= from && row < until);
+      CopyAsync(to.pieces + panel * (kChunk * 8) + Swizzle<8>(row, c), at + 128 * panel,
+                first + row >= from && first + row < until);
   }
 }
 
-// Keys [first, first + 64), of which [from, to) are read.
+// Tokens [first, first + 64) of a part's.
 template <int D>
 __device__ __forceinline__ void FetchTile(const PrefillParams& p, Tile<D>& k, Tile<D>& v,
-                                          const Part& part, int h, int first, int from, int to) {
-  const Layer& l = p.layer;
+                                          const Part& part, int h, int first) {
+  const int from = part.from, to = part.to;
   if (first >= part.pos) {
-    const int64_t row = part.key_row + first;
-    CopyRows<D>(k, p.rows.k + row * p.rows.k_stride + h * D, p.rows.k_stride, from - first,
-                to - first);
-    CopyRows<D>(v, p.rows.v + row * p.rows.v_stride + h * D, p.rows.v_stride, from - first,
-                to - first);
+    CopyRows<D>(k, part.k, p.rows.k_stride, first, from, to);
+    CopyRows<D>(v, part.v, p.rows.v_stride, first, from, to);
     return;
   }
 #pragma unroll 1
@@ -93,7 +95,7 @@ __device__ __forceinline__ void FetchTile(const PrefillParams& p, Tile<D>& k, Ti
     const int place = c / 8 * (kChunk * 8) + Swizzle<8>(row, c % 8);
     const bool valid = s >= from && s < to;
     KvRow at{p.rows.k, p.rows.v};
-    if (valid) at = RowOf<D>(l, p.rows, part.chunk.n, h, s);
+    if (valid) at = RowOf<D>(p.layer, p.rows, part.chunk.n, h, s);
     CopyAsync(k.pieces + place, at.k + 8 * c, valid);
     CopyAsync(v.pieces + place, at.v + 8 * c, valid);
   }
@@ -104,7 +106,7 @@ __device__ __forceinline__ void FetchSinks(const PrefillParams& p, uint4* k, uin
                                            const Part& part, int h) {
   const Layer& l = p.layer;
   const int rows = (l.S + kSinkGroup - 1) / kSinkGroup * kSinkGroup;
-  const int to = min(l.S, part.chunk.e0 + part.chunk.hi + l.W);
+  const int to = min(l.S, part.to);
   for (int i = threadIdx.x; i < rows * (D / 8); i += kThreads) {
     const int s = i / (D / 8), c = i % (D / 8);
     const int place = s / kSinkGroup * kSinkPieces<D> + c / 8 * (kSinkGroup * 8) +
@@ -116,8 +118,7 @@ __device__ __forceinline__ void FetchSinks(const PrefillParams& p, uint4* k, uin
       at = {reinterpret_cast<const __nv_bfloat16*>(slot + l.at.sink_k) + row,
             reinterpret_cast<const __nv_bfloat16*>(slot + l.at.sink_v) + row};
     } else if (s < to) {
-      const int64_t row = part.key_row + s;
-      at = {p.rows.k + row * p.rows.k_stride + h * D, p.rows.v + row * p.rows.v_stride + h * D};
+      at = {part.k + s * p.rows.k_stride, part.v + s * p.rows.v_stride};
     }
     CopyAsync(k + place, at.k + 8 * c, s < to);
     CopyAsync(v + place, at.v + 8 * c, s < to);
@@ -128,8 +129,11 @@ __device__ __forceinline__ void FetchSinks(const PrefillParams& p, uint4* k, uin
 template <int D>
 struct Rows {
   float acc[D / 64][8][4] = {};
-  float top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+  float base[2] = {-1e30f, -1e30f}, sum[2] = {};  // weights are 2^(score - base)
 };
+// A row's base follows its largest score only when that is so far above. Weights that are larger
+// than 1 are no less exact, and most tiles leave the sums as they are.
+constexpr float kFar = 8;
 
 // Takes in keys [first, first + kKeys), at `k` and `v` in tiles of kRows rows. Unless all of them
 // are seen, row r of the warp's sees `range(r)`: from which on, and how many (0 at least).
@@ -152,20 +156,22 @@ __device__ __forceinline__ void Attend(Rows<D>& rows, uint32_t q, uint32_t k, ui
             score[j][2 * r + c] = -INFINITY;
     }
   }
-  float base[2], shrink[2];
+  float shrink[2] = {1, 1};
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float next = rows.top[r];
+    float top = -INFINITY;
 #pragma unroll
     for (int j = 0; j < kKeys / 8; ++j)
-      next = fmaxf(next, fmaxf(score[j][2 * r], score[j][2 * r + 1]));
-    next = QuadMax(next);
-    base[r] = next == -INFINITY ? 0.f : next * scale;
-    shrink[r] = Exp2(rows.top[r] * scale - base[r]);
-    rows.top[r] = next;
-    rows.sum[r] *= shrink[r];
+      top = fmaxf(top, fmaxf(score[j][2 * r], score[j][2 * r + 1]));
+    top = QuadMax(top) * scale;
+    if (top > rows.base[r] + kFar) {
+      shrink[r] = Exp2(rows.base[r] - top);
+      rows.base[r] = top;
+    }
   }
   if (__any_sync(~0u, shrink[0] != 1 || shrink[1] != 1)) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) rows.sum[r] *= shrink[r];
 #pragma unroll
     for (int panel = 0; panel < D / 64; ++panel)
 #pragma unroll
@@ -178,8 +184,8 @@ __device__ __forceinline__ void Attend(Rows<D>& rows, uint32_t q, uint32_t k, ui
   for (int j = 0; j < kKeys / 8; ++j)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float a = Exp2(score[j][2 * r] * scale - base[r]);
-      const float b = Exp2(score[j][2 * r + 1] * scale - base[r]);
+      const float a = Exp2(score[j][2 * r] * scale - rows.base[r]);
+      const float b = Exp2(score[j][2 * r + 1] * scale - rows.base[r]);
       rows.sum[r] += a + b;
       weights[j / 2][j % 2 * 2 + r] = Pack(a, b);
     }
@@ -196,14 +202,23 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D>)
   const Layer& l = p.layer;
   const int head = blockIdx.x, h = head / l.G;
   AllowNext();  // reads nothing of the kernel before it, but ends only after it
+  // Keys e0 + 1 .. e0 + W + 63 of a chunk in tiles from e0 on.
+  const int tiles = (l.W + kChunk - 1) / kChunk + 1;
   if (threadIdx.x < 2) {
-    const int chunks = ChunksOfBlock(l), index = chunks * blockIdx.y + threadIdx.x;
-    Part part{{-1, 0, 0, 0}, 0, 0, 0};
-    if (threadIdx.x < chunks && index < p.wave_chunks) part.chunk = ChunkOf(p, index);
-    if (part.chunk.n >= 0) {
-      part.pos = l.pos[part.chunk.n];
-      part.key_row = l.row_start[part.chunk.n] - part.pos;
-      part.row = part.key_row + part.chunk.e0 + l.W;
+    const int chunks = ChunksOfBlock(l), index = chunks * blockIdx.y;
+    const Chunk a = ChunkOf(p, index), none{-1, 0, 0, 0};
+    const Chunk b = chunks == 2 && index + 1 < p.wave_chunks ? ChunkOf(p, index + 1) : none;
+    const bool joined = a.n >= 0 && b.n == a.n && b.e0 == a.e0 + kChunk;
+    const Chunk chunk = threadIdx.x == 0 ? a : b;
+    const Chunk begin = joined ? a : chunk, end = joined ? b : chunk;
+    Part part{chunk, begin.e0, max(l.S, begin.e0 + begin.lo + 1), end.e0 + end.hi + l.W};
+    if (threadIdx.x == 1 && !joined) part.base -= tiles * kChunk;
+    if (chunk.n >= 0) {
+      part.pos = l.pos[chunk.n];
+      const int64_t row = l.row_start[chunk.n] - part.pos;
+      part.k = p.rows.k + row * p.rows.k_stride + h * D;
+      part.v = p.rows.v + row * p.rows.v_stride + h * D;
+      part.row = row + chunk.e0 + l.W;
     }
     shared.part[threadIdx.x] = part;
   }
@@ -213,29 +228,23 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D>)
     AwaitPrevious();
     return;
   }
-  // Keys e0 + 1 .. e0 + W + 63 of a chunk in tiles from e0 on. Of the block's tiles the second
-  // chunk's begin at `second`.
   const bool joined =
       part[1].chunk.n == part[0].chunk.n && part[1].chunk.e0 == part[0].chunk.e0 + kChunk;
-  const int tiles = (l.W + kChunk - 1) / kChunk + 1, second = joined ? 1 : tiles;
+  const int second = joined ? 1 : tiles;  // the first of the second chunk's
   const int count = part[1].chunk.n < 0 ? tiles : second + tiles;
   const int sink_groups = (l.S + kSinkGroup - 1) / kSinkGroup;
   const auto fetch = [&](int i) {
-    const int owner = i >= tiles;
-    const Chunk &from = part[owner].chunk, &to = part[joined || owner].chunk;
-    FetchTile<D>(p, shared.k[i % kStages], shared.v[i % kStages], part[owner], h,
-                 from.e0 + (owner ? i - second : i) * kChunk, max(l.S, from.e0 + from.lo + 1),
-                 to.e0 + to.hi + l.W);
+    const Part& of = part[i >= tiles];
+    FetchTile<D>(p, shared.k[i % kStages], shared.v[i % kStages], of, h, of.base + i * kChunk);
   };
   uint4* sink_k = shared.k[kStages - 1].pieces;
   uint4* sink_v = shared.v[kStages - 1].pieces;
   constexpr int kSecondSinks = kChunk / 2 * D / 8;
   for (int i = 0; i < 2 && part[i].chunk.n >= 0; ++i) {
-    CopyRows<D>(shared.q[i], p.q + part[i].row * p.q_stride + head * D, p.q_stride,
+    CopyRows<D>(shared.q[i], p.q + part[i].row * p.q_stride + head * D, p.q_stride, 0,
                 part[i].chunk.lo, part[i].chunk.hi);
     if (i == 0 || !joined)
-      FetchSinks<D>(p, sink_k + i * kSecondSinks, sink_v + i * kSecondSinks, part[joined ? 1 : i],
-                    h);
+      FetchSinks<D>(p, sink_k + i * kSecondSinks, sink_v + i * kSecondSinks, part[i], h);
   }
   CommitCopies();
 #pragma unroll
@@ -247,8 +256,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D>)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, g = lane / 4, t = lane % 4;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // tells ptxas that a warp has one
   const bool mine = part[group].chunk.n >= 0;
-  const int begin = group ? second : 0, e0 = part[group].chunk.e0;
-  const int early = e0 + l.W + 16 * warp, late = early + 15;  // times of this warp's queries
+  const int begin = group ? second : 0;
+  const int early = part[group].chunk.e0 + l.W + 16 * warp,
+            late = early + 15;  // times of this warp's queries
   const auto of_window = [&](int r) {
     const int time = early + r, from = max(l.S, time - l.W + 1);
     return make_int2(from, max(time - from + 1, 0));
@@ -275,7 +285,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D>)
     if (!mine || i < begin || i >= begin + tiles) continue;
 #pragma unroll 1
     for (int row = 0; row < kChunk; row += kStep<D>) {
-      const int at = e0 + (i - begin) * kChunk + row;
+      const int at = part[group].base + i * kChunk + row;
       const bool all_seen = at > late - l.W && at + kStep<D> - 1 <= early && at >= l.S;
       Attend<D, kStep<D>, kChunk>(rows, q, SharedAddress(shared.k + i % kStages) + row * 128,
                                   SharedAddress(shared.v + i % kStages) + row * 128, scale, at,
@@ -292,7 +302,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D>)
     const int j = 16 * warp + g + 8 * r;
     if (t == 0 && j >= own.chunk.lo && j < own.chunk.hi)
       p.lse[(int64_t{ChunksOfBlock(l) * blockIdx.y + group} * l.H + head) * kChunk + j] =
-          rows.top[r] * scale * 0.6931471805599453f + logf(all);
+          rows.base[r] * 0.6931471805599453f + logf(all);
   }
   // Lanes of even t take all four columns of two lanes of one half of 16 columns, their neighbours
   // those of the other half, so that a row's 32 bytes are written at once.
