@@ -4,7 +4,8 @@
 //
 // A block has two chunks of a wave, a warpgroup for each. Where the second follows the first, all
 // tiles of keys but one serve both. A row's arithmetic does not depend on that: it goes through the
-// sinks, then through its own chunk's tiles from e0 on, each of them whole.
+// sinks, then through its own chunk's tiles from e0 on, all of each, and what other rows see
+// changes neither its scores nor when its sums are scaled.
 #include "ops/dsla/cuda/prefill.cuh"
 #include "ops/dsla/cuda/warpgroup.cuh"
 
@@ -254,11 +255,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D>)
   }
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, g = lane / 4, t = lane % 4;
-  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // tells ptxas that a warp has one
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // one for all of a warp
   const bool mine = part[group].chunk.n >= 0;
   const int begin = group ? second : 0;
-  const int early = part[group].chunk.e0 + l.W + 16 * warp,
-            late = early + 15;  // times of this warp's queries
+  // The first and the last time of this warp's queries.
+  const int early = part[group].chunk.e0 + l.W + 16 * warp, late = early + 15;
   const auto of_window = [&](int r) {
     const int time = early + r, from = max(l.S, time - l.W + 1);
     return make_int2(from, max(time - from + 1, 0));
