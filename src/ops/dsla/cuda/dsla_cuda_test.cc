@@ -216,7 +216,8 @@ INSTANTIATE_TEST_SUITE_P(
                       Case{"wide_mixed", 2, 2, 128, 128, 2, 128, 0, TestGates::kMixed},
                       Case{"wide_slow", 4, 1, 128, 256, 1, 64, 4, TestGates::kSlow},
                       Case{"wide_largest", 1, 1, 128, 256, 2, 64, 1, TestGates::kTrained},
-                      Case{"sinks_over_window", 5, 1, 64, 64, 1, 16, 20, TestGates::kMixed}),
+                      Case{"sinks_over_window", 5, 1, 64, 64, 1, 16, 20, TestGates::kMixed},
+                      Case{"many_sinks", 3, 1, 128, 128, 1, 200, 40, TestGates::kTrained}),
     [](const auto& info) { return std::string(info.param.name); });
 
 }  // namespace
