@@ -28,15 +28,16 @@ constexpr int MaxTeams(int D) {
 // e^a - 1 of this warp's channels and the slots of one half.
 template <int D, int kBlocks>
 __device__ __forceinline__ void Gates(float (&gate)[kBlocks][4][4], const uint4* weight,
-                                      const uint4* plain, const float2 (&bias)[kBlocks],
-                                      float least) {
+                                      const uint4* plain, const float2* bias, float least) {
 #pragma unroll
-  for (int b = 0; b < kBlocks; ++b)
+  for (int b = 0; b < kBlocks; ++b) {
+    const float2 start = bias[b * (D / 2)];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      gate[b][j][0] = gate[b][j][1] = bias[b].x;
-      gate[b][j][2] = gate[b][j][3] = bias[b].y;
+      gate[b][j][0] = gate[b][j][1] = start.x;
+      gate[b][j][2] = gate[b][j][3] = start.y;
     }
+  }
 #pragma unroll 2
   for (int c = 0; c < D / 16; ++c) {
     uint32_t a[kBlocks][4];
@@ -166,24 +167,27 @@ __global__ void __launch_bounds__(MaxTeams(D) * 2 * D, kBlocksPerProcessor<D>)
   const int teams = blockDim.x / (2 * D);
   TeamShared<D, kSigns>& s = shared.team[team];
   LoadWeights<D, kBlocks>(&shared.weight[0][0][0][0], l, h, first_block);
-  float2 bias[kBlocks];
-#pragma unroll
-  for (int b = 0; b < kBlocks; ++b)
-    bias[b] = *reinterpret_cast<const float2*>(l.weights.bias + h * l.SF + (first_block + b) * D +
-                                               16 * warp + 2 * g);
+  for (int i = threadIdx.x; i < kBlocks * D / 2; i += blockDim.x)
+    shared.bias[i] =
+        reinterpret_cast<const float2*>(l.weights.bias + h * l.SF + first_block * D)[i];
   AwaitPrevious();
   AllowNext();
   __syncthreads();
 
   const int place = 4 * g + (t ^ (g / 2));
-  for (int index = blockIdx.y + gridDim.y * team; index < p.wave_chunks;
-       index += gridDim.y * teams) {
-    const Chunk chunk = ChunkOf(p, index);
-    if (chunk.n < 0) return;
+  int index = blockIdx.y + gridDim.y * team;
+  Chunk chunk;
+  uint4 keys[4];
+  const auto fetch = [&] {
+    chunk = index < p.wave_chunks ? ChunkOf(p, index) : Chunk{-1, 0, 0, 0};
+    LoadKeys<D, kFold>(keys, p, chunk, h, thread);
+  };
+  fetch();
+  while (chunk.n >= 0) {
     const int64_t part = int64_t{index} * l.Hkv + h;
-    FetchKeys<D, kFold>(p, chunk, h, s, thread, team);
+    StoreKeys<D>(s, keys, l, chunk, thread, team);
     float y[2][4][4] = {};
-#pragma unroll 2
+#pragma unroll 1
     for (int c = 0; c < D / 32; ++c) {
       uint32_t a[4], b[4];
       LoadPiece(a, shared.weight[0][c][warp][lane]);
@@ -206,7 +210,7 @@ __global__ void __launch_bounds__(MaxTeams(D) * 2 * D, kBlocksPerProcessor<D>)
     const auto half = [&]<bool kUpper>() {
       float gate[kBlocks][4][4];
       Gates<D, kBlocks>(gate, &shared.weight[1][0][warp][lane], &s.plain[0][4 * kUpper][place],
-                        bias, l.least_gate);
+                        &shared.bias[8 * warp + g], l.least_gate);
       const int first = TokenOf(32 * kUpper + 8 * t);
       if (!whole) {
 #pragma unroll
@@ -216,7 +220,12 @@ __global__ void __launch_bounds__(MaxTeams(D) * 2 * D, kBlocksPerProcessor<D>)
             for (int b = 0; b < kBlocks; ++b) gate[b][i / 2][i % 2] = gate[b][i / 2][2 + i % 2] = 0;
           }
       }
-      if constexpr (!kUpper) Barrier<2 * D>(team);  // the statistics are combined
+      if constexpr (kUpper) {  // the next chunk's keys are under way meanwhile
+        index += gridDim.y * teams;
+        fetch();
+      } else {
+        Barrier<2 * D>(team);  // the statistics are combined
+      }
       const int64_t block = part * blocks + first_block, quarter = first / 16, row = first % 16;
       const int pair = 8 * warp + g;
       Places to;

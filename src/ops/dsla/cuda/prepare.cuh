@@ -26,6 +26,7 @@ struct TeamShared {
 template <int D, int kBlocks, int kSigns>
 struct PrepareShared {
   uint4 weight[1 + kBlocks][D / 16][D / 16][32];
+  float2 bias[kBlocks * D / 2];
   TeamShared<D, kSigns> team[kTeams];
 };
 
@@ -35,18 +36,26 @@ __device__ __forceinline__ int TokenOf(int slot) {
 
 template <int D, int kBlocks>
 __device__ __forceinline__ void LoadWeights(uint4* to, const Layer& l, int h, int first_block) {
-  constexpr int kPieces = D * D / 8;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < (1 + kBlocks) * kPieces; i += blockDim.x) {
-    const int m = i / kPieces, tile = i % kPieces / 32, g = i / 4 % 8, t = i % 4;
-    const __nv_bfloat16* from =
-        m == 0 ? l.weights.phi_k + int64_t{h} * D * D
-               : l.weights.gates + (int64_t{h} * (l.SF / D) + first_block + m - 1) * D * D;
-    // Columns 2g and 2g + 1 of the packed tile.
-    const uint2* at =
-        reinterpret_cast<const uint2*>(from) + tile * 64 + (2 * g % 8 * 4 + t) * 2 + g / 4;
-    const uint2 even = __ldg(at), odd = __ldg(at + 8);
-    to[i] = {even.x, odd.x, even.y, odd.y};
+  // All loads of two teams are under way at once.
+  constexpr int kPieces = D * D / 8, kBatch = (1 + kBlocks) * kPieces / (kTeams * 2 * D);
+  for (int base = threadIdx.x; base < (1 + kBlocks) * kPieces; base += kBatch * blockDim.x) {
+    uint2 even[kBatch], odd[kBatch];
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      const int i = base + u * blockDim.x;
+      const int m = i / kPieces, tile = i % kPieces / 32, g = i / 4 % 8, t = i % 4;
+      const __nv_bfloat16* from =
+          m == 0 ? l.weights.phi_k + int64_t{h} * D * D
+                 : l.weights.gates + (int64_t{h} * (l.SF / D) + first_block + m - 1) * D * D;
+      // Columns 2g and 2g + 1 of the packed tile.
+      const uint2* at =
+          reinterpret_cast<const uint2*>(from) + tile * 64 + (2 * g % 8 * 4 + t) * 2 + g / 4;
+      even[u] = __ldg(at);
+      odd[u] = __ldg(at + 8);
+    }
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u)
+      to[base + u * blockDim.x] = {even[u].x, odd[u].x, even[u].y, odd[u].y};
   }
 }
 
@@ -55,25 +64,47 @@ __device__ __forceinline__ void LoadPiece(uint32_t (&to)[4], const uint4& from) 
 }
 
 // Each thread has 16 + 16 dimensions of one token: k step c of both halves of the head.
-template <int D, bool kFold, typename Shared>
-__device__ __forceinline__ void FetchKeys(const PrefillParams& p, const Chunk& chunk, int h,
-                                          Shared& s, int thread, int team) {
-  const Layer& l = p.layer;
-  const int g = thread % 8, c = thread / 8 % (D / 32), j = thread / 8 / (D / 32);
-  const int row = TokenOf(j / 4 * 32 + g / 2 * 8 + j % 4 * 2 + g % 2);
-  uint4 pieces[4]{};
-  float4 cos[4]{}, sin[4]{};
-  if (Enters(l, chunk, row)) {
-    const int e = chunk.e0 + row;
-    const __nv_bfloat16* k;
+template <int D>
+struct KeyPlace {
+  int g, c, j, row;  // row of the chunk
+  __device__ __forceinline__ explicit KeyPlace(int thread)
+      : g(thread % 8),
+        c(thread / 8 % (D / 32)),
+        j(thread / 8 / (D / 32)),
+        row(TokenOf(j / 4 * 32 + g / 2 * 8 + j % 4 * 2 + g % 2)) {}
+};
+
+template <int D, bool kFold>
+__device__ __forceinline__ void LoadKeys(uint4 (&pieces)[4], const PrefillParams& p,
+                                         const Chunk& chunk, int h, int thread) {
+  const KeyPlace<D> at(thread);
+  const bool enters = chunk.n >= 0 && Enters(p.layer, chunk, at.row);
+  const __nv_bfloat16* k = nullptr;
+  if (enters) {
     if constexpr (kFold)
-      k = RowOf<D>(l, p.pages, chunk.n, h, e).k;
+      k = RowOf<D>(p.layer, p.pages, chunk.n, h, chunk.e0 + at.row).k;
     else
-      k = RowOf<D>(l, p.rows, chunk.n, h, e).k;
-    const int64_t angle = (int64_t{e} * (D / 2) + 16 * c) / 4;
+      k = RowOf<D>(p.layer, p.rows, chunk.n, h, chunk.e0 + at.row).k;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    pieces[i] = {};
+    if (enters)
+      pieces[i] = *reinterpret_cast<const uint4*>(k + 16 * at.c + i / 2 * (D / 2) + i % 2 * 8);
+  }
+}
+
+// The keys, and the keys with RoPE undone, to shared memory.
+template <int D, typename Shared>
+__device__ __forceinline__ void StoreKeys(Shared& s, const uint4 (&pieces)[4], const Layer& l,
+                                          const Chunk& chunk, int thread, int team) {
+  const KeyPlace<D> at(thread);
+  const int g = at.g, c = at.c, j = at.j;
+  float4 cos[4]{}, sin[4]{};
+  if (Enters(l, chunk, at.row)) {
+    const int64_t angle = (int64_t{chunk.e0 + at.row} * (D / 2) + 16 * c) / 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      pieces[i] = *reinterpret_cast<const uint4*>(k + 16 * c + i / 2 * (D / 2) + i % 2 * 8);
       cos[i] = reinterpret_cast<const float4*>(l.cos)[angle + i];
       sin[i] = reinterpret_cast<const float4*>(l.sin)[angle + i];
     }
