@@ -176,15 +176,13 @@ __global__ void __launch_bounds__(MaxTeams(D) * 2 * D, kBlocksPerProcessor<D>)
 
   const int place = 4 * g + (t ^ (g / 2));
   int index = blockIdx.y + gridDim.y * team;
-  Chunk chunk;
-  uint4 keys[4];
-  const auto fetch = [&] {
-    chunk = index < p.wave_chunks ? ChunkOf(p, index) : Chunk{-1, 0, 0, 0};
-    LoadKeys<D, kFold>(keys, p, chunk, h, thread);
+  const auto chunk_at = [&](int i) {
+    return i < p.wave_chunks ? ChunkOf(p, i) : Chunk{-1, 0, 0, 0};
   };
-  fetch();
+  Chunk chunk = chunk_at(index);
+  uint4 keys[4];
+  LoadKeys<D, kFold>(keys, p, chunk, h, thread);
   while (chunk.n >= 0) {
-    const int64_t part = int64_t{index} * l.Hkv + h;
     StoreKeys<D>(s, keys, l, chunk, thread, team);
     float y[2][4][4] = {};
 #pragma unroll 1
@@ -204,6 +202,7 @@ __global__ void __launch_bounds__(MaxTeams(D) * 2 * D, kBlocksPerProcessor<D>)
       Statistics<kSigns == 1>(y, sign == 0 ? 1.f : -1.f, s.top[sign][warp], s.sum[sign][warp],
                               lane);
     Barrier<2 * D>(team);
+    if (thread == 2 * D - 1) s.next = chunk_at(index + gridDim.y * teams);
     if (thread < kSigns * kChunk) CombineStatistics(s, thread / kChunk, thread % kChunk);
 
     const bool whole = Enters(l, chunk, 0) && chunk.hi == kChunk;
@@ -221,11 +220,12 @@ __global__ void __launch_bounds__(MaxTeams(D) * 2 * D, kBlocksPerProcessor<D>)
           }
       }
       if constexpr (kUpper) {  // the next chunk's keys are under way meanwhile
-        index += gridDim.y * teams;
-        fetch();
+        chunk = s.next;
+        LoadKeys<D, kFold>(keys, p, chunk, h, thread);
       } else {
         Barrier<2 * D>(team);  // the statistics are combined
       }
+      const int64_t part = int64_t{index} * l.Hkv + h;
       const int64_t block = part * blocks + first_block, quarter = first / 16, row = first % 16;
       const int pair = 8 * warp + g;
       Places to;
@@ -240,6 +240,7 @@ __global__ void __launch_bounds__(MaxTeams(D) * 2 * D, kBlocksPerProcessor<D>)
     };
     half.template operator()<false>();
     half.template operator()<true>();
+    index += gridDim.y * teams;
   }
 }
 

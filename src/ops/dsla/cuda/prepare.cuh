@@ -20,6 +20,7 @@ struct TeamShared {
   // and the sum of powers relative to it. Then what makes features of them, at `top`.
   float top[kSigns][D / 16][kChunk];
   float sum[kSigns][D / 16][kChunk];
+  Chunk next;
 };
 
 // Weights as mma's A operand: [phi_k, then gates of kBlocks][k step][warp][lane].
