@@ -14,14 +14,15 @@ namespace {
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <int D>
-constexpr int kBlocksPerProcessor = D == 128 ? 1 : 2;
+constexpr int kBlocksPerProcessor = D == 128 ? 1 : 4;
 
 // Before compute capability 9.0 shared memory has room for one team of D = 128.
-constexpr int MaxTeams(int D) {
+template <int D>
+constexpr int MaxThreads() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  return D == 128 ? 1 : kTeams;
+  return 2 * D;
 #else
-  return D > 0 ? kTeams : 0;
+  return kTeams<D> * 2 * D;
 #endif
 }
 
@@ -156,7 +157,7 @@ __device__ __forceinline__ void WriteHalf(const TeamShared<D, kSigns>& s,
 // grid (Hkv, groups of chunks, SF / D / kBlocks), teams of 2 D threads. A block goes over chunks
 // with one set of weights; each of its teams takes the next, on its own.
 template <int D, int kBlocks, int kSigns, bool kFold>
-__global__ void __launch_bounds__(MaxTeams(D) * 2 * D, kBlocksPerProcessor<D>)
+__global__ void __launch_bounds__(MaxThreads<D>(), kBlocksPerProcessor<D>)
     PrepareKernel(const __grid_constant__ PrefillParams p) {
   extern __shared__ __align__(16) std::byte memory[];
   auto& shared = *reinterpret_cast<PrepareShared<D, kBlocks, kSigns>*>(memory);
@@ -251,18 +252,18 @@ void Launch(const PrefillParams& p, cudaStream_t stream) {
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  int teams = kTeams, bytes = sizeof(Shared);
+  int teams = kTeams<D>, bytes = sizeof(Shared);
   if (bytes > most) {
     teams = 1;
-    bytes -= sizeof(TeamShared<D, kSigns>);
+    bytes = sizeof(Shared) - (kTeams<D> - 1) * sizeof(TeamShared<D, kSigns>);
   }
   // How many chunks each team takes: weights are loaded once per block, at the cost of a quarter of
   // a chunk, but all multiprocessors should end together. Results do not depend on it.
-  const int64_t pairs = p.layer.SF / D / kBlocks, slots = processors * kBlocksPerProcessor<D>;
+  const int64_t pairs = p.layer.SF / D / kBlocks;
   int64_t groups = 0, least = INT64_MAX;
-  for (int each = 1; each <= 8; ++each) {
+  for (int each = 1; each <= 8 / kBlocksPerProcessor<D>; ++each) {
     const int64_t n = CeilDiv(p.wave_chunks, teams * each);
-    const int64_t cost = CeilDiv(n * p.layer.Hkv * pairs, slots) * (4 * each + 1);
+    const int64_t cost = CeilDiv(n * p.layer.Hkv * pairs, processors) * (4 * each + 1);
     if (cost < least) groups = n, least = cost;
   }
   const dim3 grid(p.layer.Hkv, static_cast<unsigned>(groups), static_cast<unsigned>(pairs));

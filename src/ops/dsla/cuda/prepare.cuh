@@ -7,7 +7,10 @@
 namespace dsla::cuda {
 
 inline constexpr float kLog2e = 1.4426950408889634f;
-inline constexpr int kTeams = 2;  // of a block: each has its own chunk, all have the same weights
+// Teams of a block: each has its own chunk, all have the same weights. Smaller weights are shared
+// by none: blocks of one team spread more evenly.
+template <int D>
+inline constexpr int kTeams = D == 128 ? 2 : 1;
 
 // What a team of 2 D threads shares. A warp has 16 channels of each block of D.
 template <int D, int kSigns>
@@ -28,7 +31,7 @@ template <int D, int kBlocks, int kSigns>
 struct PrepareShared {
   uint4 weight[1 + kBlocks][D / 16][D / 16][32];
   float2 bias[kBlocks * D / 2];
-  TeamShared<D, kSigns> team[kTeams];
+  TeamShared<D, kSigns> team[kTeams<D>];
 };
 
 __device__ __forceinline__ int TokenOf(int slot) {
@@ -37,8 +40,8 @@ __device__ __forceinline__ int TokenOf(int slot) {
 
 template <int D, int kBlocks>
 __device__ __forceinline__ void LoadWeights(uint4* to, const Layer& l, int h, int first_block) {
-  // All loads of two teams are under way at once.
-  constexpr int kPieces = D * D / 8, kBatch = (1 + kBlocks) * kPieces / (kTeams * 2 * D);
+  // All of a block's loads are under way at once.
+  constexpr int kPieces = D * D / 8, kBatch = (1 + kBlocks) * kPieces / (kTeams<D> * 2 * D);
   for (int base = threadIdx.x; base < (1 + kBlocks) * kPieces; base += kBatch * blockDim.x) {
     uint2 even[kBatch], odd[kBatch];
 #pragma unroll
