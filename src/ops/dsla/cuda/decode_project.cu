@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads) ProjectKernel(const __grid_constant_
         const int f = block * D + warp * (D / 4) + 8 * j + 2 * t + i % 2;
         const float x = acc[j][i] + l.weights.bias[head * l.SF + f];
         p.gate[(int64_t{n} * l.Hkv + head) * l.SF + f] =
-            entering[i / 2] < 0 ? 0.f : GateMinusOne(x, l.floor);
+            entering[i / 2] < 0 ? 0.f : GateMinusOne(x, l.least_gate);
       }
     return;
   }

@@ -50,6 +50,16 @@ __device__ __forceinline__ void WaitCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
+// Waits for all of the block's `threads` threads with this `id`. Barriers 1 and 2 are used by name:
+// one that only a register knows would have a kernel hold all 16.
+template <int threads>
+__device__ __forceinline__ void Barrier(int id) {
+  if (id == 0)
+    asm volatile("bar.sync 1, %0;" ::"n"(threads) : "memory");
+  else
+    asm volatile("bar.sync 2, %0;" ::"n"(threads) : "memory");
+}
+
 __device__ __forceinline__ uint32_t Pack(float lo, float hi) {
   const __nv_bfloat162 x = __floats2bfloat162_rn(lo, hi);
   return *reinterpret_cast<const uint32_t*>(&x);

@@ -1,247 +1,283 @@
 // Per chunk and KV head: keys with RoPE undone, gates, phi_k, and from them K~ and e^{G-R}.
-#include "ops/dsla/cuda/prefill.cuh"
+//
+// The products with the weights are transposed, [channels, d] x [d, tokens]: a lane then has runs
+// of tokens of few channels in its accumulators, and products over time need registers only. Which
+// token a column stands for is free. Slots count tokens outwards from the anchor, 31 .. 0 and then
+// 32 .. 63; column 2t + i of tile j is slot 32 (j / 4) + 8 t + 2 (j % 4) + i, so a lane has eight
+// slots in a row of each half of the chunk. Rows g and g + 8 of a tile are channels 2g and 2g + 1,
+// neighbours in memory.
+#include "ops/dsla/cuda/prepare.cuh"
 
 namespace dsla::cuda {
 namespace {
 
-// One fp32 element pair of a [64, D] tile in shared memory, placed so that neither fragments (rows
-// g, pairs 4 j + t) nor rows (one row, 32 pairs) meet bank conflicts.
-template <int D>
-__device__ __forceinline__ int PairAt(int row, int pair) {
-  return row * (D / 2) + (pair ^ ((row & 3) << 2));
-}
-
-// Place of the 16-byte piece c of a row of D / 2 angles, such that four rows times two pieces,
-// which half a warp reads at a time, lie in different banks.
-template <int D>
-__device__ __forceinline__ int AnglePiece(int row, int c) {
-  return c ^ ((row & 3) << 1);
-}
+constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <int D>
-struct PrepareShared {
-  float2 y[kChunk * D / 2];     // phi_k's logits in base 2
-  float2 gate[kChunk * D / 2];  // e^a - 1
-  uint4 weight[D * D / 8];
-  float log_sum[2][kChunk];  // of e^y, of e^{-y}, in base 2
-  float2 total[4][D / 2];    // products of e^a over 16 rows
+constexpr int kBlocksPerProcessor = D == 128 ? 1 : 4;
+
+// Before compute capability 9.0 shared memory has room for one team of D = 128.
+template <int D>
+constexpr int MaxThreads() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return 2 * D;
+#else
+  return kTeams<D> * 2 * D;
+#endif
+}
+
+// e^a - 1 of this warp's channels and the slots of one half.
+template <int D, int kBlocks>
+__device__ __forceinline__ void Gates(float (&gate)[kBlocks][4][4], const uint4* weight,
+                                      const uint4* plain, const float2* bias, float least) {
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) {
+    const float2 start = bias[b * (D / 2)];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      gate[b][j][0] = gate[b][j][1] = start.x;
+      gate[b][j][2] = gate[b][j][3] = start.y;
+    }
+  }
+#pragma unroll 2
+  for (int c = 0; c < D / 16; ++c) {
+    uint32_t a[kBlocks][4];
+    uint4 x[4];
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) LoadPiece(a[b], weight[b * (D * D / 8) + c * (D * 2)]);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x[j] = plain[(c * 8 + j) * 32];
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) Mma(gate[b][j], a[b], x[j].x, x[j].y);
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) Mma(gate[b][j], a[b], x[j].z, x[j].w);
+  }
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) {
+    uint32_t signs = 0;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) signs |= __float_as_uint(gate[b][i / 4][i % 4]);
+    // Where all logits are positive, as slow gates' are, the other factor is 1 and the floor far.
+    if (least < -0.05f && !__any_sync(~0u, signs >> 31)) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i)
+        gate[b][i / 4][i % 4] = RootMinusOne(Exp(-gate[b][i / 4][i % 4]));
+    } else {
+#pragma unroll
+      for (int i = 0; i < 16; ++i)
+        gate[b][i / 4][i % 4] = GateMinusOne(gate[b][i / 4][i % 4], least);
+    }
+  }
+}
+
+// Where a lane's first slot of a half goes, and how far the next slot is.
+struct Places {
+  float* decay;
+  float2* key_sum;
+  uint32_t *key, *growth;
 };
 
-template <int D>
-__device__ __forceinline__ void FetchWeights(uint4* to, const __nv_bfloat16* from) {
-  for (int i = threadIdx.x; i < D * D / 8; i += 2 * D)
-    CopyAsync(to + i, reinterpret_cast<const uint4*>(from) + i);
-  CommitCopies();
-}
-
-// acc [16 rows, 64 columns of `half`] += a times the matrix in shared memory.
-template <int D>
-__device__ __forceinline__ void Multiply(float (&acc)[8][4], const uint32_t (&a)[4], int k,
-                                         const uint4* weight, int half, int lane) {
+// Products of e^a outwards from the anchor over one half's slots: what is under 1 is a product, its
+// inverse e^{G-R} or 1 / e^{G-R} a reciprocal, so nothing cancels. y: as CombineStatistics has it.
+template <int D, int kBlocks, int kSigns, bool kFold, bool kUpper>
+__device__ __forceinline__ void WriteHalf(const TeamShared<D, kSigns>& s,
+                                          const float (&gate)[kBlocks][4][4],
+                                          const float (&y)[4][4], const Places& to, int warp,
+                                          int lane) {
+  constexpr int kStep = kUpper ? D / 2 : -D / 2, kGrowthStep = kUpper ? 16 : -16;
+  constexpr int kBlock = kChunk * D / 2;  // words
+  const int t = lane % 4;
+  float run[kBlocks][2], sum[kBlocks][2] = {};
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const uint4 b = weight[(k * (D / 16) + half * 4 + j) * 32 + lane];
-    Mma(acc[2 * j], a, b.x, b.y);
-    Mma(acc[2 * j + 1], a, b.z, b.w);
-  }
-}
-
-// The logarithms of the sums of e^y, and of e^{-y} if the features need it, of each row.
-template <int D>
-__device__ __forceinline__ void RowStatistics(PrepareShared<D>& s, int signs, int warp, int lane) {
-  for (int row = warp; row < kChunk; row += 2 * D / 32) {
-    float2 y[D / 64];
+  for (int b = 0; b < kBlocks; ++b) {
+    float total[2];
 #pragma unroll
-    for (int i = 0; i < D / 64; ++i) y[i] = s.y[PairAt<D>(row, lane + 32 * i)];
-    for (int sign = 0; sign < signs; ++sign) {
-      float top = -INFINITY, sum = 0;
+    for (int r = 0; r < 2; ++r) {
+      float x = 1 + gate[b][0][2 * r];
 #pragma unroll
-      for (int i = 0; i < D / 64; ++i) {
-        top = fmaxf(top, fmaxf(y[i].x, y[i].y));
-      }
-      top = WarpMax(top);
-#pragma unroll
-      for (int i = 0; i < D / 64; ++i) {
-        sum += Exp2(y[i].x - top) + Exp2(y[i].y - top);
-        y[i] = {-y[i].x, -y[i].y};
-      }
-      sum = WarpSum(sum);
-      if (lane == 0) s.log_sum[sign][row] = top + Log2(sum);
+      for (int i = 1; i < 8; ++i) x += x * gate[b][i / 2][2 * r + i % 2];
+      const float next = __shfl_xor_sync(~0u, x, 1), pair = x * next;
+      const float others = __shfl_xor_sync(~0u, pair, 2);
+      run[b][r] = (t & 1 ? next : 1.f) * (t & 2 ? others : 1.f);
+      total[r] = pair * others;
+    }
+    if (t == 0) {
+      to.decay[b * 2 * D] = total[0];
+      to.decay[b * 2 * D + 2] = total[1];
     }
   }
+  float scale[kSigns][8];
+#pragma unroll
+  for (int sign = 0; sign < kSigns; ++sign)
+    LoadSlots(scale[sign], s.top[sign][kSigns == 1 ? warp : 0] + 32 * kUpper + 8 * t);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    float phi[2];  // negated
+    if constexpr (kSigns == 1) {
+      phi[0] = y[i / 2][i % 2] * scale[0][i];
+      phi[1] = y[i / 2][2 + i % 2] * scale[0][i];
+    }
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      float key[2], grown[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if constexpr (kSigns == 2)
+          phi[r] = -Exp2(y[i / 2][2 * r + i % 2] * (b == 0 ? kLog2e : -kLog2e) + scale[b][i]);
+        const float x = gate[b][i / 2][2 * r + i % 2];
+        if constexpr (kUpper) {
+          run[b][r] += run[b][r] * x;
+          key[r] = x * phi[r] * Reciprocal(run[b][r]);
+          grown[r] = run[b][r];
+        } else {
+          key[r] = x * phi[r] * run[b][r];
+          if constexpr (!kFold) grown[r] = Reciprocal(run[b][r]);
+          run[b][r] += run[b][r] * x;
+        }
+      }
+      const uint32_t packed = Pack(key[0], key[1]);
+      to.key[b * kBlock + i * kStep] = packed;
+      sum[b][0] += Low(packed);
+      sum[b][1] += High(packed);
+      if constexpr (!kFold) to.growth[b * kBlock + i * kGrowthStep] = Pack(grown[0], grown[1]);
+    }
+  }
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) sum[b][r] += __shfl_xor_sync(~0u, sum[b][r], 1);
+    if (t % 2 == 0) to.key_sum[b * (D / 2)] = {sum[b][0], sum[b][1]};
+  }
 }
 
-// grid (Hkv, chunks of a wave), 2 D threads: four row tiles times D / 64 halves of the columns for
-// the products, then four quarters of the rows times D / 2 pairs of columns for the sums over time.
-template <int D, bool kFold>
-__global__ void __launch_bounds__(2 * D, 2) PrepareKernel(const __grid_constant__ PrefillParams p) {
+// grid (Hkv, groups of chunks, SF / D / kBlocks), teams of 2 D threads. A block goes over chunks
+// with one set of weights; each of its teams takes the next, on its own.
+template <int D, int kBlocks, int kSigns, bool kFold>
+__global__ void __launch_bounds__(MaxThreads<D>(), kBlocksPerProcessor<D>)
+    PrepareKernel(const __grid_constant__ PrefillParams p) {
   extern __shared__ __align__(16) std::byte memory[];
-  PrepareShared<D>& s = *reinterpret_cast<PrepareShared<D>*>(memory);
+  auto& shared = *reinterpret_cast<PrepareShared<D, kBlocks, kSigns>*>(memory);
   const Layer& l = p.layer;
-  const int h = blockIdx.x;
+  const int h = blockIdx.x, first_block = blockIdx.z * kBlocks, blocks = l.SF / D;
+  const int team = threadIdx.x / (2 * D), thread = threadIdx.x % (2 * D);
+  const int lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
+  const int teams = blockDim.x / (2 * D);
+  TeamShared<D, kSigns>& s = shared.team[team];
+  LoadWeights<D, kBlocks>(&shared.weight[0][0][0][0], l, h, first_block);
+  for (int i = threadIdx.x; i < kBlocks * D / 2; i += blockDim.x)
+    shared.bias[i] =
+        reinterpret_cast<const float2*>(l.weights.bias + h * l.SF + first_block * D)[i];
   AwaitPrevious();
   AllowNext();
-  const Chunk chunk = ChunkOf(p, blockIdx.y);
-  if (chunk.n < 0) return;
-  const int64_t part = int64_t{blockIdx.y} * l.Hkv + h;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const int tile = warp % 4, half = warp / 4, blocks = l.SF / D;
-  const int rows[2] = {16 * tile + g, 16 * tile + g + 8};
-  const bool enters[2] = {Enters(l, chunk, rows[0]), Enters(l, chunk, rows[1])};
-
-  // The angles of the chunk's positions lie where gates come later.
-  float4* angles = reinterpret_cast<float4*>(s.gate);
-  for (int i = threadIdx.x; i < 2 * kChunk * D / 8; i += 2 * D) {
-    const int row = i / (D / 8) % kChunk, c = i % (D / 8);
-    const float* from = (i < kChunk * D / 8 ? l.cos : l.sin);
-    const bool enters = Enters(l, chunk, row);
-    if (enters) from += int64_t{chunk.e0 + row} * (D / 2) + 4 * c;
-    CopyAsync(angles + i / (D / 8) * (D / 8) + AnglePiece<D>(row, c), from, enters);
-  }
-  FetchWeights<D>(s.weight, l.weights.phi_k + int64_t{h} * D * D);
-  uint32_t hi[D / 16][4], lo[D / 16][4];  // the key, then its un-rotated form's two terms
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const __nv_bfloat16* k = nullptr;
-    if (enters[i]) {
-      if constexpr (kFold)
-        k = RowOf<D>(l, p.pages, chunk.n, h, chunk.e0 + rows[i]).k;
-      else
-        k = RowOf<D>(l, p.rows, chunk.n, h, chunk.e0 + rows[i]).k;
-    }
-#pragma unroll
-    for (int c = 0; c < D / 16; ++c) {
-      hi[c][i] = k ? *reinterpret_cast<const uint32_t*>(k + 16 * c + 2 * t) : 0;
-      hi[c][2 + i] = k ? *reinterpret_cast<const uint32_t*>(k + 16 * c + 2 * t + 8) : 0;
-    }
-  }
-  WaitCopies<0>();
   __syncthreads();
-  {
-    float acc[8][4] = {};
-#pragma unroll
-    for (int c = 0; c < D / 16; ++c) Multiply<D>(acc, hi[c], c, s.weight, half, lane);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      constexpr float kLog2e = 1.4426950408889634f;
-      s.y[PairAt<D>(rows[0], half * 32 + 4 * j + t)] = {acc[j][0] * kLog2e, acc[j][1] * kLog2e};
-      s.y[PairAt<D>(rows[1], half * 32 + 4 * j + t)] = {acc[j][2] * kLog2e, acc[j][3] * kLog2e};
-    }
-  }
-  __syncthreads();
-  FetchWeights<D>(s.weight, l.weights.gates + int64_t{h} * blocks * D * D);
-  RowStatistics<D>(s, l.F / D, warp, lane);
-#pragma unroll
-  for (int c = 0; c < D / 32; ++c)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = rows[i % 2], pair = 8 * c + t + 4 * (i / 2);
-      const int at = row * (D / 4) + AnglePiece<D>(row, pair / 2) * 2 + pair % 2;
-      const float2 cos = reinterpret_cast<const float2*>(angles)[at];
-      const float2 sin = reinterpret_cast<const float2*>(angles)[kChunk * D / 4 + at];
-      const float x0 = Low(hi[c][i]), x1 = High(hi[c][i]);
-      const float y0 = Low(hi[c + D / 32][i]), y1 = High(hi[c + D / 32][i]);
-      const float u0 = x0 * cos.x + y0 * sin.x, u1 = x1 * cos.y + y1 * sin.y;
-      const float w0 = y0 * cos.x - x0 * sin.x, w1 = y1 * cos.y - x1 * sin.y;
-      hi[c][i] = Pack(u0, u1);
-      lo[c][i] = Pack(u0 - Low(hi[c][i]), u1 - High(hi[c][i]));
-      hi[c + D / 32][i] = Pack(w0, w1);
-      lo[c + D / 32][i] = Pack(w0 - Low(hi[c + D / 32][i]), w1 - High(hi[c + D / 32][i]));
-    }
 
-  const int pair = threadIdx.x % (D / 2), quarter = threadIdx.x / (D / 2);
-  for (int b = 0; b < blocks; ++b) {
-    WaitCopies<0>();
-    __syncthreads();
-    {
-      float acc[8][4];
-      const float2* bias =
-          reinterpret_cast<const float2*>(l.weights.bias + h * l.SF + b * D + half * 64);
+  const int place = 4 * g + (t ^ (g / 2));
+  int index = blockIdx.y + gridDim.y * team;
+  const auto chunk_at = [&](int i) {
+    return i < p.wave_chunks ? ChunkOf(p, i) : Chunk{-1, 0, 0, 0};
+  };
+  Chunk chunk = chunk_at(index);
+  uint4 keys[4];
+  LoadKeys<D, kFold>(keys, p, chunk, h, thread);
+  while (chunk.n >= 0) {
+    StoreKeys<D>(s, keys, l, chunk, thread, team);
+    float y[2][4][4] = {};
+#pragma unroll 1
+    for (int c = 0; c < D / 32; ++c) {
+      uint32_t a[4], b[4];
+      LoadPiece(a, shared.weight[0][c][warp][lane]);
+      LoadPiece(b, shared.weight[0][c + D / 32][warp][lane]);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const float2 x = bias[4 * j + t];
-        acc[j][0] = acc[j][2] = x.x;
-        acc[j][1] = acc[j][3] = x.y;
+        const uint4 x = s.key[c][j][place];
+        Mma(y[j / 4][j % 4], a, x.x, x.y);
+        Mma(y[j / 4][j % 4], b, x.z, x.w);
       }
-#pragma unroll
-      for (int c = 0; c < D / 16; ++c) {
-        Multiply<D>(acc, hi[c], c, s.weight, half, lane);
-        Multiply<D>(acc, lo[c], c, s.weight, half, lane);
-      }
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float2 gate{};
-          if (enters[i])
-            gate = {GateMinusOne(acc[j][2 * i], l.floor), GateMinusOne(acc[j][2 * i + 1], l.floor)};
-          s.gate[PairAt<D>(rows[i], half * 32 + 4 * j + t)] = gate;
-        }
     }
-    __syncthreads();
-    if (b + 1 < blocks)
-      FetchWeights<D>(s.weight, l.weights.gates + (int64_t{h} * blocks + b + 1) * D * D);
+#pragma unroll
+    for (int sign = 0; sign < kSigns; ++sign)
+      Statistics<kSigns == 1>(y, sign == 0 ? 1.f : -1.f, s.top[sign][warp], s.sum[sign][warp],
+                              lane);
+    Barrier<2 * D>(team);
+    if (thread == 2 * D - 1) s.next = chunk_at(index + gridDim.y * teams);
+    if (thread < kSigns * kChunk) CombineStatistics(s, thread / kChunk, thread % kChunk);
 
-    // Products of e^a outwards from the anchor: what is under 1 is a product, its inverse e^{G-R}
-    // or 1 / e^{G-R} a reciprocal, so nothing cancels.
-    float2 total{1, 1};
+    const bool whole = Enters(l, chunk, 0) && chunk.hi == kChunk;
+    const auto half = [&]<bool kUpper>() {
+      float gate[kBlocks][4][4];
+      Gates<D, kBlocks>(gate, &shared.weight[1][0][warp][lane], &s.plain[0][4 * kUpper][place],
+                        &shared.bias[8 * warp + g], l.least_gate);
+      const int first = TokenOf(32 * kUpper + 8 * t);
+      if (!whole) {
 #pragma unroll
-    for (int r = 0; r < 16; ++r) {
-      const float2 gate = s.gate[PairAt<D>(16 * quarter + r, pair)];
-      total.x += total.x * gate.x;
-      total.y += total.y * gate.y;
-    }
-    s.total[quarter][pair] = total;
-    __syncthreads();
-    if (quarter == 0) {
-      const float2 t1 = s.total[1][pair], t2 = s.total[2][pair], t3 = s.total[3][pair];
-      reinterpret_cast<float4*>(p.decay)[part * (l.SF / 2) + b * (D / 2) + pair] = {
-          total.x * t1.x, t2.x * t3.x, total.y * t1.y, t2.y * t3.y};
-    }
-    float2 run{1, 1};
-    if (quarter == 0) run = s.total[1][pair];
-    if (quarter == 3) run = s.total[2][pair];
-    const bool negative = b % (l.F / D) == 1;
-    const float sign = negative ? -1.f : 1.f;
-    const float* log_sum = s.log_sum[negative ? 1 : 0] + 16 * quarter;
-    uint32_t* key = reinterpret_cast<uint32_t*>(p.key) + (part * l.SF + b * D) * (kChunk / 2) +
-                    16 * quarter * (D / 2) + pair;
-    float2 sum{};
-    // Rows g and g + 8 of a tile share a lane of the fragment.
-    uint32_t* growth = p.growth + ((part * blocks + b) * 4 + quarter) * (D * 8) +
-                       (pair / 8 * 32 + pair % 4) * 4 + pair / 4 % 2 * 2;
+        for (int i = 0; i < 8; ++i)
+          if (!Enters(l, chunk, kUpper ? first + i : first - i)) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const int r = quarter < 2 ? 15 - i : i, row = 16 * quarter + r;
-      const float2 gate = s.gate[PairAt<D>(row, pair)], y = s.y[PairAt<D>(row, pair)];
-      const float base = -log_sum[r];
-      const float kx = -gate.x * Exp2(sign * y.x + base), ky = -gate.y * Exp2(sign * y.y + base);
-      uint32_t packed, grown;
-      if (quarter < 2) {
-        packed = Pack(kx * run.x, ky * run.y);
-        grown = Pack(Reciprocal(run.x), Reciprocal(run.y));
-        run.x += run.x * gate.x;
-        run.y += run.y * gate.y;
-      } else {
-        run.x += run.x * gate.x;
-        run.y += run.y * gate.y;
-        packed = Pack(kx * Reciprocal(run.x), ky * Reciprocal(run.y));
-        grown = Pack(run.x, run.y);
+            for (int b = 0; b < kBlocks; ++b) gate[b][i / 2][i % 2] = gate[b][i / 2][2 + i % 2] = 0;
+          }
       }
-      if constexpr (!kFold) growth[r % 8 * 16 + r / 8] = grown;
-      key[r * (D / 2)] = packed;
-      sum.x += Low(packed);
-      sum.y += High(packed);
-    }
-    reinterpret_cast<float2*>(p.key_sum)[(part * 4 + quarter) * (l.SF / 2) + b * (D / 2) + pair] =
-        sum;
+      if constexpr (kUpper) {  // the next chunk's keys are under way meanwhile
+        chunk = s.next;
+        LoadKeys<D, kFold>(keys, p, chunk, h, thread);
+      } else {
+        Barrier<2 * D>(team);  // the statistics are combined
+      }
+      const int64_t part = int64_t{index} * l.Hkv + h;
+      const int64_t block = part * blocks + first_block, quarter = first / 16, row = first % 16;
+      const int pair = 8 * warp + g;
+      Places to;
+      to.decay = reinterpret_cast<float*>(p.decay) + (block * D + 2 * pair) * 2 + kUpper;
+      to.key_sum = reinterpret_cast<float2*>(p.key_sum) +
+                   ((part * 4 + quarter) * blocks + first_block) * (D / 2) + pair;
+      to.key = reinterpret_cast<uint32_t*>(p.key) + (block * kChunk + first) * (D / 2) + pair;
+      // Rows g and g + 8 of a tile share a lane of the fragment.
+      to.growth = p.growth + (block * 4 + quarter) * (D * 8) + (warp * 32 + g % 4) * 4 + g / 4 * 2 +
+                  row % 8 * 16 + row / 8;
+      WriteHalf<D, kBlocks, kSigns, kFold, kUpper>(s, gate, y[kUpper], to, warp, lane);
+    };
+    half.template operator()<false>();
+    half.template operator()<true>();
+    index += gridDim.y * teams;
   }
+}
+
+template <int D, int kBlocks, int kSigns, bool kFold>
+void Launch(const PrefillParams& p, cudaStream_t stream) {
+  using Shared = PrepareShared<D, kBlocks, kSigns>;
+  int device = 0, most = 0, processors = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  int teams = kTeams<D>, bytes = sizeof(Shared);
+  if (bytes > most) {
+    teams = 1;
+    bytes = sizeof(Shared) - (kTeams<D> - 1) * sizeof(TeamShared<D, kSigns>);
+  }
+  // How many chunks each team takes: weights are loaded once per block, at the cost of a quarter of
+  // a chunk, but all multiprocessors should end together. Results do not depend on it.
+  const int64_t pairs = p.layer.SF / D / kBlocks;
+  int64_t groups = 0, least = INT64_MAX;
+  for (int each = 1; each <= 8 / kBlocksPerProcessor<D>; ++each) {
+    const int64_t n = CeilDiv(p.wave_chunks, teams * each);
+    const int64_t cost = CeilDiv(n * p.layer.Hkv * pairs, processors) * (4 * each + 1);
+    if (cost < least) groups = n, least = cost;
+  }
+  const dim3 grid(p.layer.Hkv, static_cast<unsigned>(groups), static_cast<unsigned>(pairs));
+  Start<PrepareKernel<D, kBlocks, kSigns, kFold>>("prepare", grid, teams * 2 * D, bytes, p, stream);
 }
 
 template <int D, bool kFold>
 void Launch(const PrefillParams& p, cudaStream_t stream) {
-  Start<PrepareKernel<D, kFold>>("prepare", dim3(p.layer.Hkv, p.wave_chunks), 2 * D,
-                                 sizeof(PrepareShared<D>), p, stream);
+  if (p.layer.F > D)
+    Launch<D, 2, 2, kFold>(p, stream);
+  else if (p.layer.states == 2)
+    Launch<D, 2, 1, kFold>(p, stream);
+  else
+    Launch<D, 1, 1, kFold>(p, stream);
 }
 
 }  // namespace
