@@ -231,8 +231,8 @@ class SampledTest : public ChooseTest {
 TEST_F(SampledTest, EqualsReference) {
   for (const int V : {1, 7, 1000, 4096, 4097, 5000}) Compare(V, 256);
   for (const int V : {49152, 128256, 151936}) Compare(V, 100);
-  EXPECT_GT(compared_, 1400);
-  EXPECT_LT(skipped_, 250);
+  EXPECT_GT(compared_, 1600);
+  EXPECT_LT(skipped_, 120);
 }
 
 // The same rows alone and beside others.
