@@ -1,4 +1,4 @@
-// Times the elementwise CUDA kernels of a decoder layer and the greedy choice: median time of a
+// Times the elementwise CUDA kernels of a decoder layer and the choice of tokens: median time of a
 // call within a CUDA graph of many, the bytes that it must move, and the share of the bandwidth of
 // a device copy of the same run that it reaches. Calls rotate over up to 64 sets of buffers, more
 // than the L2 cache holds where T is large; one row's buffers are found there, as in a real step,
@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -185,17 +186,31 @@ void BenchSplit(const Bench& b, const Model& m, int T, const std::string& size) 
   });
 }
 
-void BenchGreedy(const Bench& b, const Model& m, int T) {
-  const std::string name = "greedy V" + std::to_string(m.V) + " T" + std::to_string(T);
+// Random logits, as a step makes them: `spread` is their deviation.
+void BenchChoose(const Bench& b, const Model& m, int T, const std::string& what, float spread,
+                 const SamplingParams& params) {
+  const std::string name = "choose " + what + " V" + std::to_string(m.V) + " T" + std::to_string(T);
   const double bytes = double(T) * m.V * 4;
   if (!b.Wanted(name)) return;
   const int sets = SetsFor(bytes);
   const Sets logits(sets, int64_t{T} * m.V * 4),
-      choices(sets, int64_t{T} * static_cast<int64_t>(sizeof(cuda::GreedyChoice)));
-  const DeviceBytes workspace(cuda::GreedyWorkspaceBytes(T, m.V));
+      choices(sets, int64_t{T} * static_cast<int64_t>(sizeof(cuda::RowChoice)));
+  std::vector<float> values(static_cast<size_t>(T) * m.V);
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal(0, spread);
+  std::vector<float> pool(1 << 16);
+  for (float& value : pool) value = normal(random);
+  for (size_t i = 0; i < values.size(); ++i)
+    values[i] = pool[(i * 40503 + i / 65536) % pool.size()];
+  for (int set = 0; set < sets; ++set)
+    CheckCuda(cudaMemcpy(logits[set], values.data(), values.size() * 4, cudaMemcpyHostToDevice));
+  std::vector<cuda::RowSampling> rows;
+  for (int t = 0; t < T; ++t) rows.push_back(cuda::RowSamplingOf(params, t));
+  const DeviceBytes sampling(rows), workspace(cuda::ChooseWorkspaceBytes(T, m.V));
   b.Time(name, sets, bytes, [&](int i) {
-    return cuda::Greedy(logits.floats(i), T, m.V, choices.at<cuda::GreedyChoice>(i),
-                        workspace.as<void>(), workspace.bytes(), b.stream);
+    return cuda::Choose(logits.floats(i), T, m.V, sampling.as<cuda::RowSampling>(),
+                        choices.at<cuda::RowChoice>(i), workspace.as<void>(), workspace.bytes(),
+                        b.stream);
   });
 }
 
@@ -226,7 +241,15 @@ int Main(int argc, char** argv) {
       if (T >= 256) BenchRope(b, m, T, false, false, size("H", m.H));
       BenchRope(b, m, T, T <= 256, true, size("H", m.H));
       BenchSplit(b, m, T, size("H", m.H));
-      if (T <= 256) BenchGreedy(b, m, T);
+      if (T > 256) continue;
+      // Of a spread of 3 some hundred tokens have the most of the mass, of 1 thousands.
+      BenchChoose(b, m, T, "greedy", 3, {.temperature = 0});
+      BenchChoose(b, m, T, "temperature", 3, {});
+      BenchChoose(b, m, T, "top-k", 3, {.top_k = 50});
+      BenchChoose(b, m, T, "top-p", 3, {.top_p = 0.9f});
+      BenchChoose(b, m, T, "top-p flat", 1, {.top_p = 0.9f});
+      BenchChoose(b, m, T, "top-k top-p", 3, {.top_k = 50, .top_p = 0.9f});
+      BenchChoose(b, m, T, "min-p", 3, {.min_p = 0.05f});
     }
   CheckCuda(cudaStreamDestroy(b.stream));
   return 0;

@@ -284,7 +284,7 @@ bool Worker::RunModel(const StepPlan& plan) {
     batch_.push_back({.cache = rows.cache,
                       .tokens = rows.tokens,
                       .logits_rows = logits,
-                      .greedy = TakesLikeliest(*row_requests_.back(), rows)});
+                      .sampling = OnlyChooses(*row_requests_.back(), rows)});
   }
   outcomes_.assign(count, {});
   results_.assign(count, {});

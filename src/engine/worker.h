@@ -81,8 +81,9 @@ class Worker : private CacheOps {
   // worker_rows.cc
   void VisitLogits(const StepPlan& plan, std::span<const LogitsRow> rows, float* logits,
                    const TokenChoice* choices);
-  // The likeliest token is all that the row's request needs.
-  static bool TakesLikeliest(const ActiveRequest& active, const PlannedRows& rows);
+  // Not null: one token, drawn by these from the logits as they are, is all that the row's request
+  // needs of them.
+  static const SamplingParams* OnlyChooses(const ActiveRequest& active, const PlannedRows& rows);
   Status ReadPromptLogits(ActiveRequest& active, int position, std::span<const float> logits) const;
   Status Sample(const ActiveRequest& active, int position, std::span<float> logits,
                 Outcome& outcome) const;

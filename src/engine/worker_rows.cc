@@ -43,10 +43,11 @@ class Masked {
 
 }  // namespace
 
-bool Worker::TakesLikeliest(const ActiveRequest& active, const PlannedRows& rows) {
+const SamplingParams* Worker::OnlyChooses(const ActiveRequest& active, const PlannedRows& rows) {
   const Request& request = active.request;
-  return rows.logits == RowLogits::kLast && active.sampler.greedy() && request.top_logprobs <= 0 &&
-         active.generated >= request.min_tokens;
+  const bool only = rows.logits == RowLogits::kLast && active.sampler.plain() &&
+                    request.top_logprobs <= 0 && active.generated >= request.min_tokens;
+  return only ? &request.sampling : nullptr;
 }
 
 // Rows are independent: each writes its own sequence's choice or its own entry of the prompt's

@@ -70,8 +70,10 @@ class Depths {
     for (size_t n = 0; n < sequences.size(); ++n) {
       tokens_[n] = TokenAt(sequences[n].length() + static_cast<int64_t>(n));
       DSLA_RETURN_IF_ERROR(sequences[n].Reserve(1));
-      batch_.push_back(
-          {.cache = &sequences[n], .tokens = {&tokens_[n], 1}, .logits_rows = 1, .greedy = true});
+      batch_.push_back({.cache = &sequences[n],
+                        .tokens = {&tokens_[n], 1},
+                        .logits_rows = 1,
+                        .sampling = &greedy_});
     }
     model_.Forward(ctx_, pool_, batch_, Products::kFastest,
                    [](std::span<const LogitsRow>, float*, const TokenChoice*) {});
@@ -98,6 +100,7 @@ class Depths {
   SequenceCache context_;
   std::vector<int32_t> tokens_;
   std::vector<SequenceRows> batch_;
+  const SamplingParams greedy_{.temperature = 0};
   Buffer<float> logits_;
 };
 

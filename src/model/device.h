@@ -45,8 +45,9 @@ struct CacheViews {
   DslaStateView slots;
 };
 
-// Rows whose logits are on the host, or for greedy ones the choices instead; one of the two is
-// null. logits: [rows.size(), V], may be changed; both are gone afterwards.
+// Rows whose logits are on the host, or the choices instead of those whose SequenceRows say how to
+// choose; one of the two is null. logits: [rows.size(), V], may be changed; both are gone
+// afterwards.
 using DeviceLogitsVisitor =
     std::function<void(std::span<const LogitsRow> rows, float* logits, const TokenChoice* choices)>;
 

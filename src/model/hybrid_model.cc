@@ -159,7 +159,7 @@ void HybridModel::Forward(const ExecContext& ctx, CachePool& pool,
     std::vector<int64_t> first_row(batch.size());  // of each sequence in logits
     int64_t rows = 0;
     for (size_t n = 0; n < all.size(); ++n) {
-      all[n].greedy = false;
+      all[n].sampling = nullptr;
       first_row[n] = rows + all[n].logits_rows - static_cast<int64_t>(all[n].tokens.size());
       rows += all[n].logits_rows;
     }

@@ -37,8 +37,8 @@ struct ModelOptions {
   std::shared_ptr<Device> device = nullptr;
 };
 
-// Rows with their logits [rows.size(), V], which may be changed and are gone afterwards; or, of
-// sequences that are greedy, with their choices, logits then being null.
+// Rows with their logits [rows.size(), V], which may be changed and are gone afterwards; or, where
+// SequenceRows::sampling allows it, with their choices, logits then being null.
 using LogitsVisitor = DeviceLogitsVisitor;
 
 class HybridModel {

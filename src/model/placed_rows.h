@@ -9,6 +9,7 @@
 
 #include "base/exec.h"
 #include "cache/sequence_cache.h"
+#include "ops/sampling/sampling_params.h"
 
 namespace dsla {
 
@@ -18,13 +19,14 @@ struct SequenceRows {
   std::span<const int32_t>
       tokens;           // at positions cache->length(), ...; at least one, each in [0, V)
   int logits_rows = 1;  // logits of the last so many rows; 0 = none
-  // The caller takes the likeliest token, and needs no more than a TokenChoice of each row. A model
-  // may give the logits all the same.
-  bool greedy = false;
+  // Not null: the caller takes the token that these draw (steps 4 to 7 of ops/sampling/sampling.h;
+  // there are no others), and needs no more than a TokenChoice of each row. A model may give the
+  // logits all the same.
+  const SamplingParams* sampling = nullptr;
 };
 
-// The likeliest token of a row (the lowest id among equals) and its log-probability under the
-// softmax over all logits. broken: a logit is NaN or +inf, or all are -inf.
+// The token drawn for a row and its log-probability under the softmax over all logits. broken: a
+// logit is NaN or +inf, or all are -inf.
 struct TokenChoice {
   int32_t token = 0;
   float logprob = 0;

@@ -10,7 +10,7 @@
 namespace dsla::cuda {
 namespace {
 
-static_assert(sizeof(TokenChoice) == sizeof(GreedyChoice), "one is copied as the other");
+static_assert(sizeof(TokenChoice) == sizeof(RowChoice), "one is copied as the other");
 
 // Rows of logits that are on the GPU at once in a step that is not replayed.
 constexpr int64_t kTileRows = 64;
@@ -127,7 +127,7 @@ CudaModel::Fixed& CudaModel::FixedMemory() {
   int64_t scratch = DecodeAttentionWorkspaceBytes(kMostGraphRows, c.H, c.Hkv, c.D);
   for (const DslaShape& shape : adapter_->shapes)
     scratch = std::max(scratch, DecodeWorkspaceBytes(shape, kMostGraphRows));
-  scratch = std::max(scratch, GreedyWorkspaceBytes(kMostGraphRows, c.V));
+  scratch = std::max(scratch, ChooseWorkspaceBytes(kMostGraphRows, c.V));
   fixed->scratch.Grow(scratch);
   fixed->choices.Grow(kMostGraphRows * int64_t{sizeof(TokenChoice)});
   fixed_ = std::move(fixed);
@@ -147,9 +147,9 @@ void CudaModel::SendTables(const StepTables& tables, const PlacedRows& rows, Pin
   Check(cudaEventRecord(tables_sent_, stream_), "marking a copy");
 }
 
-// The last norm and the head of `count` rows (null: the first ones), and their likeliest tokens.
-void CudaModel::FinishTile(const Activations& a, const int32_t* rows, int count,
-                           DeviceBuffer& scratch) {
+// The last norm and the head of `count` rows (null: the first ones), and their choices.
+void CudaModel::FinishTile(const Activations& a, const int32_t* rows, const RowSampling* sampling,
+                           int count, DeviceBuffer& scratch) {
   const ModelConfig& c = spec_.config;
   Check(AddRmsNorm({.hidden = a.hidden,
                     .delta = a.delta,
@@ -162,8 +162,8 @@ void CudaModel::FinishTile(const Activations& a, const int32_t* rows, int count,
                    stream_),
         "norm");
   gemm_->Run(weights_->output(), a.last, c.C, count, a.logits, c.V, Gemm::Out::kF32);
-  Check(Greedy(a.logits, count, c.V, reinterpret_cast<GreedyChoice*>(a.choices), scratch.as(),
-               scratch.bytes(), stream_),
+  Check(Choose(a.logits, count, c.V, sampling, reinterpret_cast<RowChoice*>(a.choices),
+               scratch.as(), scratch.bytes(), stream_),
         "choosing tokens");
 }
 
@@ -191,7 +191,8 @@ void CudaModel::ForwardGraph(const CacheViews& cache, const PlacedRows& rows,
                .dsla = dsla,
                .rows = &rows,
                .scratch = &fixed.scratch});
-    FinishTile(fixed.activations, nullptr, bucket, fixed.scratch);
+    FinishTile(fixed.activations, nullptr, fixed.tables.as<RowSampling>(4 * tables.sampling),
+               bucket, fixed.scratch);
     Check(cudaMemcpyAsync(fixed.choices.as(), fixed.activations.choices,
                           static_cast<size_t>(bucket) * sizeof(TokenChoice), cudaMemcpyDeviceToHost,
                           stream_),
@@ -252,13 +253,15 @@ void CudaModel::ForwardLaunched(const CacheViews& cache, const PlacedRows& rows,
              .scratch = &scratch_});
   const auto wanted = static_cast<int64_t>(rows.wanted.size());
   host_choices_.Grow(kTileRows * int64_t{sizeof(TokenChoice)});
-  scratch_.Grow(GreedyWorkspaceBytes(static_cast<int>(kTileRows), spec_.config.V));
+  scratch_.Grow(ChooseWorkspaceBytes(static_cast<int>(kTileRows), spec_.config.V));
   if (launched && wanted == 0) launched();
   std::vector<int64_t> tile_row;
   for (int64_t begin = 0; begin < wanted; begin += kTileRows) {
     const auto count = static_cast<size_t>(std::min(kTileRows, wanted - begin));
     const std::span<const LogitsRow> of(rows.wanted.data() + begin, count);
-    FinishTile(activations_, device + tables.wanted + begin, static_cast<int>(count), scratch_);
+    FinishTile(activations_, device + tables.wanted + begin,
+               tables_.as<RowSampling>(4 * tables.sampling) + begin, static_cast<int>(count),
+               scratch_);
     Check(cudaMemcpyAsync(host_choices_.as(), activations_.choices, count * sizeof(TokenChoice),
                           cudaMemcpyDeviceToHost, stream_),
           "fetching choices");
@@ -274,14 +277,14 @@ void CudaModel::VisitTile(std::span<const LogitsRow> wanted, const PlacedRows& r
                           std::span<const int64_t> tile_row, const Activations& a,
                           const TokenChoice* choices, const DeviceLogitsVisitor& visit) {
   const int64_t V = spec_.config.V;
-  std::vector<bool> greedy(rows.sequences.size());
+  std::vector<bool> chooses(rows.sequences.size());
   for (size_t n = 0; n < rows.sequences.size(); ++n)
-    greedy[static_cast<size_t>(rows.batch_index[n])] = rows.sequences[n]->greedy;
+    chooses[static_cast<size_t>(rows.batch_index[n])] = rows.sequences[n]->sampling != nullptr;
   std::vector<LogitsRow> chosen, others;
   std::vector<TokenChoice> of_chosen;
   std::vector<int64_t> rows_of_chosen, rows_of_others;
   for (size_t i = 0; i < wanted.size(); ++i) {
-    if (greedy[static_cast<size_t>(wanted[i].sequence)]) {
+    if (chooses[static_cast<size_t>(wanted[i].sequence)]) {
       chosen.push_back(wanted[i]);
       rows_of_chosen.push_back(tile_row[i]);
     } else {

@@ -90,7 +90,8 @@ class CudaModel : public DeviceModel {
   void AdapterOut(const Step& step, const CudaDslaLayer& dsla, int layer, int64_t first);
   void SoftmaxRows(const Step& step, int layer);
   void DslaRows(const Step& step, int layer);
-  void FinishTile(const Activations& a, const int32_t* rows, int count, DeviceBuffer& scratch);
+  void FinishTile(const Activations& a, const int32_t* rows, const RowSampling* sampling, int count,
+                  DeviceBuffer& scratch);
   void VisitTile(std::span<const LogitsRow> wanted, const PlacedRows& rows,
                  std::span<const int64_t> tile_row, const Activations& a,
                  const TokenChoice* choices, const DeviceLogitsVisitor& visit);

@@ -13,6 +13,7 @@
 #include <optional>
 
 #include "model/hybrid_model.h"
+#include "ops/sampling/sampling.h"
 
 namespace dsla {
 namespace {
@@ -173,31 +174,64 @@ TEST_P(BothTest, BatchesOfChangingSizeShareTheGraphs) {
   }
 }
 
+// Greedy rows and rows that are drawn, each beside a twin that wants its logits, in one batch:
+// prompts, then single rows in steps that are launched, captured and replayed with ever other
+// params.
 TEST_P(BothTest, ChoicesAreThoseOfTheLogits) {
-  SequenceCache cache = models_[1]->NewSequence(*pools_[1], 0);
-  const std::vector<int32_t> prompt = Tokens(40);
-  const auto choose = [&](std::span<const int32_t> tokens, bool greedy) {
-    TokenChoice choice;
-    std::vector<float> logits;
-    EXPECT_TRUE(cache.Reserve(static_cast<int>(tokens.size())).ok());
-    const SequenceRows rows{.cache = &cache, .tokens = tokens, .logits_rows = 1, .greedy = greedy};
-    models_[1]->Forward(ctx_, *pools_[1], {&rows, 1}, Products::kFastest,
-                        [&](std::span<const LogitsRow>, float* of, const TokenChoice* choices) {
-                          if (choices != nullptr) choice = choices[0];
-                          if (of != nullptr) logits.assign(of, of + models_[1]->config().V);
-                        });
-    cache.Abort();  // the same rows once more
-    if (greedy) return choice;
-    choice.token =
-        static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
-    return choice;
-  };
-  EXPECT_EQ(choose(prompt, true).token, choose(prompt, false).token);
-  EXPECT_LT(choose(prompt, true).logprob, 0);
-  ASSERT_TRUE(cache.Reserve(40).ok());
-  cache.Commit(40);
-  const std::vector<int32_t> one = Tokens(1);
-  for (int i = 0; i < 3; ++i) EXPECT_EQ(choose(one, true).token, choose(one, false).token);
+  const SamplingParams all[] = {
+      {.temperature = 0}, {.top_k = 20}, {.top_p = 0.8f}, {.min_p = 0.1f}, {.temperature = 1.5f}};
+  const HybridModel& model = *models_[1];
+  const auto V = static_cast<size_t>(model.config().V);
+  constexpr size_t kPairs = 6;
+  std::deque<SequenceCache> caches;
+  for (size_t i = 0; i < 2 * kPairs; ++i)
+    caches.push_back(model.NewSequence(*pools_[1], static_cast<int>(i / 2) % (GetParam().L + 1)));
+  int different = 0;
+  for (size_t step = 0; step < 6; ++step) {
+    std::vector<std::vector<int32_t>> tokens;
+    std::vector<SamplingParams> params;
+    for (size_t n = 0; n < kPairs; ++n) {
+      tokens.push_back(Tokens(step == 0 ? 20 + 5 * static_cast<int>(n) : 1));
+      params.push_back(all[(n + step) % std::size(all)]);
+      params.back().seed = 7 * step + n;
+    }
+    std::vector<SequenceRows> batch;
+    for (size_t i = 0; i < 2 * kPairs; ++i) {
+      ASSERT_TRUE(caches[i].Reserve(static_cast<int>(tokens[i / 2].size())).ok());
+      batch.push_back({.cache = &caches[i],
+                       .tokens = tokens[i / 2],
+                       .logits_rows = 1,
+                       .sampling = i % 2 == 0 ? &params[i / 2] : nullptr});
+    }
+    std::optional<TokenChoice> choices[kPairs];
+    std::vector<float> logits[kPairs];
+    model.Forward(ctx_, *pools_[1], batch, Products::kFastest,
+                  [&](std::span<const LogitsRow> rows, float* of, const TokenChoice* chosen) {
+                    for (size_t i = 0; i < rows.size(); ++i) {
+                      const int sequence = rows[i].sequence;
+                      ASSERT_EQ(chosen != nullptr, sequence % 2 == 0);
+                      if (chosen != nullptr)
+                        choices[sequence / 2] = chosen[i];
+                      else
+                        logits[sequence / 2].assign(of + i * V, of + (i + 1) * V);
+                    }
+                  });
+    for (const SequenceRows& rows : batch) rows.cache->Commit(static_cast<int>(rows.tokens.size()));
+    for (size_t n = 0; n < kPairs; ++n) {
+      SCOPED_TRACE(testing::Message() << "step " << step << ", pair " << n);
+      ASSERT_TRUE(choices[n].has_value());
+      ASSERT_EQ(logits[n].size(), V);
+      const auto want =
+          Sampler(params[n], static_cast<int64_t>(V)).Sample(logits[n], caches[2 * n].length());
+      ASSERT_TRUE(want.ok());
+      EXPECT_EQ(choices[n]->broken, 0);
+      different += choices[n]->token != want->token;
+      if (choices[n]->token != want->token) continue;
+      EXPECT_NEAR(choices[n]->logprob, want->logprob, 1e-4);
+    }
+  }
+  // A draw whose place is as near to a token's end as rounding may go either way.
+  EXPECT_LE(different, 1);
 }
 
 TEST_P(BothTest, MemoryThatIsGivenBackIsUsedAgain) {

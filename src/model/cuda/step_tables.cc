@@ -24,6 +24,9 @@ StepTables::StepTables(const PlacedRows& rows, const std::vector<int>& rank, int
   zero = take(1);
   slots = take(int64_t{L} * N);
   page_start = take(int64_t{L} * (N + 1));
+  static_assert(sizeof(RowSampling) % 4 == 0);
+  sampling = take((padding_ ? N : static_cast<int64_t>(rows.wanted_rows.size())) *
+                  static_cast<int64_t>(sizeof(RowSampling) / 4));
   if (!padding_) {  // a graph's arrays must lie where they lay when it was captured
     wanted = take(static_cast<int64_t>(rows.wanted_rows.size()));
     for (int n = 0; n < rows.N(); ++n) {
@@ -67,6 +70,7 @@ void StepTables::Pack(const PlacedRows& rows, const std::vector<int>& rank, int3
             rows.row_start[group.first + n] - static_cast<int32_t>(group.first_row);
     }
   }
+  PackSampling(rows, to);
   to[zero] = 0;
   int64_t next_page = 0;
   for (int layer = 0; layer < L; ++layer) {
@@ -85,6 +89,20 @@ void StepTables::Pack(const PlacedRows& rows, const std::vector<int>& rank, int3
     starts[N] = static_cast<int32_t>(next_page);
   }
   DSLA_CHECK(pages + next_page == size);
+}
+
+void StepTables::PackSampling(const PlacedRows& rows, int32_t* to) const {
+  auto* const each = reinterpret_cast<RowSampling*>(to + sampling);
+  const auto of_row = [&](int64_t row) {
+    const SequenceRows& of = *rows.sequences[to[sequence + row]];
+    return of.sampling == nullptr ? RowSampling{}
+                                  : RowSamplingOf(*of.sampling, rows.positions[row] + 1);
+  };
+  if (padding_) {
+    for (int n = 0; n < N; ++n) each[n] = n < rows.N() ? of_row(n) : RowSampling{};
+  } else {
+    for (size_t i = 0; i < rows.wanted_rows.size(); ++i) each[i] = of_row(rows.wanted_rows[i]);
+  }
 }
 
 }  // namespace dsla::cuda

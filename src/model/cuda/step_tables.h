@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "model/device.h"
+#include "ops/sampling/cuda/sampling_cuda.h"
 
 namespace dsla::cuda {
 
@@ -26,7 +27,8 @@ struct StepTables {
   int64_t positions = 0;     // [T], -1 for padding
   int64_t sequence = 0;      // [T] which row belongs to
   int64_t pos = 0;           // [N] tokens cached before, -1 for padding
-  int64_t wanted = 0;        // [wanted] rows whose logits are asked for
+  int64_t wanted = 0;        // [wanted] rows whose logits are asked for; without padding alone
+  int64_t sampling = 0;      // RowSampling of each of `wanted`, or with padding of all rows
   int64_t softmax_rows = 0;  // [L] the first rows, which are softmax in this layer
   int64_t zero = 0;          // [1]
   int64_t slots = 0;         // [L, N], -1: softmax in this layer, or padding
@@ -41,6 +43,8 @@ struct StepTables {
   void Pack(const PlacedRows& rows, const std::vector<int>& rank, int32_t* to) const;
 
  private:
+  void PackSampling(const PlacedRows& rows, int32_t* to) const;
+
   bool padding_ = false;
 };
 

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "ops/sampling/logit_order.h"
 
 namespace dsla {
 namespace {
@@ -16,10 +17,8 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // The least logit that min-p keeps.
 float MinPThreshold(const SamplingParams& params, float max) {
   if (params.min_p <= 0) return -kInfinity;
-  const double least =
-      max + static_cast<double>(params.temperature) * std::log(static_cast<double>(params.min_p));
-  const float rounded = static_cast<float>(least);
-  return rounded < least ? std::nextafter(rounded, kInfinity) : rounded;
+  return LeastOfMinP(
+      max, static_cast<double>(params.temperature) * std::log(static_cast<double>(params.min_p)));
 }
 
 double Weight(float logit, float max, double temperature) {

@@ -14,8 +14,6 @@ namespace dsla {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-// Below it exp(l / temperature) of the second token is nothing next to the first's.
-constexpr float kGreedyBelow = 1e-5f;
 
 // The arithmetic of a penalised logit stays finite; -inf stays -inf.
 float Saturate(float logit, float before) {
@@ -97,9 +95,7 @@ void Sampler::See(int32_t token, int32_t outputs) {
   seen_[place->second].outputs += outputs;
 }
 
-bool Sampler::greedy() const {
-  return params_.temperature < kGreedyBelow && !penalties_ && params_.logit_bias.empty();
-}
+bool Sampler::plain() const { return !penalties_ && params_.logit_bias.empty(); }
 
 void Sampler::AddPrompt(std::span<const int32_t> tokens) {
   for (const int32_t token : tokens) See(token, 0);
@@ -139,7 +135,7 @@ Expected<Sampler::Choice> Sampler::Sample(std::span<float> logits, int64_t posit
   LogitBlocks modified;
   if (!originals.empty()) FindBlocks(logits, modified);
   const LogitBlocks& blocks = originals.empty() ? given : modified;
-  const int32_t token = params_.temperature < kGreedyBelow
+  const int32_t token = params_.temperature < SamplingParams::kGreedyBelow
                             ? Argmax(logits, blocks)
                             : Draw(params_, logits, blocks, UniformAt(params_.seed, position));
   // Backwards: a token may have been both penalised and biased.

@@ -20,24 +20,12 @@
 #include <cstdint>
 #include <span>
 #include <unordered_map>
-#include <utility>
 #include <vector>
 
 #include "base/status.h"
+#include "ops/sampling/sampling_params.h"
 
 namespace dsla {
-
-struct SamplingParams {
-  float temperature = 1;                                   // [0, 100]; below 1e-5 is greedy
-  int32_t top_k = 0;                                       // >= 0; 0 = off
-  float top_p = 1;                                         // (0, 1]; 1 = off
-  float min_p = 0;                                         // [0, 1]; 0 = off
-  float repetition_penalty = 1;                            // (0, 100]; 1 = off
-  float presence_penalty = 0;                              // [-2, 2]
-  float frequency_penalty = 0;                             // [-2, 2]
-  std::vector<std::pair<int32_t, float>> logit_bias = {};  // distinct ids in [0, V), [-100, 100]
-  uint64_t seed = 0;
-};
 
 // Error: kInvalidArgument, naming the field, its value and the range.
 Status Validate(const SamplingParams& params, int64_t V);
@@ -54,8 +42,8 @@ class Sampler {
   // `params` must be valid for V.
   Sampler(const SamplingParams& params, int64_t V);
 
-  // It takes the largest logit as it is given: no temperature, penalty or bias.
-  bool greedy() const;
+  // It takes the logits as they are given: no penalty or bias.
+  bool plain() const;
 
   // Tokens that count for the repetition penalty alone.
   void AddPrompt(std::span<const int32_t> tokens);

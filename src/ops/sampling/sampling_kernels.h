@@ -35,7 +35,8 @@ void SumExpByBucket(std::span<const float> logits, const LogitBlocks& blocks,
                     float inverse_temperature, double* mass);
 
 // The bucket of a logit, by the same fp32 operations as SumExpByBucket; never grows with the logit.
-inline int BucketOf(float logit, float max, float inverse_temperature) {
+// constexpr, so that nvcc compiles it for GPUs too.
+constexpr int BucketOf(float logit, float max, float inverse_temperature) {
   const float distance = (max - logit) * (inverse_temperature * kBucketsPerUnit);
   return distance < kBuckets - 1 ? static_cast<int>(distance) : kBuckets - 1;
 }

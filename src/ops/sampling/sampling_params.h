@@ -1,0 +1,25 @@
+// What sampling.h is asked for; apart from it for those that cannot include its errors, as nvcc.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+namespace dsla {
+
+struct SamplingParams {
+  // Below it exp(l / temperature) of the second token is nothing next to the first's.
+  static constexpr float kGreedyBelow = 1e-5f;
+
+  float temperature = 1;                                   // [0, 100]; below kGreedyBelow is greedy
+  int32_t top_k = 0;                                       // >= 0; 0 = off
+  float top_p = 1;                                         // (0, 1]; 1 = off
+  float min_p = 0;                                         // [0, 1]; 0 = off
+  float repetition_penalty = 1;                            // (0, 100]; 1 = off
+  float presence_penalty = 0;                              // [-2, 2]
+  float frequency_penalty = 0;                             // [-2, 2]
+  std::vector<std::pair<int32_t, float>> logit_bias = {};  // distinct ids in [0, V), [-100, 100]
+  uint64_t seed = 0;
+};
+
+}  // namespace dsla
