@@ -18,9 +18,12 @@ constexpr int kLeastWaveChunks = 136;
 // bytes_of(chunks): what a wave of so many takes.
 template <typename F>
 int WaveChunks(int most, F&& bytes_of) {
-  const int64_t one = bytes_of(1), each = std::max<int64_t>(1, bytes_of(2) - one);
-  const int64_t fit = std::max<int64_t>(kLeastWaveChunks, (kWaveBytes - one) / each);
-  return static_cast<int>(std::min<int64_t>(most, fit));
+  int fits = std::min(kLeastWaveChunks, most);
+  for (int too_many = most + 1; fits + 1 < too_many;) {
+    const int chunks = fits + (too_many - fits) / 2;
+    (bytes_of(chunks) <= kWaveBytes ? fits : too_many) = chunks;
+  }
+  return fits;
 }
 int64_t PrefillBytes(const DslaShape& shape, int N, int64_t T) {
   const auto bytes = [&](int chunks) { return PrefillWorkspaceBytes(shape, N, T, chunks); };

@@ -162,15 +162,17 @@ __device__ __forceinline__ KvSpan SpanOf(const Layer& l, const PagedRows& rows, 
 // Rows [from, until) of a tile of 64 to swizzled shared memory, zeros elsewhere.
 template <int D, int kThreads>
 __device__ __forceinline__ void CopyTile(uint4* to, const __nv_bfloat16* row0, int64_t stride,
-                                         int from, int until) {
+                                         int from, int until, int thread = threadIdx.x) {
   constexpr int kPieces = D / 8, kStep = kThreads / kPieces;
-  const int c = threadIdx.x % kPieces, first = threadIdx.x / kPieces;
+  const int c = thread % kPieces, first = thread / kPieces;
+  static_assert(kStep % 8 == 0);  // rows of a thread are swizzled alike
+  to += Swizzle<kPieces>(first, c);
   const __nv_bfloat16* at = row0 + first * stride + 8 * c;
 #pragma unroll
   for (int i = 0; i < kChunk / kStep; ++i) {
     const int row = first + i * kStep;
     const bool valid = row >= from && row < until;
-    CopyAsync(to + Swizzle<kPieces>(row, c), at, valid);
+    CopyAsync(to + i * kStep * kPieces, at, valid);
     at += kStep * stride;
   }
 }

@@ -210,6 +210,7 @@ INSTANTIATE_TEST_SUITE_P(
     Shapes, DslaCudaTest,
     ::testing::Values(Case{"typical", 4, 2, 64, 64, 2, 64, 4, TestGates::kTrained},
                       Case{"typical_floor", 4, 2, 64, 64, 2, 64, 4, TestGates::kFloor},
+                      Case{"both_signs", 3, 1, 64, 128, 1, 64, 4, TestGates::kTrained},
                       Case{"no_window", 3, 1, 64, 128, 2, 0, 0, TestGates::kTrained},
                       Case{"no_window_floor", 3, 1, 64, 128, 2, 0, 0, TestGates::kFloor},
                       Case{"wide", 2, 2, 128, 128, 2, 80, 4, TestGates::kTrained},
