@@ -26,43 +26,41 @@ HWY_INLINE const T* Elements(const void* data, int64_t index) {
   return static_cast<const T*>(data) + index;
 }
 
-// Tokens [first, first + count) before the segment, out of the ring, to stream position `token`.
+// Tokens [begin, end) of a segment's stream: from the ring, then from the rows.
 template <class T>
-void LoadRing(const DslaWave& wave, const DslaSlot& slot, int h, int64_t first, int count,
-              int64_t token) {
-  const int D = wave.shape.D, W = wave.shape.window;
-  for (int x = 0; x < count; ++x) {
-    const int64_t to = (h * wave.tokens + token + x) * D;
-    if (first + x < 0) {  // zeros: a weight of zero must not meet a NaN
+void LoadStream(const DslaWave& wave, const DslaSegment& seg, int h, int64_t begin, int64_t end) {
+  const DslaArgs& args = *wave.forward;
+  const int64_t D = wave.shape.D, W = wave.shape.window, Hkv = wave.shape.Hkv;
+  const DslaSlot slot = SlotAt(wave.layout, wave.states, wave.slots[seg.n]);
+  for (int64_t x = begin; x < end; ++x) {
+    const int64_t t = seg.begin - W + x, to = (h * wave.tokens + seg.token + x) * D;
+    if (t < 0) {  // zeros: a weight of zero must not meet a NaN
       std::memset(wave.k + to, 0, sizeof(float) * static_cast<size_t>(D));
       std::memset(wave.v + to, 0, sizeof(float) * static_cast<size_t>(D));
       continue;
     }
-    const int64_t at = (static_cast<int64_t>(h) * W + (first + x) % W) * D;
-    ConvertRow(Elements<T>(slot.ring_k, at), wave.k + to, static_cast<size_t>(D));
-    ConvertRow(Elements<T>(slot.ring_v, at), wave.v + to, static_cast<size_t>(D));
+    const bool old = t < seg.begin;
+    const int64_t at = old ? (h * W + t % W) * D : ((seg.row + t - seg.begin) * Hkv + h) * D;
+    ConvertRow(Elements<T>(old ? slot.ring_k : args.k, at), wave.k + to, static_cast<size_t>(D));
+    ConvertRow(Elements<T>(old ? slot.ring_v : args.v, at), wave.v + to, static_cast<size_t>(D));
   }
 }
 
 // The sinks that exist at the segment's end.
 template <class T>
-void LoadSinks(const DslaWave& wave, const DslaSlot& slot, int segment, int h) {
+void LoadSinks(const DslaWave& wave, int segment, int h) {
   const DslaSegment& seg = wave.segments[segment];
   const DslaArgs& args = *wave.forward;
-  const int D = wave.shape.D, S = wave.shape.sinks, Hkv = wave.shape.Hkv, P = wave.padded_sinks;
-  const int64_t block = (static_cast<int64_t>(segment) * Hkv + h) * P * D;
-  float* k = wave.sink_kt + block;
-  float* v = wave.sink_v + block;
-  std::memset(k, 0, sizeof(float) * static_cast<size_t>(P * D));
-  std::memset(v, 0, sizeof(float) * static_cast<size_t>(P * D));
-  float row[256];
+  const int64_t D = wave.shape.D, S = wave.shape.sinks, Hkv = wave.shape.Hkv;
+  const DslaSlot slot = SlotAt(wave.layout, wave.states, wave.slots[seg.n]);
+  const int64_t block = (segment * Hkv + h) * S * D;
   for (int64_t s = 0; s < std::min<int64_t>(S, seg.begin + seg.count); ++s) {
     const bool old = s < seg.begin;
-    const int64_t at =
-        old ? (static_cast<int64_t>(h) * S + s) * D : ((seg.row + s - seg.begin) * Hkv + h) * D;
-    ConvertRow(Elements<T>(old ? slot.sink_k : args.k, at), row, static_cast<size_t>(D));
-    for (int d = 0; d < D; ++d) k[d * P + s] = row[d];
-    ConvertRow(Elements<T>(old ? slot.sink_v : args.v, at), v + s * D, static_cast<size_t>(D));
+    const int64_t at = old ? (h * S + s) * D : ((seg.row + s - seg.begin) * Hkv + h) * D;
+    ConvertRow(Elements<T>(old ? slot.sink_k : args.k, at), wave.sink_k + block + s * D,
+               static_cast<size_t>(D));
+    ConvertRow(Elements<T>(old ? slot.sink_v : args.v, at), wave.sink_v + block + s * D,
+               static_cast<size_t>(D));
   }
 }
 
@@ -70,26 +68,13 @@ template <class T>
 void LoadForward(const DslaWave& wave, int chunk, int h) {
   const DslaChunk& ck = wave.chunks[chunk];
   const DslaSegment& seg = wave.segments[ck.segment];
-  const DslaArgs& args = *wave.forward;
-  const int D = wave.shape.D, W = wave.shape.window, Hkv = wave.shape.Hkv;
-  int64_t token = seg.token + W + ck.offset;
-  int rows = ck.rows;
-  for (int x = 0; x < rows; ++x) {
-    const int64_t at = ((seg.row + ck.offset + x) * Hkv + h) * D;
-    const int64_t to = (h * wave.tokens + token + x) * D;
-    ConvertRow(Elements<T>(args.k, at), wave.k + to, static_cast<size_t>(D));
-    ConvertRow(Elements<T>(args.v, at), wave.v + to, static_cast<size_t>(D));
-  }
-  if (W == 0) return;
-  if (ck.offset == 0) {
-    const DslaSlot slot = SlotAt(wave.layout, wave.states, wave.slots[seg.n]);
-    LoadRing<T>(wave, slot, h, seg.begin - W, W, seg.token);
-    if (wave.shape.sinks > 0) LoadSinks<T>(wave, slot, ck.segment, h);
-    token -= W;
-    rows += W;
-  }
-  Transpose(wave.k + (h * wave.tokens + token) * D, D, rows, D,
-            wave.kt + static_cast<int64_t>(h) * D * wave.kt_row + token, wave.kt_row);
+  LoadStream<T>(wave, seg, h, ck.offset, ck.offset + ck.rows);  // what enters
+  if (wave.StreamWindow() == 0) return;
+  // The last times' window, a share of it with each chunk.
+  const int64_t W = wave.StreamWindow(), share = chunk - seg.first_chunk;
+  LoadStream<T>(wave, seg, h, seg.count + W * share / seg.chunks,
+                seg.count + W * (share + 1) / seg.chunks);
+  if (ck.offset == 0) LoadSinks<T>(wave, ck.segment, h);
 }
 
 template <class T>

@@ -48,17 +48,17 @@ struct DslaWave {
   const DslaChunk* chunks = nullptr;
   int num_segments = 0, num_chunks = 0;
 
-  // Tokens as fp32. A segment has the tokens begin - W .. begin + count - 1 at token ..; in a fold
-  // only the first `count` of them, those that enter. Tokens before position 0 are zero.
+  // The window's products are of bf16, and read keys and values where they lie.
+  bool bf16_window = false;
+
+  // Tokens as fp32. A segment has the tokens begin - W .. at token ..: the `count` that enter and,
+  // for a window in fp32, W more. Tokens before position 0 are zero.
   int64_t tokens = 0;
-  float* k = nullptr;   // [Hkv, tokens, D]
-  float* v = nullptr;   // [Hkv, tokens, D]
-  int64_t kt_row = 0;   // >= tokens + 16: loads of whole vectors run past the end
-  float* kt = nullptr;  // [Hkv, D, kt_row]: k transposed, for the window's scores
-  // Sinks of each segment, padded with zeros to padded_sinks = S rounded up to 16.
-  int padded_sinks = 0;
-  float* sink_kt = nullptr;  // [segments, Hkv, D, padded_sinks]
-  float* sink_v = nullptr;   // [segments, Hkv, padded_sinks, D]
+  float* k = nullptr;  // [Hkv, tokens, D]
+  float* v = nullptr;  // [Hkv, tokens, D]
+  // Sinks, for a window in fp32.
+  float* sink_k = nullptr;  // [segments, Hkv, S, D]
+  float* sink_v = nullptr;  // [segments, Hkv, S, D]
 
   // Per chunk and KV head; G are the chunk's inclusive sums of gates, R those of its anchor row,
   // L those of its last row.
@@ -70,6 +70,7 @@ struct DslaWave {
   float* scale_in = nullptr;   // [chunks, Hkv, SF]: e^R
   float* scale_out = nullptr;  // [chunks, Hkv, SF]: e^(L - R)
 
+  int StreamWindow() const { return forward && !bf16_window ? shape.window : 0; }
   int64_t At(int chunk, int h) const { return static_cast<int64_t>(chunk) * shape.Hkv + h; }
 };
 
@@ -77,13 +78,20 @@ struct DslaWave {
 // heads fill the rows of a product and leave out most of what is masked.
 inline constexpr int kQueryBlock = 16;
 
-// Columns of a tile of scores.
-inline int DslaScoreRow(const DslaShape& shape) {
-  const int window = (shape.window + kQueryBlock - 1 + 15) / 16 * 16;
-  const int sinks = (shape.sinks + 15) / 16 * 16;
-  return shape.window == 0 ? kCpuChunk : std::max(kCpuChunk, sinks + window);
+// At least the sinks and tokens of the window that the times of a chunk see, each rounded up to an
+// even number.
+inline int DslaWindowKeys(const DslaShape& shape) {
+  return shape.window == 0 ? 0 : (shape.sinks + 1) / 2 * 2 + shape.window + kCpuChunk;
+}
+// Floats of a tile's scores of `heads` heads, or of its window's queries, keys, values and scores.
+inline int64_t DslaScoreScratch(const DslaShape& shape, int heads) {
+  const int64_t lanes = int64_t{kQueryBlock} * heads, keys = DslaWindowKeys(shape);
+  const int64_t window = lanes * shape.D + keys * shape.D + keys * lanes;
+  return std::max(lanes * kCpuChunk, shape.window == 0 ? 0 : window);
 }
 
+// Whether this CPU multiplies windows of this shape in bf16.
+bool DslaBf16Window(const DslaShape& shape);
 // Floats of scratch a call of the kernel needs.
 int64_t DslaPrepareScratch(const DslaShape& shape);
 int64_t DslaQueryScratch(const DslaShape& shape, int heads);

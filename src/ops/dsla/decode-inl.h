@@ -184,6 +184,29 @@ HWY_INLINE void VisitToken(const void* from_k, const void* from_v, int64_t at, i
   for (; g < G; ++g) KeyScores<1>(k, q + g * D, D, scores + g * score_row, score_row);
 }
 
+// Replaces a row's scores by exp(score - top). The row has room for whole vectors.
+HWY_INLINE void Softmax(float* HWY_RESTRICT row, int keys, float* HWY_RESTRICT top,
+                        float* HWY_RESTRICT sum) {
+  const F32 d;
+  const V32 end = hn::Set(d, static_cast<float>(keys)), none = hn::Set(d, -INFINITY);
+  V32 most = none;
+  for (int x = 0; x < keys; x += kTileLanes) {
+    const auto valid = hn::Lt(hn::Iota(d, static_cast<float>(x)), end);
+    const V32 v = hn::IfThenElse(valid, hn::LoadU(d, row + x), none);
+    hn::StoreU(v, d, row + x);
+    most = hn::Max(most, v);
+  }
+  most = hn::MaxOfLanes(d, most);
+  V32 total = hn::Zero(d);
+  for (int x = 0; x < keys; x += kTileLanes) {
+    const V32 v = Exp(d, hn::Sub(hn::LoadU(d, row + x), most));
+    hn::StoreU(v, d, row + x);
+    total = hn::Add(total, v);
+  }
+  *top = hn::GetLane(most);
+  *sum = Sum(d, total);
+}
+
 void DecodeWindow(const DslaDecode& batch, int r, int h, float* scratch) {
   const F32 d;
   const DslaArgs& args = *batch.args;
@@ -221,8 +244,7 @@ void DecodeWindow(const DslaDecode& batch, int r, int h, float* scratch) {
 
   const int64_t out = static_cast<int64_t>(r) * shape.H + h * G;
   for (int g = 0; g < G; ++g)
-    Softmax(scores + g * score_row, keys, 0, 0, (keys + 15) / 16 * 16, batch.top + out + g,
-            batch.sum + out + g);
+    Softmax(scores + g * score_row, keys, batch.top + out + g, batch.sum + out + g);
   GemmTile(scores, score_row, 1, v, D, batch.window + out * D, D, G, D, keys, false);
 }
 

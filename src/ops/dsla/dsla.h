@@ -105,8 +105,9 @@ struct DslaArgs {
 };
 
 // Sequences with one row take the recurrent form, longer ones the chunked form, whose chunks are
-// cut at absolute positions of the stream of entering tokens. Deterministic; a sequence's result
-// does not depend on threads or on the other sequences. A new sequence (pos 0) needs DslaResetSlot
+// cut at absolute positions of the stream of entering tokens and which, on CPUs that multiply bf16,
+// rounds the queries and weights of a bf16 window to it. Deterministic; a sequence's result does
+// not depend on threads or on the other sequences. A new sequence (pos 0) needs DslaResetSlot
 // first; D must be a multiple of 16, at most 256.
 void DslaForwardCpu(const ExecContext& ctx, const DslaArgs& args);
 // The oracle: the recurrence above in fp64, token by token, scalar, one thread (states are read and

@@ -19,12 +19,12 @@ constexpr int kScanRows = 64;
 int64_t ChunkBytes(const DslaShape& shape, bool forward) {
   const int64_t SF = shape.SF();
   const int64_t tiles = forward ? 2 * kCpuChunk * SF : 0;
-  const int64_t tokens = kCpuChunk * shape.D * (forward ? 3 : 2);
+  const int64_t tokens = kCpuChunk * shape.D * 2;
   return 4 * shape.Hkv * (tiles + SF * (shape.D + 3) + tokens);
 }
-// Bytes that a segment adds: the tokens before it.
-int64_t SegmentBytes(const DslaShape& shape, bool forward) {
-  return forward ? int64_t{12} * shape.Hkv * shape.D * (shape.window + 16) : 0;
+// Bytes that a segment adds: the window of its last times.
+int64_t SegmentBytes(const DslaShape& shape, int window) {
+  return int64_t{8} * shape.Hkv * shape.D * window;
 }
 
 // Hands out the chunks of all sequences, as many at a time as a wave holds.
@@ -36,12 +36,15 @@ class WavePlanner {
     int64_t begin, count, row;
   };
 
-  WavePlanner(Workspace& workspace, const DslaShape& shape, bool forward, const Span* spans,
-              int num_spans)
-      : shape_(shape), forward_(forward), spans_(spans), num_spans_(num_spans) {
+  WavePlanner(Workspace& workspace, const DslaWave& wave, const Span* spans, int num_spans)
+      : shape_(wave.shape),
+        forward_(wave.forward != nullptr),
+        stream_window_(wave.StreamWindow()),
+        spans_(spans),
+        num_spans_(num_spans) {
     int64_t chunks = 0;
     for (int i = 0; i < num_spans; ++i) chunks += spans[i].count / kCpuChunk + 2;
-    max_chunks_ = static_cast<int>(std::clamp<int64_t>(kWaveBytes / ChunkBytes(shape, forward), 1,
+    max_chunks_ = static_cast<int>(std::clamp<int64_t>(kWaveBytes / ChunkBytes(shape_, forward_), 1,
                                                        std::max<int64_t>(chunks, 1)));
     segments_ = workspace.Take<DslaSegment>(max_chunks_);
     chunks_ = workspace.Take<DslaChunk>(max_chunks_);
@@ -53,7 +56,7 @@ class WavePlanner {
     int segments = 0, chunks = 0;
     while (span_ < num_spans_ && chunks < max_chunks_) {
       const Span& span = spans_[span_];
-      bytes += SegmentBytes(shape_, forward_);
+      bytes += SegmentBytes(shape_, stream_window_);
       if (chunks > 0 && bytes + ChunkBytes(shape_, forward_) > kWaveBytes) break;
       DslaSegment& seg = segments_[segments];
       seg = {span.n, span.begin + done_, 0, span.row + done_, tokens, chunks, 0};
@@ -64,7 +67,7 @@ class WavePlanner {
         seg.count += chunks_[chunks - 1].rows;
         ++seg.chunks;
       }
-      tokens += seg.count + (forward_ ? shape_.window : 0);
+      tokens += seg.count + stream_window_;
       ++segments;
       if (done_ < span.count) break;  // the wave is full
       ++span_;
@@ -89,8 +92,9 @@ class WavePlanner {
     return {segment, offset, static_cast<int>(rows), static_cast<int>(idle)};
   }
 
-  const DslaShape& shape_;
+  const DslaShape shape_;
   const bool forward_;
+  const int stream_window_;
   const Span* spans_;
   const int num_spans_;
   int max_chunks_ = 0;
@@ -113,12 +117,9 @@ void TakeWaveMemory(Workspace& workspace, DslaWave* wave) {
   if (!wave->forward) return;
   wave->decay = workspace.Take<float>(tiles * kCpuChunk * SF);
   wave->keys = workspace.Take<float>(tiles * kCpuChunk * SF);
-  if (shape.window == 0) return;
-  wave->kt_row = (wave->tokens + 15) / 16 * 16 + 16;
-  wave->kt = workspace.Take<float>(heads * D * wave->kt_row);
-  wave->padded_sinks = (shape.sinks + 15) / 16 * 16;
-  const int64_t sinks = heads * wave->num_segments * wave->padded_sinks * D;
-  wave->sink_kt = workspace.Take<float>(sinks);
+  if (wave->StreamWindow() == 0) return;
+  const int64_t sinks = heads * wave->num_segments * shape.sinks * D;
+  wave->sink_k = workspace.Take<float>(sinks);
   wave->sink_v = workspace.Take<float>(sinks);
 }
 
@@ -141,25 +142,23 @@ void BuildStates(const ExecContext& ctx, const DslaWave& wave, float* scratch,
   });
 }
 
-// Puts the segment's last tokens into the ring and its first ones among the sinks.
-void StoreTokens(const DslaWave& wave, const DslaSegment& seg) {
+// Puts a KV head of the segment's last tokens into the ring and of its first ones among the sinks.
+void StoreTokens(const DslaWave& wave, const DslaSegment& seg, int64_t h) {
   const DslaShape& shape = wave.shape;
   const int64_t bytes = shape.D * SizeOf(shape.kv_dtype), W = shape.window, S = shape.sinks;
   const auto* k = static_cast<const std::byte*>(wave.forward->k);
   const auto* v = static_cast<const std::byte*>(wave.forward->v);
   const DslaSlot slot = SlotAt(wave.layout, wave.states, wave.slots[seg.n]);
-  const auto copy = [&](int64_t t, std::byte* to_k, std::byte* to_v, int64_t per_head, int64_t at) {
-    for (int64_t h = 0; h < shape.Hkv; ++h) {
-      const int64_t from = ((seg.row + t - seg.begin) * shape.Hkv + h) * bytes;
-      const int64_t to = (h * per_head + at) * bytes;
-      std::memcpy(to_k + to, k + from, static_cast<size_t>(bytes));
-      std::memcpy(to_v + to, v + from, static_cast<size_t>(bytes));
-    }
+  const auto copy = [&](int64_t t, std::byte* to_k, std::byte* to_v, int64_t at) {
+    const int64_t from = ((seg.row + t - seg.begin) * shape.Hkv + h) * bytes;
+    std::memcpy(to_k + at * bytes, k + from, static_cast<size_t>(bytes));
+    std::memcpy(to_v + at * bytes, v + from, static_cast<size_t>(bytes));
   };
   const int64_t end = seg.begin + seg.count;
   for (int64_t t = std::max(seg.begin, end - W); t < end; ++t)
-    copy(t, slot.ring_k, slot.ring_v, W, t % W);
-  for (int64_t t = seg.begin; t < std::min(S, end); ++t) copy(t, slot.sink_k, slot.sink_v, S, t);
+    copy(t, slot.ring_k, slot.ring_v, h * W + t % W);
+  for (int64_t t = seg.begin; t < std::min(S, end); ++t)
+    copy(t, slot.sink_k, slot.sink_v, h * S + t);
 }
 
 // Query heads of one KV head that a task takes together: all, to read the states once, unless that
@@ -189,8 +188,10 @@ void RunForwardWave(const ExecContext& ctx, DslaWave& wave) {
     DslaQueryChunk(wave, static_cast<int>(task / groups), static_cast<int>(task % groups) * heads,
                    heads, scratch + thread * scratch_size);
   });
-  if (wave.shape.window > 0)
-    for (int i = 0; i < wave.num_segments; ++i) StoreTokens(wave, wave.segments[i]);
+  if (wave.shape.window == 0) return;
+  const int Hkv = wave.shape.Hkv;
+  ParallelFor(ctx, int64_t{wave.num_segments} * Hkv,
+              [&](int64_t task, int) { StoreTokens(wave, wave.segments[task / Hkv], task % Hkv); });
 }
 
 void RunDecode(const ExecContext& ctx, const DslaArgs& args, const DslaDecodeRow* rows,
@@ -284,18 +285,16 @@ void DslaForwardCpu(const ExecContext& ctx, const DslaArgs& args) {
   }
   if (num_decodes > 0) RunDecode(ctx, args, decodes, num_decodes);
   if (num_spans == 0) return;
-  WavePlanner planner(workspace, args.shape, /*forward=*/true, spans, num_spans);
-  for (;;) {
-    DslaWave wave;
-    wave.shape = args.shape;
-    wave.params = args.params;
-    wave.layout = MakeSlotLayout(args.shape);
-    wave.states = args.states;
-    wave.slots = args.slots;
-    wave.forward = &args;
-    if (!planner.Next(&wave)) return;
-    RunForwardWave(ctx, wave);
-  }
+  DslaWave wave;
+  wave.shape = args.shape;
+  wave.params = args.params;
+  wave.layout = MakeSlotLayout(args.shape);
+  wave.states = args.states;
+  wave.slots = args.slots;
+  wave.forward = &args;
+  wave.bf16_window = DslaBf16Window(args.shape);
+  WavePlanner planner(workspace, wave, spans, num_spans);
+  while (planner.Next(&wave)) RunForwardWave(ctx, wave);
 }
 
 void DslaFoldCpu(const ExecContext& ctx, const DslaFoldArgs& args) {
@@ -315,18 +314,17 @@ void DslaFoldCpu(const ExecContext& ctx, const DslaFoldArgs& args) {
     const int64_t enters = args.rows.pos[n] - args.shape.window;
     if (enters > args.shape.sinks) spans[num_spans++] = {n, args.shape.window, enters, 0};
   }
-  WavePlanner planner(workspace, args.shape, /*forward=*/false, spans, num_spans);
+  DslaWave wave;
+  wave.shape = args.shape;
+  wave.params = args.params;
+  wave.layout = layout;
+  wave.states = args.states;
+  wave.slots = args.slots;
+  wave.fold = &args;
+  WavePlanner planner(workspace, wave, spans, num_spans);
   const int64_t scratch_size = (DslaPrepareScratch(args.shape) + 15) / 16 * 16;
   float* scratch = workspace.Take<float>(scratch_size * ctx.threads);
-  for (;;) {
-    DslaWave wave;
-    wave.shape = args.shape;
-    wave.params = args.params;
-    wave.layout = layout;
-    wave.states = args.states;
-    wave.slots = args.slots;
-    wave.fold = &args;
-    if (!planner.Next(&wave)) return;
+  while (planner.Next(&wave)) {
     Workspace::Scope wave_scope(workspace);
     TakeWaveMemory(workspace, &wave);
     BuildStates(ctx, wave, scratch, scratch_size);

@@ -14,6 +14,7 @@
 #if HWY_ONCE
 namespace dsla {
 
+HWY_EXPORT(HasBf16Window);
 HWY_EXPORT(LoadTokens);
 HWY_EXPORT(PrepareChunk);
 HWY_EXPORT(ScanStates);
@@ -28,8 +29,8 @@ int64_t DslaPrepareScratch(const DslaShape& shape) {
   return static_cast<int64_t>(kCpuChunk) * (2 * shape.D + 2 * shape.SF() + shape.F);
 }
 int64_t DslaQueryScratch(const DslaShape& shape, int heads) {
-  return static_cast<int64_t>(heads) *
-         (kCpuChunk * (3 * shape.D + shape.SF() + 3) + kQueryBlock * DslaScoreRow(shape));
+  const int64_t rows = int64_t{heads} * kCpuChunk;
+  return rows * (3 * shape.D + shape.SF() + 3) + DslaScoreScratch(shape, heads);
 }
 int64_t DslaDecodeScratch(const DslaShape& shape) {
   const int64_t project = int64_t{kDecodeRows} * (3 * shape.D + shape.SF());
@@ -37,6 +38,10 @@ int64_t DslaDecodeScratch(const DslaShape& shape) {
   return std::max(project, keys * shape.D + shape.G() * (score_row + shape.D));
 }
 
+bool DslaBf16Window(const DslaShape& shape) {
+  return shape.window > 0 && shape.kv_dtype == DType::kBF16 &&
+         HWY_DYNAMIC_DISPATCH(HasBf16Window)();
+}
 void DslaLoadTokens(const DslaWave& wave, int chunk, int h) {
   HWY_DYNAMIC_DISPATCH(LoadTokens)(wave, chunk, h);
 }

@@ -12,6 +12,7 @@
 
 #include "base/buffer.h"
 #include "base/half.h"
+#include "ops/dsla/cpu_wave.h"
 #include "ops/dsla/dsla.h"
 #include "ops/dsla/slot.h"
 #include "ops/testing/expect_close.h"
@@ -113,6 +114,26 @@ struct TestTokens {
 inline Tolerance DslaTolerance(const DslaShape& s) {
   const double sum = SumTolerance(s.SF() + kDslaChunk + s.window + s.sinks).relative;
   return {sum + 2 * 3 * SumTolerance(s.D).relative};
+}
+
+// Outputs of calls that may have had several rows. Where the CPU multiplies bf16, the chunked form
+// rounds a bf16 window's queries and weights to it, each to within u, a variance of at most u^2
+// / 3. Logits of the tokens above are sums of D products of rms 1.5^2 / sqrt(D): they are off
+// by 1.5^2 u / sqrt(3), weights by sqrt(1 + 1.5^4) u / sqrt(3) = 1.4 u of themselves, and what is
+// left after the division by their sum by at most sqrt(2) of that, 2 u of outputs' root mean
+// square. Single elements have a longer tail than 4 deviations, as a row's queries and the keys
+// that count there are larger or smaller together: twice that.
+inline void ExpectOutputs(const DslaShape& s, std::span<const float> got,
+                          std::span<const float> want) {
+  if (!DslaBf16Window(s)) return ExpectClose(got, want, DslaTolerance(s));
+  ExpectClose(got, want,
+              {DslaTolerance(s).relative + RoundingTolerance(16, DType::kBF16).relative});
+  double error = 0, size = 0;
+  for (size_t i = 0; i < want.size(); ++i) {
+    error += (double{got[i]} - want[i]) * (double{got[i]} - want[i]);
+    size += double{want[i]} * want[i];
+  }
+  EXPECT_LE(error, size * std::pow(RoundingTolerance(2, DType::kBF16).relative, 2));
 }
 
 // Slots filled with a byte that no test expects; Reset one before its first token.

@@ -12,49 +12,22 @@
 #endif
 
 #include <algorithm>
-#include <cmath>
 
 #include "hwy/highway.h"
 #include "ops/dsla/chunk-inl.h"
 #include "ops/dsla/cpu_wave.h"
 #include "ops/dsla/features-inl.h"
+#include "ops/dsla/query_tile.h"
+#include "ops/dsla/window-inl.h"
+#include "ops/dsla/window_bf16-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace dsla {
 namespace HWY_NAMESPACE {
 namespace {  // of the one file that includes this
 
-// One tile: the times of a chunk times some heads of one KV head.
-struct QueryTile {
-  const DslaWave& wave;
-  const DslaChunk& chunk;
-  const DslaSegment& segment;
-  int64_t at;      // of (chunk, KV head) in the wave's arrays
-  int h;           // KV head
-  int first_head;  // query heads
-  int heads;
-  int64_t row;    // of the tile's first time in q and out
-  int64_t time;   // of the tile's first time
-  int64_t token;  // stream index of the token entering at it
-  // Scratch, m = time * heads + head.
-  float* query;        // [m, D]: y, later q / sqrt(D)
-  float* keyed;        // [m, SF]: Q~
-  float* linear;       // [m, D] numerator
-  float* window;       // [m, D] numerator
-  float* scores;       // [kQueryBlock * heads, score_row]
-  float* denominator;  // [m]
-  float* top;          // [m] largest score of the window
-  float* sum;          // [m] of exp(score - top)
-  int score_row;
-
-  const float* Query(int i, int g) const {
-    return wave.forward->q + (row + i) * wave.forward->q_stride +
-           static_cast<int64_t>(first_head + g) * wave.shape.D;
-  }
-};
-
 // Q~ = g_i phi_q e^(G - R), and its product with the entry state's denominator.
-void MakeQueries(const QueryTile& tile) {
+void MakeQueries(const DslaQueryTile& tile) {
   const F32 d;
   const DslaShape& shape = tile.wave.shape;
   const DslaParams& params = tile.wave.params;
@@ -102,7 +75,7 @@ HWY_INLINE float MaskAndSum(float* HWY_RESTRICT row, int keep, int cols) {
 }
 
 // O = Q~ (e^R S) + tril(Q~ K~^T) V, and the same for the denominator.
-void LinearOutputs(const QueryTile& tile) {
+void LinearOutputs(const DslaQueryTile& tile) {
   const DslaShape& shape = tile.wave.shape;
   const int D = shape.D, SF = shape.SF(), rows = tile.chunk.rows, heads = tile.heads;
   const float* keys = tile.wave.keys + tile.at * SF * kCpuChunk;
@@ -122,70 +95,6 @@ void LinearOutputs(const QueryTile& tile) {
   }
 }
 
-// Scores [0, cols) of a row, valid in [0, sinks) and [low, high): replaced by exp(score - top), 0
-// where not valid.
-HWY_INLINE void Softmax(float* HWY_RESTRICT row, int sinks, int low, int high, int cols,
-                        float* HWY_RESTRICT top, float* HWY_RESTRICT sum) {
-  const F32 d;
-  const V32 a = hn::Set(d, static_cast<float>(sinks)), none = hn::Set(d, -INFINITY);
-  const V32 b = hn::Set(d, static_cast<float>(low)), c = hn::Set(d, static_cast<float>(high));
-  V32 most = none;
-  for (int x = 0; x < cols; x += kTileLanes) {
-    const V32 at = hn::Iota(d, static_cast<float>(x));
-    const auto valid = hn::Or(hn::Lt(at, a), hn::And(hn::Ge(at, b), hn::Lt(at, c)));
-    const V32 v = hn::IfThenElse(valid, hn::LoadU(d, row + x), none);
-    hn::StoreU(v, d, row + x);
-    most = hn::Max(most, v);
-  }
-  most = hn::MaxOfLanes(d, most);
-  V32 total = hn::Zero(d);
-  for (int x = 0; x < cols; x += kTileLanes) {
-    const V32 v = Exp(d, hn::Sub(hn::LoadU(d, row + x), most));
-    hn::StoreU(v, d, row + x);
-    total = hn::Add(total, v);
-  }
-  *top = hn::GetLane(most);
-  *sum = Sum(d, total);
-}
-
-// Softmax attention over sinks and window, up to the division by the sum.
-void WindowOutputs(const QueryTile& tile) {
-  const F32 d;
-  const DslaWave& wave = tile.wave;
-  const int D = wave.shape.D, W = wave.shape.window, S = wave.shape.sinks, P = wave.padded_sinks;
-  const int rows = tile.chunk.rows, heads = tile.heads;
-  const V32 scale = hn::Set(d, 1.f / std::sqrt(static_cast<float>(D)));
-  for (int i = 0; i < rows; ++i)
-    for (int x = 0; x < heads * D; x += kTileLanes)
-      hn::StoreU(hn::Mul(scale, hn::LoadU(d, tile.Query(i, 0) + x)), d,
-                 tile.query + i * heads * D + x);
-  const int64_t sink = (static_cast<int64_t>(tile.chunk.segment) * wave.shape.Hkv + tile.h) * P * D;
-  for (int i0 = 0; i0 < rows; i0 += kQueryBlock) {
-    const int times = std::min(rows - i0, kQueryBlock), block = times * heads;
-    // Column P + x is token `first` + x, at stream index `token` + x.
-    const int64_t first = tile.time + i0 + 1 - W, token = tile.token + i0 + 1;
-    const int keys = W + times - 1, cols = (keys + 15) / 16 * 16;
-    const float* q = tile.query + i0 * heads * D;
-    float* numerator = tile.window + i0 * heads * D;
-    GemmTile(q, D, 1, wave.kt + static_cast<int64_t>(tile.h) * D * wave.kt_row + token, wave.kt_row,
-             tile.scores + P, tile.score_row, block, cols, D, false);
-    if (S > 0)
-      GemmTile(q, D, 1, wave.sink_kt + sink, P, tile.scores, tile.score_row, block, P, D, false);
-    for (int m = 0; m < block; ++m) {
-      const int64_t t = tile.time + i0 + m / heads;
-      const int low = static_cast<int>(std::max<int64_t>(t - W + 1, S) - first);
-      const int high = static_cast<int>(t + 1 - first);
-      Softmax(tile.scores + m * tile.score_row, static_cast<int>(std::min<int64_t>(S, t + 1)),
-              P + low, P + high, P + cols, tile.top + i0 * heads + m, tile.sum + i0 * heads + m);
-    }
-    GemmTile(tile.scores + P, tile.score_row, 1, wave.v + (tile.h * wave.tokens + token) * D, D,
-             numerator, D, block, D, keys, false);
-    if (S > 0)
-      GemmTile(tile.scores, tile.score_row, 1, wave.sink_v + sink, D, numerator, D, block, D, S,
-               true);
-  }
-}
-
 // What the two parts of an output are multiplied with: w / (denominator + epsilon), (1 - w) / sum.
 struct Shares {
   float linear, window;
@@ -198,7 +107,7 @@ HWY_INLINE Shares MergeShares(float denominator, float top, float sum, float cla
   return {w / (denominator + kDslaEpsilon), (1.f - w) / sum};
 }
 
-void MergeOutputs(const QueryTile& tile, bool linear) {
+void MergeOutputs(const DslaQueryTile& tile, bool linear) {
   const F32 d;
   const DslaArgs& args = *tile.wave.forward;
   const int D = tile.wave.shape.D, H = tile.wave.shape.H, W = tile.wave.shape.window;
@@ -217,36 +126,50 @@ void MergeOutputs(const QueryTile& tile, bool linear) {
   }
 }
 
+// Whether the window's products can be of bf16.
+bool HasBf16Window() {
+#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 void QueryChunk(const DslaWave& wave, int chunk, int first_head, int heads, float* scratch) {
   const DslaShape& shape = wave.shape;
   const DslaChunk& ck = wave.chunks[chunk];
   const DslaSegment& seg = wave.segments[ck.segment];
   const int h = first_head / shape.G(), m = kCpuChunk * heads;
-  QueryTile tile{.wave = wave,
-                 .chunk = ck,
-                 .segment = seg,
-                 .at = wave.At(chunk, h),
-                 .h = h,
-                 .first_head = first_head,
-                 .heads = heads,
-                 .row = seg.row + ck.offset,
-                 .time = seg.begin + ck.offset,
-                 .token = seg.token + ck.offset,
-                 .query = scratch,
-                 .keyed = scratch + m * shape.D,
-                 .linear = scratch + m * (shape.D + shape.SF()),
-                 .window = scratch + m * (2 * shape.D + shape.SF()),
-                 .scores = scratch + m * (3 * shape.D + shape.SF()),
-                 .denominator = nullptr,
-                 .top = nullptr,
-                 .sum = nullptr,
-                 .score_row = DslaScoreRow(shape)};
-  tile.denominator = tile.scores + kQueryBlock * heads * tile.score_row;
+  DslaQueryTile tile{.wave = wave,
+                     .chunk = ck,
+                     .segment = seg,
+                     .at = wave.At(chunk, h),
+                     .h = h,
+                     .first_head = first_head,
+                     .heads = heads,
+                     .row = seg.row + ck.offset,
+                     .time = seg.begin + ck.offset,
+                     .token = seg.token + ck.offset,
+                     .query = scratch,
+                     .keyed = scratch + m * shape.D,
+                     .linear = scratch + m * (shape.D + shape.SF()),
+                     .window = scratch + m * (2 * shape.D + shape.SF()),
+                     .scores = scratch + m * (3 * shape.D + shape.SF()),
+                     .denominator = nullptr,
+                     .top = nullptr,
+                     .sum = nullptr};
+  tile.denominator = tile.scores + DslaScoreScratch(shape, heads);
   tile.top = tile.denominator + m;
   tile.sum = tile.top + m;
   const bool linear = ck.idle < ck.rows;
   if (linear) LinearOutputs(tile);
-  if (shape.window > 0) WindowOutputs(tile);
+  if (wave.bf16_window) {
+#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3
+    WindowOutputs<Bf16Window>(tile);
+#endif
+  } else if (shape.window > 0) {
+    WindowOutputs<Fp32Window>(tile);
+  }
   MergeOutputs(tile, linear);
 }
 
