@@ -88,7 +88,7 @@ void ReportKernels(cudaStream_t stream, const std::function<void()>& run) {
 
 struct Setup {
   const char* name;
-  int H, Hkv, D, F, window, sinks;
+  int H, Hkv, D, F, window, sinks, states = 2;
 };
 DslaShape Shape(const Setup& c) {
   DslaShape s;
@@ -96,7 +96,7 @@ DslaShape Shape(const Setup& c) {
   s.Hkv = c.Hkv;
   s.D = c.D;
   s.F = c.F;
-  s.states = 2;
+  s.states = c.states;
   s.window = c.window;
   s.sinks = c.sinks;
   s.gate_floor = -2.25f;
@@ -275,6 +275,8 @@ int Main(int argc, char** argv) {
   const Setup bare{"H32 D128 F128x2 W0", 32, 32, 128, 128, 0, 0};
   const Setup grouped{"H32 Hkv8 D128 F128x2 W256", 32, 8, 128, 128, 256, 4};
   const Setup small{"H9 Hkv3 D64 F128x2 W64", 9, 3, 64, 128, 64, 4};
+  const Setup shipped{"H9 Hkv3 D64 F64x1 W320", 9, 3, 64, 64, 320, 4, 1};
+  for (int N : {1, 8, 32, 64, 128, 256}) BenchDecode(shipped, N, stream, m);
   for (const Setup& s : {wide, bare, grouped, small})
     for (int N : {1, 8, 32, 128}) BenchDecode(s, N, stream, m);
   for (const Setup& s : {wide, bare, grouped, small})
