@@ -1,311 +1,295 @@
-// One new row per sequence, in three launches:
+// One new row per sequence, in two launches:
 //   project  products with the adapter's matrices, 16 rows at a time: phi_q, phi_k, e^a - 1
-//   update   states (read and written once) and window, cut into parts that all stream from memory
-//   merge    adds the parts up, merges window and states, writes the row into ring and sinks
+//   update   states (read and written once) and window of one (row, KV head) or a part of it; the
+//            last part to end adds the parts up, merges window and states, and writes the row into
+//            ring and sinks
+#include <algorithm>
+
 #include "base/check.h"
-#include "ops/dsla/cuda/decode.cuh"
+#include "ops/dsla/cuda/decode_window.cuh"
 
 namespace dsla::cuda {
 namespace {
 
-constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr int kSplit = 64;       // channels of a state per block of `update`
-constexpr int kWindowPart = 64;  // keys per block of `update`
-
-// Channels [64 split, +64) of the states of one (row, KV head). A lane owns four value columns, so
-// the sums over channels need no shuffles; every load of the part is issued before the first use.
-template <int D, int kG>
-__device__ __forceinline__ void UpdateStates(const DecodeParams& p, int n, int h, int split,
-                                             float* shared) {
-  constexpr int kRows = 128 / D;                       // channels per load of a warp
-  constexpr int kLoads = kSplit / kWarps / kRows;      // of a lane
-  float2* factor = reinterpret_cast<float2*>(shared);  // [64]: e^a, k'
-  float* query = shared + 2 * kSplit;                  // [64][kG]
-  float* sums = query + kSplit * kG;                   // [kWarps][kG][D]
-  const Layer& l = p.layer;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int column = lane % (D / 4) * 4, sub = lane / (D / 4), c0 = split * kSplit;
-  const int64_t head = int64_t{n} * l.Hkv + h;
-  std::byte* slot = SlotBase(l, n);
-  float* state = reinterpret_cast<float*>(slot + l.at.state) +
-                 (int64_t{h} * l.SF + c0 + warp * (kSplit / kWarps) + sub) * D + column;
+// Channels [kChannels part, +kChannels) of the states of one (row, KV head). A lane owns four value
+// columns, so the sums over channels need no shuffles; every load of the part is issued before the
+// first use.
+template <int D, int kG, int kChannels>
+struct States {
+  static constexpr int kWarps = Warps(D);
+  static constexpr int kRows = 128 / D;                      // channels per load of a warp
+  static constexpr int kLoads = kChannels / kWarps / kRows;  // of a lane
+  static constexpr int kStride = kG == 3 ? 4 : kG;           // for whole vectors
+  struct Shared {
+    float2 factor[kChannels];  // e^a, k'
+    alignas(16) float query[kChannels][kStride];
+    float norm[kChannels / 32][kG];  // q' z, by warp
+  };
   float4 s[kLoads];
-#pragma unroll
-  for (int i = 0; i < kLoads; ++i)
-    s[i] = __ldcs(reinterpret_cast<const float4*>(state + int64_t{i} * kRows * D));
-  float* norm = reinterpret_cast<float*>(slot + l.at.norm) + int64_t{h} * l.SF + c0;
-  float z = threadIdx.x < kSplit ? norm[threadIdx.x] : 0;
+  uint2 entering;  // value of the token that enters
+  float z;
+  float *state, *norm;
+  int c0, column, sub;
 
-  const int pos = l.pos[n], e = Entering(l, pos);
-  float4 v{};
-  if (e >= 0) {
-    const uint2 x = *reinterpret_cast<const uint2*>(EnteringRow<D>(p, n, h, pos).v + column);
-    v = {Low(x.x), High(x.x), Low(x.y), High(x.y)};
+  __device__ __forceinline__ void Load(const DecodeParams& p, const Keys<D>& keys, std::byte* slot,
+                                       int h, int part) {
+    const Layer& l = p.layer;
+    const int lane = threadIdx.x % 32, warp = Warp();
+    column = lane % (D / 4) * 4, sub = lane / (D / 4), c0 = part * kChannels;
+    state = reinterpret_cast<float*>(slot + l.at.state) +
+            (int64_t{h} * l.SF + c0 + warp * (kChannels / kWarps) + sub) * D + column;
+    norm = reinterpret_cast<float*>(slot + l.at.norm) + int64_t{h} * l.SF + c0 + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i)
+      s[i] = __ldcs(reinterpret_cast<const float4*>(state + int64_t{i} * kRows * D));
+    z = threadIdx.x < kChannels ? *norm : 0;
+    entering = {};
+    if (Entering(l, keys.t) >= 0) {  // from the ring's place that token t is going to take
+      const __nv_bfloat16* from = l.W > 0 ? keys.ring_v + int64_t{keys.newest} * D : keys.new_v;
+      entering = *reinterpret_cast<const uint2*>(from + column);
+    }
   }
+
+  // Leaves the numerators in `sums` [kG, D], one such array for each warp, and q' z in `shared`.
+  __device__ __forceinline__ void Update(const DecodeParams& p, Shared& shared, float* sums, int n,
+                                         int h, bool enters) {
+    const Layer& l = p.layer;
+    const int lane = threadIdx.x % 32, warp = Warp();
+    const int64_t head = int64_t{n} * l.Hkv + h;
+    if (threadIdx.x < kChannels) {  // whole warps
+      const int c = c0 + threadIdx.x, second = c >= l.F, f = c - second * l.F;
+      const float gate = p.gate[head * l.SF + c], phi_k = p.phi_k[head * l.F + f];
+      float q[kG];  // loaded without a branch, so that no load waits for another
+#pragma unroll
+      for (int g = 0; g < kG; ++g) {
+        const int qh = h * l.G + min(g, l.G - 1);
+        q[g] = l.mix[qh * l.states + second] * p.phi_q[(int64_t{n} * l.H + qh) * l.F + f];
+      }
+      const float k = enters ? -gate * phi_k : 0;
+      shared.factor[threadIdx.x] = {1 + gate, k};
+      z = (1 + gate) * z + k;
+      *norm = z;
+#pragma unroll
+      for (int g = 0; g < kG; ++g) {
+        shared.query[threadIdx.x][g] = q[g];
+        const float sum = WarpSum(q[g] * z);
+        if (lane == 0) shared.norm[warp][g] = sum;
+      }
+    }
+    __syncthreads();
+    const float4 v{Low(entering.x), High(entering.x), Low(entering.y), High(entering.y)};
+    float4 acc[kG] = {};
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int c = warp * (kChannels / kWarps) + i * kRows + sub;
+      const float2 f = shared.factor[c];
+      s[i].x = f.x * s[i].x + f.y * v.x;
+      s[i].y = f.x * s[i].y + f.y * v.y;
+      s[i].z = f.x * s[i].z + f.y * v.z;
+      s[i].w = f.x * s[i].w + f.y * v.w;
+      __stcs(reinterpret_cast<float4*>(state + int64_t{i} * kRows * D), s[i]);
+#pragma unroll
+      for (int g = 0; g < kG; ++g) {
+        const float q = shared.query[c][g];
+        acc[g].x += q * s[i].x;
+        acc[g].y += q * s[i].y;
+        acc[g].z += q * s[i].z;
+        acc[g].w += q * s[i].w;
+      }
+    }
+#pragma unroll
+    for (int g = 0; g < kG; ++g) {
+      if (D == 64) {
+        acc[g].x += __shfl_xor_sync(~0u, acc[g].x, 16);
+        acc[g].y += __shfl_xor_sync(~0u, acc[g].y, 16);
+        acc[g].z += __shfl_xor_sync(~0u, acc[g].z, 16);
+        acc[g].w += __shfl_xor_sync(~0u, acc[g].w, 16);
+      }
+      if (sub == 0) *reinterpret_cast<float4*>(sums + g * D + column) = acc[g];
+    }
+  }
+};
+
+// The share of one thread in what a (row, KV head) or a part of it adds up to: its query head's,
+// and of the numerators one column.
+struct Sums {
+  float linear = 0, window = 0, norm = 0, top = -INFINITY, weights = 0;
+
+  __device__ __forceinline__ void Store(float* part, int G, int D, int i) const {
+    part[i] = linear;
+    part[G * D + i] = window;
+    if (i % D > 0) return;
+    float* head = part + 2 * G * D + i / D;
+    head[0] = norm;
+    head[G] = top;
+    head[2 * G] = weights;
+  }
+  // Of `parts` parts, in their order.
+  __device__ __forceinline__ void Load(const float* part, int parts, int G, int D, int i) {
+    const int stride = PartFloats(G, D);
+    const float* head = part + 2 * G * D + i / D;
+#pragma unroll 4
+    for (int j = 0; j < parts; ++j) top = fmaxf(top, __ldcg(head + j * stride + G));
+    const float base = top == -INFINITY ? 0.f : top;
+#pragma unroll 4
+    for (int j = 0; j < parts; ++j) {
+      const float scale = Exp2(__ldcg(head + j * stride + G) - base);
+      linear += __ldcg(part + j * stride + i);
+      window += scale * __ldcg(part + j * stride + G * D + i);
+      norm += __ldcg(head + j * stride);
+      weights += scale * __ldcg(head + j * stride + 2 * G);
+    }
+  }
+  __device__ __forceinline__ float Merged(bool has_window, float claim) const {
+    const float out = linear / (norm + kDslaEpsilon);
+    if (!has_window) return out;
+    const float lse = top * 0.6931471805599453f + logf(weights);
+    const float w = norm < kDslaEpsilon ? 0.f : 1 / (1 + Exp(lse - claim));
+    return w * out + (1 - w) * (window / weights);
+  }
+};
+
+// True in the block that comes last of a (row, KV head): it sees what the others have written.
+__device__ __forceinline__ bool IsLast(int* arrived, int parts) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int before;  // orders what the block has written and what it is going to read
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;"
+                 : "=r"(before)
+                 : "l"(arrived)
+                 : "memory");
+    last = before == parts - 1;
+  }
+  __syncthreads();
+  return last;
+}
+
+// Token t into ring and sinks.
+template <int D>
+__device__ __forceinline__ void StoreRow(const DecodeParams& p, const Keys<D>& keys,
+                                         std::byte* slot, int h) {
+  constexpr int kPieces = D / 8;
+  const Layer& l = p.layer;
+  const int i = 32 * Warps(D) - 1 - threadIdx.x;  // the last threads: few have outputs to make
+  if (l.W == 0 || i >= 2 * kPieces) return;
+  const bool is_k = i < kPieces;
+  const int column = i % kPieces * 8;
+  const uint4 x = *reinterpret_cast<const uint4*>((is_k ? keys.new_k : keys.new_v) + column);
+  const auto store = [&](int64_t base, int64_t row) {
+    *reinterpret_cast<uint4*>(slot + base + (row * D + column) * 2) = x;
+  };
+  store(is_k ? l.at.ring_k : l.at.ring_v, int64_t{h} * l.W + keys.newest);
+  if (keys.t < l.S) store(is_k ? l.at.sink_k : l.at.sink_v, int64_t{h} * l.S + keys.t);
+}
+
+// grid (parts, Hkv, N)
+template <int D, int kG, int kChannels>
+__global__ void __launch_bounds__(32 * Warps(D), D == 64 ? 2 : 3)
+    UpdateKernel(const __grid_constant__ DecodeParams p) {
+  constexpr int kWarps = Warps(D), kThreads = 32 * kWarps, kTileUnits = TileBytes(D) / 16;
+  constexpr int kLinear = kMaxGroup * D;
+  static_assert(2 * kLinear * 4 == TileBytes(D));
+  extern __shared__ __align__(256) uint4 tiles[];
+  __shared__ typename States<D, kG, kChannels>::Shared states_shared;
+  __shared__ float tops[kWarps][kG], weights[kWarps][kG], claims[kG];
+  const Layer& l = p.layer;
+  const int n = blockIdx.z, h = blockIdx.y, part = blockIdx.x;
+  const int warp = Warp(), t = l.pos[n];
+  if ((l.slots[n] | t) < 0) return;  // in one, so that both loads are under way at once
+  std::byte* slot = SlotBase(l, n);
+  const Keys<D> keys(p, slot, n, h, t);
+  const int64_t head = int64_t{n} * l.Hkv + h, query = int64_t{n} * l.H + h * l.G;
+
+  // Everything that comes from memory is on the way before the first use. A tile's copies are a
+  // group, and a warp without a tile has an empty one.
+#pragma unroll 1
+  for (int i = 0; i < kWarpTiles; ++i) {
+    const int tile = warp + i * kWarps;
+    if (FirstKey(p, tile) < p.keys) keys.Fetch(tiles + tile * kTileUnits, FirstKey(p, tile));
+    CommitCopies();
+  }
+  const bool has_states = part < p.splits;
+  States<D, kG, kChannels> states;
+  if (has_states) states.Load(p, keys, slot, h, part);
+  const float claim = l.W > 0 && threadIdx.x < l.G ? p.claim[query + threadIdx.x] : 0;
+  // A warp's sums take the place of its first tile: of the window that of keys, of the states that
+  // of values.
+  float* sums = reinterpret_cast<float*>(tiles + warp * kTileUnits);
+  AttendTiles(p, keys, tiles, n, h, sums, tops[warp], weights[warp]);
+  if (threadIdx.x < l.G) claims[threadIdx.x] = claim;
+
   AwaitPrevious();  // from here on `project` has ended
   AllowNext();
-  if (threadIdx.x < kSplit) {
-    const int c = c0 + threadIdx.x, f = c % l.F;
-    const float gate = p.gate[head * l.SF + c];
-    const float k = e >= 0 ? -gate * p.phi_k[head * l.F + f] : 0;
-    factor[threadIdx.x] = {1 + gate, k};
-    z = (1 + gate) * z + k;
-    norm[threadIdx.x] = z;
-#pragma unroll
-    for (int g = 0; g < kG; ++g) {
-      const int qh = h * l.G + g;
-      query[threadIdx.x * kG + g] =
-          g < l.G ? l.mix[qh * l.states + c / l.F] * p.phi_q[(int64_t{n} * l.H + qh) * l.F + f] : 0;
-    }
-  }
+  if (has_states) states.Update(p, states_shared, sums + kLinear, n, h, Entering(l, keys.t) >= 0);
   __syncthreads();
-
-  float4 acc[kG] = {};
-#pragma unroll
-  for (int i = 0; i < kLoads; ++i) {
-    const int c = warp * (kSplit / kWarps) + i * kRows + sub;
-    const float2 f = factor[c];
-    s[i].x = f.x * s[i].x + f.y * v.x;
-    s[i].y = f.x * s[i].y + f.y * v.y;
-    s[i].z = f.x * s[i].z + f.y * v.z;
-    s[i].w = f.x * s[i].w + f.y * v.w;
-    __stcs(reinterpret_cast<float4*>(state + int64_t{i} * kRows * D), s[i]);
-#pragma unroll
-    for (int g = 0; g < kG; ++g) {
-      const float q = query[c * kG + g];
-      acc[g].x += q * s[i].x;
-      acc[g].y += q * s[i].y;
-      acc[g].z += q * s[i].z;
-      acc[g].w += q * s[i].w;
-    }
-  }
-  if (threadIdx.x < kSplit) {  // two whole warps
-#pragma unroll
-    for (int g = 0; g < kG; ++g) {
-      const float part = WarpSum(query[threadIdx.x * kG + g] * z);
-      if (lane == 0) shared[2 * kSplit + kSplit * kG + kWarps * kG * D + warp * kG + g] = part;
-    }
-  }
-#pragma unroll
-  for (int g = 0; g < kG; ++g) {
-    if (D == 64) {
-      acc[g].x += __shfl_xor_sync(~0u, acc[g].x, 16);
-      acc[g].y += __shfl_xor_sync(~0u, acc[g].y, 16);
-      acc[g].z += __shfl_xor_sync(~0u, acc[g].z, 16);
-      acc[g].w += __shfl_xor_sync(~0u, acc[g].w, 16);
-    }
-    if (sub == 0) *reinterpret_cast<float4*>(sums + (warp * kG + g) * D + column) = acc[g];
-  }
-  __syncthreads();
-  const int64_t part = head * p.splits + split;
-  const float* norms = sums + kWarps * kG * D;
+  float* partial = p.partial + head * p.parts * PartFloats(l.G, D);
   for (int i = threadIdx.x; i < l.G * D; i += kThreads) {
-    float x = 0;
+    Sums s;
+    const int g = i / D;
+    const float* at = reinterpret_cast<const float*>(tiles) + i;
+    if (has_states) {
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) x += sums[w * kG * D + i];
-    p.linear[part * l.G * D + i] = x;
+      for (int w = 0; w < kWarps; ++w) s.linear += at[w * kTileUnits * 4 + kLinear];
+#pragma unroll
+      for (int w = 0; w < kChannels / 32; ++w) s.norm += states_shared.norm[w][g];
+    }
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) s.top = fmaxf(s.top, tops[w][g]);
+    const float base = s.top == -INFINITY ? 0.f : s.top;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float scale = Exp2(tops[w][g] - base);
+      s.window += scale * at[w * kTileUnits * 4];
+      s.weights += scale * weights[w][g];
+    }
+    if (p.parts > 1)
+      s.Store(partial + part * PartFloats(l.G, D), l.G, D, i);
+    else
+      p.out[query * D + i] = __float2bfloat16_rn(s.Merged(l.W > 0, claims[g]));
   }
-  if (threadIdx.x < l.G)
-    p.norm[part * l.G + threadIdx.x] = norms[threadIdx.x] + norms[kG + threadIdx.x];
+  if (p.parts > 1) {
+    if (!IsLast(p.arrived + head, p.parts)) return;
+    for (int i = threadIdx.x; i < l.G * D; i += kThreads) {
+      Sums s;
+      s.Load(partial, p.parts, l.G, D, i);
+      p.out[query * D + i] = __float2bfloat16_rn(s.Merged(l.W > 0, claims[i / D]));
+    }
+  }
+  StoreRow<D>(p, keys, slot, h);
 }
 
-// Softmax of up to 64 keys of one (row, KV head): ring places [64 part, +64), or the sinks.
-template <int D, int kG>
-__device__ __forceinline__ void UpdateWindow(const DecodeParams& p, int n, int h, int part,
-                                             float* shared) {
-  constexpr int kLanes = D / 8, kKeys = 32 / kLanes;    // lanes per key, keys per load of a warp
-  constexpr int kLoads = kWindowPart / kWarps / kKeys;  // of a lane
-  float* score = shared;                                // [kG][64]
-  float* sums = shared + kG * kWindowPart;              // [kWarps][kG][D]
-  const Layer& l = p.layer;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int column = lane % kLanes * 8, t = l.pos[n];
-  const bool sinks = part == p.ring_parts;
-  const std::byte* slot = SlotBase(l, n);
-  const __nv_bfloat16* old_k =
-      reinterpret_cast<const __nv_bfloat16*>(slot + (sinks ? l.at.sink_k : l.at.ring_k));
-  const __nv_bfloat16* old_v =
-      reinterpret_cast<const __nv_bfloat16*>(slot + (sinks ? l.at.sink_v : l.at.ring_v));
-  const int rows = sinks ? l.S : l.W;
-  uint4 k[kLoads], v[kLoads];
-  bool valid[kLoads];
-#pragma unroll
-  for (int i = 0; i < kLoads; ++i) {
-    const int j = warp * (kWindowPart / kWarps) + i * kKeys + lane / kLanes;  // key of this part
-    const int place = sinks ? j : part * kWindowPart + j;
-    // The newest token at this place: t itself takes the place t % W.
-    const int s = sinks ? place : t - (t - place + l.W) % l.W;
-    valid[i] = place < rows && s >= (sinks ? 0 : l.S) && s <= t;
-    k[i] = v[i] = uint4{};
-    if (!valid[i]) continue;
-    const __nv_bfloat16 *from_k, *from_v;
-    if (s == t) {
-      from_k = p.rows.k + n * p.rows.k_stride + h * D;
-      from_v = p.rows.v + n * p.rows.v_stride + h * D;
-    } else {
-      const int64_t at = (static_cast<int64_t>(h) * rows + place) * D;
-      from_k = old_k + at;
-      from_v = old_v + at;
-    }
-    k[i] = __ldcs(reinterpret_cast<const uint4*>(from_k + column));
-    v[i] = __ldcs(reinterpret_cast<const uint4*>(from_v + column));
-  }
-  const float scale = rsqrtf(static_cast<float>(D)) * 1.4426950408889634f;
-#pragma unroll
-  for (int g = 0; g < kG; ++g) {
-    const uint4 x =
-        g < l.G ? *reinterpret_cast<const uint4*>(p.q + n * p.q_stride + (h * l.G + g) * D + column)
-                : uint4{};
-    const uint32_t q[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const uint32_t key[4] = {k[i].x, k[i].y, k[i].z, k[i].w};
-      float dot = 0;
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        dot += Low(q[c]) * Low(key[c]);
-        dot += High(q[c]) * High(key[c]);
-      }
-#pragma unroll
-      for (int m = kLanes / 2; m > 0; m /= 2) dot += __shfl_xor_sync(~0u, dot, m);
-      if (lane % kLanes == 0)
-        score[g * kWindowPart + warp * (kWindowPart / kWarps) + i * kKeys + lane / kLanes] =
-            valid[i] ? dot * scale : -INFINITY;
-    }
-  }
-  __syncthreads();
-  AwaitPrevious();
-  AllowNext();
-  const int64_t at = (int64_t{n} * l.Hkv + h) * p.parts + part;
-#pragma unroll
-  for (int g = 0; g < kG; ++g) {
-    const float a = score[g * kWindowPart + lane], b = score[g * kWindowPart + 32 + lane];
-    const float top = WarpMax(fmaxf(a, b));
-    const float base = top == -INFINITY ? 0.f : top;  // a part without a key: all p are 0
-    if (warp == 0 && g < l.G) {
-      const float sum = WarpSum(Exp2(a - base) + Exp2(b - base));
-      if (lane == 0) {
-        p.softmax[(at * l.G + g) * 2] = top;
-        p.softmax[(at * l.G + g) * 2 + 1] = sum;
-      }
-    }
-    float acc[8] = {};
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const float weight =
-          Exp2(score[g * kWindowPart + warp * (kWindowPart / kWarps) + i * kKeys + lane / kLanes] -
-               base);
-      const uint32_t value[4] = {v[i].x, v[i].y, v[i].z, v[i].w};
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        acc[2 * c] += weight * Low(value[c]);
-        acc[2 * c + 1] += weight * High(value[c]);
-      }
-    }
-#pragma unroll
-    for (int c = 0; c < 8; ++c) {
-#pragma unroll
-      for (int m = kLanes; m < 32; m *= 2) acc[c] += __shfl_xor_sync(~0u, acc[c], m);
-    }
-    if (lane < kLanes) {
-      float4* to = reinterpret_cast<float4*>(sums + (warp * kG + g) * D + column);
-      to[0] = {acc[0], acc[1], acc[2], acc[3]};
-      to[1] = {acc[4], acc[5], acc[6], acc[7]};
-    }
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < l.G * D; i += kThreads) {
-    float x = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) x += sums[w * kG * D + i];
-    p.window[at * l.G * D + i] = x;
-  }
-}
+int Ceil(int a, int b) { return (a + b - 1) / b; }
 
-// grid (splits + parts, Hkv, N)
-template <int D, int kG>
-__global__ void __launch_bounds__(kThreads) UpdateKernel(const __grid_constant__ DecodeParams p) {
-  __shared__ __align__(16) float shared[2 * kSplit + kSplit * kG + kWarps * kG * D + 2 * kG];
-  const int n = blockIdx.z, h = blockIdx.y, part = blockIdx.x;
-  if (p.layer.slots[n] < 0) return;
-  if (part < p.splits)
-    UpdateStates<D, kG>(p, n, h, part, shared);
-  else
-    UpdateWindow<D, kG>(p, n, h, part - p.splits, shared);
-}
-
-// grid (H, N), D threads: thread d has value column d.
-template <int D>
-__global__ void __launch_bounds__(D) MergeKernel(const __grid_constant__ DecodeParams p) {
-  const Layer& l = p.layer;
-  const int n = blockIdx.y, qh = blockIdx.x, h = qh / l.G, g = qh % l.G, d = threadIdx.x;
-  AllowNext();
-  AwaitPrevious();
-  if (l.slots[n] < 0) return;
-  const int64_t head = int64_t{n} * l.Hkv + h;
-  float sum = 0, norm = 0;
-#pragma unroll 4
-  for (int i = 0; i < p.splits; ++i) {
-    sum += p.linear[((head * p.splits + i) * l.G + g) * D + d];
-    norm += p.norm[(head * p.splits + i) * l.G + g];
-  }
-  float out = sum / (norm + kDslaEpsilon);
-  if (l.W > 0) {
-    float top = -INFINITY, all = 0, win = 0;
-#pragma unroll 4
-    for (int i = 0; i < p.parts; ++i)
-      top = fmaxf(top, p.softmax[((head * p.parts + i) * l.G + g) * 2]);
-#pragma unroll 4
-    for (int i = 0; i < p.parts; ++i) {
-      const int64_t at = (head * p.parts + i) * l.G + g;
-      const float scale = Exp2(p.softmax[at * 2] - top);
-      all += scale * p.softmax[at * 2 + 1];
-      win += scale * p.window[at * D + d];
-    }
-    const float lse = top * 0.6931471805599453f + logf(all);
-    const float w = norm < kDslaEpsilon ? 0.f : 1 / (1 + Exp(lse - p.claim[int64_t{n} * l.H + qh]));
-    out = w * out + (1 - w) * (win / all);
-  }
-  p.out[(int64_t{n} * l.H + qh) * D + d] = __float2bfloat16_rn(out);
-  if (l.W == 0 || g > 0) return;
-  const int t = l.pos[n];
-  std::byte* slot = SlotBase(l, n);
-  const __nv_bfloat16 k = p.rows.k[n * p.rows.k_stride + h * D + d];
-  const __nv_bfloat16 v = p.rows.v[n * p.rows.v_stride + h * D + d];
-  const int64_t ring = (int64_t{h} * l.W + t % l.W) * D + d;
-  reinterpret_cast<__nv_bfloat16*>(slot + l.at.ring_k)[ring] = k;
-  reinterpret_cast<__nv_bfloat16*>(slot + l.at.ring_v)[ring] = v;
-  if (t < l.S) {
-    const int64_t sink = (int64_t{h} * l.S + t) * D + d;
-    reinterpret_cast<__nv_bfloat16*>(slot + l.at.sink_k)[sink] = k;
-    reinterpret_cast<__nv_bfloat16*>(slot + l.at.sink_v)[sink] = v;
-  }
-}
-
-template <int D>
-int Launch(const DecodeParams& p, cudaStream_t stream) {
-  const Layer& l = p.layer;
-  LaunchProject(p, D, stream);
-  const dim3 grid(p.splits + p.parts, l.Hkv, l.N);
-  switch (l.G) {
-    case 1:
-      StartEarly(UpdateKernel<D, 1>, grid, kThreads, p, stream);
-      break;
-    case 2:
-      StartEarly(UpdateKernel<D, 2>, grid, kThreads, p, stream);
-      break;
-    case 3:
-      StartEarly(UpdateKernel<D, 3>, grid, kThreads, p, stream);
-      break;
-    case 4:
-      StartEarly(UpdateKernel<D, 4>, grid, kThreads, p, stream);
-      break;
-    default:
-      StartEarly(UpdateKernel<D, kMaxGroup>, grid, kThreads, p, stream);
-  }
-  StartEarly(MergeKernel<D>, dim3(l.H, l.N), D, p, stream);
+template <int D, int kG, int kChannels>
+int LaunchUpdate(const DecodeParams& p, cudaStream_t stream) {
+  const auto kernel = UpdateKernel<D, kG, kChannels>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                       MaxTiles(D) * TileBytes(D));
+  PreferShared(kernel);
+  const int tiles = std::max(Warps(D), Ceil(Ceil(p.keys, kKeyTile), p.parts));
+  StartEarly(kernel, dim3(p.parts, p.layer.Hkv, p.layer.N), 32 * Warps(D), p, stream,
+             static_cast<size_t>(tiles * TileBytes(D)));
   return cudaGetLastError();
 }
+template <int D, int kChannels>
+int LaunchUpdate(const DecodeParams& p, cudaStream_t stream) {
+  switch (p.layer.G) {
+    case 1:
+      return LaunchUpdate<D, 1, kChannels>(p, stream);
+    case 2:
+      return LaunchUpdate<D, 2, kChannels>(p, stream);
+    case 3:
+      return LaunchUpdate<D, 3, kChannels>(p, stream);
+    case 4:
+      return LaunchUpdate<D, 4, kChannels>(p, stream);
+    default:
+      return LaunchUpdate<D, kMaxGroup, kChannels>(p, stream);
+  }
+}
+
+// Channels of a part: 16 or 32 KB of states.
+int Channels(const DslaShape& s) { return s.D == 64 && s.SF() % 128 == 0 ? 128 : 64; }
 
 // Counts floats, or hands out addresses when `base` is set; each part 256-byte aligned.
 struct Carver {
@@ -320,17 +304,15 @@ struct Carver {
 
 int64_t Carve(const DslaShape& s, int N, float* base, DecodeParams* p) {
   Carver c{base};
-  p->splits = s.SF() / kSplit;
-  p->ring_parts = (s.window + kWindowPart - 1) / kWindowPart;
-  p->parts = p->ring_parts + (s.sinks > 0);
-  const int64_t heads = int64_t{N} * s.Hkv, queries = int64_t{N} * s.H;
-  p->phi_q = c.Take(queries * s.F);
+  p->splits = s.SF() / Channels(s);
+  p->keys = s.window + s.sinks;
+  p->parts = std::max(p->splits, Ceil(p->keys, MaxTiles(s.D) * kKeyTile));
+  const int64_t heads = int64_t{N} * s.Hkv;
+  p->phi_q = c.Take(int64_t{N} * s.H * s.F);
   p->phi_k = c.Take(heads * s.F);
   p->gate = c.Take(heads * s.SF());
-  p->linear = c.Take(queries * p->splits * s.D);
-  p->norm = c.Take(queries * p->splits);
-  p->window = c.Take(queries * p->parts * s.D);
-  p->softmax = c.Take(queries * p->parts * 2);
+  p->partial = c.Take(p->parts > 1 ? heads * p->parts * PartFloats(s.G(), s.D) : 0);
+  p->arrived = reinterpret_cast<int*>(c.Take(heads));
   return c.used * 4;
 }
 
@@ -358,7 +340,10 @@ int Decode(const DslaCudaArgs& a, Stream stream) {
   p.claim = a.claim;
   p.out = static_cast<__nv_bfloat16*>(a.out);
   DSLA_CHECK(Carve(a.shape, a.rows.N, static_cast<float*>(a.workspace), &p) <= a.workspace_bytes);
-  return a.shape.D == 64 ? Launch<64>(p, stream) : Launch<128>(p, stream);
+  LaunchProject(p, a.shape.D, stream);
+  if (a.shape.D == 128) return LaunchUpdate<128, 64>(p, stream);
+  return Channels(a.shape) == 128 ? LaunchUpdate<64, 128>(p, stream)
+                                  : LaunchUpdate<64, 64>(p, stream);
 }
 
 }  // namespace dsla::cuda

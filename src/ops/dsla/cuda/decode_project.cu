@@ -21,6 +21,14 @@ __device__ __forceinline__ void LoadRows(uint32_t (&f)[D / 16][4], const __nv_bf
   }
 }
 
+// The row of K of the entering token: the ring's place that token t is going to take.
+template <int D>
+__device__ __forceinline__ const __nv_bfloat16* EnteringKey(const DecodeParams& p, int n, int h,
+                                                            int t) {
+  if (p.layer.W > 0) return RowOf<D>(p.layer, p.rows, n, h, t - p.layer.W).k;
+  return p.rows.k + n * p.rows.k_stride + h * D;
+}
+
 // grid (matrices in the order of PackedWeights, row tiles). A warp has D / 4 columns.
 template <int D>
 __global__ void __launch_bounds__(kThreads) ProjectKernel(const __grid_constant__ DecodeParams p) {
@@ -46,6 +54,10 @@ __global__ void __launch_bounds__(kThreads) ProjectKernel(const __grid_constant_
   // slots, rings and states at once.
   AwaitPrevious();
   AllowNext();
+  if (p.parts > 1 && job == 0) {
+    const int heads = min(kRowTile, l.N - row0) * l.Hkv;
+    for (int i = threadIdx.x; i < heads; i += kThreads) p.arrived[row0 * l.Hkv + i] = 0;
+  }
   const __nv_bfloat16* from[2];
   int entering[2];
 #pragma unroll
@@ -59,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) ProjectKernel(const __grid_constant_
     if (is_query)
       from[i] = p.q + n * p.q_stride + head * D;
     else if (entering[i] >= 0)
-      from[i] = EnteringRow<D>(p, n, head, pos).k;
+      from[i] = EnteringKey<D>(p, n, head, pos);
   }
   uint32_t a[D / 16][4];
   LoadRows<D>(a, from[0], from[1], t);
@@ -177,6 +189,7 @@ template <int D>
 void Launch(const DecodeParams& p, cudaStream_t stream) {
   const Layer& l = p.layer;
   const dim3 jobs(l.H + l.Hkv + l.Hkv * (l.SF / D), (l.N + kRowTile - 1) / kRowTile);
+  PreferShared(ProjectKernel<D>);
   StartEarly(ProjectKernel<D>, jobs, kThreads, p, stream);
 }
 

@@ -59,7 +59,7 @@ struct DslaCudaArgs {
   int64_t workspace_bytes = 0;
 };
 
-// One new row per sequence: row n belongs to sequence n. Three launches; safe in a CUDA graph.
+// One new row per sequence: row n belongs to sequence n. Two launches; safe in a CUDA graph.
 DSLA_CUDA_EXPORT int64_t DecodeWorkspaceBytes(const DslaShape& shape, int N);
 DSLA_CUDA_EXPORT int Decode(const DslaCudaArgs& args, Stream stream);
 

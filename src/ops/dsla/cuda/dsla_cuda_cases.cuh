@@ -27,7 +27,7 @@ inline constexpr Tolerance kChunkTolerance = RoundingTolerance(8, DType::kBF16);
 // their term, 4 standard deviations of a term's u / sqrt(3), per channel (features differ in
 // scale).
 inline constexpr Tolerance kStateTolerance = RoundingTolerance(4, DType::kBF16);
-// Decode rounds nothing but its output.
+// Decode rounds its output, and the window's weights to 17 bits, which is nothing beside that.
 inline constexpr Tolerance kDecodeTolerance = RoundingTolerance(1, DType::kBF16);
 // A slow gate's relative error is its logit's error. The key that gates read has 17 bits; logits of
 // TestGates::kMixed have an rms of 2 * 1.5 * sqrt(D) = 34 for D = 128: 4 standard deviations of

@@ -101,6 +101,14 @@ TEST_P(DslaCudaTest, Decode) {
     again.Decode();
     const std::vector<float> out = gpu.Out();
     EXPECT_EQ(out, again.Out()) << "two runs differ";
+    const int row = s.H * s.D;
+    for (int i : {0, 5, N - 1}) {
+      TestBatch single(layer.host, got, std::span(&parts[static_cast<size_t>(i)], 1));
+      GpuCall alone(layer, single, got, N);
+      alone.Decode();
+      EXPECT_EQ(std::vector<float>(out.begin() + i * row, out.begin() + (i + 1) * row), alone.Out())
+          << "row " << i << " depends on the others";
+    }
     gpu.ReadPool(got);
     ExpectClose(out, reference.out(), kDecodeTolerance);
     ExpectSlots(s.D, got, want, slots, kDecodeStateTolerance);
@@ -218,7 +226,10 @@ INSTANTIATE_TEST_SUITE_P(
                       Case{"wide_slow", 4, 1, 128, 256, 1, 64, 4, TestGates::kSlow},
                       Case{"wide_largest", 1, 1, 128, 256, 2, 64, 1, TestGates::kTrained},
                       Case{"sinks_over_window", 5, 1, 64, 64, 1, 16, 20, TestGates::kMixed},
-                      Case{"many_sinks", 3, 1, 128, 128, 1, 200, 40, TestGates::kTrained}),
+                      Case{"many_sinks", 3, 1, 128, 128, 1, 200, 40, TestGates::kTrained},
+                      Case{"shipped", 9, 3, 64, 64, 1, 332, 4, TestGates::kTrained},
+                      // Decode: one part of the keys has no states.
+                      Case{"long_window", 8, 1, 64, 64, 1, 420, 4, TestGates::kTrained}),
     [](const auto& info) { return std::string(info.param.name); });
 
 }  // namespace
