@@ -163,28 +163,6 @@ void BenchRope(const Bench& b, const Model& m, int T, bool decode, bool norm,
   });
 }
 
-void BenchSplit(const Bench& b, const Model& m, int T, const std::string& size) {
-  constexpr int kRank = 64;
-  const double bytes = double(T) * (kRank * 6 + m.H * 8);
-  if (!b.Wanted("split" + size)) return;
-  const int sets = SetsFor(bytes);
-  const Sets product(sets, int64_t{T} * (kRank + m.H) * 4), low(sets, int64_t{T} * kRank * 2),
-      claim(sets, int64_t{T} * m.H * 4), bias(1, int64_t{m.H} * 4);
-  const DeviceBytes first = Ints(1, [](int) { return 0; });
-  b.Time("split" + size, sets, bytes, [&](int i) {
-    cuda::SplitAdapterArgs args;
-    args.product = product.floats(i);
-    args.T = T;
-    args.r = kRank;
-    args.H = m.H;
-    args.first_row = first.as<int32_t>();
-    args.low_rank = low[i];
-    args.claim = claim.floats(i);
-    args.claim_bias = bias.floats(0);
-    return cuda::SplitAdapter(args, b.stream);
-  });
-}
-
 void BenchGreedy(const Bench& b, const Model& m, int T) {
   const std::string name = "greedy V" + std::to_string(m.V) + " T" + std::to_string(T);
   const double bytes = double(T) * m.V * 4;
@@ -225,7 +203,6 @@ int Main(int argc, char** argv) {
       if (T <= 256) BenchRope(b, m, T, true, false, size("H", m.H));
       if (T >= 256) BenchRope(b, m, T, false, false, size("H", m.H));
       BenchRope(b, m, T, T <= 256, true, size("H", m.H));
-      BenchSplit(b, m, T, size("H", m.H));
       if (T <= 256) BenchGreedy(b, m, T);
     }
   CheckCuda(cudaStreamDestroy(b.stream));
