@@ -3,14 +3,16 @@
 //
 // A block makes a tile of rows of x and features. Stages of 64 of k of both pass through a ring in
 // shared memory; x is the A operand of mma.m16n8k16 and W the B operand. The warps of a block are
-// kSplits groups that share the tile and take every kSplits'th step of 16 of k each; their sums are
-// added in order of the groups. How many groups there are follows from `in`, so the bits of a row
-// depend on in alone, not on the tile.
+// two groups that share the tile and take every other step of 16 of k each. Where `in` is long, a
+// cluster of blocks shares the tile and takes every fourth stage each, which fills the card with
+// larger tiles. The parts of a sum are added in order of blocks and groups, so the bits of a row
+// depend on `in` alone, not on the tile.
 //
 // The ring is filled with W before the kernel waits for those before it, and x follows.
 #include <algorithm>
 
 #include "base/check.h"
+#include "ops/linear/cuda/cluster.cuh"
 #include "ops/linear/cuda/product.cuh"
 #include "ops/norm_rope/cuda/elementwise.cuh"
 
@@ -19,23 +21,27 @@ namespace {
 
 constexpr int kDepth = 64;           // of k in a stage
 constexpr int kPieces = kDepth / 8;  // of 16 bytes, of a row of a stage
+constexpr int kGroups = 2;           // of warps
 constexpr int kStep = 16;            // of k in an mma
 constexpr int kShared = 96 << 10;    // at most, of a block: what every GPU from 8.0 on has
 
-template <int rows, int features, int splits>
+// kCluster: blocks that share a tile.
+template <int rows, int features, int cluster>
 struct Tile {
-  static constexpr int kRows = rows, kFeatures = features, kSplits = splits;
+  static constexpr int kRows = rows, kFeatures = features, kCluster = cluster;
   static constexpr int kWarpRows = rows / 2, kWarpFeatures = 32;
   static constexpr int kGroupWarps = 2 * (features / kWarpFeatures);
-  static constexpr int kThreads = 32 * kGroupWarps * splits;
+  static constexpr int kThreads = 32 * kGroupWarps * kGroups;
   static constexpr int kRowsAtOnce = kThreads / kPieces;  // that the block copies
   static constexpr int kStageBytes = (rows + features) * kDepth * 2;
   static constexpr int kStages = kShared / kStageBytes;
   // Of sums in shared memory: the 4 rows that half a warp stores lie in different banks.
   static constexpr int kSumRow = features + 8;
-  static constexpr int kSumBytes = splits * rows * kSumRow * 4;
-  static constexpr int kOwn = rows * features / 4 / kThreads;  // quads of sums of a thread
+  static constexpr int kSumBytes = kGroups * rows * kSumRow * 4;
+  static constexpr int kOwn =
+      rows * features / 4 / kThreads / cluster;  // quads of sums of a thread
   static_assert(kSumBytes <= kShared && rows % kRowsAtOnce == 0 && features % kRowsAtOnce == 0);
+  static_assert(kOwn * kThreads * cluster * 4 == rows * features);
 };
 
 struct TiledParams {
@@ -56,13 +62,151 @@ __device__ __forceinline__ void StoreQuad(const ProductParams& p, int row, int r
     *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(p.y) + at) = Round(x);
 }
 
-// Where a block's quad of sums number `index` stands in its tile.
+// Of block `rank` of a cluster.
+template <typename C>
+__host__ __device__ __forceinline__ int Stages(const ProductParams& p, int rank) {
+  return ((p.in + kDepth - 1) / kDepth - rank + C::kCluster - 1) / C::kCluster;
+}
+
+// The copies of a thread: one piece of every kRowsAtOnce'th row of x and of W.
+template <typename C>
+class Copies {
+ public:
+  __device__ __forceinline__ Copies(const ProductParams& p, uint4* ring) : in_(p.in) {
+    const int row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces;
+    k_ = blockIdx.z * kDepth + piece * 8;
+    to_ = ring + Swizzle<kPieces>(row, piece);
+#pragma unroll
+    for (int i = 0; i < kX; ++i) {
+      const int from = blockIdx.x * C::kRows + row + i * C::kRowsAtOnce;
+      x_[i] = {p.x + from * p.x_stride, from < p.T};
+    }
+#pragma unroll
+    for (int i = 0; i < kW; ++i) {
+      const int from = WeightRow<C::kFeatures>(p, blockIdx.y, row + i * C::kRowsAtOnce);
+      w_[i] = {p.weight + static_cast<int64_t>(from) * p.in, from >= 0};
+    }
+  }
+  __device__ __forceinline__ void X(int stage, int slot) const { Copy(x_, 0, stage, slot); }
+  __device__ __forceinline__ void Weight(int stage, int slot) const {
+    Copy(w_, C::kRows, stage, slot);
+  }
+
+ private:
+  static constexpr int kX = C::kRows / C::kRowsAtOnce, kW = C::kFeatures / C::kRowsAtOnce;
+  struct Row {
+    const __nv_bfloat16* at;
+    bool valid;
+  };
+  template <int count>
+  __device__ __forceinline__ void Copy(const Row (&rows)[count], int first, int stage,
+                                       int slot) const {
+    const int k = stage * C::kCluster * kDepth + k_;
+    uint4* const to = to_ + slot * (C::kStageBytes / 16) + first * kPieces;
+#pragma unroll
+    for (int i = 0; i < count; ++i)
+      CopyAsync(to + i * C::kRowsAtOnce * kPieces, rows[i].at + k, rows[i].valid && k < in_);
+  }
+
+  int in_, k_;
+  uint4* to_;
+  Row x_[kX], w_[kW];
+};
+
+// The part of the tile that a warp multiplies.
+template <typename C>
+class WarpTile {
+ public:
+  __device__ __forceinline__ explicit WarpTile(const void* ring) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int place = warp % C::kGroupWarps;
+    group_ = warp / C::kGroupWarps;
+    row_ = place % 2 * C::kWarpRows;
+    feature_ = place / 2 * C::kWarpFeatures;
+    // ldmatrix's four are, of x, rows and the 8 rows after them at two places of k, and of W the
+    // two places of k of 8 features and of the 8 after them. The pieces are where Swizzle puts
+    // them.
+    x_ = SharedAddress(ring) + (row_ + lane % 16) * kRowBytes;
+    w_ = SharedAddress(ring) + (C::kRows + feature_ + lane % 8 + lane / 16 * 8) * kRowBytes;
+    x_piece_ = (2 * group_ + lane / 16) ^ lane % 8;
+    w_piece_ = (2 * group_ + lane / 8 % 2) ^ lane % 8;
+  }
+
+  __device__ __forceinline__ void Multiply(int slot) {
+    const uint32_t x = x_ + slot * C::kStageBytes, w = w_ + slot * C::kStageBytes;
+#pragma unroll
+    for (int step = 0; step < kDepth / kStep; step += kGroups) {
+      uint32_t b[kFeatureTiles / 2][4];
+#pragma unroll
+      for (int n = 0; n < kFeatureTiles / 2; ++n)
+        LoadMatrix(b[n], w + n * 16 * kRowBytes + (w_piece_ ^ 2 * step) * 16);
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        uint32_t a[4];
+        LoadMatrix(a, x + m * 16 * kRowBytes + (x_piece_ ^ 2 * step) * 16);
+#pragma unroll
+        for (int n = 0; n < kFeatureTiles; ++n)
+          Mma(sums_[m][n], a, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+      }
+    }
+  }
+
+  // Sums [kGroups, kRows, kSumRow].
+  __device__ __forceinline__ void Store(float* to) const {
+    const int lane = threadIdx.x % 32;
+    to += (group_ * C::kRows + row_ + lane / 4) * C::kSumRow + feature_ + lane % 4 * 2;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < kFeatureTiles; ++n)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          *reinterpret_cast<float2*>(to + (m * 16 + half * 8) * C::kSumRow + n * 8) = {
+              sums_[m][n][2 * half], sums_[m][n][2 * half + 1]};
+  }
+
+ private:
+  static constexpr int kRowTiles = C::kWarpRows / 16, kFeatureTiles = C::kWarpFeatures / 8;
+  static constexpr int kRowBytes = kDepth * 2;
+  int group_, row_, feature_;
+  uint32_t x_, w_;
+  int x_piece_, w_piece_;
+  float sums_[kRowTiles][kFeatureTiles][4] = {};
+};
+
+// Where quad i of a thread's sums stands in the tile, and what of y it is for.
 struct Place {
-  int row, m;
+  int tile_row, tile_feature, row, result;
 };
 template <typename C>
-__device__ __forceinline__ Place PlaceOf(int index) {
-  return {index / (C::kFeatures / 4), index % (C::kFeatures / 4) * 4};
+__device__ __forceinline__ Place PlaceOf(const ProductParams& p, int i) {
+  const int index = (blockIdx.z * C::kOwn + i) * C::kThreads + threadIdx.x;
+  const int row = index / (C::kFeatures / 4), feature = index % (C::kFeatures / 4) * 4;
+  const int width = TileResults<C::kFeatures>(p);
+  // The second half of a gated tile is for no results of its own.
+  return {row, feature, static_cast<int>(blockIdx.x) * C::kRows + row,
+          feature < width ? static_cast<int>(blockIdx.y) * width + feature : p.results()};
+}
+
+// The results of a place: the sums of all groups of all blocks.
+template <typename C>
+__device__ __forceinline__ float4 Sum(const float* sums, int row, int feature) {
+  float4 total{};
+#pragma unroll
+  for (int i = 0; i < C::kCluster * kGroups; ++i) {
+    const float* const part = sums + (i % kGroups * C::kRows + row) * C::kSumRow + feature;
+    if constexpr (C::kCluster == 1)
+      total = total + *reinterpret_cast<const float4*>(part);
+    else
+      total = total + LoadFromBlock(SharedAddress(part), i / kGroups);
+  }
+  return total;
+}
+template <typename C>
+__device__ __forceinline__ float4 Results(const ProductParams& p, const float* sums, Place at) {
+  const float4 y = Sum<C>(sums, at.tile_row, at.tile_feature);
+  if (!p.gated) return y;
+  return SiluTimes(y, Sum<C>(sums, at.tile_row, at.tile_feature + C::kFeatures / 2));
 }
 
 template <typename C>
@@ -74,184 +218,119 @@ __global__ void __launch_bounds__(C::kThreads, 2) TiledKernel(TiledParams params
     first_row = __ldcg(p.first_row);
     if (first_row >= p.T) {
       // Who waits for this grid also relies on what it would have waited for.
-      if (blockIdx.x == 0 && blockIdx.y == 0) AwaitPrevious();
+      if (blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0) AwaitPrevious();
       return;
     }
   }
-  const int block_row = blockIdx.x * C::kRows;
-  const bool used = first_row < block_row + C::kRows;
+  const bool used = first_row < static_cast<int>(blockIdx.x + 1) * C::kRows;
   if (!used && !p.clear) return;  // the last rows' blocks wait
-  const int stages = used ? (p.in + kDepth - 1) / kDepth : 0;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-
-  // A thread copies one piece of every kRowsAtOnce'th row.
-  constexpr int kCopiesX = C::kRows / C::kRowsAtOnce, kCopiesW = C::kFeatures / C::kRowsAtOnce;
-  constexpr int kStagePieces = C::kStageBytes / 16;
-  const int copy_row = threadIdx.x / kPieces, copy_k = threadIdx.x % kPieces * 8;
-  uint4* const copy_to = ring + Swizzle<kPieces>(copy_row, threadIdx.x % kPieces);
-  const __nv_bfloat16* w[kCopiesW];
-#pragma unroll
-  for (int i = 0; i < kCopiesW; ++i) {
-    const int row = WeightRow<C::kFeatures>(p, blockIdx.y, copy_row + i * C::kRowsAtOnce);
-    w[i] = row >= 0 ? p.weight + static_cast<int64_t>(row) * p.in : nullptr;
-  }
-  const auto copy_w = [&](int stage, int slot) {
-    const int k = stage * kDepth + copy_k;
-#pragma unroll
-    for (int i = 0; i < kCopiesW; ++i) {
-      const bool valid = w[i] && k < p.in;
-      CopyAsync(copy_to + slot * kStagePieces + (C::kRows + i * C::kRowsAtOnce) * kPieces,
-                valid ? w[i] + k : p.weight, valid);
-    }
-  };
-  const __nv_bfloat16* const x = p.x + (block_row + copy_row) * p.x_stride;
-  const auto copy_x = [&](int stage, int slot) {
-    const int k = stage * kDepth + copy_k;
-#pragma unroll
-    for (int i = 0; i < kCopiesX; ++i) {
-      const bool valid = block_row + copy_row + i * C::kRowsAtOnce < p.T && k < p.in;
-      CopyAsync(copy_to + slot * kStagePieces + i * C::kRowsAtOnce * kPieces,
-                valid ? x + i * C::kRowsAtOnce * p.x_stride + k : p.x, valid);
-    }
-  };
+  const int stages = used ? Stages<C>(p, blockIdx.z) : 0;
 
   // A slot stays free: a stage is copied when the one before the current one has been used.
+  const Copies<C> copies(p, ring);
 #pragma unroll 1
-  for (int i = 0; i < min(stages, C::kStages - 1); ++i) copy_w(i, i);
+  for (int i = 0; i < min(stages, C::kStages - 1); ++i) copies.Weight(i, i);
   AllowNext();
   AwaitPrevious();
 #pragma unroll 1
   for (int i = 0; i < C::kStages - 1; ++i) {
-    if (i < stages) copy_x(i, i);
+    if (i < stages) copies.X(i, i);
     CommitCopies();
   }
-
   // What is added to is on its way too.
-  const int width = TileResults<C::kFeatures>(p), block_result = blockIdx.y * width;
   float4 before[C::kOwn] = {};
   if (p.add && params.quads) {
 #pragma unroll
     for (int i = 0; i < C::kOwn; ++i) {
-      const Place at = PlaceOf<C>(i * C::kThreads + threadIdx.x);
-      if (block_row + at.row < p.T && block_result + at.m < p.out)
-        before[i] = LoadQuad(p, block_row + at.row, block_result + at.m);
+      const Place at = PlaceOf<C>(p, i);
+      if (at.row < p.T && at.result < p.results()) before[i] = LoadQuad(p, at.row, at.result);
     }
   }
 
-  // Of the operands: ldmatrix's rows are 16 of x, and 8 + 8 features at two places of k.
-  const int group = warp / C::kGroupWarps, place = warp % C::kGroupWarps;
-  const int warp_row = place % 2 * C::kWarpRows, warp_feature = place / 2 * C::kWarpFeatures;
-  const int swizzle = lane % 8 * 16;
-  const int x_k = (lane / 16 * 16 ^ swizzle) ^ group * 32;
-  const int w_k = (lane / 8 % 2 * 16 ^ swizzle) ^ group * 32;
-  constexpr int kRowBytes = kDepth * 2;
-  const uint32_t x_row = SharedAddress(ring) + (warp_row + lane % 16) * kRowBytes;
-  const uint32_t w_row =
-      SharedAddress(ring) + (C::kRows + warp_feature + lane % 8 + lane / 16 * 8) * kRowBytes;
-
-  constexpr int kRowTiles = C::kWarpRows / 16, kFeatureTiles = C::kWarpFeatures / 8;
-  float sums[kRowTiles][kFeatureTiles][4] = {};
+  WarpTile<C> tile(ring);
   int slot = 0;
   for (int stage = 0; stage < stages; ++stage) {
     WaitCopies<C::kStages - 2>();
     __syncthreads();  // the stage is there for all, and all are done with the one before
     const int next = stage + C::kStages - 1, free = slot == 0 ? C::kStages - 1 : slot - 1;
     if (next < stages) {
-      copy_w(next, free);
-      copy_x(next, free);
+      copies.Weight(next, free);
+      copies.X(next, free);
     }
     CommitCopies();
-#pragma unroll
-    for (int step = 0; step < kDepth / kStep; step += C::kSplits) {
-      uint32_t b[kFeatureTiles / 2][4];
-#pragma unroll
-      for (int n = 0; n < kFeatureTiles / 2; ++n)
-        LoadMatrix(b[n], w_row + slot * C::kStageBytes + n * 16 * kRowBytes + (w_k ^ step * 32));
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-        uint32_t a[4];
-        LoadMatrix(a, x_row + slot * C::kStageBytes + m * 16 * kRowBytes + (x_k ^ step * 32));
-#pragma unroll
-        for (int n = 0; n < kFeatureTiles; ++n)
-          Mma(sums[m][n], a, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
-      }
-    }
+    tile.Multiply(slot);
     slot = slot + 1 == C::kStages ? 0 : slot + 1;
   }
 
   __syncthreads();  // the sums take the ring's place
-  float* const all = reinterpret_cast<float*>(ring);
-#pragma unroll
-  for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-    for (int n = 0; n < kFeatureTiles; ++n)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = warp_row + m * 16 + half * 8 + lane / 4;
-        float* const to =
-            all + (group * C::kRows + row) * C::kSumRow + warp_feature + n * 8 + lane % 4 * 2;
-        *reinterpret_cast<float2*>(to) = {sums[m][n][2 * half], sums[m][n][2 * half + 1]};
-      }
-  __syncthreads();
-  const auto sum = [&](int row, int m) {
-    float4 total = {};
-#pragma unroll
-    for (int i = 0; i < C::kSplits; ++i) {
-      const float* const part = all + (i * C::kRows + row) * C::kSumRow + m;
-      total = total + *reinterpret_cast<const float4*>(part);
-    }
-    return total;
-  };
-  const auto finish = [&](Place at) {
-    const float4 y = sum(at.row, at.m);
-    return p.gated ? SiluTimes(y, sum(at.row, width + at.m)) : y;
-  };
+  float* const sums = reinterpret_cast<float*>(ring);
+  tile.Store(sums);
+  if constexpr (C::kCluster == 1)
+    __syncthreads();
+  else
+    SyncCluster();
+
   if (params.quads) {
 #pragma unroll
     for (int i = 0; i < C::kOwn; ++i) {
-      const Place at = PlaceOf<C>(i * C::kThreads + threadIdx.x);
-      const int row = block_row + at.row, result = block_result + at.m;
-      if (row >= p.T || at.m >= width || result >= p.results()) continue;
-      if (row >= first_row)
-        StoreQuad(p, row, result, finish(at) + before[i]);
+      const Place at = PlaceOf<C>(p, i);
+      if (at.row >= p.T || at.result >= p.results()) continue;
+      if (at.row >= first_row)
+        StoreQuad(p, at.row, at.result, Results<C>(p, sums, at) + before[i]);
       else if (p.clear)
-        StoreQuad(p, row, result, {});
+        StoreQuad(p, at.row, at.result, {});
     }
-    return;
-  }
+  } else {
 #pragma unroll 1
-  for (int i = 0; i < C::kOwn; ++i) {
-    const Place at = PlaceOf<C>(i * C::kThreads + threadIdx.x);
-    const int row = block_row + at.row;
-    if (row >= p.T || at.m >= width) continue;
-    const float4 quad = finish(at);
-    const float values[] = {quad.x, quad.y, quad.z, quad.w};
+    for (int i = 0; i < C::kOwn; ++i) {
+      const Place at = PlaceOf<C>(p, i);
+      if (at.row >= p.T || at.result >= p.results()) continue;
+      const float4 quad = Results<C>(p, sums, at);
+      const float values[] = {quad.x, quad.y, quad.z, quad.w};
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int result = block_result + at.m + j;
-      if (result >= p.results()) break;
-      if (row >= first_row)
-        StoreResult(p, row, result, p.add ? values[j] + LoadOld(p, row, result) : values[j]);
-      else if (p.clear && result < p.split)
-        StoreResult(p, row, result, 0);
+      for (int j = 0; j < 4; ++j) {
+        const int result = at.result + j;
+        if (result >= p.results()) break;
+        if (at.row >= first_row)
+          StoreResult(p, at.row, result,
+                      p.add ? values[j] + LoadOld(p, at.row, result) : values[j]);
+        else if (p.clear && result < p.split)
+          StoreResult(p, at.row, result, 0);
+      }
     }
   }
+  if constexpr (C::kCluster > 1) SyncCluster();  // the others have read this block's sums
+}
+
+template <typename C>
+dim3 Grid(const ProductParams& p) {
+  const int width = TileResults<C::kFeatures>(p);
+  return dim3((p.T + C::kRows - 1) / C::kRows, (p.results() + width - 1) / width, C::kCluster);
 }
 
 template <typename C>
 int Start(const TiledParams& params, Stream stream) {
-  const ProductParams& p = params.p;
-  const int most = std::max(C::kStages * C::kStageBytes, C::kSumBytes);
   const cudaError_t status =
-      cudaFuncSetAttribute(TiledKernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+      cudaFuncSetAttribute(TiledKernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           std::max(C::kStages * C::kStageBytes, C::kSumBytes));
   if (status != cudaSuccess) return status;
   // Short products take no more than they need, so that more blocks find a place.
-  const int stages = std::min(C::kStages, (p.in + kDepth - 1) / kDepth);
-  const int bytes = std::max(stages * C::kStageBytes, C::kSumBytes);
-  const int width = TileResults<C::kFeatures>(p);
-  const dim3 grid((p.T + C::kRows - 1) / C::kRows, (p.results() + width - 1) / width);
-  StartEarly(TiledKernel<C>, grid, C::kThreads, params, stream, bytes);
+  const int stages = std::min(C::kStages, Stages<C>(params.p, 0));
+  StartEarly(TiledKernel<C>, Grid<C>(params.p), C::kThreads, params, stream,
+             std::max(stages * C::kStageBytes, C::kSumBytes), C::kCluster);
   return cudaGetLastError();
+}
+
+// Large tiles read x and W less often, small ones spread over more processors: the smallest of
+// those that need each processor once at most, or the largest of all.
+template <typename Smallest, typename... Larger>
+int StartSmallest(const TiledParams& params, int processors, Stream stream) {
+  if constexpr (sizeof...(Larger) > 0) {
+    const dim3 grid = Grid<Smallest>(params.p);
+    if (int64_t{grid.x} * grid.y * grid.z > processors)
+      return StartSmallest<Larger...>(params, processors, stream);
+  }
+  return Start<Smallest>(params, stream);
 }
 
 }  // namespace
@@ -260,19 +339,14 @@ int LaunchTiled(const ProductParams& p, Stream stream) {
   const auto y = reinterpret_cast<uintptr_t>(p.y);
   const TiledParams params{p, p.split == p.results() && p.results() % 4 == 0 &&
                                   p.y_stride % 4 == 0 && y % (p.y_f32 ? 16 : 8) == 0};
-  // Large tiles read x and W less often; enough blocks keep the card busy.
-  constexpr int64_t kEnoughBlocks = 96;
-  const auto enough = [&](int rows, int features) {
-    return int64_t{(p.T + rows - 1) / rows} * ((p.out + features - 1) / features) >= kEnoughBlocks;
-  };
-  if (p.in > 1024) {
-    if (enough(64, 32)) return Start<Tile<64, 32, 4>>(params, stream);
-    return Start<Tile<32, 32, 4>>(params, stream);
-  }
-  if (enough(128, 64)) return Start<Tile<128, 64, 2>>(params, stream);
-  if (enough(64, 64)) return Start<Tile<64, 64, 2>>(params, stream);
-  if (enough(64, 32)) return Start<Tile<64, 32, 2>>(params, stream);
-  return Start<Tile<32, 32, 2>>(params, stream);
+  int device = 0, processors = 0, major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (p.in > 1024 && major >= 9)
+    return StartSmallest<Tile<64, 32, 4>, Tile<64, 64, 4>>(params, processors, stream);
+  return StartSmallest<Tile<32, 32, 1>, Tile<64, 32, 1>, Tile<64, 64, 1>, Tile<128, 64, 1>>(
+      params, processors, stream);
 }
 
 }  // namespace dsla::cuda
