@@ -1,12 +1,12 @@
 // Products of any number of rows, for weights that are small: many small tiles, so that they fill
 // the card.
 //
-// A block makes a tile of rows of x and features. Stages of 64 of k of both pass through a ring in
-// shared memory; x is the A operand of mma.m16n8k16 and W the B operand. The warps of a block are
-// two groups that share the tile and take every other step of 16 of k each. Where `in` is long, a
-// cluster of blocks shares the tile and takes every fourth stage each, which fills the card with
-// larger tiles. The parts of a sum are added in order of blocks and groups, so the bits of a row
-// depend on `in` alone, not on the tile.
+// A block makes a tile of rows of x and features. Stages of 64 or 128 of k of both pass through a
+// ring in shared memory; x is the A operand of mma.m16n8k16 and W the B operand. The warps of a
+// block are two groups that share the tile and take every other step of 16 of k each. Where `in` is
+// long, a cluster of blocks shares the tile and takes every fourth stage each, which fills the card
+// with larger tiles. The parts of a sum are added in order of blocks and groups, so the bits of a
+// row depend on `in` alone, not on the tile.
 //
 // The ring is filled with W before the kernel waits for those before it, and x follows.
 #include <algorithm>
@@ -19,16 +19,16 @@
 namespace dsla::cuda {
 namespace {
 
-constexpr int kDepth = 64;           // of k in a stage
-constexpr int kPieces = kDepth / 8;  // of 16 bytes, of a row of a stage
-constexpr int kGroups = 2;           // of warps
-constexpr int kStep = 16;            // of k in an mma
-constexpr int kShared = 96 << 10;    // at most, of a block: what every GPU from 8.0 on has
+constexpr int kGroups = 2;         // of warps
+constexpr int kStep = 16;          // of k in an mma
+constexpr int kShared = 96 << 10;  // at most, of a block: what every GPU from 8.0 on has
 
+// kDepth: of k in a stage, the more the fewer waits; kPieces: of 16 bytes, of a row of it;
 // kCluster: blocks that share a tile.
-template <int rows, int features, int cluster>
+template <int rows, int features, int depth, int cluster>
 struct Tile {
   static constexpr int kRows = rows, kFeatures = features, kCluster = cluster;
+  static constexpr int kDepth = depth, kPieces = depth / 8;
   static constexpr int kWarpRows = rows / 2, kWarpFeatures = 32;
   static constexpr int kGroupWarps = 2 * (features / kWarpFeatures);
   static constexpr int kThreads = 32 * kGroupWarps * kGroups;
@@ -65,7 +65,7 @@ __device__ __forceinline__ void StoreQuad(const ProductParams& p, int row, int r
 // Of block `rank` of a cluster.
 template <typename C>
 __host__ __device__ __forceinline__ int Stages(const ProductParams& p, int rank) {
-  return ((p.in + kDepth - 1) / kDepth - rank + C::kCluster - 1) / C::kCluster;
+  return ((p.in + C::kDepth - 1) / C::kDepth - rank + C::kCluster - 1) / C::kCluster;
 }
 
 // The copies of a thread: one piece of every kRowsAtOnce'th row of x and of W.
@@ -73,9 +73,9 @@ template <typename C>
 class Copies {
  public:
   __device__ __forceinline__ Copies(const ProductParams& p, uint4* ring) : in_(p.in) {
-    const int row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces;
-    k_ = blockIdx.z * kDepth + piece * 8;
-    to_ = ring + Swizzle<kPieces>(row, piece);
+    const int row = threadIdx.x / C::kPieces, piece = threadIdx.x % C::kPieces;
+    k_ = blockIdx.z * C::kDepth + piece * 8;
+    to_ = ring + Swizzle<C::kPieces>(row, piece);
 #pragma unroll
     for (int i = 0; i < kX; ++i) {
       const int from = blockIdx.x * C::kRows + row + i * C::kRowsAtOnce;
@@ -101,11 +101,11 @@ class Copies {
   template <int count>
   __device__ __forceinline__ void Copy(const Row (&rows)[count], int first, int stage,
                                        int slot) const {
-    const int k = stage * C::kCluster * kDepth + k_;
-    uint4* const to = to_ + slot * (C::kStageBytes / 16) + first * kPieces;
+    const int k = stage * C::kCluster * C::kDepth + k_;
+    uint4* const to = to_ + slot * (C::kStageBytes / 16) + first * C::kPieces;
 #pragma unroll
     for (int i = 0; i < count; ++i)
-      CopyAsync(to + i * C::kRowsAtOnce * kPieces, rows[i].at + k, rows[i].valid && k < in_);
+      CopyAsync(to + i * C::kRowsAtOnce * C::kPieces, rows[i].at + k, rows[i].valid && k < in_);
   }
 
   int in_, k_;
@@ -135,7 +135,7 @@ class WarpTile {
   __device__ __forceinline__ void Multiply(int slot) {
     const uint32_t x = x_ + slot * C::kStageBytes, w = w_ + slot * C::kStageBytes;
 #pragma unroll
-    for (int step = 0; step < kDepth / kStep; step += kGroups) {
+    for (int step = 0; step < C::kDepth / kStep; step += kGroups) {
       uint32_t b[kFeatureTiles / 2][4];
 #pragma unroll
       for (int n = 0; n < kFeatureTiles / 2; ++n)
@@ -167,7 +167,7 @@ class WarpTile {
 
  private:
   static constexpr int kRowTiles = C::kWarpRows / 16, kFeatureTiles = C::kWarpFeatures / 8;
-  static constexpr int kRowBytes = kDepth * 2;
+  static constexpr int kRowBytes = C::kDepth * 2;
   int group_, row_, feature_;
   uint32_t x_, w_;
   int x_piece_, w_piece_;
@@ -344,9 +344,9 @@ int LaunchTiled(const ProductParams& p, Stream stream) {
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (p.in > 1024 && major >= 9)
-    return StartSmallest<Tile<64, 32, 4>, Tile<64, 64, 4>>(params, processors, stream);
-  return StartSmallest<Tile<32, 32, 1>, Tile<64, 32, 1>, Tile<64, 64, 1>, Tile<128, 64, 1>>(
-      params, processors, stream);
+    return StartSmallest<Tile<64, 32, 64, 4>, Tile<64, 64, 64, 4>>(params, processors, stream);
+  return StartSmallest<Tile<32, 32, 128, 1>, Tile<64, 32, 128, 1>, Tile<64, 64, 64, 1>,
+                       Tile<128, 64, 64, 1>>(params, processors, stream);
 }
 
 }  // namespace dsla::cuda
