@@ -10,8 +10,19 @@ namespace dsla::cuda {
 __device__ __forceinline__ void SyncCluster() {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" ::
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;" ::
+          : "memory");
+#endif
+}
+
+// Waits until no thread of the cluster reads another block's shared memory any more, which ends
+// with its block. It orders no writes, which would wait for those to global memory.
+__device__ __forceinline__ void LeaveCluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "barrier.cluster.arrive.relaxed;\n"
+      "barrier.cluster.wait.acquire;" ::
           : "memory");
 #endif
 }

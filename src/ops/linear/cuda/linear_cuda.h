@@ -23,10 +23,14 @@ namespace dsla::cuda {
 // Up to so many rows the weight is read once for all; above, once for every tile of rows.
 inline constexpr int kMostSkinnyRows = 32;
 
-// Whether SmallProduct rather than cuBLAS is to do a product of T rows with a weight [out, in].
+// Whether SmallProduct rather than cuBLAS is to do a product of T rows with a weight [out, in]: for
+// small weights as long as T rows leave cuBLAS's tiles too few to fill the card.
 inline bool PrefersSmallProduct(int64_t out, int64_t in, int64_t T) {
   constexpr int64_t kSmallBytes = int64_t{8} << 20, kMostRows = 256;
-  return in % 8 == 0 && T <= kMostRows && (2 * out * in <= kSmallBytes || (T <= 4 && out <= 4096));
+  const int64_t bytes = 2 * out * in;
+  if (in % 8 != 0 || T > kMostRows) return false;
+  return (bytes <= kSmallBytes && bytes * T <= kMostRows * kSmallBytes / 2) ||
+         (T <= 4 && out <= 4096);
 }
 
 // y[t] = W x[t], or y[t] += W x[t], or, gated, y[t, j] = silu(W x[t])[j] * (W x[t])[out / 2 + j].

@@ -299,7 +299,7 @@ __global__ void __launch_bounds__(C::kThreads, 2) TiledKernel(TiledParams params
       }
     }
   }
-  if constexpr (C::kCluster > 1) SyncCluster();  // the others have read this block's sums
+  if constexpr (C::kCluster > 1) LeaveCluster();
 }
 
 template <typename C>
