@@ -164,28 +164,6 @@ void BenchRope(const Bench& b, const Model& m, int T, bool decode, bool norm,
   });
 }
 
-void BenchSplit(const Bench& b, const Model& m, int T, const std::string& size) {
-  constexpr int kRank = 64;
-  const double bytes = double(T) * (kRank * 6 + m.H * 8);
-  if (!b.Wanted("split" + size)) return;
-  const int sets = SetsFor(bytes);
-  const Sets product(sets, int64_t{T} * (kRank + m.H) * 4), low(sets, int64_t{T} * kRank * 2),
-      claim(sets, int64_t{T} * m.H * 4), bias(1, int64_t{m.H} * 4);
-  const DeviceBytes first = Ints(1, [](int) { return 0; });
-  b.Time("split" + size, sets, bytes, [&](int i) {
-    cuda::SplitAdapterArgs args;
-    args.product = product.floats(i);
-    args.T = T;
-    args.r = kRank;
-    args.H = m.H;
-    args.first_row = first.as<int32_t>();
-    args.low_rank = low[i];
-    args.claim = claim.floats(i);
-    args.claim_bias = bias.floats(0);
-    return cuda::SplitAdapter(args, b.stream);
-  });
-}
-
 // Random logits, as a step makes them: `spread` is their deviation.
 void BenchChoose(const Bench& b, const Model& m, int T, const std::string& what, float spread,
                  const SamplingParams& params) {
@@ -240,7 +218,6 @@ int Main(int argc, char** argv) {
       if (T <= 256) BenchRope(b, m, T, true, false, size("H", m.H));
       if (T >= 256) BenchRope(b, m, T, false, false, size("H", m.H));
       BenchRope(b, m, T, T <= 256, true, size("H", m.H));
-      BenchSplit(b, m, T, size("H", m.H));
       if (T > 256) continue;
       // Of a spread of 3 some hundred tokens have the most of the mass, of 1 thousands.
       BenchChoose(b, m, T, "greedy", 3, {.temperature = 0});

@@ -1,7 +1,8 @@
-// Times the products of a decode step, Skinny beside cuBLAS: of each shape and number of rows, the
-// median time of a call within a CUDA graph of many, and the share of the bandwidth of a device
-// copy of the same run that it reaches; and of a layer's four products one after the other, without
-// and with the elementwise steps between them. Calls rotate over weights of more than 400 MB in
+// Times the products of a decode step, SmallProduct beside cuBLAS: of each shape and number of
+// rows, the median time of a call within a CUDA graph of many, and the share of the bandwidth of a
+// device copy of the same run that it reaches; and of a layer's four products one after the other,
+// without and with the elementwise steps between them (of which SmallProduct does the activation
+// itself). Calls rotate over weights of more than 400 MB in
 // all, so that they come from memory, not from the L2 cache.
 //
 //   linear_gpu [--only "small qkv"] [--rows 8]
@@ -40,9 +41,9 @@ class Bench {
     CheckBlas(cublasSetWorkspace(blas_, workspace_.as<void>(), size_t{kWorkspaceBytes}));
     const std::vector<bf16> values = RandomBf16(1 << 24, 1);
     const size_t bytes = values.size() * 2;
-    for (int64_t at = 0; at < kPoolBytes; at += int64_t(bytes))
-      CheckCuda(cudaMemcpy(pool_.as<char>() + at, values.data(), bytes, cudaMemcpyHostToDevice));
-    CheckCuda(cudaMemcpy(x_.as<char>(), values.data(), kArrayBytes, cudaMemcpyHostToDevice));
+    for (const DeviceBytes* const to : {&pool_, &x_, &y_})
+      for (int64_t at = 0; at < to->bytes(); at += int64_t(bytes))
+        CheckCuda(cudaMemcpy(to->as<char>() + at, values.data(), bytes, cudaMemcpyHostToDevice));
     copy_bandwidth = CopyBandwidth(stream);
   }
   ~Bench() {
@@ -71,18 +72,19 @@ class Bench {
   void* y() const { return y_.as<void>(); }
   const std::byte* weights() const { return pool_.as<std::byte>(); }
 
-  void Skinny(const void* weight, int out, int in, const void* x, int64_t x_stride, int T, void* y,
-              bool f32 = false) const {
-    CheckCuda(cuda::Skinny({.weight = weight,
-                            .out = out,
-                            .in = in,
-                            .x = x,
-                            .x_stride = x_stride,
-                            .T = T,
-                            .y = y,
-                            .y_stride = out,
-                            .y_f32 = f32},
-                           stream));
+  void Small(const void* weight, int out, int in, const void* x, int64_t x_stride, int T, void* y,
+             bool f32 = false, bool gated = false) const {
+    CheckCuda(cuda::SmallProduct({.weight = weight,
+                                  .out = out,
+                                  .in = in,
+                                  .x = x,
+                                  .x_stride = x_stride,
+                                  .T = T,
+                                  .y = y,
+                                  .y_stride = gated ? out / 2 : out,
+                                  .y_f32 = f32,
+                                  .gated = gated},
+                                 stream));
   }
   void Blas(const void* weight, int out, int in, const void* x, int64_t x_stride, int T, void* y,
             bool f32 = false) const {
@@ -99,7 +101,7 @@ class Bench {
   int rows = 0;  // 0: all
 
  private:
-  static constexpr int64_t kArrayBytes = 1 << 24, kWorkspaceBytes = 1 << 25;
+  static constexpr int64_t kArrayBytes = 1 << 27, kWorkspaceBytes = 1 << 25;
   cublasHandle_t blas_ = nullptr;
   DeviceBytes pool_, x_, y_, workspace_;
 };
@@ -123,13 +125,14 @@ void TimeShape(const Bench& b, const Model& model, const Shape& s, int T) {
   const int64_t wanted = std::clamp(int64_t{400000000}, 10 * weight, 4000 * weight);
   const int count = static_cast<int>(std::min(kPoolBytes, wanted) / weight);
   const auto at = [&](int i) { return b.weights() + i * weight; };
-  const double skinny =
-      b.Time(count, [&](int i) { b.Skinny(at(i), s.out, s.in, b.x(), s.in, T, b.y(), s.f32); });
+  const double small =
+      b.Time(count, [&](int i) { b.Small(at(i), s.out, s.in, b.x(), s.in, T, b.y(), s.f32); });
   const double blas =
       b.Time(count, [&](int i) { b.Blas(at(i), s.out, s.in, b.x(), s.in, T, b.y(), s.f32); });
   const auto share = [&](double seconds) { return 100 * bytes / seconds / b.copy_bandwidth; };
-  std::printf("%-15s [%5d,%6d] T %2d %9.2f us %5.1f%%  cuBLAS %9.2f us %5.1f%%\n", name.c_str(),
-              s.out, s.in, T, skinny * 1e6, share(skinny), blas * 1e6, share(blas));
+  std::printf("%-15s [%5d,%6d] T %3d %9.2f us %5.1f%%  cuBLAS %9.2f us %5.1f%%%s\n", name.c_str(),
+              s.out, s.in, T, small * 1e6, share(small), blas * 1e6, share(blas),
+              cuda::PrefersSmallProduct(s.out, s.in, T) ? "" : ", taken");
   std::fflush(stdout);
 }
 
@@ -142,22 +145,23 @@ void TimeLayer(const Bench& b, const Model& m, int T) {
   const int count = static_cast<int>(std::max(int64_t{400000000} / bytes, int64_t{3}));
   // Places in the arrays x and y: rows of all activations, and the residual stream.
   const auto place = [](void* base, int64_t at) { return static_cast<std::byte*>(base) + at; };
-  constexpr int64_t kPart = 1 << 21;
+  constexpr int64_t kPart = 1 << 24;
   void *const normed = place(b.x(), 0), *const delta = place(b.x(), kPart),
               *const attention = place(b.x(), 2 * kPart), *const gate_up = place(b.x(), 3 * kPart),
               *const activation = place(b.x(), 5 * kPart);
   auto* const hidden = reinterpret_cast<float*>(place(b.y(), 0));
   const auto* const norm_weight = reinterpret_cast<const float*>(place(b.y(), kPart));
 
-  enum class Products { kSkinny, kBlas };
+  enum class Products { kSmall, kBlas };
   const auto layer = [&](int i, Products how, bool steps) {
     const std::byte* at = b.weights() + i * bytes;
-    const auto product = [&](int64_t out, int64_t in, const void* x, int64_t stride, void* y) {
+    const auto product = [&](int64_t out, int64_t in, const void* x, int64_t stride, void* y,
+                             bool gated = false) {
       const int o = static_cast<int>(out), n = static_cast<int>(in);
       if (how == Products::kBlas)
         b.Blas(at, o, n, x, stride, T, y);
       else
-        b.Skinny(at, o, n, x, stride, T, y);
+        b.Small(at, o, n, x, stride, T, y, false, gated);
       at += 2 * out * in;
     };
     const auto norm = [&] {
@@ -175,20 +179,21 @@ void TimeLayer(const Bench& b, const Model& m, int T) {
     product(qkv, C, steps ? normed : delta, C, attention);
     product(C, C, attention, qkv, delta);
     norm();
-    product(2 * ffn, C, steps ? normed : delta, C, gate_up);
-    if (steps) CheckCuda(cuda::SiluMul(gate_up, T, m.ffn, activation, b.stream));
+    const bool gated = steps && how == Products::kSmall;
+    product(2 * ffn, C, steps ? normed : delta, C, gated ? activation : gate_up, gated);
+    if (steps && !gated) CheckCuda(cuda::SiluMul(gate_up, T, m.ffn, activation, b.stream));
     product(C, ffn, steps ? activation : gate_up, steps ? ffn : 2 * ffn, delta);
   };
   for (const bool steps : {false, true}) {
     const auto time = [&](Products how) {
       return b.Time(count, [&](int i) { layer(i, how, steps); });
     };
-    const double skinny = time(Products::kSkinny), blas = time(Products::kBlas);
+    const double small = time(Products::kSmall), blas = time(Products::kBlas);
     const auto share = [&](double seconds) {
       return 100 * double(bytes) / seconds / b.copy_bandwidth;
     };
-    std::printf("%-15s %-16s T %2d %9.2f us %5.1f%%  cuBLAS %9.2f us %5.1f%%\n", name.c_str(),
-                steps ? "norms and silu" : "products alone", T, skinny * 1e6, share(skinny),
+    std::printf("%-15s %-16s T %3d %9.2f us %5.1f%%  cuBLAS %9.2f us %5.1f%%\n", name.c_str(),
+                steps ? "norms and silu" : "products alone", T, small * 1e6, share(small),
                 blas * 1e6, share(blas));
     std::fflush(stdout);
   }
@@ -219,6 +224,16 @@ int Main(int argc, char** argv) {
                             {"head", 32000, 4096, true},
                             {"adapter_in", 96, 4096, true},
                             {"adapter_out", 4096, 64}}},
+                          {"medium",
+                           1024,
+                           3072,
+                           4096,
+                           {{"qkv", 4096, 1024},
+                            {"o", 1024, 2048},
+                            {"gate_up", 6144, 1024},
+                            {"down", 1024, 3072},
+                            {"adapter_in", 80, 1024, true},
+                            {"adapter_out", 2048, 64}}},
                           {"small",
                            576,
                            1536,
@@ -228,10 +243,10 @@ int Main(int argc, char** argv) {
                             {"gate_up", 3072, 576},
                             {"down", 576, 1536},
                             {"head", 49152, 576, true},
-                            {"adapter_in", 25, 576, true},
-                            {"adapter_out", 576, 16}}}};
+                            {"adapter_in", 57, 576, true},
+                            {"adapter_out", 576, 48}}}};
   for (const Model& m : models)
-    for (const int T : {1, 4, 8, 16, 32}) {
+    for (const int T : {1, 4, 8, 16, 32, 64, 128, 256}) {
       if (b.rows != 0 && b.rows != T) continue;
       for (const Shape& s : m.shapes) TimeShape(b, m, s, T);
       TimeLayer(b, m, T);

@@ -59,8 +59,7 @@ void CudaModel::RunLayers(const Step& step) {
     norm.bias = c.o_bias ? layer.o_bias.as<float>() : nullptr;
     norm.weight = layer.mlp_norm.as<float>();
     Check(AddRmsNorm(norm, stream_), "norm");
-    gemm_->Run(layer.gate_up, a.normed, c.C, T, a.gate_up, 2 * int64_t{c.ffn});
-    Check(SiluMul(a.gate_up, T, c.ffn, a.activation, stream_), "activation");
+    gemm_->RunGated(layer.gate_up, a.normed, T, a.gate_up, a.activation);
     gemm_->Run(layer.down, a.activation, c.ffn, T, a.delta, c.C);
   }
 }
@@ -124,38 +123,24 @@ void CudaModel::AdapterIn(const Step& step, const CudaDslaLayer& dsla, int l, in
                Gemm::Out::kBf16, parting);
 }
 
-// low_rank = A x, and with claims those of the rows from *parting on; low_rank is zero below it, or
-// not written where SecondProduct's rows all lie below it and it does nothing.
+// low_rank = A x, zero in rows below *parting, and with claims those of the rows from there on.
+// Nothing is written where all rows lie below it: then the second product does nothing.
 void CudaModel::FirstProduct(const Activations& a, const Matrix& in, int r, int H,
                              const std::byte* x, int64_t T, const int32_t* parting, float* claim,
                              const float* claim_bias) {
-  if (T <= kMostSkinnyRows && r % 8 == 0 && in.in % 8 == 0) {
-    Check(cuda::AdapterIn({.weight = in.data.as(),
-                           .in = static_cast<int>(in.in),
-                           .r = r,
-                           .H = H,
-                           .x = x,
-                           .x_stride = in.in,
-                           .T = static_cast<int>(T),
-                           .first_row = parting,
-                           .low_rank = r > 0 ? a.low_rank : nullptr,
-                           .claim = claim,
-                           .claim_bias = claim_bias},
-                          stream_),
-          "the adapter's first product");
-    return;
-  }
-  gemm_->Run(in, x, in.in, T, a.product, in.out, Gemm::Out::kF32);
-  Check(SplitAdapter({.product = a.product,
-                      .T = static_cast<int>(T),
-                      .r = r,
-                      .H = H,
-                      .first_row = parting,
-                      .low_rank = a.low_rank,
-                      .claim = claim,
-                      .claim_bias = claim_bias},
-                     stream_),
-        "splitting the adapter's product");
+  Check(cuda::AdapterIn({.weight = in.data.as(),
+                         .in = static_cast<int>(in.in),
+                         .r = r,
+                         .H = H,
+                         .x = x,
+                         .x_stride = in.in,
+                         .T = static_cast<int>(T),
+                         .first_row = parting,
+                         .low_rank = r > 0 ? a.low_rank : nullptr,
+                         .claim = claim,
+                         .claim_bias = claim_bias},
+                        stream_),
+        "the adapter's first product");
 }
 
 // y += B_o A_o out.

@@ -93,7 +93,6 @@ void CudaModel::Carve(Activations& a, int64_t T, int64_t tile) const {
     place(a.attention, T * q, 2);
     place(a.gate_up, T * 2 * c.ffn, 2);
     place(a.activation, T * c.ffn, 2);
-    place(a.product, T * (r + heads), 4);
     place(a.low_rank, T * r, 2);
     place(a.claim, T * heads, 4);
     place(a.last, tile * c.C, 2);

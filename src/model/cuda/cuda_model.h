@@ -43,7 +43,6 @@ class CudaModel : public DeviceModel {
     std::byte* attention = nullptr;   // [T, H D]
     std::byte* gate_up = nullptr;     // [T, 2 ffn]
     std::byte* activation = nullptr;  // [T, ffn]
-    float* product = nullptr;         // [T, r + H] of an adapter's first matrix
     std::byte* low_rank = nullptr;    // [T, r]
     float* claim = nullptr;           // [T, H]
     // Of the rows whose logits are asked for, a tile at a time.

@@ -34,6 +34,17 @@ Matrix UploadMatrix(std::span<const float> from, int64_t out, int64_t in) {
   return matrix;
 }
 
+// [rows, columns], with zeros appended to rows and columns.
+std::vector<float> Padded(std::span<const float> from, int64_t columns, int64_t to_rows,
+                          int64_t to_columns) {
+  std::vector<float> padded(static_cast<size_t>(to_rows * to_columns));
+  for (size_t i = 0; i < from.size(); ++i) {
+    const auto row = static_cast<int64_t>(i) / columns, column = static_cast<int64_t>(i) % columns;
+    padded[static_cast<size_t>(row * to_columns + column)] = from[i];
+  }
+  return padded;
+}
+
 struct Part {
   const char* suffix;
   int64_t rows;
@@ -154,15 +165,15 @@ std::shared_ptr<const CudaAdapter> UploadAdapter(const DeviceModelSpec& spec,
   for (size_t l = 0; l < spec.adapter->layers.size(); ++l) {
     const AdapterLayer& from = spec.adapter->layers[l];
     CudaDslaLayer layer;
-    layer.r = from.rank;
+    layer.r = (from.rank + 7) / 8 * 8;  // the products' rows are multiples of 16 bytes
     layer.claims = from.window > 0;
-    std::vector<float> in = from.q_a;
+    std::vector<float> in = Padded(from.q_a, C, layer.r, C);
     in.insert(in.end(), from.claim.begin(), from.claim.end());
     if (!in.empty()) layer.in = UploadMatrix(in, static_cast<int64_t>(in.size()) / C, C);
     if (from.rank > 0) {
-      layer.q_out = UploadMatrix(from.q_b, q, from.rank);
-      layer.o_in = UploadMatrix(from.o_a, from.rank, q);
-      layer.o_out = UploadMatrix(from.o_b, C, from.rank);
+      layer.q_out = UploadMatrix(Padded(from.q_b, from.rank, q, layer.r), q, layer.r);
+      layer.o_in = UploadMatrix(Padded(from.o_a, q, layer.r, q), layer.r, q);
+      layer.o_out = UploadMatrix(Padded(from.o_b, from.rank, C, layer.r), C, layer.r);
     }
     if (layer.claims) layer.claim_bias = UploadVector(from.claim_bias);
     std::vector<float> mix(from.mix);
@@ -187,7 +198,7 @@ std::shared_ptr<const CudaAdapter> UploadAdapter(const DeviceModelSpec& spec,
     layer.packed.Grow(PackedWeightBytes(spec.shapes[l]));
     Check(PackWeights(spec.shapes[l], params, layer.packed.as(), stream), "packing the adapter");
     Check(cudaStreamSynchronize(stream), "packing the adapter");
-    adapter->most_rank = std::max(adapter->most_rank, from.rank);
+    adapter->most_rank = std::max(adapter->most_rank, layer.r);
     adapter->layers.push_back(std::move(layer));
   }
   return adapter;

@@ -38,7 +38,7 @@ struct CudaWeights {
 };
 
 struct CudaDslaLayer {
-  int r = 0;  // rank of the deltas
+  int r = 0;  // rank of the deltas, zeros up to a multiple of 8 included
   bool claims = false;
   Matrix in;     // [r + H, C]: A_q, then the claims' rows (the one or the other may be missing)
   Matrix q_out;  // [H D, r]

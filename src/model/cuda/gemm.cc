@@ -1,6 +1,7 @@
 #include "model/cuda/gemm.h"
 
 #include "ops/linear/cuda/linear_cuda.h"
+#include "ops/norm_rope/cuda/norm_rope_cuda.h"
 
 namespace dsla::cuda {
 namespace {
@@ -11,6 +12,18 @@ void CheckCublas(cublasStatus_t status, const char* what) {
   if (status == CUBLAS_STATUS_SUCCESS) return;
   if (status == CUBLAS_STATUS_ALLOC_FAILED) throw std::bad_alloc();
   throw DeviceError(fmt::format("cuBLAS: {}: {}", what, cublasGetStatusString(status)));
+}
+
+ProductArgs Product(const Matrix& weight, const void* x, int64_t x_stride, int64_t T, void* y,
+                    int64_t y_stride) {
+  return {.weight = weight.data.as(),
+          .out = static_cast<int>(weight.out),
+          .in = static_cast<int>(weight.in),
+          .x = x,
+          .x_stride = x_stride,
+          .T = static_cast<int>(T),
+          .y = y,
+          .y_stride = y_stride};
 }
 
 }  // namespace
@@ -26,31 +39,35 @@ Gemm::~Gemm() { cublasDestroy(handle_); }
 
 void Gemm::Run(const Matrix& weight, const void* x, int64_t x_stride, int64_t T, void* y,
                int64_t y_stride, Out type, const int32_t* from) {
-  if (PrefersSkinny(weight.out, weight.in, T) && weight.in % 8 == 0 && x_stride % 8 == 0) {
-    Check(Skinny({.weight = weight.data.as(),
-                  .out = static_cast<int>(weight.out),
-                  .in = static_cast<int>(weight.in),
-                  .x = x,
-                  .x_stride = x_stride,
-                  .T = static_cast<int>(T),
-                  .y = y,
-                  .y_stride = y_stride,
-                  .y_f32 = type == Out::kF32,
-                  .add = from != nullptr,
-                  .first_row = from},
-                 stream_),
-          "a product of few rows");
+  if (from != nullptr || PrefersSmallProduct(weight.out, weight.in, T)) {
+    ProductArgs args = Product(weight, x, x_stride, T, y, y_stride);
+    args.y_f32 = type == Out::kF32;
+    args.add = from != nullptr;
+    args.first_row = from;
+    Check(SmallProduct(args, stream_), "a small product");
     return;
   }
-  const float one = 1, beta = from != nullptr ? 1 : 0;
+  const float one = 1, zero = 0;
   // Column-major: y^T [out, T] = (W^T)^T [out, in] x^T [in, T].
   CheckCublas(cublasGemmEx(handle_, CUBLAS_OP_T, CUBLAS_OP_N, static_cast<int>(weight.out),
                            static_cast<int>(T), static_cast<int>(weight.in), &one, weight.data.as(),
                            CUDA_R_16BF, static_cast<int>(weight.in), x, CUDA_R_16BF,
-                           static_cast<int>(x_stride), &beta, y,
+                           static_cast<int>(x_stride), &zero, y,
                            type == Out::kBf16 ? CUDA_R_16BF : CUDA_R_32F,
                            static_cast<int>(y_stride), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
               "a product");
+}
+
+void Gemm::RunGated(const Matrix& gate_up, const void* x, int64_t T, void* room, void* y) {
+  const int64_t ffn = gate_up.out / 2;
+  if (PrefersSmallProduct(gate_up.out, gate_up.in, T)) {
+    ProductArgs args = Product(gate_up, x, gate_up.in, T, y, ffn);
+    args.gated = true;
+    Check(SmallProduct(args, stream_), "a small product with its activation");
+    return;
+  }
+  Run(gate_up, x, gate_up.in, T, room, gate_up.out);
+  Check(SiluMul(room, static_cast<int>(T), static_cast<int>(ffn), y, stream_), "activation");
 }
 
 }  // namespace dsla::cuda

@@ -1,5 +1,5 @@
 // Products with weights on the GPU: y = x W^T, bf16 in, fp32 sums; through cuBLAS, or where that is
-// measured to be faster (PrefersSkinny) by our own kernel for few rows. One per stream.
+// measured to be faster (PrefersSmallProduct) by our own kernels. One per stream.
 #pragma once
 
 #include <cublas_v2.h>
@@ -17,10 +17,13 @@ class Gemm {
   Gemm& operator=(const Gemm&) = delete;
 
   // x: [T, in] bf16 with x_stride elements between rows; y: [T, out] in bf16, or fp32. With `from`
-  // (on the GPU) y += x W^T, and x is zero in, or nothing happens to, rows below *from.
+  // (on the GPU) y += x W^T in the rows from *from on, and the others are left alone.
   enum class Out { kBf16, kF32 };
   void Run(const Matrix& weight, const void* x, int64_t x_stride, int64_t T, void* y,
            int64_t y_stride, Out type = Out::kBf16, const int32_t* from = nullptr);
+  // y = silu(x G^T) * (x U^T), [T, out / 2] bf16, of a weight whose first half is G and whose
+  // second is U; x and y are dense. The product may need `room`: [T, out] bf16.
+  void RunGated(const Matrix& gate_up, const void* x, int64_t T, void* room, void* y);
 
  private:
   cudaStream_t stream_;

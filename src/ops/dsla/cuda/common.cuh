@@ -76,23 +76,26 @@ Layer MakeLayer(const Args& a) {
 void CheckShape(const DslaShape& shape, const DslaSlotLayout& layout, const DslaStateView& states);
 
 // Launches a kernel that may start while the one before it ends, since it says itself where it must
-// wait. An error stays for cudaGetLastError.
+// wait. `cluster` blocks along z make a cluster: 1 below compute capability 9.0. An error stays for
+// cudaGetLastError.
 template <typename Params>
 void StartEarly(void (*kernel)(Params), dim3 grid, int threads, const Params& p,
-                cudaStream_t stream, size_t dynamic_shared_bytes = 0) {
+                cudaStream_t stream, size_t dynamic_shared_bytes = 0, int cluster = 1) {
   int device = 0, major = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {1, 1, static_cast<unsigned>(cluster)};
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = dynamic_shared_bytes;
   config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = major >= 9 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = major < 9 ? 0 : cluster > 1 ? 2 : 1;
   cudaLaunchKernelEx(&config, kernel, p);
 }
 

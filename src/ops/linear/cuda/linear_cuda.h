@@ -1,18 +1,17 @@
-// Products of few rows with a weight on an NVIDIA GPU (compute capability 8.0 and later), as a
-// decode step needs them; conventions in ops/cuda/stream.h. The weight is read once, for all rows.
+// Products of few rows with a weight on an NVIDIA GPU (compute capability 8.0 and later), as decode
+// steps need them; conventions in ops/cuda/stream.h.
 //
 // A row's result depends on that row and the weight alone: for every T up to kMostSkinnyRows it has
-// the same bits, wherever the row stands.
+// the same bits, wherever the row stands, and for every T above too.
 //
 // Programmatic dependent launch: the weight and *first_row are read before the kernels launched
 // just before have ended, so they must come from a copy, or from a kernel that has ended by then.
 // The kernel launched next may start as early, before those have ended: until it has waited it must
 // read only what is as constant.
 //
-// Measured on an H200 (docs/gpu.md), it beats cuBLAS where weights are small, up to some 8 MB, and
-// up to 4 rows where out is at most 4096; for a large out and for many rows cuBLAS is as good or
-// better. SmolLM2's layer with its norms and activation takes 10.8 us for one row, with
-// cuBLAS 20.5.
+// Measured on an H200 (docs/gpu.md), with up to kMostSkinnyRows rows it beats cuBLAS where weights
+// are small, up to some 8 MB, and up to 4 rows where out is at most 4096; for a large out and for
+// many rows cuBLAS is as good or better.
 #pragma once
 
 #include <cstdint>
@@ -21,39 +20,45 @@
 
 namespace dsla::cuda {
 
+// Up to so many rows the weight is read once for all; above, once for every tile of rows.
 inline constexpr int kMostSkinnyRows = 32;
 
-// Whether Skinny rather than cuBLAS is to do a product of T rows with a weight [out, in].
-inline bool PrefersSkinny(int64_t out, int64_t in, int64_t T) {
-  constexpr int64_t kSmallBytes = int64_t{8} << 20;
-  return T <= kMostSkinnyRows && (2 * out * in <= kSmallBytes || (T <= 4 && out <= 4096));
+// Whether SmallProduct rather than cuBLAS is to do a product of T rows with a weight [out, in]: for
+// small weights as long as T rows leave cuBLAS's tiles too few to fill the card.
+inline bool PrefersSmallProduct(int64_t out, int64_t in, int64_t T) {
+  constexpr int64_t kSmallBytes = int64_t{8} << 20, kMostRows = 256;
+  const int64_t bytes = 2 * out * in;
+  if (in % 8 != 0 || T > kMostRows) return false;
+  return (bytes <= kSmallBytes && bytes * T <= kMostRows * kSmallBytes / 2) ||
+         (T <= 4 && out <= 4096);
 }
 
-// y[t] = W x[t], or y[t] += W x[t].
-struct SkinnyArgs {
+// y[t] = W x[t], or y[t] += W x[t], or, gated, y[t, j] = silu(W x[t])[j] * (W x[t])[out / 2 + j].
+struct ProductArgs {
   const void* weight = nullptr;  // [out, in] bf16, dense, 16-byte aligned
   int out = 0, in = 0;           // in a multiple of 8
   const void* x = nullptr;       // [T, in] bf16, 16-byte aligned
   int64_t x_stride = 0;          // elements between rows, a multiple of 8
-  int T = 0;                     // at most kMostSkinnyRows
-  void* y = nullptr;             // [T, out] bf16, or fp32; not x
+  int T = 0;
+  void* y = nullptr;  // [T, out] bf16, or fp32; [T, out / 2] if gated; not x
   int64_t y_stride = 0;
   bool y_f32 = false;
-  bool add = false;
+  bool add = false;    // not with gated
+  bool gated = false;  // out is then even
   // [1] or null: rows below *first_row are left alone, and if that is all of them nothing is read.
   const int32_t* first_row = nullptr;
 };
-DSLA_CUDA_EXPORT int Skinny(const SkinnyArgs& args, Stream stream);
+DSLA_CUDA_EXPORT int SmallProduct(const ProductArgs& args, Stream stream);
 
 // An adapter's first product and its split: low_rank[t] = the first r of W x[t], rounded to bf16,
 // zeros for rows below *first_row; claim[t] = the other H + bias, of the rows from *first_row on.
 // If *first_row is T or more nothing is read or written.
 struct AdapterInArgs {
-  const void* weight = nullptr;        // [r + H, in] bf16, dense, 16-byte aligned
-  int in = 0, r = 0, H = 0;            // in a multiple of 8
-  const void* x = nullptr;             // [T, in] bf16, 16-byte aligned
-  int64_t x_stride = 0;                // elements between rows, a multiple of 8
-  int T = 0;                           // at most kMostSkinnyRows
+  const void* weight = nullptr;  // [r + H, in] bf16, dense, 16-byte aligned
+  int in = 0, r = 0, H = 0;      // in a multiple of 8
+  const void* x = nullptr;       // [T, in] bf16, 16-byte aligned
+  int64_t x_stride = 0;          // elements between rows, a multiple of 8
+  int T = 0;
   const int32_t* first_row = nullptr;  // [1]
   void* low_rank = nullptr;            // [T, r] bf16; null if r = 0
   float* claim = nullptr;              // [T, H]; null if H = 0

@@ -11,29 +11,13 @@
 // The ring is filled with W before the kernel waits for those before it, and x follows.
 #include <algorithm>
 
-#include "base/check.h"
-#include "ops/dsla/cuda/common.cuh"
-#include "ops/linear/cuda/linear_cuda.h"
+#include "ops/linear/cuda/product.cuh"
+#include "ops/norm_rope/cuda/elementwise.cuh"
 
 namespace dsla::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-
-struct Params {
-  const __nv_bfloat16 *weight, *x;
-  int64_t x_stride;
-  int out, in, T;
-  const int32_t* first_row;
-  // Features below `split` go to y, those after it to claim.
-  int split;
-  void* y;
-  int64_t y_stride;
-  bool y_f32, add;
-  bool clear;  // zeros to y's rows below *first_row
-  float* claim;
-  const float* claim_bias;
-};
 
 // Shared memory of a block that every GPU from 8.0 on has, and that an H100 has.
 constexpr int kLeastShared = 99 << 10, kMostShared = 227 << 10;
@@ -55,7 +39,7 @@ struct Cut {
 };
 
 template <typename C>
-__global__ void __launch_bounds__(kThreads, 2) SkinnyKernel(Params p) {
+__global__ void __launch_bounds__(kThreads, 2) SkinnyKernel(ProductParams p) {
   extern __shared__ uint4 ring[];
   int first_row = 0;
   if (p.first_row) {
@@ -67,7 +51,6 @@ __global__ void __launch_bounds__(kThreads, 2) SkinnyKernel(Params p) {
     }
   }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int block_feature = blockIdx.x * C::kFeatures;
   uint4* const mine = ring + warp * C::kStages * C::kPieces * 32 + lane;
   const int first_k = 32 * warp + 8 * t;
   const int stages = max(0, ((p.in + 31) / 32 - warp + kWarps - 1) / kWarps);
@@ -75,8 +58,8 @@ __global__ void __launch_bounds__(kThreads, 2) SkinnyKernel(Params p) {
   const __nv_bfloat16* w[2 * C::kTiles];
 #pragma unroll
   for (int i = 0; i < 2 * C::kTiles; ++i) {
-    const int row = block_feature + 8 * i + g;
-    w[i] = row < p.out ? p.weight + static_cast<int64_t>(row) * p.in + first_k : nullptr;
+    const int row = WeightRow<C::kFeatures>(p, blockIdx.x, 8 * i + g);
+    w[i] = row >= 0 ? p.weight + static_cast<int64_t>(row) * p.in + first_k : nullptr;
   }
   const auto copy_w = [&](int stage, int slot) {
     const int k = 32 * kWarps * stage;
@@ -109,23 +92,21 @@ __global__ void __launch_bounds__(kThreads, 2) SkinnyKernel(Params p) {
     CommitCopies();
   }
 
+  // f(i, row, feature of the tile, result) of a thread's results.
+  const int width = TileResults<C::kFeatures>(p);
+  const auto own = [&](auto&& f) {
+#pragma unroll
+    for (int i = 0; i < C::kOwn; ++i) {
+      const int index = i * kThreads + threadIdx.x;
+      const int row = index / C::kFeatures, m = index % C::kFeatures;
+      const int result = blockIdx.x * width + m;
+      if (row < p.T && row < C::kColumns * 8 && m < width && result < p.results())
+        f(i, row, m, result);
+    }
+  };
   // What is added to is on its way too.
   float before[C::kOwn] = {};
-  const auto own = [&](int i, auto&& use) {
-    const int index = i * kThreads + threadIdx.x;
-    const int row = index / C::kFeatures, m = index % C::kFeatures;
-    if (row < p.T && row < C::kColumns * 8 && block_feature + m < p.out)
-      use(row, m, block_feature + m);
-  };
-  if (p.add) {
-#pragma unroll
-    for (int i = 0; i < C::kOwn; ++i)
-      own(i, [&](int row, int, int to) {
-        const int64_t at = row * p.y_stride + to;
-        before[i] = p.y_f32 ? static_cast<const float*>(p.y)[at]
-                            : __bfloat162float(static_cast<const __nv_bfloat16*>(p.y)[at]);
-      });
-  }
+  if (p.add) own([&](int i, int row, int, int result) { before[i] = LoadOld(p, row, result); });
 
   float sums[C::kTiles][C::kColumns][4] = {};
   int slot = 0;
@@ -166,38 +147,35 @@ __global__ void __launch_bounds__(kThreads, 2) SkinnyKernel(Params p) {
         all[(warp * C::kColumns * 8 + n * 8 + 2 * t + i % 2) * C::kRow + m * 16 + i / 2 * 8 + g] =
             sums[m][n][i];
   __syncthreads();
+  const auto sum = [&](int row, int m) {
+    float total = 0;
 #pragma unroll
-  for (int i = 0; i < C::kOwn; ++i)
-    own(i, [&](int row, int m, int to) {
-      const bool used = row >= first_row;
-      if (!used && !(p.clear && to < p.split)) return;
-      float sum = 0;
-#pragma unroll
-      for (int k = 0; k < kWarps; ++k) sum += all[(k * C::kColumns * 8 + row) * C::kRow + m];
-      sum = used ? sum + before[i] : 0.f;
-      const int64_t at = row * p.y_stride + to;
-      if (to >= p.split)
-        p.claim[row * static_cast<int64_t>(p.out - p.split) + to - p.split] =
-            sum + p.claim_bias[to - p.split];
-      else if (p.y_f32)
-        static_cast<float*>(p.y)[at] = sum;
-      else
-        static_cast<__nv_bfloat16*>(p.y)[at] = __float2bfloat16_rn(sum);
-    });
+    for (int k = 0; k < kWarps; ++k) total += all[(k * C::kColumns * 8 + row) * C::kRow + m];
+    return total;
+  };
+  own([&](int i, int row, int m, int result) {
+    if (row >= first_row) {
+      const float y = sum(row, m);
+      StoreResult(p, row, result, p.gated ? SiluTimes(y, sum(row, width + m)) : y + before[i]);
+    } else if (p.clear && result < p.split) {
+      StoreResult(p, row, result, 0);
+    }
+  });
 }
 
 template <typename C>
-int StartCut(const Params& p, Stream stream) {
+int StartCut(const ProductParams& p, Stream stream) {
   const cudaError_t status =
       cudaFuncSetAttribute(SkinnyKernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kBytes);
   if (status != cudaSuccess) return status;
-  StartEarly(SkinnyKernel<C>, dim3((p.out + C::kFeatures - 1) / C::kFeatures), kThreads, p, stream,
+  const int width = TileResults<C::kFeatures>(p);
+  StartEarly(SkinnyKernel<C>, dim3((p.results() + width - 1) / width), kThreads, p, stream,
              C::kBytes);
   return cudaGetLastError();
 }
 
 template <int columns, int tiles, int stages>
-int StartColumns(const Params& p, Stream stream) {
+int StartColumns(const ProductParams& p, Stream stream) {
   using Most = Cut<columns, tiles, stages, kMostShared>;
   if constexpr (Most::kBytes > kLeastShared) {
     int device = 0, shared = 0;
@@ -210,19 +188,15 @@ int StartColumns(const Params& p, Stream stream) {
 }
 
 template <int tiles, int stages>
-int Start(const Params& p, Stream stream) {
+int Start(const ProductParams& p, Stream stream) {
   if (p.T <= 8) return StartColumns<1, tiles, stages>(p, stream);
   if (p.T <= 16) return StartColumns<2, tiles, stages>(p, stream);
   return StartColumns<4, tiles, stages>(p, stream);
 }
 
-int Launch(const Params& p, Stream stream) {
-  DSLA_CHECK(p.out > 0 && p.in > 0 && p.in % 8 == 0 && p.x_stride % 8 == 0);
-  DSLA_CHECK(p.T >= 0 && p.T <= kMostSkinnyRows);
-  if (p.T == 0) return cudaSuccess;
-  DSLA_CHECK(p.weight && p.x && (p.y || p.split == 0) && (p.claim || p.split == p.out));
-  DSLA_CHECK(reinterpret_cast<uintptr_t>(p.weight) % 16 == 0);
-  DSLA_CHECK(reinterpret_cast<uintptr_t>(p.x) % 16 == 0);
+}  // namespace
+
+int LaunchSkinny(const ProductParams& p, Stream stream) {
   // The fastest of those tried on an H200 with up to 8 rows. Two tiles per warp read x half as
   // often, one where so few features would leave too few blocks; a deep ring hides the memory's
   // latency where blocks are few, and would keep blocks waiting for a place where they are many and
@@ -231,44 +205,6 @@ int Launch(const Params& p, Stream stream) {
   if (p.out >= 16384) return p.in > 1024 ? Start<2, 4>(p, stream) : Start<2, 3>(p, stream);
   if (p.in <= 128 || (p.in <= 1024 && p.out > 2048)) return Start<2, 4>(p, stream);
   return Start<2, 6>(p, stream);
-}
-
-}  // namespace
-
-int Skinny(const SkinnyArgs& a, Stream stream) {
-  Params p{};
-  p.weight = static_cast<const __nv_bfloat16*>(a.weight);
-  p.x = static_cast<const __nv_bfloat16*>(a.x);
-  p.x_stride = a.x_stride;
-  p.out = a.out;
-  p.in = a.in;
-  p.T = a.T;
-  p.first_row = a.first_row;
-  p.split = a.out;
-  p.y = a.y;
-  p.y_stride = a.y_stride;
-  p.y_f32 = a.y_f32;
-  p.add = a.add;
-  return Launch(p, stream);
-}
-
-int AdapterIn(const AdapterInArgs& a, Stream stream) {
-  DSLA_CHECK(a.r >= 0 && a.H >= 0 && a.first_row && (a.H == 0 || a.claim_bias));
-  Params p{};
-  p.weight = static_cast<const __nv_bfloat16*>(a.weight);
-  p.x = static_cast<const __nv_bfloat16*>(a.x);
-  p.x_stride = a.x_stride;
-  p.out = a.r + a.H;
-  p.in = a.in;
-  p.T = a.T;
-  p.first_row = a.first_row;
-  p.split = a.r;
-  p.y = a.low_rank;
-  p.y_stride = a.r;
-  p.clear = true;
-  p.claim = a.claim;
-  p.claim_bias = a.claim_bias;
-  return Launch(p, stream);
 }
 
 }  // namespace dsla::cuda

@@ -1,8 +1,9 @@
-// Embedding rows, residual sum and RMSNorm, the gated activation, the split of the adapter's first
-// product. All are bound by memory: one pass, each byte moved once. How a row is summed depends on
-// its length alone, so that a token's values do not depend on the rows beside it.
+// Embedding rows, residual sum and RMSNorm, the gated activation. All are bound by memory: one
+// pass, each byte moved once. How a row is summed depends on its length alone, so that a token's
+// values do not depend on the rows beside it.
 #include "base/check.h"
 #include "ops/dsla/cuda/common.cuh"
+#include "ops/norm_rope/cuda/elementwise.cuh"
 #include "ops/norm_rope/cuda/norm_rope_cuda.h"
 
 namespace dsla::cuda {
@@ -19,19 +20,8 @@ dim3 Blocks(int64_t items) {
   return dim3(static_cast<unsigned>(blocks));
 }
 
-// A quad is 4 consecutive channels of a row: 16 bytes of fp32. Where fp32 meets bf16 the threads of
-// a warp take consecutive quads, which keeps both contiguous; 8 channels per thread would leave
-// half of each 32-byte sector of fp32 to a second instruction.
-__device__ __forceinline__ float4 Widen(uint2 x) {
-  return {Low(x.x), High(x.x), Low(x.y), High(x.y)};
-}
-__device__ __forceinline__ uint2 Round(float4 x) { return {Pack(x.x, x.y), Pack(x.z, x.w)}; }
-__device__ __forceinline__ float4 operator+(float4 a, float4 b) {
-  return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
-}
-__device__ __forceinline__ float4 operator*(float4 a, float4 b) {
-  return {a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w};
-}
+// Where fp32 meets bf16 the threads of a warp take consecutive quads, which keeps both contiguous;
+// 8 channels per thread would leave half of each 32-byte sector of fp32 to a second instruction.
 
 struct EmbedParams {
   const int32_t* tokens;
@@ -115,10 +105,7 @@ struct SiluParams {
   uint32_t pieces, items;  // 8 channels; of a row of out, of all of it
 };
 
-__device__ __forceinline__ float SiluTimes(float gate, float up) {
-  return __fdividef(gate, 1 + Exp(-gate)) * up;
-}
-__device__ __forceinline__ uint32_t SiluTimes(uint32_t gate, uint32_t up) {
+__device__ __forceinline__ uint32_t SiluPair(uint32_t gate, uint32_t up) {
   return Pack(SiluTimes(Low(gate), Low(up)), SiluTimes(High(gate), High(up)));
 }
 
@@ -130,41 +117,8 @@ __global__ void __launch_bounds__(kThreads) SiluKernel(SiluParams p) {
   // Row i / pieces of [gate, up] begins as many pieces further on as the rows before it have of up.
   const uint64_t at = uint64_t{i} + uint64_t{i / p.pieces} * p.pieces;
   const uint4 gate = p.gate_up[at], up = p.gate_up[at + p.pieces];
-  p.out[i] = {SiluTimes(gate.x, up.x), SiluTimes(gate.y, up.y), SiluTimes(gate.z, up.z),
-              SiluTimes(gate.w, up.w)};
-}
-
-// kWidth channels per thread: 4 where all rows are then aligned (H is often not a multiple of 4).
-template <int kWidth>
-__global__ void __launch_bounds__(kThreads) SplitAdapterKernel(SplitAdapterArgs a) {
-  AllowNext();
-  AwaitPrevious();
-  const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
-  const uint32_t pieces = static_cast<uint32_t>(a.r + a.H) / kWidth;
-  const uint32_t row = i / pieces, column = (i - row * pieces) * kWidth;
-  if (row >= static_cast<uint32_t>(a.T)) return;
-  const bool used = static_cast<int>(row) >= *a.first_row;
-  const int64_t to_low = int64_t{row} * a.r + column;
-  const int64_t to_claim = int64_t{row} * a.H + (static_cast<int>(column) - a.r);
-  const bool low = column < static_cast<uint32_t>(a.r);
-  if (!low && !used) return;
-  if constexpr (kWidth == 4) {
-    // What is not used may be NaN, so it is not read.
-    float4 x = make_float4(0, 0, 0, 0);
-    if (used) x = reinterpret_cast<const float4*>(a.product)[i];
-    if (low) {
-      reinterpret_cast<uint2*>(a.low_rank)[to_low / 4] = Round(x);
-    } else {
-      const float4 bias = reinterpret_cast<const float4*>(a.claim_bias)[(column - a.r) / 4];
-      reinterpret_cast<float4*>(a.claim)[to_claim / 4] = x + bias;
-    }
-  } else {
-    const float x = used ? a.product[i] : 0.f;
-    if (low)
-      static_cast<__nv_bfloat16*>(a.low_rank)[to_low] = __float2bfloat16_rn(x);
-    else
-      a.claim[to_claim] = x + a.claim_bias[column - a.r];
-  }
+  p.out[i] = {SiluPair(gate.x, up.x), SiluPair(gate.y, up.y), SiluPair(gate.z, up.z),
+              SiluPair(gate.w, up.w)};
 }
 
 template <int kQuads>
@@ -216,20 +170,6 @@ int SiluMul(const void* gate_up, int T, int ffn, void* out, Stream stream) {
   const SiluParams p{static_cast<const uint4*>(gate_up), static_cast<uint4*>(out),
                      static_cast<uint32_t>(ffn / 8), static_cast<uint32_t>(items)};
   StartEarly(SiluKernel, Blocks(items), kThreads, p, stream);
-  return cudaGetLastError();
-}
-
-int SplitAdapter(const SplitAdapterArgs& a, Stream stream) {
-  DSLA_CHECK(a.T >= 0 && a.r > 0 && a.H >= 0);
-  if (a.T == 0) return cudaSuccess;
-  DSLA_CHECK(a.product && a.first_row && a.low_rank && (a.H == 0 || (a.claim && a.claim_bias)));
-  const bool aligned = a.r % 4 == 0 && a.H % 4 == 0 && Aligned16(a.product) &&
-                       Aligned16(a.low_rank) && Aligned16(a.claim) && Aligned16(a.claim_bias);
-  const int64_t items = int64_t{a.T} * (a.r + a.H);
-  if (aligned)
-    StartEarly(SplitAdapterKernel<4>, Blocks(items / 4), kThreads, a, stream);
-  else
-    StartEarly(SplitAdapterKernel<1>, Blocks(items), kThreads, a, stream);
   return cudaGetLastError();
 }
 

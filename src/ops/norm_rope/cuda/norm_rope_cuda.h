@@ -54,16 +54,4 @@ struct RopeKvArgs {
 };
 DSLA_CUDA_EXPORT int RopeKv(const RopeKvArgs& args, Stream stream);
 
-// What the adapter's first product [T, r + H] (fp32; H = 0 with W_o) gives: low_rank[t] in bf16, 0
-// for rows below *first_row, and claim[t] = the rest + bias.
-struct SplitAdapterArgs {
-  const float* product = nullptr;  // [T, r + H]
-  int T = 0, r = 0, H = 0;
-  const int32_t* first_row = nullptr;  // [1]
-  void* low_rank = nullptr;            // [T, r] bf16
-  float* claim = nullptr;              // [T, H], null if H = 0
-  const float* claim_bias = nullptr;   // [H]
-};
-DSLA_CUDA_EXPORT int SplitAdapter(const SplitAdapterArgs& args, Stream stream);
-
 }  // namespace dsla::cuda

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "ops/norm_rope/cuda/norm_rope_cuda_testing.cuh"
 #include "ops/norm_rope/norm_rope.h"
@@ -14,7 +13,6 @@ namespace {
 using EmbedRowsTest = GpuTest;
 using AddRmsNormCudaTest = GpuTest;
 using SiluMulCudaTest = GpuTest;
-using SplitAdapterTest = GpuTest;
 using GraphTest = GpuTest;
 
 constexpr int kRows[] = {1, 7, 64, 300};
@@ -178,47 +176,6 @@ TEST_F(SiluMulCudaTest, LargeGates) {
   EXPECT_EQ(got[5], 0);
   EXPECT_EQ(got[6], ToFloat(ToBf16(1.5e38f)));
   EXPECT_EQ(got[7], 0);
-}
-
-TEST_F(SplitAdapterTest, Splits) {
-  struct {
-    int r, H;
-  } const shapes[] = {{16, 9}, {64, 32}, {8, 0}, {24, 2}};
-  for (const auto& s : shapes)
-    for (const int T : kRows)
-      for (const int first : {0, T / 2, T}) {
-        SCOPED_TRACE(testing::Message()
-                     << "T " << T << ", r " << s.r << ", H " << s.H << ", from row " << first);
-        const int width = s.r + s.H;
-        std::vector<float> product = Random(int64_t{T} * width, 1), bias = Random(s.H, 2), claim;
-        // Rows that no product was computed for.
-        std::fill_n(product.begin(), first * width, std::numeric_limits<float>::quiet_NaN());
-        std::vector<uint16_t> low;
-        for (int t = 0; t < T; ++t)
-          for (int i = 0; i < width; ++i) {
-            const float x = product[static_cast<size_t>(t * width + i)];
-            if (i < s.r)
-              low.push_back(t < first ? uint16_t{0} : ToBf16(x).bits);
-            else if (t >= first)
-              claim.push_back(x + bias[static_cast<size_t>(i - s.r)]);
-          }
-        const std::vector<int32_t> from{first};
-        const DeviceBytes d_product(product), d_first(from), d_low(int64_t{T} * s.r * 2),
-            d_claim(int64_t{T} * s.H * 4), d_bias(bias);
-        cuda::SplitAdapterArgs args;
-        args.product = d_product.as<float>();
-        args.T = T;
-        args.r = s.r;
-        args.H = s.H;
-        args.first_row = d_first.as<int32_t>();
-        args.low_rank = d_low.as<void>();
-        if (s.H > 0) args.claim = d_claim.as<float>(), args.claim_bias = d_bias.as<float>();
-        CheckCuda(cuda::SplitAdapter(args, nullptr));
-        EXPECT_EQ(ReadBits(d_low), low);
-        std::vector<float> got = ReadAll<float>(d_claim);
-        got.erase(got.begin(), got.begin() + first * s.H);
-        EXPECT_EQ(got, claim);
-      }
 }
 
 // A chain in which each kernel reads what the one before it wrote, replayed from a graph, where

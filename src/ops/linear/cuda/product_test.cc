@@ -1,0 +1,231 @@
+// The products of few rows against fp64 sums. Outputs, and what lies between their rows, are NaN
+// before a call.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <span>
+
+#include "ops/linear/cuda/product_testing.cuh"
+#include "ops/norm_rope/norm_rope.h"
+
+namespace dsla {
+namespace {
+
+using cuda::kMostSkinnyRows;
+using ProductTest = GpuTest;
+using AdapterInTest = GpuTest;
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+// Of the kernel for few rows and of the one for more; around multiples of their tiles.
+constexpr int kFewRows[] = {1, 2, 7, 8, 9, 16, 31, 32};
+constexpr int kManyRows[] = {33, 63, 64, 65, 200, 256, kMostRows};
+std::vector<int> AllRows() {
+  std::vector<int> rows(std::begin(kFewRows), std::end(kFewRows));
+  rows.insert(rows.end(), std::begin(kManyRows), std::end(kManyRows));
+  return rows;
+}
+
+// Of models, of adapters, and what is no multiple of a tile: of 16, 32 or 64 features, of 32, 64 or
+// 256 inputs.
+constexpr Shape kShapes[] = {{960, 576}, {576, 576}, {3072, 576}, {576, 1536}, {57, 576},
+                             {576, 48},  {25, 576},  {96, 4096},  {4096, 64},  {576, 32},
+                             {8, 8},     {24, 200},  {17, 136},   {3848, 1032}};
+// That only few rows are asked of.
+constexpr Shape kLargeShapes[] = {{49152, 576}, {4096, 4096}, {4096, 11008},
+                                  {12288, 256}, {4096, 16},   {20000, 8}};
+
+// With `gap` elements between rows of y.
+void CheckProduct(const Product& p, int T, int gap, bool f32, bool add) {
+  SCOPED_TRACE(testing::Message() << "T " << T << ", gap " << gap << (f32 ? ", fp32" : "")
+                                  << (add ? ", add" : ""));
+  constexpr int kGap = 24;
+  const int out = p.shape.out, in = p.shape.in;
+  const int64_t stride = out + gap, n = T * stride;
+  const DeviceBytes x(Spread(p.x, in, kGap));
+  // y before: values in rows, NaN between them, and in rows only with `add`.
+  std::vector<float> before = Random(n, 3, 10);
+  if (!f32) RoundToBf16(before);
+  for (int64_t i = 0; i < n; ++i)
+    if (!add || i % stride >= out) before[static_cast<size_t>(i)] = kNaN;
+  DeviceBytes y(n * (f32 ? 4 : 2));
+  if (f32)
+    y.Write(before.data());
+  else
+    y.Write(Bits(before).data());
+  cuda::ProductArgs a = p.args();
+  a.x = x.as<void>();
+  a.x_stride = in + kGap;
+  a.T = T;
+  a.y = y.as<void>();
+  a.y_stride = stride;
+  a.y_f32 = f32;
+  a.add = add;
+  CheckCuda(cuda::SmallProduct(a, nullptr));
+  const std::vector<float> got = f32 ? ReadAll<float>(y) : Floats(ReadBits(y));
+
+  std::vector<float> rows, old;
+  for (int64_t i = 0; i < n; ++i) {
+    const auto at = static_cast<size_t>(i);
+    if (i % stride >= out) {
+      ASSERT_TRUE(std::isnan(got[at])) << "written between rows, at " << i;
+      continue;
+    }
+    ASSERT_FALSE(std::isnan(got[at])) << "at " << i;
+    rows.push_back(got[at]);
+    old.push_back(before[at]);
+  }
+  old = p.Pick(old);
+  std::vector<double> want(p.sums.begin(),
+                           p.sums.begin() + static_cast<std::ptrdiff_t>(old.size()));
+  if (add)
+    for (size_t i = 0; i < want.size(); ++i) want[i] += old[i];
+  const Tolerance sum = SumTolerance(in);
+  const double u = UnitRoundoff(DType::kBF16);
+  ExpectClose(p.Pick(rows), want, f32 ? sum : Tolerance{u * (1 + sum.relative) + sum.relative});
+}
+
+TEST_F(ProductTest, EqualsReference) {
+  const auto check = [](const Shape& shape, std::span<const int> rows) {
+    SCOPED_TRACE(testing::Message() << shape);
+    const Product p(shape, rows.back());
+    for (const int T : rows)
+      for (const int gap : {5, 8})
+        for (const bool f32 : {false, true})
+          for (const bool add : {false, true}) CheckProduct(p, T, gap, f32, add);
+  };
+  for (const Shape& shape : kShapes) check(shape, AllRows());
+  for (const Shape& shape : kLargeShapes) check(shape, kFewRows);
+}
+
+// To the bit: from run to run, for any of these numbers of rows, and wherever a row stands.
+void CheckIndependence(const Product& p, std::span<const int> rows) {
+  const int most = rows.back(), in = p.shape.in, out = p.shape.out;
+  const std::vector<uint16_t> x(p.x.begin(), p.x.begin() + std::ptrdiff_t{most} * in);
+  const std::vector<float> all = Dense(p, x, most);
+  EXPECT_EQ(all, Dense(p, x, most)) << "two runs differ";
+  for (const int T : rows) {
+    // The last T rows, then as many of the first.
+    const std::vector<uint16_t> last(x.end() - std::ptrdiff_t{T} * in, x.end());
+    const std::vector<float> some = Dense(p, last, T), first = Dense(p, x, T);
+    EXPECT_TRUE(std::equal(some.begin(), some.end(), all.end() - std::ptrdiff_t{T} * out))
+        << T << " last rows";
+    EXPECT_TRUE(std::equal(first.begin(), first.end(), all.begin())) << T << " first rows";
+  }
+}
+TEST_F(ProductTest, RowsAreIndependent) {
+  for (const Shape& shape : kShapes) {
+    SCOPED_TRACE(testing::Message() << shape);
+    const Product p(shape);
+    CheckIndependence(p, kFewRows);
+    CheckIndependence(p, kManyRows);
+  }
+  for (const Shape& shape : kLargeShapes) {
+    SCOPED_TRACE(testing::Message() << shape);
+    CheckIndependence(Product(shape), kFewRows);
+  }
+}
+
+// The sums are those of a plain product, to the bit; the activation is of them.
+TEST_F(ProductTest, Gated) {
+  for (const Shape& shape :
+       {Shape{3072, 576}, Shape{22, 200}, Shape{40, 8}, Shape{208, 1032}, Shape{1000, 104}}) {
+    const Product p(shape);
+    const int ffn = shape.out / 2;
+    for (const int T : AllRows()) {
+      SCOPED_TRACE(testing::Message() << shape << ", T " << T);
+      const std::vector<float> sums = Dense(p, p.x, T);
+      std::vector<float> want(static_cast<size_t>(T) * static_cast<size_t>(ffn));
+      SiluMulRef(sums.data(), T, ffn, want.data());
+      const DeviceBytes x(p.x), y(int64_t{T} * ffn * 2);
+      cuda::ProductArgs a = p.args();
+      a.x = x.as<void>();
+      a.T = T;
+      a.y = y.as<void>();
+      a.y_stride = ffn;
+      a.gated = true;
+      CheckCuda(cuda::SmallProduct(a, nullptr));
+      const double u = UnitRoundoff(DType::kBF16), fp32 = RoundingTolerance(200).relative;
+      ExpectClose(Floats(ReadBits(y)), want, Tolerance{u * (1 + fp32) + fp32});
+    }
+  }
+}
+
+// An adapter's second product: rows below first_row keep what they have.
+TEST_F(ProductTest, FirstRow) {
+  for (const Shape& shape : {Shape{4096, 64}, Shape{576, 48}, Shape{960, 576}}) {
+    const Product p(shape);
+    for (const int T : AllRows())
+      for (const int first : {0, 1, T / 2, T, T + 3}) {
+        SCOPED_TRACE(testing::Message() << shape << ", T " << T << ", from row " << first);
+        const std::vector<uint16_t> before = Values(int64_t{T} * shape.out, 3);
+        const DeviceBytes x(p.x), all(before), some(before), from(std::vector<int32_t>{first});
+        cuda::ProductArgs a = p.args();
+        a.x = x.as<void>();
+        a.T = T;
+        a.add = true;
+        a.y = all.as<void>();
+        CheckCuda(cuda::SmallProduct(a, nullptr));
+        a.y = some.as<void>();
+        a.first_row = from.as<int32_t>();
+        if (first >= T) a.weight = reinterpret_cast<void*>(0x1000);  // which nobody can read
+        CheckCuda(cuda::SmallProduct(a, nullptr));
+        std::vector<uint16_t> want = ReadBits(all);
+        const auto kept = std::ptrdiff_t{std::min(first, T)} * shape.out;
+        std::copy(before.begin(), before.begin() + kept, want.begin());
+        EXPECT_EQ(ReadBits(some), want);
+      }
+  }
+}
+
+TEST_F(AdapterInTest, IsTheProductSplit) {
+  struct {
+    int in, r, H;
+  } const shapes[] = {{576, 48, 9}, {4096, 64, 32}, {576, 48, 0},
+                      {576, 8, 0},  {1024, 0, 7},   {104, 128, 32}};
+  for (const auto& s : shapes) {
+    const Product p({s.r + s.H, s.in});
+    const std::vector<float> bias = Random(s.H, 4);
+    const DeviceBytes x(Spread(p.x, s.in, 8)), device_bias(bias);
+    for (const int T : AllRows()) {
+      const std::vector<float> product = Dense(p, p.x, T);
+      for (const int first : {0, 1, T / 2, T - 1, T, T + 1}) {
+        SCOPED_TRACE(testing::Message() << "in " << s.in << ", r " << s.r << ", H " << s.H << ", T "
+                                        << T << ", from row " << first);
+        std::vector<uint16_t> low;
+        std::vector<float> claim;
+        for (int t = 0; t < T; ++t)
+          for (int j = 0; j < s.r + s.H; ++j) {
+            const float value = product[static_cast<size_t>(t * (s.r + s.H) + j)];
+            const bool none = first >= T;
+            if (j < s.r)
+              low.push_back(none ? 0xFFFF : t < first ? 0 : ToBf16(value).bits);
+            else
+              claim.push_back(t < first ? kNaN : value + bias[static_cast<size_t>(j - s.r)]);
+          }
+        const DeviceBytes from(std::vector<int32_t>{first}), d_low(int64_t{T} * s.r * 2),
+            d_claim(int64_t{T} * s.H * 4);
+        cuda::AdapterInArgs a;
+        a.weight = first >= T ? reinterpret_cast<void*>(0x1000) : p.device_weight.as<void>();
+        a.in = s.in;
+        a.r = s.r;
+        a.H = s.H;
+        a.x = x.as<void>();
+        a.x_stride = s.in + 8;
+        a.T = T;
+        a.first_row = from.as<int32_t>();
+        if (s.r > 0) a.low_rank = d_low.as<void>();
+        if (s.H > 0) a.claim = d_claim.as<float>(), a.claim_bias = device_bias.as<float>();
+        CheckCuda(cuda::AdapterIn(a, nullptr));
+        EXPECT_EQ(ReadBits(d_low), low);
+        const std::vector<float> got = ReadAll<float>(d_claim);
+        ASSERT_EQ(got.size(), claim.size());
+        for (size_t i = 0; i < got.size(); ++i)
+          ASSERT_TRUE(std::isnan(claim[i]) ? std::isnan(got[i]) : got[i] == claim[i]) << i;
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace dsla

@@ -1,0 +1,92 @@
+// What the tests of this folder share: a weight, rows of x and their products in fp64. Not a .h, as
+// what it includes.
+#pragma once
+
+#include "ops/linear/cuda/linear_cuda.h"
+#include "ops/norm_rope/cuda/norm_rope_cuda_testing.cuh"
+
+namespace dsla {
+
+struct Shape {
+  int out, in;
+};
+inline std::ostream& operator<<(std::ostream& to, const Shape& shape) {
+  return to << "[" << shape.out << ", " << shape.in << "]";
+}
+
+inline constexpr int kMostRows = 257;
+
+// A short period makes large weights quick; it is prime, so that rows differ.
+inline std::vector<uint16_t> Values(int64_t n, uint32_t seed, float scale = 1) {
+  const std::vector<uint16_t> pool = Bits(RandomExact(65521, seed, scale));
+  std::vector<uint16_t> values(static_cast<size_t>(n));
+  for (size_t i = 0; i < values.size(); ++i) values[i] = pool[i % pool.size()];
+  return values;
+}
+
+// Rows with `gap` NaNs after each.
+inline std::vector<uint16_t> Spread(const std::vector<uint16_t>& rows, int64_t width, int64_t gap) {
+  std::vector<uint16_t> spread;
+  for (size_t i = 0; i < rows.size(); i += static_cast<size_t>(width)) {
+    const auto row = rows.begin() + static_cast<std::ptrdiff_t>(i);
+    spread.insert(spread.end(), row, row + width);
+    spread.insert(spread.end(), static_cast<size_t>(gap), 0xFFFF);
+  }
+  return spread;
+}
+
+// A weight, kMostRows rows of x, and of the first `referenced` of them the fp64 products of some
+// features (all where they are few).
+struct Product {
+  explicit Product(Shape s, int referenced = 0)
+      : shape(s),
+        weight(Values(int64_t{s.out} * s.in, 1)),
+        x(Values(int64_t{kMostRows} * s.in, 2)),
+        device_weight(weight),
+        step(int64_t{s.out} * s.in > (1 << 22) ? 37 : 1) {
+    for (int t = 0; t < referenced; ++t)
+      for (int j = 0; j < s.out; j += step) {
+        double sum = 0;
+        for (int i = 0; i < s.in; ++i)
+          sum += double{ToFloat(bf16{weight[size_t(int64_t{j} * s.in + i)]})} *
+                 double{ToFloat(bf16{x[size_t(t * s.in + i)]})};
+        sums.push_back(sum);
+      }
+  }
+  // Of the features that `sums` has.
+  std::vector<float> Pick(const std::vector<float>& y) const {
+    std::vector<float> picked;
+    for (size_t row = 0; row < y.size(); row += static_cast<size_t>(shape.out))
+      for (int j = 0; j < shape.out; j += step) picked.push_back(y[row + static_cast<size_t>(j)]);
+    return picked;
+  }
+  cuda::ProductArgs args() const {
+    cuda::ProductArgs a;
+    a.weight = device_weight.as<void>();
+    a.out = shape.out;
+    a.in = shape.in;
+    a.x_stride = shape.in;
+    a.y_stride = shape.out;
+    return a;
+  }
+
+  Shape shape;
+  std::vector<uint16_t> weight, x;
+  DeviceBytes device_weight;
+  int step;
+  std::vector<double> sums;
+};
+
+// T rows of fp32 results for dense rows `x`.
+inline std::vector<float> Dense(const Product& p, const std::vector<uint16_t>& x, int T) {
+  const DeviceBytes device_x(x), y(int64_t{T} * p.shape.out * 4);
+  cuda::ProductArgs a = p.args();
+  a.x = device_x.as<void>();
+  a.T = T;
+  a.y = y.as<void>();
+  a.y_f32 = true;
+  CheckCuda(cuda::SmallProduct(a, nullptr));
+  return ReadAll<float>(y);
+}
+
+}  // namespace dsla
