@@ -72,11 +72,16 @@ void CudaModel::AttentionBlock(const Step& step, int l) {
   const int64_t q = int64_t{c.H} * c.D, stride = q + 2 * int64_t{c.Hkv} * c.D;
   gemm_->Run(layer.qkv, a.normed, c.C, tables.T, a.qkv, stride);
 
-  // A graph has both branches for all rows; otherwise the host knows where they part.
-  const int softmax =
-      step.padded ? tables.N : step.rows->SoftmaxSequences(spec_.rank[static_cast<size_t>(l)]);
-  const int64_t first = step.padded ? 0 : step.rows->row_start[softmax];
-  const bool some_softmax = softmax > 0, some_dsla = step.dsla && first < tables.T;
+  // A graph of mixed levels has both branches for all rows, another the one that all rows take;
+  // without a graph the host knows where they part.
+  const int rank = spec_.rank[static_cast<size_t>(l)];
+  int softmax = step.level > rank ? 0 : tables.N;
+  int64_t first = step.level == kMixed || step.level > rank ? 0 : tables.T;
+  if (!step.padded) {
+    softmax = step.rows->SoftmaxSequences(rank);
+    first = step.rows->row_start[softmax];
+  }
+  const bool some_softmax = softmax > 0, some_dsla = first < tables.T;
   if (some_dsla) AdapterIn(step, adapter_->layers[static_cast<size_t>(l)], l, first);
 
   Check(RopeKv(

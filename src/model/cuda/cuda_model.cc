@@ -170,7 +170,8 @@ void CudaModel::ForwardGraph(const CacheViews& cache, const PlacedRows& rows,
                              const DeviceLogitsVisitor& visit, const LaunchedHook& launched) {
   Fixed& fixed = FixedMemory();
   const int bucket = Bucket(rows.N());
-  const bool dsla = rows.sequences.back()->cache->level() > 0;
+  const int highest = rows.sequences.back()->cache->level();
+  const int level = rows.sequences.front()->cache->level() == highest ? highest : kMixed;
   const StepTables tables(rows, spec_.rank, bucket);
   if (fixed.tables.bytes() < 4 * tables.size) {
     Check(cudaStreamSynchronize(stream_), "waiting for a step");
@@ -179,7 +180,11 @@ void CudaModel::ForwardGraph(const CacheViews& cache, const PlacedRows& rows,
   }
   SendTables(tables, rows, fixed.host_tables, fixed.tables);
 
-  Graph& graph = graphs_[{bucket, dsla}];
+  if (graphs_.size() >= kMostGraphs && !graphs_.contains({bucket, level})) {
+    Check(cudaStreamSynchronize(stream_), "waiting for a step");
+    DropGraphs();
+  }
+  Graph& graph = graphs_[{bucket, level}];
   const auto launch = [&] {
     RunLayers({.tables = &tables,
                .host = fixed.host_tables.as<int32_t>(),
@@ -187,7 +192,7 @@ void CudaModel::ForwardGraph(const CacheViews& cache, const PlacedRows& rows,
                .a = &fixed.activations,
                .cache = cache,
                .padded = true,
-               .dsla = dsla,
+               .level = level,
                .rows = &rows,
                .scratch = &fixed.scratch});
     FinishTile(fixed.activations, nullptr, fixed.tables.as<RowSampling>(4 * tables.sampling),
@@ -247,7 +252,6 @@ void CudaModel::ForwardLaunched(const CacheViews& cache, const PlacedRows& rows,
              .a = &activations_,
              .cache = cache,
              .padded = false,
-             .dsla = rows.sequences.back()->cache->level() > 0,
              .rows = &rows,
              .scratch = &scratch_});
   const auto wanted = static_cast<int64_t>(rows.wanted.size());

@@ -1,6 +1,7 @@
 // A hybrid model on one GPU. Steps in which every sequence has one row are replayed from CUDA
 // graphs, one per bucket of rows; all others are launched kernel by kernel. Which rows are softmax
-// and which DSLA in a layer is in device arrays alone, so a graph fits any mix of levels.
+// and which DSLA in a layer is in device arrays alone, so a graph fits any mix of levels. Where all
+// rows are at one level, another graph leaves out the branch that no row takes.
 #pragma once
 
 #include <map>
@@ -19,6 +20,7 @@ class CudaModel : public DeviceModel {
  public:
   // The largest step that is replayed from a graph; larger ones are launched.
   static constexpr int kMostGraphRows = 256;
+  static constexpr size_t kMostGraphs = 128;  // all are made anew when there are more
 
   CudaModel(int device, cudaStream_t stream, std::shared_ptr<Gemm> gemm, DeviceModelSpec spec,
             std::shared_ptr<const CudaWeights> weights, std::shared_ptr<const CudaAdapter> adapter);
@@ -56,6 +58,7 @@ class CudaModel : public DeviceModel {
     DeviceBuffer tables, scratch;
     PinnedBuffer host_tables, choices;
   };
+  static constexpr int kMixed = -1;  // levels
   // One step as the layers see it.
   struct Step {
     const StepTables* tables = nullptr;
@@ -63,8 +66,8 @@ class CudaModel : public DeviceModel {
     const int32_t* device = nullptr;  // the same on the GPU
     const Activations* a = nullptr;
     CacheViews cache;
-    bool padded = false;  // a graph's: splits are read on the GPU
-    bool dsla = false;    // some row may be DSLA
+    bool padded = false;  // a graph's: where levels are mixed, splits are read on the GPU
+    int level = kMixed;   // of all rows of a graph
     const PlacedRows* rows = nullptr;
     DeviceBuffer* scratch = nullptr;
   };
@@ -105,7 +108,7 @@ class CudaModel : public DeviceModel {
   std::shared_ptr<const CudaAdapter> adapter_;
 
   std::unique_ptr<Fixed> fixed_;
-  std::map<std::pair<int, bool>, Graph> graphs_;  // by rows and whether some may be DSLA
+  std::map<std::pair<int, int>, Graph> graphs_;  // by rows and their level, or kMixed
 
   // Of steps that are launched.
   Activations activations_;

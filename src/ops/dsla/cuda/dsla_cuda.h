@@ -1,7 +1,5 @@
 // The dual-state operator on an NVIDIA GPU (compute capability 8.0 and later): decode, chunked
 // prefill and fold, with the meaning that ops/dsla/dsla.h states.
-// A prefill takes up to 160 KB of shared memory a block (D 128; 111 KB at D 64), which compute
-// capabilities 8.0, 8.7, 9.0 and 10.x have; elsewhere its launch returns an error.
 //
 // Memory: every pointer in these structs is a device pointer, those of RaggedRows, PageTables and
 // `slots` included. Slots have the layout of MakeSlotLayout, so a slot may be copied between the
@@ -65,9 +63,9 @@ DSLA_CUDA_EXPORT int Decode(const DslaCudaArgs& args, Stream stream);
 
 // Any number of new rows per sequence. The chunks of 64 entering tokens are done in waves that fit
 // the workspace; results do not depend on its size. PrefillWorkspaceBytes tells what `chunks`
-// chunks per wave take (at least 1, and no fewer are done at a time than two segments of a long
-// sequence, which have up to 34 each; what is more than whole segments may be left unused);
-// MaxChunks what all of a call's need.
+// chunks per wave take (at least 1; where a call has fewer than 192 / (states F / 32) KV heads and
+// longer sequences, no fewer than 16 or 32 are done at a time); MaxChunks what all of a call's
+// need.
 DSLA_CUDA_EXPORT int MaxChunks(int N, int64_t T);
 DSLA_CUDA_EXPORT int64_t PrefillWorkspaceBytes(const DslaShape& shape, int N, int64_t T,
                                                int chunks);

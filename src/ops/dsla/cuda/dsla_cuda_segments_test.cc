@@ -177,7 +177,6 @@ INSTANTIATE_TEST_SUITE_P(
                     {1300, 40, 600},
                     {700, 0, 900},
                     {1, 20}},
-        // Two launches share its states.
         SegmentCase{{"largest", 2, 1, 128, 256, 2, 64, 1, TestGates::kTrained},
                     {900, 70, 400},
                     {300, 1, 500},
@@ -186,13 +185,13 @@ INSTANTIATE_TEST_SUITE_P(
                     {1300, 40, 600},
                     {700, 0, 900},
                     {1, 20}},
-        // Six KV heads have longer segments, 67 that are as wide none.
+        // Six KV heads have segments of 16 chunks, 24 have none.
         SegmentCase{{"longer", 6, 6, 64, 128, 2, 64, 4, TestGates::kTrained},
                     {1500, 90, 1024},
                     {1100, 1025, 0},
                     {1, 40}},
-        SegmentCase{{"none", 67, 67, 128, 128, 1, 64, 4, TestGates::kTrained},
-                    {450, 63, 100},
+        SegmentCase{{"none", 24, 24, 64, 128, 2, 64, 4, TestGates::kTrained},
+                    {650, 63, 200},
                     {130, 1, 65},
                     {1, 2, 5}}),
     [](const auto& info) { return std::string(info.param.layer.name); });

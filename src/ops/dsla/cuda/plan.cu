@@ -35,19 +35,18 @@ __device__ void Place(const PrefillParams& p, int n, int2 range, Layout& to) {
     if (p.fold) p.segments[to.segments++] = {n, 0, 0, 0, 0, 0, 0, kFirst | kLast | 1 << kRunShift};
     return;
   }
-  const int segment = p.cut.least > 0 ? SegmentChunks(p.cut, chunks) : 0;
-  const bool whole = segment == 0 || chunks <= segment;
+  const bool whole = p.segment == 0 || chunks <= p.segment;
   int head = to.segments;  // first of this wave
   for (int done = 0; done < chunks;) {
     int count = chunks - done;
     const int room = p.wave_chunks - to.chunks;
-    if (segment > 0 ? min(count, segment) > room : room == 0) {
+    if (p.segment > 0 ? min(count, p.segment) > room : room == 0) {
       if (head < to.segments) p.segments[head].flags |= (to.segments - head) << kRunShift;
       NextWave(p, to);
       head = to.segments;
       continue;
     }
-    count = min(count, segment > 0 ? segment : room);
+    count = min(count, p.segment > 0 ? p.segment : room);
     const int e0 = (first + done) * kChunk, last = done + count == chunks;
     const int lo = done == 0 ? max(range.x - e0, 0) : 0;
     const int hi = last ? min(range.y - (e0 + (count - 1) * kChunk), kChunk) : kChunk;

@@ -70,74 +70,32 @@ struct Carver {
   }
 };
 
-// Blocks of `chunks` that fill a GPU. One number for all GPUs, since results depend on it.
-int FullBlocks(const DslaShape& s) { return 132 * (s.D == 64 ? 2 : 1); }
-
-// The most chunks of one sequence.
-int LongestChunks(int64_t T) { return static_cast<int>(T < 2 ? T : (T - 2) / kChunk + 2); }
-
-// Only the shape decides and, for each sequence, the number of its chunks: so results do not depend
-// on the other sequences of a call. There are no segments if no sequence is long enough for two,
-// since a sequence of one has the same results in both cases.
-SegmentRule RuleOf(const DslaShape& s, int64_t T, bool fold) {
-  SegmentRule rule{0, 0, 1};
-  if (fold) {
-    // The blocks of `summary` that a sequence has fill a GPU by themselves, or segments help.
-    const int blocks = s.Hkv * s.SF() / 32;
-    rule.least = rule.most = blocks >= 192 ? 0 : blocks >= 48 ? 16 : 8;
-  } else if (rule.count = std::max(1, FullBlocks(s) / s.Hkv); rule.count > 1) {
-    // One sequence alone shall fill a GPU. But a segment costs a state in fp32, written and read
-    // twice, so short ones do not pay where there are other sequences, which is not known here. And
-    // waves of 136 chunks, which callers have memory for, shall be several segments.
-    rule.least = s.D == 64 ? 2 : 4;
-    rule.most = std::max(16, (136 + rule.count - 1) / rule.count);
-  }
-  return LongestChunks(T) > rule.least ? rule : SegmentRule{0, 0, 1};
+// Chunks of a segment; 0 where the blocks of `carry` that a sequence has fill a GPU by themselves,
+// or none of the call's sequences has so many chunks. A sequence has the same results in both
+// cases. Only the shape decides, so results do not depend on the other sequences of a call.
+int SegmentChunks(const DslaShape& s, int64_t T) {
+  const int blocks = s.Hkv * s.SF() / 32;
+  const int segment = blocks >= 192 ? 0 : blocks >= 48 ? 16 : 8;
+  const int64_t most = T < 2 ? T : (T - 2) / kChunk + 2;  // chunks of one sequence
+  return most > segment ? segment : 0;
 }
 
 // The waves of a call, at most `chunks` chunks each but no fewer than two segments.
 void PlanWaves(const DslaShape& s, int N, int64_t T, int chunks, bool fold, PrefillParams* p) {
-  const int most = MaxChunks(N, T), longest = LongestChunks(T);
-  const SegmentRule cut = RuleOf(s, T, fold);
-  const int segment = cut.least > 0 ? SegmentChunks(cut, longest) : 0;  // the longest one
-  p->cut = cut;
+  const int most = MaxChunks(N, T), segment = SegmentChunks(s, T);
+  p->segment = segment;
   p->fold = fold;
   p->wave_chunks = std::min(std::max(chunks, std::max(2 * segment, 1)), most);
   p->waves = (most + p->wave_chunks - 1) / std::max(p->wave_chunks, 1);
   p->wave_segments = N;
-  p->stores = 0;
-  p->head_parts = 1;
-  p->state_parts = !fold && s.D == 128 && s.SF() > 256 ? 2 : 1;
   if (segment == 0) return;
   if (p->wave_chunks < most) {
-    // Whole segments, as many as fill the GPU once or several times if there is room.
-    const int full = p->wave_chunks >= cut.count * segment ? cut.count * segment : segment;
-    p->wave_chunks = p->wave_chunks / full * full;
-    const int used = p->wave_chunks - segment + 1;  // a segment that does not fit leaves the others
+    // A segment that does not fit leaves chunks of a wave unused, but not if there is one sequence.
+    p->wave_chunks = p->wave_chunks / segment * segment;
+    const int used = N == 1 ? p->wave_chunks : p->wave_chunks - segment + 1;
     p->waves = (most + used - 1) / used;
   }
-  if (N == 1) {
-    // The sequence has as many chunks as T rows may have, or one less.
-    p->waves = p->stores = 1;
-    for (int n = std::max(longest - 1, 1); n <= longest; ++n) {
-      const int each = SegmentChunks(cut, n), fit = p->wave_chunks / each;
-      const int whole = n / each, rest = n % each;
-      int waves = (whole + fit - 1) / fit;
-      const int room = p->wave_chunks - (whole - (waves - 1) * fit) * each;  // of the last wave
-      if (rest > room) ++waves;
-      p->waves = std::max(p->waves, waves);
-      p->stores = std::max(p->stores, std::min(whole + (rest > 0), fit + 1));
-    }
-    p->wave_segments = p->stores;
-  } else {
-    // Sequences that may have several segments, and these: whole ones, and one more of each.
-    const int several = static_cast<int>(std::min<int64_t>(N, T / (kChunk * (cut.least - 1) + 2)));
-    const int room = std::min(p->wave_chunks, MaxChunks(several, T));
-    const int whole = std::min(room / cut.least, several * cut.count + room / cut.most);
-    p->stores = whole + several;
-    p->wave_segments = whole + N;
-  }
-  if (!fold) p->head_parts = std::clamp(FullBlocks(s) / (s.Hkv * p->wave_segments), 1, s.G());
+  p->wave_segments += p->wave_chunks / segment;
 }
 
 int64_t Carve(const DslaShape& s, int N, int64_t T, int wave, bool fold, std::byte* base,
@@ -146,7 +104,7 @@ int64_t Carve(const DslaShape& s, int N, int64_t T, int wave, bool fold, std::by
   PlanWaves(s, N, T, wave, fold, p);
   // The plan's part is as large for any wave, so that a larger wave never takes less.
   const int64_t most = MaxChunks(N, T), chunks = p->wave_chunks, parts = chunks * s.Hkv;
-  const int64_t slots = p->cut.least > 0 ? 3 * most : 2 * most;
+  const int64_t slots = p->segment > 0 ? 3 * most + 2 * p->segment : 2 * most;
   DSLA_CHECK(p->waves <= most && p->waves * chunks <= slots);
   p->chunks = c.Take<Chunk>(slots);
   p->wave_first = c.Take<int>(most + 1);
@@ -155,18 +113,17 @@ int64_t Carve(const DslaShape& s, int N, int64_t T, int wave, bool fold, std::by
   p->key_sum = c.Take<float>(parts * s.SF() * 4);
   p->key = c.Take<__nv_bfloat16>(parts * s.SF() * kChunk);
   if (!fold) {
+    p->norm = c.Take<float>(parts * s.SF());
     p->lse = c.Take<float>(chunks * s.H * kChunk);
     p->growth = c.Take<uint32_t>(parts * s.SF() * kChunk / 2);
+    p->state = c.Take<__nv_bfloat16>(parts * s.SF() * s.D);
   }
-  if (p->state_parts > 1) {
-    p->partial = c.Take<float>(chunks * s.H * kChunk * s.D);
-    p->partial_norm = c.Take<float>(chunks * s.H * kChunk);
-  }
-  if (p->cut.least > 0) {
-    const int64_t channels = int64_t{p->stores} * s.Hkv * s.SF();
-    p->start = c.Take<float>(channels * s.D);
-    p->start_norm = c.Take<float>(channels);
-    p->start_decay = c.Take<float>(channels);
+  if (p->segment > 0) {
+    // One for each whole segment, and for a last one that is not, if its sequence has others.
+    const int64_t stores = chunks / p->segment + std::min<int64_t>(N, most / (p->segment + 1));
+    p->start = c.Take<float>(stores * s.Hkv * s.SF() * s.D);
+    p->start_norm = c.Take<float>(stores * s.Hkv * s.SF());
+    p->start_decay = c.Take<float>(stores * s.Hkv * s.SF());
   }
   return c.used;
 }
@@ -188,13 +145,13 @@ int Run(PrefillParams& p, const DslaShape& s, cudaStream_t stream) {
   LaunchPlan(p, stream);
   for (p.wave = 0; p.wave < p.waves; ++p.wave) {
     LaunchPrepare(p, s.D, stream);
-    if (p.fold || p.cut.least > 0) LaunchSummary(p, s.D, stream);
-    if (p.cut.least > 0) LaunchScan(p, s.D, stream);
+    if (p.fold || p.segment > 0) LaunchSummary(p, s.D, stream);
+    if (p.segment > 0) LaunchScan(p, s.D, stream);
     if (p.fold) continue;
-    // Needs nothing of the kernels before it, and begins beside the last of them.
+    LaunchCarry(p, s.D, stream);
+    // Needs nothing of `carry`, and runs beside it.
     if (s.window > 0) LaunchWindow(p, s.D, stream);
-    for (p.state_part = 0; p.state_part < p.state_parts; ++p.state_part)
-      LaunchChunks(p, s.D, stream);
+    LaunchOutput(p, s.D, stream);
   }
   if (p.fold || s.window > 0) s.D == 64 ? LaunchRing<64>(p, stream) : LaunchRing<128>(p, stream);
   return cudaGetLastError();

@@ -2,8 +2,8 @@
 //
 // A chunk is 64 places in the stream of entering tokens, [64 c, 64 c + 64) of token positions e;
 // row j of it also is the query of time e + W. The anchor lies between rows 31 and 32: R = G_31.
-// A segment is up to so many consecutive chunks of one sequence, counted from the call's first; a
-// wave is what is done at a time: whole segments, or any chunks where there are none.
+// A segment is up to a fixed number of consecutive chunks of one sequence, counted from the call's
+// first; a wave is what is done at a time: whole segments, or any chunks where there are none.
 #pragma once
 
 #include <atomic>
@@ -32,17 +32,6 @@ inline constexpr int kFirst = 1, kLast = 2;
 // The first of its sequence in this wave: flags >> kRunShift tells how many there are.
 inline constexpr int kRunShift = 3, kRunEnds = 4;  // the run reaches the sequence's last
 
-// How sequences are cut: into `count` segments, but none of less than `least` chunks nor more than
-// `most`. `least` is 0 where there are no segments.
-struct SegmentRule {
-  int least, most, count;
-};
-// Chunks of a segment of a sequence that has `chunks` of them in this call.
-__host__ __device__ inline int SegmentChunks(const SegmentRule& cut, int chunks) {
-  const int even = (chunks + cut.count - 1) / cut.count;
-  return even < cut.least ? cut.least : even > cut.most ? cut.most : even;
-}
-
 struct PrefillParams {
   Layer layer;
   NewRows rows;
@@ -59,22 +48,18 @@ struct PrefillParams {
   Segment* segments;   // [wave_first[waves]]
   float2* decay;       // [SF]: e^R, e^{L-R}
   float* key_sum;      // [4, SF]: sums of K~ over each 16 rows
+  float* norm;         // [SF]: e^R z
   float* lse;          // [chunk, H, 64] of the window, natural log
   uint32_t* growth;    // e^{G-R} bf16 [SF / D][4 tiles of 16 rows][D / 16] in the order of mma's A
   __nv_bfloat16* key;  // K~ [SF / D][64][D]
-  // [chunk, H, 64]: sums over the channels of the launches of `chunks` so far, if it takes several.
-  float* partial;       // [D] numerators
-  float* partial_norm;  // denominators
+  __nv_bfloat16* state;  // e^R S [SF / D], each D x D in fragment order
   // [segment, Hkv, ..]: what each adds to the states, then the states before it; its total decay.
-  float* start;        // [SF / 32], each 32 x D as the accumulators of `summary` lie
+  float* start;        // [SF / 32], each 32 x D as the accumulators of `carry` lie
   float* start_norm;   // [SF]
   float* start_decay;  // [SF]
-  SegmentRule cut;
-  int head_parts;               // blocks of `chunks` that share the query heads of a KV head
-  int state_parts, state_part;  // launches of `chunks` that share the states
-  int wave_chunks;              // chunks that the wave's part has room for
-  int wave_segments;            // the most segments of a wave
-  int stores;  // that `start` has room for: segments of sequences that have several
+  int segment;         // chunks of a segment; 0: none
+  int wave_chunks;     // chunks that the wave's part has room for
+  int wave_segments;   // the most segments of a wave
   int waves, wave;
 };
 
@@ -104,21 +89,6 @@ __device__ __forceinline__ bool Enters(const Layer& l, const Chunk& c, int j) {
   return j >= c.lo && j < c.hi && c.e0 + j >= l.S;
 }
 
-// V of a chunk whose rows do not lie at one distance. Rows that do not enter have K~ = 0, but 0
-// times whatever lies there may be NaN.
-template <int D, int kThreads, typename Rows>
-__device__ __forceinline__ void CopyScattered(const PrefillParams& p, const Rows& rows, uint4* to,
-                                              const Chunk& chunk, int h) {
-  constexpr int kPieces = D / 8;
-  for (int i = threadIdx.x; i < kChunk * kPieces; i += kThreads) {
-    const int row = i / kPieces, c = i % kPieces;
-    const bool enters = Enters(p.layer, chunk, row);
-    const __nv_bfloat16* v =
-        enters ? RowOf<D>(p.layer, rows, chunk.n, h, chunk.e0 + row).v : p.key;  // any address
-    CopyAsync(to + Swizzle<kPieces>(row, c), v + 8 * c, enters);
-  }
-}
-
 // The row of q and out that belongs to row 0 of the chunk; before the call's first row if lo > 0.
 __device__ __forceinline__ int64_t FirstRow(const Layer& l, const Chunk& c) {
   return l.row_start[c.n] + (c.e0 + l.W - l.pos[c.n]);
@@ -126,8 +96,8 @@ __device__ __forceinline__ int64_t FirstRow(const Layer& l, const Chunk& c) {
 
 // Launches a kernel with more shared memory than it has by default. A kernel ends only after the
 // one before it, and allows the next one only after that has ended: so all but the direct
-// predecessor have ended when a kernel starts. `window` allows it at once, while its predecessor
-// may still run: before `chunks` awaits them it reads only the plan and the call's inputs.
+// predecessor have ended when a kernel starts. `window` allows it at once, while `carry` may still
+// run: before `output` awaits them it reads only the plan and the call's inputs.
 template <auto kKernel>
 void Start(const char* name, dim3 grid, int threads, int shared_bytes, const PrefillParams& p,
            cudaStream_t stream) {
@@ -148,7 +118,8 @@ void LaunchPlan(const PrefillParams& p, cudaStream_t stream);
 void LaunchPrepare(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchSummary(const PrefillParams& p, int D, cudaStream_t stream);  // of a fold: the states
 void LaunchScan(const PrefillParams& p, int D, cudaStream_t stream);
+void LaunchCarry(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchWindow(const PrefillParams& p, int D, cudaStream_t stream);
-void LaunchChunks(const PrefillParams& p, int D, cudaStream_t stream);
+void LaunchOutput(const PrefillParams& p, int D, cudaStream_t stream);
 
 }  // namespace dsla::cuda

@@ -1,15 +1,15 @@
 // The states before each segment of a wave:  S_{s+1} = e^{decay of s} S_s + what s adds.
-// A prefill's last segment of a sequence is left to `chunks`, which ends with the sequence's state.
+// A prefill's last segment of a sequence is left to `carry`, which ends with the sequence's state.
 #include "ops/dsla/cuda/prefill.cuh"
 
 namespace dsla::cuda {
 namespace {
 
-constexpr int kThreads = 128, kChannels = 32;
+constexpr int kThreads = 128, kChannels = 32, kAhead = 8;
 
 // Goes over `count` segments `stride` apart. Of them `adds` add something; at `keep`, what is there
-// is replaced by the state before the segment. kAhead segments are on their way at a time.
-template <int kAhead, typename T, typename Load, typename Update>
+// is replaced by the state before the segment.
+template <typename T, typename Load, typename Update>
 __device__ __forceinline__ T Scan(T state, T* at, int64_t stride, int count, int adds, bool keep,
                                   const Load& decay_of, const Update& update) {
   using Decay = decltype(decay_of(0));
@@ -31,10 +31,10 @@ __device__ __forceinline__ T Scan(T state, T* at, int64_t stride, int count, int
   return state;
 }
 
-// grid (SF / 32 blocks of channels times D / 16 quads of a thread of `summary`, Hkv, segments)
+// grid (SF / 32 blocks of channels times D / 16 quads of a thread of `carry`, Hkv, segments)
 template <int D>
 __global__ void __launch_bounds__(kThreads) ScanKernel(const __grid_constant__ PrefillParams p) {
-  constexpr int kQuads = D / 16, kAhead = D == 64 ? 16 : 8;  // small shapes have many segments
+  constexpr int kQuads = D / 16;
   AwaitPrevious();
   AllowNext();
   const Layer& l = p.layer;
@@ -51,13 +51,13 @@ __global__ void __launch_bounds__(kThreads) ScanKernel(const __grid_constant__ P
   const int64_t part = (int64_t{s.store} * l.Hkv + h) * l.SF + c0;
   std::byte* slot = SlotBase(l, s.n);
   {
-    // Accumulator quad (m, j) of `summary`: channels 8 j + 2 t + {0, 1}, columns g + {0, 8}.
+    // Accumulator quad (m, j) of `carry`: channels 8 j + 2 t + {0, 1}, columns g + {0, 8}.
     const int m = quad / 4, c = 8 * (quad % 4) + 2 * t, column = warp * (D / 4) + 16 * m + g;
     float* to =
         reinterpret_cast<float*>(slot + l.at.state) + (int64_t{h} * l.SF + c0 + c) * D + column;
     float4 state{};
     if (!zero) state = {to[0], to[D], to[8], to[D + 8]};
-    state = Scan<kAhead>(
+    state = Scan(
         state, reinterpret_cast<float4*>(p.start) + part * (D / 4) + quad * kThreads + threadIdx.x,
         stride * (D / 4), count, adds, keep,
         [&](int i) {
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads) ScanKernel(const __grid_constant__ P
   }
   if (quad > 0 || threadIdx.x >= kChannels) return;
   float* to = reinterpret_cast<float*>(slot + l.at.norm) + int64_t{h} * l.SF + c0 + threadIdx.x;
-  const float norm = Scan<kAhead>(
+  const float norm = Scan(
       zero ? 0.f : *to, p.start_norm + part + threadIdx.x, stride, count, adds, keep,
       [&](int i) { return p.start_decay[part + i * stride + threadIdx.x]; },
       [](float x, float d, float y) { return d * x + y; });

@@ -1,0 +1,283 @@
+// Carries the states of a sequence from chunk to chunk:
+//   S^ = e^R S,  S' = e^{L-R} (S^ + K~^T V)
+// Three kernels of one loop: `summary` finds what a segment adds to states of zero, and its total
+// decay; `carry` leaves e^R S of every chunk for its queries; `fold` wants only the last state.
+// The state is held transposed, so that its accumulators are, once rounded, mma's B operand of the
+// queries' product with it.
+#include "ops/dsla/cuda/prefill.cuh"
+
+namespace dsla::cuda {
+namespace {
+
+constexpr int kThreads = 128, kStages = 3;
+
+enum class Pass { kSummary, kCarry, kFold };
+
+constexpr int kChannels = 32;  // of a block; all value columns
+
+template <int D>
+struct CarryStage {
+  uint4 v[kChunk * D / 8];
+  uint4 key[kChunk * kChannels / 8];
+  float4 decay[kChannels / 2];
+  float4 key_sum[4 * kChannels / 4];
+};
+
+// V of a chunk whose rows do not lie at one distance. Rows that do not enter have K~ = 0, but 0
+// times whatever lies there may be NaN.
+template <int D, typename Rows>
+__device__ __forceinline__ void CopyScattered(const PrefillParams& p, const Rows& rows, uint4* to,
+                                              const Chunk& chunk, int h) {
+  constexpr int kPieces = D / 8;
+  for (int i = threadIdx.x; i < kChunk * kPieces; i += kThreads) {
+    const int row = i / kPieces, c = i % kPieces;
+    const bool enters = Enters(p.layer, chunk, row);
+    const __nv_bfloat16* v =
+        enters ? RowOf<D>(p.layer, rows, chunk.n, h, chunk.e0 + row).v : p.key;  // any address
+    CopyAsync(to + Swizzle<kPieces>(row, c), v + 8 * c, enters);
+  }
+}
+
+// `page` is the chunk's page, or -1 if it lies in several; the other scalars are loaded once or one
+// chunk ahead, so that no load waits for another here.
+template <int D, bool kFold>
+__device__ __forceinline__ void Fetch(const PrefillParams& p, CarryStage<D>& s, const Chunk& chunk,
+                                      int pos, int64_t row_start, int page, int index, int h,
+                                      int c0) {
+  constexpr int kC = kChannels, kKeyPieces = kC / 8;
+  const Layer& l = p.layer;
+  const int64_t part = int64_t{index} * l.Hkv + h;
+  const __nv_bfloat16* key = p.key + (part * l.SF + c0 / D * D) * kChunk + c0 % D;
+  for (int i = threadIdx.x; i < kChunk * kKeyPieces; i += kThreads) {
+    const int row = i / kKeyPieces, c = i % kKeyPieces;
+    CopyAsync(s.key + Swizzle<kKeyPieces>(row, c), key + row * D + 8 * c);
+  }
+  const int from = max(chunk.lo, l.S - chunk.e0);
+  if constexpr (kFold) {
+    if (page >= 0) {
+      const int64_t at = page * p.pages.page_stride +
+                         (int64_t{h} * p.pages.page_size + chunk.e0 % p.pages.page_size) * D;
+      CopyTile<D, kThreads>(s.v, p.pages.v + at, D, from, chunk.hi);
+    } else {
+      CopyScattered<D>(p, p.pages, s.v, chunk, h);
+    }
+  } else {
+    if (chunk.e0 >= pos) {
+      const int64_t row = row_start + (chunk.e0 - pos);
+      CopyTile<D, kThreads>(s.v, p.rows.v + row * p.rows.v_stride + h * D, p.rows.v_stride, from,
+                            chunk.hi);
+    } else {
+      CopyScattered<D>(p, p.rows, s.v, chunk, h);
+    }
+  }
+  if (threadIdx.x < kC / 2)
+    CopyAsync(s.decay + threadIdx.x, p.decay + part * l.SF + c0 + 2 * threadIdx.x);
+  if (threadIdx.x < kC) {
+    const int quarter = threadIdx.x / (kC / 4), c = threadIdx.x % (kC / 4);
+    CopyAsync(s.key_sum + threadIdx.x, p.key_sum + (part * 4 + quarter) * l.SF + c0 + 4 * c);
+  }
+}
+
+// grid (blocks of channels, Hkv, segments)
+template <int D, Pass kPass>
+__global__ void __launch_bounds__(kThreads, D == 128 ? 3 : 4)
+    CarryKernel(const __grid_constant__ PrefillParams p) {
+  constexpr bool kFold = kPass == Pass::kFold;
+  constexpr int kC = kChannels, kM = D / 64, kN = kC / 8;
+  extern __shared__ __align__(16) std::byte memory[];
+  auto* stages = reinterpret_cast<CarryStage<D>*>(memory);
+  const Layer& l = p.layer;
+  const int h = blockIdx.y, c0 = blockIdx.x * kC;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  // With segments all but the scan before `carry` has ended when it starts.
+  if (kPass != Pass::kCarry || p.segment == 0) {
+    AwaitPrevious();
+    AllowNext();
+  }
+  const Segment segment = SegmentOf(p, blockIdx.z);
+  const int n = segment.n;
+  if (segment.count < 0 || (kPass == Pass::kSummary && (segment.flags & kLast))) {
+    AwaitPrevious();
+    return;
+  }
+  const int pos = l.pos[n];
+  const int64_t row_start = kFold ? 0 : l.row_start[n];
+  const auto chunk_at = [&](int i) -> Chunk {
+    return {n, segment.e0 + i * kChunk, i == 0 ? segment.lo : 0,
+            i == segment.count - 1 ? segment.hi : kChunk};
+  };
+  const auto page_at = [&](int i) {
+    if (!kFold || i >= segment.count) return -1;
+    const int e0 = segment.e0 + i * kChunk;
+    return IsSpan<D>(l, p.pages, n, e0)
+               ? p.pages.pages[p.pages.page_start[n] + e0 / p.pages.page_size]
+               : -1;
+  };
+  const auto fetch = [&](int i, int page) {
+    if (i < segment.count)
+      Fetch<D, kFold>(p, stages[i % kStages], chunk_at(i), pos, row_start, page, segment.at + i, h,
+                      c0);
+    CommitCopies();
+  };
+  for (int i = 0; i < kStages - 1; ++i) fetch(i, page_at(i));
+  int page = page_at(kStages - 1);
+  if (kPass == Pass::kCarry && p.segment > 0) {
+    AwaitPrevious();
+    AllowNext();
+  }
+
+  // Where the states come from and go to: the slot, or this segment's part of `start`. Only the
+  // sequence's last segment of a prefill, or a wave's chunks where there are no segments, end in
+  // the slot; the scan writes it otherwise.
+  const bool alone = p.segment == 0 || IsWhole(segment);
+  const bool zero =
+      kPass == Pass::kSummary || (kFold && (p.segment > 0 || (segment.flags & kFirst)));
+  const bool from_slot = kPass == Pass::kCarry ? alone : !zero;
+  const bool to_slot =
+      kPass != Pass::kSummary && (alone || (kPass == Pass::kCarry && (segment.flags & kLast)));
+  const bool to_store = !to_slot && kPass != Pass::kCarry;
+  std::byte* slot = SlotBase(l, n);
+  float* state = reinterpret_cast<float*>(slot + l.at.state) + (int64_t{h} * l.SF + c0) * D;
+  float* norm = reinterpret_cast<float*>(slot + l.at.norm) + int64_t{h} * l.SF + c0;
+  const int64_t store = (int64_t{segment.store} * l.Hkv + h) * l.SF + c0;
+  float4* start = reinterpret_cast<float4*>(p.start + store * D) + threadIdx.x;
+  const int v0 = warp * (D / 4);  // this warp's value columns
+  float acc[kM][kN][4];
+  float z = 0, total = 1;
+  if (!zero && threadIdx.x < kC)
+    z = from_slot ? norm[threadIdx.x] : p.start_norm[store + threadIdx.x];
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+      float4 x{};
+      if (!zero && from_slot) {
+        const float* from = state + (8 * j + 2 * t) * D + v0 + 16 * m + g;
+        x = {from[0], from[D], from[8], from[D + 8]};
+      } else if (!zero) {
+        x = start[(m * kN + j) * kThreads];
+      }
+      acc[m][j][0] = x.x;
+      acc[m][j][1] = x.y;
+      acc[m][j][2] = x.z;
+      acc[m][j][3] = x.w;
+    }
+
+  for (int i = 0; i < segment.count; ++i) {
+    WaitCopies<kStages - 2>();
+    __syncthreads();
+    fetch(i + kStages - 1, page);
+    page = page_at(i + kStages);
+    const CarryStage<D>& s = stages[i % kStages];
+    const int64_t part = int64_t{segment.at + i} * l.Hkv + h;
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+      const float4 decay = s.decay[4 * j + t];  // of channels 2t, 2t + 1: e^R, e^{L-R} each
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        acc[m][j][0] *= decay.x;
+        acc[m][j][1] *= decay.z;
+        acc[m][j][2] *= decay.x;
+        acc[m][j][3] *= decay.z;
+      }
+    }
+    if constexpr (kPass == Pass::kCarry) {
+      uint4* to = reinterpret_cast<uint4*>(p.state + (part * l.SF + c0 / D * D) * D);
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int j = 0; j < kN / 2; ++j) {
+          const float(&a)[4] = acc[m][2 * j], (&b)[4] = acc[m][2 * j + 1];
+          const int tile = (c0 % D / 16 + j) * (D / 16) + v0 / 16 + m;
+          to[tile * 32 + lane] = {Pack(a[0], a[1]), Pack(b[0], b[1]), Pack(a[2], a[3]),
+                                  Pack(b[2], b[3])};
+        }
+    }
+    if (threadIdx.x < kC) {
+      const float2 decay = reinterpret_cast<const float2*>(s.decay)[threadIdx.x];
+      const float* sums = reinterpret_cast<const float*>(s.key_sum) + threadIdx.x;
+      z *= decay.x;
+      if constexpr (kPass == Pass::kCarry) p.norm[part * l.SF + c0 + threadIdx.x] = z;
+      z = (z + ((sums[0] + sums[kC]) + (sums[2 * kC] + sums[3 * kC]))) * decay.y;
+      if constexpr (kPass != Pass::kCarry) total *= decay.x * decay.y;
+    }
+    const uint32_t v = SharedAddress(s.v), key = SharedAddress(s.key);
+#pragma unroll
+    for (int k = 0; k < kChunk / 16; ++k) {
+      uint32_t a[kM][4];
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+        LoadMatrixTransposed(a[m], v + 16 * Swizzle<D / 8>(16 * k + lane % 8 + lane / 16 * 8,
+                                                           v0 / 8 + 2 * m + lane / 8 % 2));
+#pragma unroll
+      for (int j = 0; j < kN / 2; ++j) {
+        uint32_t b[4];
+        LoadMatrixTransposed(b, key + 16 * Swizzle<kC / 8>(16 * k + lane % 16, 2 * j + lane / 16));
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+          Mma(acc[m][2 * j], a[m], b[0], b[1]);
+          Mma(acc[m][2 * j + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+      const float4 decay = s.decay[4 * j + t];
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        acc[m][j][0] *= decay.y;
+        acc[m][j][1] *= decay.w;
+        acc[m][j][2] *= decay.y;
+        acc[m][j][3] *= decay.w;
+      }
+    }
+  }
+  if (!to_slot && !to_store) return;
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+      const float(&x)[4] = acc[m][j];
+      if (to_store) {
+        start[(m * kN + j) * kThreads] = {x[0], x[1], x[2], x[3]};
+        continue;
+      }
+      float* to = state + (8 * j + 2 * t) * D + v0 + 16 * m + g;
+      to[0] = x[0];
+      to[D] = x[1];
+      to[8] = x[2];
+      to[D + 8] = x[3];
+    }
+  if (threadIdx.x >= kC) return;
+  if (to_store) p.start_decay[store + threadIdx.x] = total;
+  (to_store ? p.start_norm + store : norm)[threadIdx.x] = z;
+}
+
+template <int D, Pass kPass>
+void Launch(const char* name, const PrefillParams& p, cudaStream_t stream) {
+  const dim3 grid(p.layer.SF / kChannels, p.layer.Hkv, p.wave_segments);
+  Start<CarryKernel<D, kPass>>(name, grid, kThreads, kStages * sizeof(CarryStage<D>), p, stream);
+}
+template <int D>
+void Launch(const char* name, Pass pass, const PrefillParams& p, cudaStream_t stream) {
+  if (pass == Pass::kCarry)
+    Launch<D, Pass::kCarry>(name, p, stream);
+  else if (pass == Pass::kSummary)
+    Launch<D, Pass::kSummary>(name, p, stream);
+  else
+    Launch<D, Pass::kFold>(name, p, stream);
+}
+
+}  // namespace
+
+void LaunchSummary(const PrefillParams& p, int D, cudaStream_t stream) {
+  const Pass pass = p.fold ? Pass::kFold : Pass::kSummary;
+  D == 64 ? Launch<64>("summary", pass, p, stream) : Launch<128>("summary", pass, p, stream);
+}
+
+void LaunchCarry(const PrefillParams& p, int D, cudaStream_t stream) {
+  D == 64 ? Launch<64>("carry", Pass::kCarry, p, stream)
+          : Launch<128>("carry", Pass::kCarry, p, stream);
+}
+
+}  // namespace dsla::cuda

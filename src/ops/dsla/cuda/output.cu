@@ -1,0 +1,282 @@
+// Per chunk and query head: phi_q, Q~, and
+//   O = Q~ (e^R S) + tril(Q~ K~^T) V,  denominator = Q~ (e^R z) + row sums of tril(Q~ K~^T),
+// merged with the window's result. A warp has 16 rows; all else than Q~ comes through shared
+// memory, one block of D of the SF channels at a time.
+#include "ops/dsla/cuda/prefill.cuh"
+
+namespace dsla::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+
+// Stages of what blocks of channels need. After the last block, a stage has V and the window's
+// part.
+template <int D>
+struct OutputShared {
+  static constexpr int kStages = D == 64 ? 3 : 2;
+  static constexpr bool kGrowth = D == 64;  // there is room for it
+
+  uint4 matrix[kStages][D * D / 8];    // e^R S, or the window's result; phi_q in the last at first
+  uint4 key[kStages][kChunk * D / 8];  // K~, or V
+  uint4 norm[kStages][D / 4];          // e^R z
+  uint4 growth[kStages][kGrowth ? kChunk * D / 8 : 1];  // e^{G-R}
+};
+
+template <int D>
+__device__ __forceinline__ void FetchMatrix(uint4* to, const void* from) {
+  for (int i = threadIdx.x; i < D * D / 8; i += kThreads)
+    CopyAsync(to + i, static_cast<const uint4*>(from) + i);
+}
+template <int D>
+__device__ __forceinline__ void FetchKeys(uint4* to, const __nv_bfloat16* from) {
+  for (int i = threadIdx.x; i < kChunk * D / 8; i += kThreads)
+    CopyAsync(to + Swizzle<D / 8>(i / (D / 8), i % (D / 8)), from + 8 * i);
+}
+template <int D>
+__device__ __forceinline__ void FetchValues(const PrefillParams& p, uint4* to, const Chunk& chunk,
+                                            int h) {
+  const Layer& l = p.layer;
+  if (IsSpan<D>(l, p.rows, chunk.n, chunk.e0)) {
+    const KvSpan span = SpanOf<D>(l, p.rows, chunk.n, h, chunk.e0);
+    CopyTile<D, kThreads>(to, span.row.v, span.v_stride, max(chunk.lo, l.S - chunk.e0), chunk.hi);
+    return;
+  }
+  for (int i = threadIdx.x; i < kChunk * D / 8; i += kThreads) {
+    const int row = i / (D / 8), c = i % (D / 8);
+    const bool enters = Enters(l, chunk, row);
+    const __nv_bfloat16* v = enters ? RowOf<D>(l, p.rows, chunk.n, h, chunk.e0 + row).v : p.rows.v;
+    CopyAsync(to + Swizzle<D / 8>(row, c), v + 8 * c, enters);
+  }
+}
+
+// grid (H, chunks of a wave)
+template <int D>
+__global__ void __launch_bounds__(kThreads, D == 128 ? 2 : 3)
+    OutputKernel(const __grid_constant__ PrefillParams p) {
+  constexpr int kStages = OutputShared<D>::kStages;
+  constexpr bool kGrowth = OutputShared<D>::kGrowth;
+  extern __shared__ __align__(16) std::byte memory[];
+  auto& shared = *reinterpret_cast<OutputShared<D>*>(memory);
+  const Layer& l = p.layer;
+  const int head = blockIdx.x, h = head / l.G;
+  const Chunk chunk = ChunkOf(p, blockIdx.y);
+  if (chunk.n < 0) {
+    AwaitPrevious();
+    return;
+  }
+  const int64_t part = int64_t{blockIdx.y} * l.Hkv + h;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int blocks = l.SF / D;
+
+  FetchMatrix<D>(shared.matrix[kStages - 1], l.weights.phi_q + int64_t{head} * D * D);
+  CommitCopies();
+  const auto fetch = [&](int b) {
+    if (b == blocks) {
+      const Chunk c = ChunkOf(p, blockIdx.y);
+      FetchValues<D>(p, shared.key[b % kStages], c, h);
+      if (l.W > 0)
+        CopyTile<D, kThreads>(shared.matrix[b % kStages], p.out + (FirstRow(l, c) * l.H + head) * D,
+                              int64_t{l.H} * D, c.lo, c.hi);
+    }
+    if (b >= blocks) return;
+    if constexpr (kGrowth) {  // the three have one size, and one offset
+      const int64_t at = (part * blocks + b) * (D * D / 8);
+      FetchMatrix<D>(shared.matrix[b % kStages], reinterpret_cast<const uint4*>(p.state) + at);
+      FetchKeys<D>(shared.key[b % kStages], p.key + at * 8);
+      FetchMatrix<D>(shared.growth[b % kStages], reinterpret_cast<const uint4*>(p.growth) + at);
+    } else {
+      FetchMatrix<D>(shared.matrix[b % kStages], p.state + (part * l.SF + b * D) * D);
+      FetchKeys<D>(shared.key[b % kStages], p.key + (part * l.SF + b * D) * kChunk);
+    }
+    if (threadIdx.x < D / 4)
+      CopyAsync(shared.norm[b % kStages] + threadIdx.x,
+                p.norm + part * l.SF + b * D + 4 * threadIdx.x);
+  };
+
+  float y[D / 8][4] = {};
+  {
+    uint32_t q[D / 16][4];
+    const int64_t row0 = FirstRow(l, chunk);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int j = 16 * warp + g + 8 * i;
+      const bool valid = j >= chunk.lo && j < chunk.hi;
+      const __nv_bfloat16* from = p.q + (valid ? (row0 + j) * p.q_stride + head * D : 0);
+#pragma unroll
+      for (int c = 0; c < D / 16; ++c) {
+        q[c][i] = valid ? *reinterpret_cast<const uint32_t*>(from + 16 * c + 2 * t) : 0;
+        q[c][2 + i] = valid ? *reinterpret_cast<const uint32_t*>(from + 16 * c + 2 * t + 8) : 0;
+      }
+    }
+    AwaitPrevious();
+    AllowNext();
+#pragma unroll
+    for (int b = 0; b < kStages - 1; ++b) {
+      fetch(b);
+      CommitCopies();
+    }
+    WaitCopies<kStages - 1>();
+    __syncthreads();
+#pragma unroll
+    for (int c = 0; c < D / 16; ++c)
+#pragma unroll
+      for (int j = 0; j < D / 16; ++j) {
+        const uint4 b = shared.matrix[kStages - 1][(c * (D / 16) + j) * 32 + lane];
+        Mma(y[2 * j], q[c], b.x, b.y);
+        Mma(y[2 * j + 1], q[c], b.z, b.w);
+      }
+    __syncthreads();  // phi_q's place is free
+  }
+  // phi = e^{y - log(sum e^y)}, in base 2 from here on; so are phi(-y) and the mix of the states.
+  float log_sum[2][2];  // [sign][row]
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float high = -INFINITY, low = -INFINITY, sum = 0, sum_negative = 0;
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+      for (int c = 2 * r; c < 2 * r + 2; ++c) {
+        y[j][c] *= 1.4426950408889634f;
+        high = fmaxf(high, y[j][c]);
+        low = fmaxf(low, -y[j][c]);
+      }
+    high = QuadMax(high);
+    low = QuadMax(low);
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+      for (int c = 2 * r; c < 2 * r + 2; ++c) {
+        sum += Exp2(y[j][c] - high);
+        if (l.F > D) sum_negative += Exp2(-y[j][c] - low);
+      }
+    log_sum[0][r] = high + Log2(QuadSum(sum));
+    log_sum[1][r] = low + Log2(QuadSum(sum_negative));
+  }
+
+  float acc[D / 8][4] = {}, score[8][4] = {}, norm[2] = {};
+  for (int b = 0; b < blocks; ++b) {
+    fetch(b + kStages - 1);
+    CommitCopies();
+    const bool negative = b % (l.F / D) == 1;
+    const float sign = negative ? -1.f : 1.f;
+    const float mix = __log2f(l.mix[head * l.states + b * D / l.F]);  // a mix may be 0
+    const float base[2] = {mix - (negative ? log_sum[1][0] : log_sum[0][0]),
+                           mix - (negative ? log_sum[1][1] : log_sum[0][1])};
+    const uint4* growth;
+    if constexpr (kGrowth)
+      growth = shared.growth[b % kStages] + warp * (D * 2) + lane;
+    else
+      growth = reinterpret_cast<const uint4*>(p.growth) +
+               ((part * blocks + b) * 4 + warp) * (D * 2) + lane;
+    const float2* z = reinterpret_cast<const float2*>(shared.norm[b % kStages]) + t;
+    uint4 ahead{};
+    if (!kGrowth) ahead = growth[0];
+    WaitCopies<kStages - 1>();
+    __syncthreads();
+    const uint4* state = shared.matrix[b % kStages];
+    const uint32_t key = SharedAddress(shared.key[b % kStages]);
+#pragma unroll
+    for (int c = 0; c < D / 16; ++c) {
+      uint4 grown = ahead;
+      if constexpr (kGrowth)
+        grown = growth[c * 32];
+      else if (c + 1 < D / 16)
+        ahead = growth[(c + 1) * 32];
+      const uint32_t e[4] = {grown.x, grown.y, grown.z, grown.w};
+      uint32_t a[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int r = i % 2;
+        const float(&from)[4] = y[2 * c + i / 2];
+        a[i] = Pack(Exp2(sign * from[2 * r] + base[r]) * Low(e[i]),
+                    Exp2(sign * from[2 * r + 1] + base[r]) * High(e[i]));
+        const float2 state_norm = z[8 * c + 4 * (i / 2)];
+        norm[r] += Low(a[i]) * state_norm.x + High(a[i]) * state_norm.y;
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (j > warp) continue;  // later than all of this warp's rows
+        uint32_t k[4];
+        LoadMatrix(
+            k, key + 16 * Swizzle<D / 8>(16 * j + lane % 8 + lane / 16 * 8, 2 * c + lane / 8 % 2));
+        Mma(score[2 * j], a, k[0], k[1]);
+        Mma(score[2 * j + 1], a, k[2], k[3]);
+      }
+#pragma unroll
+      for (int j = 0; j < D / 16; ++j) {
+        const uint4 s = state[(c * (D / 16) + j) * 32 + lane];
+        Mma(acc[2 * j], a, s.x, s.y);
+        Mma(acc[2 * j + 1], a, s.z, s.w);
+      }
+    }
+    __syncthreads();  // the other half's copies of the next round may overwrite this block
+  }
+  const Chunk again = ChunkOf(p, blockIdx.y);  // read twice: registers are short in between
+  const int64_t row0 = FirstRow(l, again);
+  float lse[2] = {}, claim[2] = {};
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int j = 16 * warp + g + 8 * r;
+    if (l.W == 0 || j < again.lo || j >= again.hi) continue;
+    lse[r] = p.lse[(int64_t{blockIdx.y} * l.H + head) * kChunk + j];
+    claim[r] = p.claim[(row0 + j) * l.H + head];
+  }
+  WaitCopies<0>();
+  __syncthreads();
+  const uint32_t* window = reinterpret_cast<const uint32_t*>(shared.matrix[blocks % kStages]) + t;
+  const uint32_t v = SharedAddress(shared.key[blocks % kStages]);
+#pragma unroll
+  for (int c = 0; c < kChunk / 16; ++c) {
+    uint32_t a[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = i % 2, row = 16 * warp + g + 8 * r, s = 16 * c + 2 * t + 8 * (i / 2);
+      const float(&from)[4] = score[2 * c + i / 2];
+      // Selected, not multiplied: above the diagonal products may be infinite.
+      a[i] = Pack(s <= row ? from[2 * r] : 0.f, s + 1 <= row ? from[2 * r + 1] : 0.f);
+      norm[r] += Low(a[i]) + High(a[i]);
+    }
+    if (16 * c > 16 * warp + 15) continue;  // all zeros
+#pragma unroll
+    for (int j = 0; j < D / 16; ++j) {
+      uint32_t b[4];
+      LoadMatrixTransposed(b, v + 16 * Swizzle<D / 8>(16 * c + lane % 16, 2 * j + lane / 16));
+      Mma(acc[2 * j], a, b[0], b[1]);
+      Mma(acc[2 * j + 1], a, b[2], b[3]);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float denominator = QuadSum(norm[r]);
+    const int j = 16 * warp + g + 8 * r;
+    if (j < again.lo || j >= again.hi) continue;
+    const float scaled = 1 / (denominator + kDslaEpsilon);
+    uint32_t* out = reinterpret_cast<uint32_t*>(p.out + ((row0 + j) * l.H + head) * D) + t;
+    float w = 1;
+    if (l.W > 0) w = denominator < kDslaEpsilon ? 0.f : 1 / (1 + Exp(lse[r] - claim[r]));
+#pragma unroll
+    for (int c = 0; c < D / 8; ++c) {
+      float x0 = w * (acc[c][2 * r] * scaled), x1 = w * (acc[c][2 * r + 1] * scaled);
+      if (l.W > 0) {
+        const uint32_t x = window[4 * Swizzle<D / 8>(j, c)];
+        x0 += (1 - w) * Low(x);
+        x1 += (1 - w) * High(x);
+      }
+      out[4 * c] = Pack(x0, x1);
+    }
+  }
+}
+
+template <int D>
+void Launch(const PrefillParams& p, cudaStream_t stream) {
+  Start<OutputKernel<D>>("output", dim3(p.layer.H, p.wave_chunks), kThreads,
+                         sizeof(OutputShared<D>), p, stream);
+}
+
+}  // namespace
+
+void LaunchOutput(const PrefillParams& p, int D, cudaStream_t stream) {
+  D == 64 ? Launch<64>(p, stream) : Launch<128>(p, stream);
+}
+
+}  // namespace dsla::cuda
