@@ -29,7 +29,8 @@ constexpr int MaxThreads() {
 // e^a - 1 of this warp's channels and the slots of one half.
 template <int D, int kBlocks>
 __device__ __forceinline__ void Gates(float (&gate)[kBlocks][4][4], const uint4* weight,
-                                      const uint4* plain, const float2* bias, float least) {
+                                      const uint4* plain, const float2* bias, float least,
+                                      int lane) {
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
     const float2 start = bias[b * (D / 2)];
@@ -46,7 +47,7 @@ __device__ __forceinline__ void Gates(float (&gate)[kBlocks][4][4], const uint4*
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) LoadPiece(a[b], weight[b * (D * D / 8) + c * (D * 2)]);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) x[j] = plain[(c * 8 + j) * 32];
+    for (int j = 0; j < 4; ++j) x[j] = plain[(c * 8 + j) * 32 + PlaceOf(c, lane / 4, lane % 4)];
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
@@ -175,13 +176,12 @@ __global__ void __launch_bounds__(MaxThreads<D>(), kBlocksPerProcessor<D>)
   AllowNext();
   __syncthreads();
 
-  const int place = 4 * g + (t ^ (g / 2));
   int index = blockIdx.y + gridDim.y * team;
   const auto chunk_at = [&](int i) {
     return i < p.wave_chunks ? ChunkOf(p, i) : Chunk{-1, 0, 0, 0};
   };
   Chunk chunk = chunk_at(index);
-  uint4 keys[4];
+  uint2 keys[4][2];
   LoadKeys<D, kFold>(keys, p, chunk, h, thread);
   while (chunk.n >= 0) {
     StoreKeys<D>(s, keys, l, chunk, thread, team);
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(MaxThreads<D>(), kBlocksPerProcessor<D>)
       LoadPiece(b, shared.weight[0][c + D / 32][warp][lane]);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const uint4 x = s.key[c][j][place];
+        const uint4 x = s.key[c][j][PlaceOf(c, g, t)];
         Mma(y[j / 4][j % 4], a, x.x, x.y);
         Mma(y[j / 4][j % 4], b, x.z, x.w);
       }
@@ -209,8 +209,8 @@ __global__ void __launch_bounds__(MaxThreads<D>(), kBlocksPerProcessor<D>)
     const bool whole = Enters(l, chunk, 0) && chunk.hi == kChunk;
     const auto half = [&]<bool kUpper>() {
       float gate[kBlocks][4][4];
-      Gates<D, kBlocks>(gate, &shared.weight[1][0][warp][lane], &s.plain[0][4 * kUpper][place],
-                        &shared.bias[8 * warp + g], l.least_gate);
+      Gates<D, kBlocks>(gate, &shared.weight[1][0][warp][lane], &s.plain[0][4 * kUpper][0],
+                        &shared.bias[8 * warp + g], l.least_gate, lane);
       const int first = TokenOf(32 * kUpper + 8 * t);
       if (!whole) {
 #pragma unroll
@@ -221,8 +221,7 @@ __global__ void __launch_bounds__(MaxThreads<D>(), kBlocksPerProcessor<D>)
           }
       }
       if constexpr (kUpper) {  // the next chunk's keys are under way meanwhile
-        chunk = s.next;
-        LoadKeys<D, kFold>(keys, p, chunk, h, thread);
+        LoadKeys<D, kFold>(keys, p, s.next, h, thread);
       } else {
         Barrier<2 * D>(team);  // the statistics are combined
       }
@@ -241,6 +240,7 @@ __global__ void __launch_bounds__(MaxThreads<D>(), kBlocksPerProcessor<D>)
     };
     half.template operator()<false>();
     half.template operator()<true>();
+    chunk = s.next;
     index += gridDim.y * teams;
   }
 }
