@@ -23,6 +23,7 @@ struct TeamShared {
   float top[kSigns][D / 16][kChunk];
   float sum[kSigns][D / 16][kChunk];
   Chunk next;
+  int next_index;
 };
 
 // Weights as mma's A operand: [phi_k, then gates of kBlocks][k step][warp][lane].
@@ -41,15 +42,18 @@ __device__ __forceinline__ int TokenOf(int slot) {
 // nor do warps that read.
 __device__ __forceinline__ int PlaceOf(int c, int g, int t) { return (4 * g + t) ^ (4 * (c % 2)); }
 
-// A k step's columns are dealt such that lane t of a fragment has dimensions 4t .. 4t + 3.
+// Part of the weights on their way to shared memory: all of it if the block has all its
+// teams. A k step's columns are dealt such that lane t of a fragment has dimensions
+// 4t .. 4t + 3. Each thread fills lanes 4g + t and 4g + t + 2, t < 2, from `base` on.
 template <int D, int kBlocks>
-__device__ __forceinline__ void LoadWeights(uint4* to, const Layer& l, int h, int first_block) {
-  // All of a block's loads are under way at once. Each thread fills lanes 4g + t and 4g + t + 2.
-  constexpr int kPairs = D * D / 16, kBatch = (1 + kBlocks) * kPairs / (kTeams<D> * 2 * D);
-  for (int base = threadIdx.x; base < (1 + kBlocks) * kPairs; base += kBatch * blockDim.x) {
-    uint2 even[kBatch][2], odd[kBatch][2];
+struct WeightBatch {
+  static constexpr int kPairs = D * D / 16, kAll = (1 + kBlocks) * kPairs;
+  static constexpr int kCount = kAll / (kTeams<D> * 2 * D);
+  uint2 even[kCount][2], odd[kCount][2];
+
+  __device__ __forceinline__ void Load(const Layer& l, int h, int first_block, int base) {
 #pragma unroll
-    for (int u = 0; u < kBatch; ++u) {
+    for (int u = 0; u < kCount; ++u) {
       const int i = base + u * blockDim.x;
       const int m = i / kPairs, tile = i % kPairs / 16, g = i / 2 % 8, t = i % 2;
       const __nv_bfloat16* from =
@@ -64,19 +68,22 @@ __device__ __forceinline__ void LoadWeights(uint4* to, const Layer& l, int h, in
         odd[u][k] = __ldg(at + 2 * k + 8);
       }
     }
+  }
+
+  __device__ __forceinline__ void Store(uint4* to, int base) const {
 #pragma unroll
-    for (int u = 0; u < kBatch; ++u) {
-      const int i = base + u * blockDim.x, lane = i / 2 % 8 * 4 + i % 2;
+    for (int u = 0; u < kCount; ++u) {
+      const int i = base + u * blockDim.x;
       const uint2(&e)[2] = even[u], (&o)[2] = odd[u];
       const uint4 low{e[0].x, o[0].x, e[1].x, o[1].x}, high{e[0].y, o[0].y, e[1].y, o[1].y};
       // Half of the threads begin with the upper lane: so no bank is met twice.
       const bool swap = i & 4;
-      uint4* piece = to + i / 16 * 32 + lane;
+      uint4* piece = to + i / 16 * 32 + i / 2 % 8 * 4 + i % 2;
       piece[swap ? 2 : 0] = swap ? high : low;
       piece[swap ? 0 : 2] = swap ? low : high;
     }
   }
-}
+};
 
 __device__ __forceinline__ void LoadPiece(uint32_t (&to)[4], const uint4& from) {
   to[0] = from.x, to[1] = from.y, to[2] = from.z, to[3] = from.w;
@@ -114,8 +121,8 @@ __device__ __forceinline__ void LoadKeys(uint2 (&keys)[4][2], const PrefillParam
         reinterpret_cast<const uint2*>(__shfl_sync(~0u, found, at.first % kRows * 4 + i));
     keys[i][0] = keys[i][1] = {};
     if (k != nullptr) {
-      keys[i][0] = k[at.part];
-      keys[i][1] = k[at.part + D / 8];
+      keys[i][0] = __ldcg(k + at.part);
+      keys[i][1] = __ldcg(k + at.part + D / 8);
     }
   }
 }
@@ -130,7 +137,7 @@ __device__ __forceinline__ void StoreKeys(Shared& s, const uint2 (&keys)[4][2], 
   for (int i = 0; i < 4; ++i) {
     // Keys of rows that do not enter are zeros: any angle does.
     const int row = at.first + 16 * i, time = Enters(l, chunk, row) ? chunk.e0 + row : 0;
-    const int64_t angle = int64_t{time} * (D / 8) + at.part;
+    const unsigned angle = time * (D / 8) + at.part;
     cos[i] = reinterpret_cast<const float4*>(l.cos)[angle];
     sin[i] = reinterpret_cast<const float4*>(l.sin)[angle];
   }
@@ -186,12 +193,10 @@ __device__ __forceinline__ float2 ReduceRows(float (&v)[16], int lane, const Op&
   return {v[0], v[1]};
 }
 
-// Eight values of neighbouring slots.
-__device__ __forceinline__ void LoadSlots(float (&to)[8], const float* from) {
-  const float4 a = reinterpret_cast<const float4*>(from)[0];
-  const float4 b = reinterpret_cast<const float4*>(from)[1];
+// Four values of neighbouring slots.
+__device__ __forceinline__ void LoadSlots(float (&to)[4], const float* from) {
+  const float4 a = *reinterpret_cast<const float4*>(from);
   to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w;
-  to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
 }
 
 // Of this warp's channels: the largest exponent and the sum of e^{sign y} per slot. With kKeep the
@@ -212,13 +217,13 @@ __device__ __forceinline__ void Statistics(float (&y)[2][4][4], float sign, floa
   __syncwarp();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float reference[8];
-    LoadSlots(reference, top + 32 * half + 8 * t);
+    float reference[4];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
+      if (i % 4 == 0) LoadSlots(reference, top + 32 * half + 8 * t + i);
       float(&from)[4] = y[half][i / 2];
-      const float e0 = Exp2(from[i % 2] * (sign * kLog2e) - reference[i]);
-      const float e1 = Exp2(from[2 + i % 2] * (sign * kLog2e) - reference[i]);
+      const float e0 = Exp2(from[i % 2] * (sign * kLog2e) - reference[i % 4]);
+      const float e1 = Exp2(from[2 + i % 2] * (sign * kLog2e) - reference[i % 4]);
       v[8 * half + i] = e0 + e1;
       if constexpr (kKeep) {
         from[i % 2] = e0;
