@@ -195,7 +195,8 @@ __global__ void __launch_bounds__(MaxThreads<D>(), kBlocksPerProcessor<D>)
   while (chunk.n >= 0) {
     StoreKeys<D>(s, keys, l, chunk, thread, team);
     float y[2][4][4] = {};
-#pragma unroll 1
+// With two signs more registers are taken.
+#pragma unroll(kSigns == 1 ? 2 : 1)
     for (int c = 0; c < D / 32; ++c) {
       uint32_t a[4], b[4];
       LoadPiece(a, shared.weight[0][c][warp][lane]);
