@@ -29,7 +29,8 @@ constexpr int MaxThreads() {
 // e^a - 1 of this warp's channels and the slots of one half.
 template <int D, int kBlocks>
 __device__ __forceinline__ void Gates(float (&gate)[kBlocks][4][4], const uint4* weight,
-                                      const uint4* plain, const float2* bias, float least) {
+                                      const uint4* plain, const float2* bias, float least,
+                                      int lane) {
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
     const float2 start = bias[b * (D / 2)];
@@ -46,7 +47,7 @@ __device__ __forceinline__ void Gates(float (&gate)[kBlocks][4][4], const uint4*
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) LoadPiece(a[b], weight[b * (D * D / 8) + c * (D * 2)]);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) x[j] = plain[(c * 8 + j) * 32];
+    for (int j = 0; j < 4; ++j) x[j] = plain[(c * 8 + j) * 32 + PlaceOf(c, lane / 4, lane % 4)];
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
@@ -110,16 +111,17 @@ __device__ __forceinline__ void WriteHalf(const TeamShared<D, kSigns>& s,
       to.decay[b * 2 * D + 2] = total[1];
     }
   }
-  float scale[kSigns][8];
-#pragma unroll
-  for (int sign = 0; sign < kSigns; ++sign)
-    LoadSlots(scale[sign], s.top[sign][kSigns == 1 ? warp : 0] + 32 * kUpper + 8 * t);
+  float scale[kSigns][4];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
+#pragma unroll
+    for (int sign = 0; sign < kSigns; ++sign)
+      if (i % 4 == 0)
+        LoadSlots(scale[sign], s.top[sign][kSigns == 1 ? warp : 0] + 32 * kUpper + 8 * t + i);
     float phi[2];  // negated
     if constexpr (kSigns == 1) {
-      phi[0] = y[i / 2][i % 2] * scale[0][i];
-      phi[1] = y[i / 2][2 + i % 2] * scale[0][i];
+      phi[0] = y[i / 2][i % 2] * scale[0][i % 4];
+      phi[1] = y[i / 2][2 + i % 2] * scale[0][i % 4];
     }
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
@@ -127,7 +129,7 @@ __device__ __forceinline__ void WriteHalf(const TeamShared<D, kSigns>& s,
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         if constexpr (kSigns == 2)
-          phi[r] = -Exp2(y[i / 2][2 * r + i % 2] * (b == 0 ? kLog2e : -kLog2e) + scale[b][i]);
+          phi[r] = -Exp2(y[i / 2][2 * r + i % 2] * (b == 0 ? kLog2e : -kLog2e) + scale[b][i % 4]);
         const float x = gate[b][i / 2][2 * r + i % 2];
         if constexpr (kUpper) {
           run[b][r] += run[b][r] * x;
@@ -167,33 +169,41 @@ __global__ void __launch_bounds__(MaxThreads<D>(), kBlocksPerProcessor<D>)
   const int lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
   const int teams = blockDim.x / (2 * D);
   TeamShared<D, kSigns>& s = shared.team[team];
-  LoadWeights<D, kBlocks>(&shared.weight[0][0][0][0], l, h, first_block);
+  using Batch = WeightBatch<D, kBlocks>;
+  Batch batch;
+  batch.Load(l, h, first_block, threadIdx.x);
   for (int i = threadIdx.x; i < kBlocks * D / 2; i += blockDim.x)
     shared.bias[i] =
         reinterpret_cast<const float2*>(l.weights.bias + h * l.SF + first_block * D)[i];
   AwaitPrevious();
   AllowNext();
-  __syncthreads();
 
-  const int place = 4 * g + (t ^ (g / 2));
   int index = blockIdx.y + gridDim.y * team;
   const auto chunk_at = [&](int i) {
     return i < p.wave_chunks ? ChunkOf(p, i) : Chunk{-1, 0, 0, 0};
   };
   Chunk chunk = chunk_at(index);
-  uint4 keys[4];
+  uint2 keys[4][2];
   LoadKeys<D, kFold>(keys, p, chunk, h, thread);
+  for (int base = threadIdx.x;;) {
+    batch.Store(&shared.weight[0][0][0][0], base);
+    base += Batch::kCount * blockDim.x;
+    if (base >= Batch::kAll) break;
+    batch.Load(l, h, first_block, base);
+  }
+  __syncthreads();
   while (chunk.n >= 0) {
     StoreKeys<D>(s, keys, l, chunk, thread, team);
     float y[2][4][4] = {};
-#pragma unroll 1
+// With two signs more registers are taken.
+#pragma unroll(kSigns == 1 ? 2 : 1)
     for (int c = 0; c < D / 32; ++c) {
       uint32_t a[4], b[4];
       LoadPiece(a, shared.weight[0][c][warp][lane]);
       LoadPiece(b, shared.weight[0][c + D / 32][warp][lane]);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const uint4 x = s.key[c][j][place];
+        const uint4 x = s.key[c][j][PlaceOf(c, g, t)];
         Mma(y[j / 4][j % 4], a, x.x, x.y);
         Mma(y[j / 4][j % 4], b, x.z, x.w);
       }
@@ -203,14 +213,17 @@ __global__ void __launch_bounds__(MaxThreads<D>(), kBlocksPerProcessor<D>)
       Statistics<kSigns == 1>(y, sign == 0 ? 1.f : -1.f, s.top[sign][warp], s.sum[sign][warp],
                               lane);
     Barrier<2 * D>(team);
-    if (thread == 2 * D - 1) s.next = chunk_at(index + gridDim.y * teams);
+    if (thread == 2 * D - 1) {
+      s.next_index = index + gridDim.y * teams;
+      s.next = chunk_at(s.next_index);
+    }
     if (thread < kSigns * kChunk) CombineStatistics(s, thread / kChunk, thread % kChunk);
 
     const bool whole = Enters(l, chunk, 0) && chunk.hi == kChunk;
     const auto half = [&]<bool kUpper>() {
       float gate[kBlocks][4][4];
-      Gates<D, kBlocks>(gate, &shared.weight[1][0][warp][lane], &s.plain[0][4 * kUpper][place],
-                        &shared.bias[8 * warp + g], l.least_gate);
+      Gates<D, kBlocks>(gate, &shared.weight[1][0][warp][lane], &s.plain[0][4 * kUpper][0],
+                        &shared.bias[8 * warp + g], l.least_gate, lane);
       const int first = TokenOf(32 * kUpper + 8 * t);
       if (!whole) {
 #pragma unroll
@@ -221,12 +234,11 @@ __global__ void __launch_bounds__(MaxThreads<D>(), kBlocksPerProcessor<D>)
           }
       }
       if constexpr (kUpper) {  // the next chunk's keys are under way meanwhile
-        chunk = s.next;
-        LoadKeys<D, kFold>(keys, p, chunk, h, thread);
+        LoadKeys<D, kFold>(keys, p, s.next, h, thread);
       } else {
         Barrier<2 * D>(team);  // the statistics are combined
       }
-      const int64_t part = int64_t{index} * l.Hkv + h;
+      const int64_t part = int64_t{index} * l.Hkv + blockIdx.x;
       const int64_t block = part * blocks + first_block, quarter = first / 16, row = first % 16;
       const int pair = 8 * warp + g;
       Places to;
@@ -241,7 +253,8 @@ __global__ void __launch_bounds__(MaxThreads<D>(), kBlocksPerProcessor<D>)
     };
     half.template operator()<false>();
     half.template operator()<true>();
-    index += gridDim.y * teams;
+    chunk = s.next;
+    index = s.next_index;
   }
 }
 
