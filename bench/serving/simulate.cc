@@ -25,7 +25,7 @@ struct Options {
   std::string trace, cost;
   int layers = 30, max_level = 22;
   double memory = 256;                                    // MiB
-  int64_t page_bytes = 64 * 768, slot_bytes = 388 * 768;  // of one layer, SmolLM2-135M's
+  int64_t page_bytes = 64 * 768, slot_bytes = 400 * 768;  // of one layer, SmolLM2-135M's
   std::string texts = "/usr/share/common-licenses";
 };
 

@@ -109,7 +109,8 @@ std::vector<ConfigKey> ConfigKeys(DistillConfig& c) {
       {"chain.low_rank_lr", "", "learning rate of the low-rank deltas", &c.chain_low_rank_lr,
        from_chain},
       {"chain.lr", "", "learning rate of everything else", &c.chain_lr, from_chain},
-      {"chain.levels", "layers", "levels drawn more often, empty: half, three quarters, all",
+      {"chain.levels", "layers",
+       "levels drawn more often, empty: half, three quarters and, six times as often, all",
        &c.chain_levels, from_chain},
       {"chain.level_share", "", "share of the steps at those levels, the rest at any",
        &c.chain_level_share, from_chain},
@@ -259,6 +260,7 @@ Status CompleteConfig(const ModelConfig& model, DistillConfig* config) {
   if (c.chain_levels.empty()) {
     c.chain_levels = Quarters(model.L);
     if (c.chain_levels.size() > 1) c.chain_levels.erase(c.chain_levels.begin());
+    c.chain_levels.insert(c.chain_levels.end(), 5, model.L);  // the last layers cost the most
   }
   DSLA_RETURN_IF_ERROR(levels("chain.levels", c.chain_levels));
   DSLA_RETURN_IF_ERROR(levels("evaluate.levels", c.evaluate_levels));

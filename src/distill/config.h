@@ -21,11 +21,11 @@ struct DistillConfig {
   int top_level = 0;  // 0: three quarters of the layers
 
   std::vector<int> lengths = {1024, 4096};
-  std::vector<double> length_shares = {0.6, 0.4};
+  std::vector<double> length_shares = {0.2, 0.8};
   int tokens_per_step = 24576;
   std::string documents = "concatenate";
   double long_share = 0.7;
-  double recall_share = 0.25;
+  double recall_share = 0.15;
   int held_out = 64;
 
   int64_t align_tokens = 12'000'000;
@@ -36,10 +36,10 @@ struct DistillConfig {
   int order_sequences = 5, order_length = 1024, order_candidates = 8;
 
   std::string chain_method = "nested";
-  int64_t chain_tokens = 64'000'000;
-  double chain_low_rank_lr = 5e-4, chain_lr = 2e-3;
+  int64_t chain_tokens = 100'000'000;
+  double chain_low_rank_lr = 1.25e-3, chain_lr = 5e-3;
   std::vector<int> chain_levels;
-  double chain_level_share = 0.6, chain_switch_share = 0.3;
+  double chain_level_share = 0.9, chain_switch_share = 0.3;
   double kl_weight = 1, align_weight = 0, cosine_weight = 0;
 
   std::vector<int> evaluate_levels;
@@ -49,7 +49,7 @@ struct DistillConfig {
   std::string device = "cpu", dtype = "auto";
   int threads = 0;
   int warmup_steps = 30;
-  double lr_floor = 0.05, clip = 1;
+  double lr_floor = 0.005, clip = 1;
   int checkpoint_layers = 0;
   int log_every = 10;
   double checkpoint_seconds = 60;

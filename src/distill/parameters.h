@@ -27,11 +27,11 @@ constexpr int kPaperGateRank = 16;  // gated linear attention's (Yang et al., IC
 
 // What all layers of a trained adapter share.
 struct AdapterSettings {
-  int window = 320;              // W, tokens; 0: the states alone
+  int window = 332;              // W, tokens; 0: the states alone
   int sinks = 4;                 // S, tokens; 0 if window is 0
   int states = 1;                // 1: history alone; 2: history and recency
   int features_per_channel = 1;  // F = this times D: 1 or 2
-  int rank = 32;                 // r of the low-rank deltas on W_q and W_o; 0: none
+  int rank = 48;                 // r of the low-rank deltas on W_q and W_o; 0: none
   double gate_floor = -2.25;     // smallest log gate
   Operator op = Operator::kDsla;
 

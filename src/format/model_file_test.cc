@@ -404,7 +404,7 @@ TEST(ModelFile, ShippedAdapterFitsTheDefaultModel) {
   EXPECT_TRUE(fits.ok()) << fits.message();
   EXPECT_EQ((*adapter)->top_level, 22);
   EXPECT_EQ((*adapter)->ladder[0], 29);
-  EXPECT_EQ((*adapter)->layers[29].window, 320);
+  EXPECT_EQ((*adapter)->layers[29].window, 332);
 }
 
 // A config alone gives a model of random numbers: of its shapes, the same each time however it is
