@@ -219,7 +219,7 @@ bool Scheduler::TryAdmit(Sequence& sequence) {
   const int64_t rest = sequence.cache->BytesToReserve(sequence.size() - sequence.length());
   const int64_t snapshot = SnapshotBytes(sequence, sequence.cache->level());
   // Of the prefix there may be less than there was when the queue was looked at.
-  if (!first && (rest + snapshot + promised > ObtainableBytes() || !MayOvertake(sequence))) {
+  if ((!first && rest + snapshot + promised > ObtainableBytes()) || !MayOvertake(sequence)) {
     sequence.cache.reset();
     sequence.history.clear();
     sequence.recorded.clear();
