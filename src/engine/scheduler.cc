@@ -105,6 +105,7 @@ int64_t Scheduler::Add(ScheduledRequest request) {
   sequence->request = std::move(request);
   const int64_t id = sequence->id;
   waiting_.emplace(id, std::move(sequence));
+  queue_settled_ = false;
   return id;
 }
 
@@ -135,22 +136,33 @@ EndedSequence Scheduler::End(Sequence& sequence, Status status) {
   ended.levels = sequence.history.size() < sequence.preempted_history.size()
                      ? sequence.preempted_history
                      : sequence.history;
-  if (running_.erase(ended.id) == 0) waiting_.erase(ended.id);
+  queue_settled_ = false;
+  if (sequence.ahead) {
+    surplus_.push_back(std::move(running_.extract(ended.id).mapped()));
+  } else if (running_.erase(ended.id) == 0) {
+    waiting_.erase(ended.id);
+  }
   return ended;
 }
 
 std::vector<EndedSequence> Scheduler::Commit(std::span<const RowResult> results) {
   DSLA_CHECK(in_step_ && results.size() == plan_.rows.size());
-  in_step_ = false;
+  const auto done = std::exchange(surplus_, {});  // they had their last row in this step
   std::vector<EndedSequence> ended;
   for (size_t i = 0; i < results.size(); ++i) {
     const PlannedRows& rows = plan_.rows[i];
-    Sequence& sequence = *FindRunning(rows.id);
-    sequence.cache->Commit(static_cast<int>(rows.tokens.size()));
+    Sequence* const running = FindRunning(rows.id);
+    if (running == nullptr) continue;  // a surplus row
+    Sequence& sequence = *running;
+    if (!sequence.ahead) sequence.cache->Commit(static_cast<int>(rows.tokens.size()));
     sequence.ran = true;
     if (rows.logits == RowLogits::kAll)
       sequence.logits_done = std::max(sequence.logits_done, sequence.length());
-    if (!results[i].failed) RecordInPrefixCache(sequence);
+    if (!results[i].failed) {
+      RecordInPrefixCache(sequence);
+    } else if (prefix_cache_ != nullptr && sequence.entered == sequence.length()) {
+      prefix_cache_->Clear();  // its row was entered when the next step was planned
+    }
     if (sequence.cancelled) continue;
     if (results[i].finish) {
       ended.push_back(End(sequence, Status::Ok()));
@@ -163,8 +175,11 @@ std::vector<EndedSequence> Scheduler::Commit(std::span<const RowResult> results)
     Sequence& sequence = *(it++)->second;
     if (sequence.cancelled)
       ended.push_back(End(sequence, Status(StatusCode::kCancelled, "cancelled")));
+    else
+      sequence.ahead = false;
   }
-  plan_ = {};
+  plan_ = std::exchange(ahead_, {});
+  in_step_ = !plan_.rows.empty();
   return ended;
 }
 
@@ -277,6 +292,7 @@ std::vector<int> Scheduler::rows_per_level() const {
 std::vector<const SequenceCache*> Scheduler::caches() const {
   std::vector<const SequenceCache*> caches;
   for (const auto& [id, sequence] : running_) caches.push_back(&*sequence->cache);
+  for (const auto& sequence : surplus_) caches.push_back(&*sequence->cache);
   return caches;
 }
 
@@ -286,8 +302,9 @@ std::vector<EndedSequence> Scheduler::Clear() {
     while (!all->empty()) ended.push_back(End(*all->begin()->second, Status::Ok()));
   }
   if (prefix_cache_ != nullptr) prefix_cache_->Clear();
+  surplus_.clear();
   in_step_ = false;
-  plan_ = {};
+  plan_ = ahead_ = {};
   return ended;
 }
 

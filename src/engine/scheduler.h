@@ -10,6 +10,11 @@
 //   ended = scheduler.Commit(results);   // cannot fail
 // Add, Cancel and the setters may be called at any time between Plan/Commit pairs; Cancel and Add
 // also between Plan and Commit (Cancel then takes effect at the Commit).
+//
+// On a device that takes a step's tokens over from the one before, a decode step may follow before
+// the results of the one in flight are known:
+//   next = scheduler.PlanAhead(now);     // where it is not empty, begin it
+//   ended = scheduler.Commit(results);   // of the first of the two; the other is then in flight
 #pragma once
 
 #include <atomic>
@@ -85,6 +90,9 @@ struct PlannedRows {
   // With kLast and kAll of a sequence's last known token the result carries the next token. kAll
   // without it: rows of the prompt whose log-probabilities are asked for.
   bool samples = false;
+  // Planned ahead: the row of the step before whose result is this row's token. `tokens` then holds
+  // one that is not to be read.
+  int feed = -1;
 };
 
 // A request that is over: everything RequestResult wants to know from the scheduler.
@@ -137,8 +145,18 @@ class Scheduler {
   // to run, and nothing to commit, before Add.
   StepPlan Plan(double now);
 
-  // The plan's rows are in the caches. Returns the requests that finished or were cancelled.
+  // The step after the one in flight, before that one's results are known: a row for everybody but
+  // those that are cancelled or whose reply will have all its tokens. Who ends with the step in
+  // flight for another reason has a surplus row in this one. Without rows the Commit comes first:
+  // after prompts, replies that are recomputed, or where a prompt might come in, a deadline has
+  // passed, or the rows do not fit beside all others. Pre-empts nobody.
+  StepPlan PlanAhead(double now);
+
+  // The rows of the step in flight are in the caches. Returns the requests that finished or were
+  // cancelled. Those of them that have a surplus row give their memory back with the next Commit,
+  // which ignores the row's result.
   std::vector<EndedSequence> Commit(std::span<const RowResult> results);
+  bool in_step() const { return in_step_; }  // there is something to commit
 
   // Raises a running sequence by folding, after reclaiming what that takes. kResourceExhausted: no
   // room, or the sequence could never finish at that level; kInvalidArgument: not running, or the
@@ -146,13 +164,22 @@ class Scheduler {
   // got only part of the way.
   Status Raise(int64_t id, int level);
 
-  void set_target_level(int level) { target_level_ = level; }  // new sequences start at, in bounds
+  void set_target_level(int level) {  // new sequences start at, in bounds
+    queue_settled_ &= level == target_level_;
+    target_level_ = level;
+  }
   // Prompt tokens of a step that also writes replies, so that these do not wait long; 0 = as many
   // as max_batch_tokens leaves. Never less than a page; not if deterministic.
   void set_prefill_limit(int tokens) { prefill_limit_ = tokens; }
   // Prompts of fewer tokens start at the lowest level of tier auto, whatever the target.
-  void set_short_prompt(int tokens) { short_prompt_ = tokens; }
-  void set_auto_max_level(int level) { auto_max_level_ = level; }  // Tier::kAuto's highest
+  void set_short_prompt(int tokens) {
+    queue_settled_ &= tokens == short_prompt_;
+    short_prompt_ = tokens;
+  }
+  void set_auto_max_level(int level) {  // Tier::kAuto's highest
+    queue_settled_ &= level == auto_max_level_;
+    auto_max_level_ = level;
+  }
   int target_level() const { return target_level_; }
   int auto_max_level() const { return auto_max_level_; }
 
@@ -162,8 +189,8 @@ class Scheduler {
   int running() const { return static_cast<int>(running_.size()); }
   int waiting() const { return static_cast<int>(waiting_.size()); }
   double oldest_arrival() const;                     // of the waiting ones; 0: there are none
-  std::vector<const SequenceCache*> caches() const;  // of the running sequences, for checks
-  bool idle() const { return running_.empty() && waiting_.empty(); }
+  std::vector<const SequenceCache*> caches() const;  // of all that is in memory, for checks
+  bool idle() const { return running_.empty() && waiting_.empty() && !in_step_; }
   int level(int64_t id) const;  // of a running sequence, 0 for any other
   int64_t preemptions() const { return preemptions_; }
   std::vector<int> rows_per_level() const;  // [L + 1] running sequences
@@ -209,6 +236,9 @@ class Scheduler {
   bool IsDecode(const Sequence& sequence) const;
   void FailOldest();
 
+  // scheduler_ahead.cc
+  bool MayPlanAhead(double now) const;
+
   // scheduler_memory.cc
   bool TryAdmit(Sequence& sequence);
   bool Start(Sequence& sequence, int level, const PrefixCache::Hit& hit);
@@ -237,8 +267,13 @@ class Scheduler {
   int64_t preemptions_ = 0;
   Sequences running_;
   Sequences waiting_;
-  StepPlan plan_;  // of this step
+  StepPlan plan_;   // of this step
+  StepPlan ahead_;  // of the next one, if it is planned
   bool in_step_ = false;
+  // Nobody could be admitted when the queue was last looked at, and nothing has changed that.
+  bool queue_settled_ = false;
+  // Ended, but for a row of theirs in the step in flight.
+  std::vector<std::unique_ptr<Sequence>> surplus_;
 };
 
 }  // namespace dsla

@@ -29,6 +29,8 @@ StepPlan Scheduler::Plan(double now) {
     if (!std::exchange(sequence.started, true)) plan_.started.push_back(rows.id);
   }
   in_step_ = !plan_.rows.empty();
+  // Whoever was pre-empted has not been tried yet.
+  queue_settled_ = plan_.prefill_rows == 0 && plan_.preempted.empty();
   return plan_;
 }
 

@@ -28,6 +28,7 @@ struct Scheduler::Sequence {
   bool started = false;    // ran a step
   bool ran = false;        // since it was last admitted
   bool cancelled = false;  // takes effect at the commit
+  bool ahead = false;      // a row of it is planned ahead; its row before that one counts as cached
   int preemptions = 0;
   int overtaken = 0;
   // While it waits for a prefix that a running prompt is computing: whose, and how much of it.

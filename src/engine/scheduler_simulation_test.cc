@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <set>
 
@@ -28,6 +29,7 @@ struct Client {
   int overtaken = 0;
   int level = 0;
   bool cancelled = false;
+  bool stopped = false;    // its last token was made, whether the scheduler knows or not
   int auto_max_level = 0;  // when it was added
 
   int generated() const {
@@ -38,6 +40,8 @@ struct Client {
 struct Totals {
   int64_t steps = 0, requests = 0, preemptions = 0, hits = 0, folds = 0, copies = 0, raises = 0;
   int64_t awaited = 0;  // steps in which somebody waited for a prefix
+  int64_t ahead = 0;    // steps that began before the results of those before them were known
+  int64_t surplus = 0;  // rows of those for who had ended
   int64_t exhausted = 0, expired = 0, cancelled = 0, finished = 0;
 };
 
@@ -75,6 +79,7 @@ class Trace {
       for (int t = 0; t < 80; ++t) documents_.back().push_back(Pick(0, kVocabulary - 1));
     }
     scheduler_->set_auto_max_level(Pick(0, options_.max_level));
+    ahead_odds_ = Pick(0, 2);
   }
 
   void Run(Totals* totals) {
@@ -86,7 +91,8 @@ class Trace {
       if (added < requests && (scheduler_->idle() || Pick(0, 3) == 0)) {
         for (int i = Pick(1, burst); i > 0 && added < requests; --i) added += Add();
       }
-      if (Pick(1, raise_odds) == 1) RaiseSomebody(totals);
+      if (Pick(1, raise_odds) == 1) raise_due_ = true;
+      if (!flight_.has_value() && std::exchange(raise_due_, false)) RaiseSomebody(totals);
       if (Pick(1, cancel_odds) == 1) CancelSomebody();
       if (Pick(0, 15) == 0) {
         prefill_limit_ = Pick(0, Pick(0, 1) == 0 ? 2 * kPage : options_.max_batch_tokens);
@@ -108,6 +114,8 @@ class Trace {
     totals->copies += model_->copies();
     totals->hits += hits_;
     totals->awaited += awaited_;
+    totals->ahead += ahead_;
+    totals->surplus += surplus_;
     totals->exhausted += ends_[StatusCode::kResourceExhausted];
     totals->expired += ends_[StatusCode::kDeadlineExceeded];
     totals->cancelled += ends_[StatusCode::kCancelled];
@@ -119,8 +127,12 @@ class Trace {
 
   bool Add() {
     ScheduledRequest request;
-    const auto& document = documents_[Pick(0, 2)];
-    request.prompt.assign(document.begin(), document.begin() + Pick(1, 60));
+    if (!conversation_.empty() && Pick(0, 2) == 0) {
+      request.prompt = conversation_;  // and then the next turn
+    } else {
+      const auto& document = documents_[Pick(0, 2)];
+      request.prompt.assign(document.begin(), document.begin() + Pick(1, 60));
+    }
     for (int i = Pick(0, 20); i > 0; --i) request.prompt.push_back(Pick(0, kVocabulary - 1));
     request.max_tokens = Pick(0, 3) == 0 ? Pick(0, 2) : Pick(0, 48);
     request.tier = static_cast<Tier>(Pick(0, 3));
@@ -166,7 +178,30 @@ class Trace {
     EXPECT_FALSE(scheduler_->Cancel(-1).has_value());
   }
 
+  // A step from its plan to its commit: the model has run it, and nobody knows its results.
+  struct Flight {
+    StepPlan plan;
+    std::vector<RowResult> results;
+    std::vector<std::pair<BlockKind, int32_t>> blocks;  // that its rows read and write
+  };
+
   void Step() {
+    if (!flight_.has_value()) Begin();
+    if (!flight_.has_value()) return;
+    std::optional<Flight> next;
+    if (!raise_due_ && Pick(0, ahead_odds_) > 0) BeginAhead(&next);
+    if (Pick(0, 63) == 0) CancelSomebody();  // in mid-step
+    for (const EndedSequence& ended : scheduler_->Commit(flight_->results)) End(ended);
+    ASSERT_EQ(scheduler_->in_step(), next.has_value());
+    ExpectExactAccounts(*ledger_, *scheduler_);  // what surplus rows are in is held
+    if (next.has_value()) {
+      for (const PlannedRows& rows : next->plan.rows) surplus_ += clients_.count(rows.id) == 0;
+      for (const auto& [kind, id] : next->blocks) ASSERT_FALSE(ledger_->is_free(kind, id));
+    }
+    flight_ = std::move(next);
+  }
+
+  void Begin() {
     const auto was_running = RunningIds();
     StepPlan plan = scheduler_->Plan(now_);
     for (int64_t id : plan.preempted) {
@@ -174,26 +209,56 @@ class Trace {
       ASSERT_GT(id, clients_.begin()->first) << "the oldest was pre-empted";
     }
     for (const EndedSequence& ended : plan.ended) {
-      CheckFailure(ended);
+      CheckFailure(was_running, ended);
       End(ended);
     }
     ASSERT_EQ(plan.rows.empty(), scheduler_->idle()) << "a silent stall";
     ExpectExactAccounts(*ledger_, *scheduler_);
     CheckFairness(was_running, plan);
-    std::vector<RowResult> results;
+    if (!plan.rows.empty()) RunStep(std::move(plan), &flight_);
+  }
+
+  void RunStep(StepPlan plan, std::optional<Flight>* flight) {
+    Flight step;
     int rows = 0;
     std::set<int64_t> seen;
     for (const PlannedRows& planned : plan.rows) {
       ASSERT_TRUE(seen.insert(planned.id).second);
       rows += static_cast<int>(planned.tokens.size());
-      results.push_back(RunRows(planned));
+      step.results.push_back(RunRows(planned));
+      for (int layer = 0; layer < options_.layers; ++layer) {
+        for (int32_t page : planned.cache->pages(layer))
+          step.blocks.emplace_back(BlockKind::kPage, page);
+        if (planned.cache->is_dsla(layer))
+          step.blocks.emplace_back(BlockKind::kSlot, planned.cache->slot(layer));
+      }
     }
     ASSERT_LE(rows, options_.max_batch_tokens);
     ASSERT_EQ(rows, plan.decode_rows + plan.prefill_rows);
-    if (plan.rows.empty()) return;
-    if (Pick(0, 63) == 0) CancelSomebody();  // in mid-step
-    for (const EndedSequence& ended : scheduler_->Commit(results)) End(ended);
+    step.plan = std::move(plan);
+    *flight = std::move(step);
+  }
+
+  // The step behind the one in flight. Whoever runs has a row, but for those of whom it is known
+  // that there will be nothing to run.
+  void BeginAhead(std::optional<Flight>* next) {
+    StepPlan plan = scheduler_->PlanAhead(now_);
+    ASSERT_TRUE(plan.ended.empty() && plan.started.empty() && plan.preempted.empty());
     ExpectExactAccounts(*ledger_, *scheduler_);
+    if (plan.rows.empty()) return;
+    ++ahead_;
+    std::set<int64_t> with_rows;
+    for (const PlannedRows& rows : plan.rows) {
+      ASSERT_EQ(rows.phase, Phase::kDecode);
+      ASSERT_EQ(flight_->plan.rows.at(rows.feed).id, rows.id);
+      with_rows.insert(rows.id);
+    }
+    for (const int64_t id : RunningIds()) {
+      const Client& client = clients_.at(id);
+      const bool full = client.generated() == client.request.max_tokens;
+      ASSERT_EQ(with_rows.count(id) == 0, full || client.cancelled);
+    }
+    RunStep(std::move(plan), next);
   }
 
   std::set<int64_t> RunningIds() const {
@@ -203,10 +268,12 @@ class Trace {
   }
 
   // A request fails for memory only where others hold it that cannot be pre-empted any more.
-  void CheckFailure(const EndedSequence& ended) {
+  void CheckFailure(const std::set<int64_t>& was_running, const EndedSequence& ended) {
     if (ended.status.code() != StatusCode::kResourceExhausted) return;
-    for (const SequenceLoad& entry : scheduler_->Snapshot().running)
+    for (const SequenceLoad& entry : scheduler_->Snapshot().running) {
+      if (was_running.count(entry.id) == 0) continue;  // it came in afterwards
       ASSERT_GT(entry.id, ended.id) << "not the oldest";
+    }
     EXPECT_TRUE(std::any_of(std::next(clients_.begin()), clients_.end(), [&](const auto& entry) {
       return entry.second.preemptions >= options_.max_preemptions;
     })) << ended.status.message();
@@ -264,15 +331,13 @@ class Trace {
     if (planned.logits == RowLogits::kAll && begin <= client.logits)
       client.logits = std::max(client.logits, end);
     EXPECT_EQ(planned.samples, end == static_cast<int>(client.tokens.size()));
-    if (!planned.samples) return {};
+    if (!planned.samples || client.stopped) return {};
     EXPECT_NE(planned.logits, RowLogits::kNone);
     const int32_t token = Sample(link, client.seed);
     const bool stop = (link ^ client.seed) % 47 == 0;
-    if (client.generated() >= client.request.max_tokens) return {.finish = true};
-    client.tokens.push_back(token);
-    if (stop || client.generated() == client.request.max_tokens)
-      return {.token = token, .finish = true};
-    return {.token = token};
+    if (client.generated() < client.request.max_tokens) client.tokens.push_back(token);
+    client.stopped = stop || client.generated() == client.request.max_tokens;
+    return {.token = token, .finish = client.stopped};
   }
 
   static int Owner(const Client& client) { return client.request.cache_salt.empty() ? 0 : 1; }
@@ -330,6 +395,7 @@ class Trace {
     for (int i = prompt; i < static_cast<int>(client.tokens.size()); ++i)
       ASSERT_EQ(client.tokens[i], Sample(links[i - 1], client.seed)) << "token " << i - prompt;
     if (!ended.status.ok()) return;
+    conversation_ = client.tokens;
     if (client.request.prompt_logprobs) {
       EXPECT_GE(client.logits, prompt);
     }
@@ -345,9 +411,13 @@ class Trace {
   std::unique_ptr<FakeModel> model_;
   std::unique_ptr<Scheduler> scheduler_;
   std::vector<std::vector<int32_t>> documents_;
+  std::vector<int32_t> conversation_;  // the last prompt and reply that came to its end
   std::map<int64_t, Client> clients_;
   std::map<StatusCode, int64_t> ends_;
-  int64_t hits_ = 0, awaited_ = 0;
+  int64_t hits_ = 0, awaited_ = 0, ahead_ = 0, surplus_ = 0;
+  std::optional<Flight> flight_;
+  int ahead_odds_ = 0;      // 0: every step is committed before the next is planned
+  bool raise_due_ = false;  // for when nothing is in flight
   int prefill_limit_ = 0;
   int64_t oldest_missed_ = 0;  // the oldest, where the last step had no rows of it
   double now_ = 1;
@@ -364,14 +434,14 @@ TEST(SchedulerSimulationTest, RandomTracesKeepTheInvariants) {
   std::printf(
       "%ld steps, %ld requests: %ld finished, %ld expired, %ld cancelled, %ld out of memory; %ld "
       "pre-emptions, %ld prefix hits, %ld steps in which a prefix was awaited, %ld raises, %ld "
-      "folds, %ld state copies\n",
+      "folds, %ld state copies, %ld steps ahead with %ld surplus rows\n",
       totals.steps, totals.requests, totals.finished, totals.expired, totals.cancelled,
       totals.exhausted, totals.preemptions, totals.hits, totals.awaited, totals.raises,
-      totals.folds, totals.copies);
+      totals.folds, totals.copies, totals.ahead, totals.surplus);
   // The traces reach what they are there for.
   for (int64_t count :
        {totals.finished, totals.expired, totals.cancelled, totals.exhausted, totals.preemptions,
-        totals.hits, totals.awaited, totals.raises, totals.copies})
+        totals.hits, totals.awaited, totals.raises, totals.copies, totals.ahead, totals.surplus})
     EXPECT_GT(count, 20);
 }
 

@@ -31,8 +31,8 @@ class FakeModel : public CacheOps {
   Status Raise(SequenceCache& cache, int level) override;
   void CopySlot(int32_t from, int32_t to) override;
 
-  // Runs the rows of a sequence whose tokens are `tokens`; gives the last row's link. owner: who
-  // may share with whom, as a part of every link.
+  // Runs the rows of a sequence whose tokens are `tokens`, those of a row that is fed included;
+  // gives the last row's link. owner: who may share with whom, as a part of every link.
   uint64_t Forward(const PlannedRows& rows, std::span<const int32_t> tokens, int owner = 0);
 
   // The link after tokens[0, position] run alone at `history`, with the prompt in chunks of
