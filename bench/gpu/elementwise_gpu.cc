@@ -87,7 +87,11 @@ void BenchEmbed(const Bench& b, const Model& m, int T, const std::string& size) 
   const Sets embedding(1, int64_t{m.V} * m.C * 2), hidden(sets, int64_t{T} * m.C * 4);
   const DeviceBytes tokens = Ints(T * sets, [&](int i) { return int(i * 7919LL % m.V); });
   b.Time("embed" + size, sets, bytes, [&](int i) {
-    return cuda::EmbedRows(tokens.as<int32_t>() + i * T, embedding[0], T, m.C, hidden.floats(i),
+    return cuda::EmbedRows({.tokens = tokens.as<int32_t>() + i * T,
+                            .embedding = embedding[0],
+                            .T = T,
+                            .C = m.C,
+                            .hidden = hidden.floats(i)},
                            b.stream);
   });
 }

@@ -118,7 +118,7 @@ void Worker::Run() {
     ReadMail(mail);
     try {
       Step();
-    } catch (const DeviceError& error) {  // in planning, where cache blocks are copied
+    } catch (const DeviceError& error) {  // where cache blocks are copied
       static_cast<void>(NoteDeviceFailure(error.what()));
       EndAll();
     }
@@ -172,12 +172,12 @@ void Worker::Admit(std::unique_ptr<ActiveRequest> active) {
 
 void Worker::Decide() {
   const double now = NowSeconds();
-  if (now < next_decision_) return;
+  if (now < next_decision_ || !due_.raises.empty()) return;
   LoadSnapshot load = scheduler_.Snapshot();
   load.now = now;
   load.ttft_p95 = ttft_.Quantile(now, 0.95);
   load.tpot_p95 = tpot_.Quantile(now, 0.95);
-  const LevelDecision decision = policy_->Decide(load);
+  LevelDecision decision = policy_->Decide(load);
   const double decided = NowSeconds();
   next_decision_ = decided + (decided - now) / kDecisionShare;
 
@@ -189,7 +189,14 @@ void Worker::Decide() {
     scheduler_.set_target_level(target);
     NoteEvent({.time = now, .from = from, .to = target, .reason = decision.reason});
   }
-  for (const LevelDecision::Raise& raise : decision.raises) {
+  due_ = std::move(decision);
+}
+
+void Worker::RaiseSequences() {
+  if (due_.raises.empty()) return;
+  const LoadSnapshot load = scheduler_.Snapshot();
+  const double now = NowSeconds();
+  for (const LevelDecision::Raise& raise : due_.raises) {
     const auto active = active_.find(raise.id);
     const auto sequence =
         std::find_if(load.running.begin(), load.running.end(),
@@ -206,9 +213,10 @@ void Worker::Decide() {
                .from = sequence->level,
                .to = level,
                .seconds = fold_seconds_ - begin,
-               .reason = status.ok() ? decision.reason
-                                     : decision.reason + "; stopped: " + status.message()});
+               .reason =
+                   status.ok() ? due_.reason : due_.reason + "; stopped: " + status.message()});
   }
+  due_.raises.clear();
 }
 
 Status Worker::NoteDeviceFailure(const std::string& what) {
@@ -222,95 +230,6 @@ void Worker::NoteEvent(LevelEvent event) {
   ++(event.request_id.empty() ? state_.target_changes : state_.raises);
   if (state_.events.size() == kEventsKept) state_.events.erase(state_.events.begin());
   state_.events.push_back(std::move(event));
-}
-
-void Worker::Step() {
-  const double begin = NowSeconds();
-  fold_seconds_ = 0;
-  Decide();
-  const StepPlan plan = scheduler_.Plan(NowSeconds());
-  for (const EndedSequence& ended : plan.ended) Finish(ended);
-  for (const int64_t id : plan.started) {
-    ActiveRequest& active = *active_.at(id);
-    active.started = NowSeconds();
-    --unstarted_;
-    ++left_queue_;
-    left_queue_tokens_ += static_cast<int64_t>(active.request.prompt.size());
-  }
-  SettleQueue();
-  double model_seconds = 0;
-  int generated = 0;
-  if (plan.rows.empty()) {
-    HandOnAll();
-  } else {
-    DescribeStep(plan);
-    const double start = NowSeconds();
-    const bool ran = RunModel(plan);
-    const double now = NowSeconds();
-    model_seconds = now - start;
-    generated = EmitRows(plan, now);
-    for (const EndedSequence& ended : scheduler_.Commit(results_)) Finish(ended);
-    step_time_.seconds = NowSeconds() - begin - fold_seconds_;
-    if (ran) policy_->ObserveStep(step_time_);
-  }
-  SettleQueue();
-  Publish(begin, model_seconds + fold_seconds_, plan, generated);
-}
-
-void Worker::DescribeStep(const StepPlan& plan) {
-  step_time_.prefill.clear();
-  step_time_.decode.clear();
-  for (const PlannedRows& rows : plan.rows) {
-    const int level = rows.cache->level();
-    const int length = rows.cache->length();
-    if (rows.phase == Phase::kDecode) {
-      step_time_.decode.push_back({.level = level, .length = length});
-    } else {
-      step_time_.prefill.push_back(
-          {.level = level, .tokens = static_cast<int64_t>(rows.tokens.size()), .context = length});
-    }
-  }
-}
-
-bool Worker::RunModel(const StepPlan& plan) {
-  const size_t count = plan.rows.size();
-  row_requests_.clear();
-  batch_.clear();
-  for (const PlannedRows& rows : plan.rows) {
-    row_requests_.push_back(active_.at(rows.id).get());
-    const int logits = rows.logits == RowLogits::kNone   ? 0
-                       : rows.logits == RowLogits::kLast ? 1
-                                                         : static_cast<int>(rows.tokens.size());
-    batch_.push_back({.cache = rows.cache,
-                      .tokens = rows.tokens,
-                      .logits_rows = logits,
-                      .sampling = OnlyChooses(*row_requests_.back(), rows)});
-  }
-  outcomes_.assign(count, {});
-  results_.assign(count, {});
-  Status failed;
-  try {
-    if (fault_injector_) fault_injector_(state_.steps);
-    model_->Forward(
-        ctx_, pool_, batch_, options_.deterministic ? Products::kInvariant : Products::kFastest,
-        [&](std::span<const LogitsRow> rows, float* logits, const TokenChoice* choices) {
-          VisitLogits(plan, rows, logits, choices);
-        },
-        [&] { HandOnAll(); });
-  } catch (const std::bad_alloc&) {
-    failed = ResourceExhausted("out of memory in a step of {} tokens",
-                               plan.prefill_rows + plan.decode_rows);
-  } catch (const DeviceError& error) {
-    failed = NoteDeviceFailure(error.what());
-  } catch (const std::exception& error) {
-    std::string what = error.what();
-    what.resize(std::min(what.find('\n'), what.size()));  // the rest is a stack trace
-    failed = Error(StatusCode::kInternal, "a step failed: {}", what);
-  }
-  if (failed.ok()) return true;
-  HandOnAll();
-  for (Outcome& outcome : outcomes_) outcome.status = failed;
-  return false;
 }
 
 void Worker::Finish(const EndedSequence& ended) {
@@ -365,6 +284,7 @@ void Worker::Deliver(ActiveRequest& active) {
 }
 
 void Worker::EndAll() {
+  Abandon();
   for (const EndedSequence& ended : scheduler_.Clear()) {
     EndedSequence cut = ended;
     cut.status = Status(StatusCode::kCancelled, "cancelled: the server is shutting down");

@@ -1,6 +1,7 @@
 // Worker: the engine's thread. It owns the cache pool, the scheduler, the prefix cache and the
-// policy, and runs step after step: mail, policy, plan, forward, sampling, text, sinks, commit.
-// Internal to the engine (engine.h is the public face).
+// policy, and runs step after step: mail, policy, plan, forward, sampling, text, sinks, commit. On
+// a device that chooses a decode step's tokens, the next step is planned and begun before they are
+// read. Internal to the engine (engine.h is the public face).
 #pragma once
 
 #include <cstdint>
@@ -54,6 +55,16 @@ class Worker : private CacheOps {
     std::vector<TokenLogprob> top;
   };
 
+  // A step from its plan to its commit.
+  struct Flight {
+    StepPlan plan;
+    std::vector<SequenceRows> batch;
+    std::vector<Outcome> outcomes;  // of each of plan.rows
+    Status failed;                  // all of it
+    bool begun = false;             // on the device, which has the choices
+    StepTime time;                  // for the policy
+  };
+
   Worker(const HybridModel* model, const ExecContext& ctx, const EngineOptions& options,
          std::unique_ptr<LevelPolicy> policy, Inbox* inbox, FaultInjector fault_injector,
          CachePool pool);
@@ -67,27 +78,37 @@ class Worker : private CacheOps {
   void ReadMail(Inbox::Mail& mail);
   void Admit(std::unique_ptr<ActiveRequest> active);
   void Decide();
+  void RaiseSequences();  // as decided; nothing is in flight
   void NoteEvent(LevelEvent event);
   Status NoteDeviceFailure(const std::string& what);  // as requests get it
-  void Step();
-  bool RunModel(const StepPlan& plan);      // false: it failed, as the outcomes say
-  void DescribeStep(const StepPlan& plan);  // into step_time_, while the caches are as before it
   void Finish(const EndedSequence& ended);
   void Deliver(ActiveRequest& active);
   void EndAll();
   void SettleQueue();
   void Publish(double begin, double model_seconds, const StepPlan& plan, int generated);
 
+  // worker_step.cc
+  void Step();
+  void PlanStep();
+  void Launch(Flight& step);  // runs it, or begins it
+  void LaunchAhead();
+  void Await(Flight& step);
+  void Abandon();  // what is in flight: waits for it
+  Status Try(const StepPlan& plan, const std::function<void()>& work);
+  void ResolveRequests(const StepPlan& plan);
+  static void Describe(const StepPlan& plan, StepTime& time);  // caches as before it
+
   // worker_rows.cc
-  void VisitLogits(const StepPlan& plan, std::span<const LogitsRow> rows, float* logits,
+  void VisitLogits(Flight& step, std::span<const LogitsRow> rows, float* logits,
                    const TokenChoice* choices);
+  static void SetChoice(const TokenChoice& choice, Outcome& outcome);
   // Not null: one token, drawn by these from the logits as they are, is all that the row's request
   // needs of them.
   static const SamplingParams* OnlyChooses(const ActiveRequest& active, const PlannedRows& rows);
   Status ReadPromptLogits(ActiveRequest& active, int position, std::span<const float> logits) const;
   Status Sample(const ActiveRequest& active, int position, std::span<float> logits,
                 Outcome& outcome) const;
-  int EmitRows(const StepPlan& plan, double now);  // returns the number of new tokens
+  int EmitRows(Flight& step, double now);  // returns the number of new tokens
   void EmitRow(const PlannedRows& rows, ActiveRequest& active, Outcome& outcome, RowResult& result,
                double now);
   void EmitPromptLogprobs(ActiveRequest& active);
@@ -109,16 +130,17 @@ class Worker : private CacheOps {
   Scheduler scheduler_;
   std::unique_ptr<LevelPolicy> policy_;
   double next_decision_ = 0;
+  LevelDecision due_;  // its raises wait until nothing is in flight
 
-  // Of the step in progress, kept for their memory.
-  std::vector<ActiveRequest*> row_requests_;  // of each of plan.rows
-  std::vector<SequenceRows> batch_;
-  std::vector<Outcome> outcomes_;
-  std::mutex failure_mutex_;  // of their statuses, while rows are sampled side by side
+  Flight current_, ahead_;  // the step to be committed next, and the one behind it
+  int64_t launched_ = 0;
+  // Of the step that is looked at, kept for their memory.
+  std::vector<ActiveRequest*> row_requests_;  // of each of plan.rows; null: it has ended
+  std::mutex failure_mutex_;  // of outcomes' statuses, while rows are sampled side by side
   std::vector<RowResult> results_;
+  std::vector<TokenChoice> choices_;
   std::vector<ActiveRequest*> unsent_;  // whose last token waits for the next step to be under way
-  double fold_seconds_ = 0;
-  StepTime step_time_;  // for the policy
+  double fold_seconds_ = 0, model_seconds_ = 0;  // of this Step
   SlidingQuantile ttft_, tpot_;
 
   // For the next SettleQueue.

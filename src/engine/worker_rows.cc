@@ -52,24 +52,19 @@ const SamplingParams* Worker::OnlyChooses(const ActiveRequest& active, const Pla
 
 // Rows are independent: each writes its own sequence's choice or its own entry of the prompt's
 // log-probabilities.
-void Worker::VisitLogits(const StepPlan& plan, std::span<const LogitsRow> rows, float* logits,
+void Worker::VisitLogits(Flight& step, std::span<const LogitsRow> rows, float* logits,
                          const TokenChoice* choices) {
   if (logits == nullptr) {
-    for (size_t i = 0; i < rows.size(); ++i) {
-      Outcome& outcome = outcomes_[rows[i].sequence];
-      outcome.choice = {.token = choices[i].token, .logprob = choices[i].logprob};
-      if (choices[i].broken != 0)
-        outcome.status =
-            Error(StatusCode::kInternal, "{}: the logits are not numbers", kNumericalError);
-    }
+    for (size_t i = 0; i < rows.size(); ++i)
+      SetChoice(choices[i], step.outcomes[rows[i].sequence]);
     return;
   }
   const int64_t V = model_->config().V;
   ParallelFor(ctx_, static_cast<int64_t>(rows.size()), [&](int64_t i, int) {
     const LogitsRow& row = rows[i];
-    const PlannedRows& planned = plan.rows[row.sequence];
+    const PlannedRows& planned = step.plan.rows[row.sequence];
     ActiveRequest& active = *row_requests_[row.sequence];
-    Outcome& outcome = outcomes_[row.sequence];
+    Outcome& outcome = step.outcomes[row.sequence];
     const std::span<float> mine(logits + i * V, static_cast<size_t>(V));
     const int position = planned.cache->length() + row.row + 1;  // of the token that they are for
     const bool last = row.row + 1 == static_cast<int>(planned.tokens.size());
@@ -84,6 +79,12 @@ void Worker::VisitLogits(const StepPlan& plan, std::span<const LogitsRow> rows, 
     const std::lock_guard lock(failure_mutex_);
     if (outcome.status.ok()) outcome.status = std::move(status);
   });
+}
+
+void Worker::SetChoice(const TokenChoice& choice, Outcome& outcome) {
+  outcome.choice = {.token = choice.token, .logprob = choice.logprob};
+  if (choice.broken == 0) return;
+  outcome.status = Error(StatusCode::kInternal, "{}: the logits are not numbers", kNumericalError);
 }
 
 Status Worker::ReadPromptLogits(ActiveRequest& active, int position,
@@ -122,14 +123,19 @@ Status Worker::Sample(const ActiveRequest& active, int position, std::span<float
   return Status::Ok();
 }
 
-int Worker::EmitRows(const StepPlan& plan, double now) {
+int Worker::EmitRows(Flight& step, double now) {
+  const std::vector<PlannedRows>& planned = step.plan.rows;
+  ResolveRequests(step.plan);
+  results_.assign(planned.size(), {});
   int tokens = 0;
-  for (size_t i = 0; i < plan.rows.size(); ++i) {
+  for (size_t i = 0; i < planned.size(); ++i) {
+    if (row_requests_[i] == nullptr) continue;
     ActiveRequest& active = *row_requests_[i];
+    Outcome& outcome = step.outcomes[i];
     const int before = active.generated;
-    Status status = active.result.status.ok() ? outcomes_[i].status : active.result.status;
+    Status status = active.result.status.ok() ? outcome.status : active.result.status;
     try {
-      if (status.ok()) EmitRow(plan.rows[i], active, outcomes_[i], results_[i], now);
+      if (status.ok()) EmitRow(planned[i], active, outcome, results_[i], now);
     } catch (const std::bad_alloc&) {
       status = ResourceExhausted("out of memory while a token was handed on");
     }

@@ -70,6 +70,10 @@ class DeviceModel {
   // Runs the rows through all layers and visits the logits that were asked for.
   virtual void Forward(const CacheViews& cache, const PlacedRows& rows,
                        const DeviceLogitsVisitor& visit, const LaunchedHook& launched) = 0;
+  // See HybridModel.
+  virtual int most_decode_rows() const = 0;
+  virtual void BeginDecode(const CacheViews& cache, const PlacedRows& rows) = 0;
+  virtual void EndDecode(std::span<TokenChoice> choices) = 0;
   // Builds `slot` from the sequence's pages of this layer, of which there are some.
   virtual void Fold(const CacheViews& cache, const SequenceCache& sequence, int layer,
                     int32_t slot) = 0;

@@ -104,6 +104,19 @@ class HybridModel {
                Products products, const LogitsVisitor& visit,
                const LaunchedHook& launched = {}) const;
 
+  // A decode step of at most most_decode_rows() rows (0: the CPU has no such steps), all of them
+  // with `sampling`. BeginDecode returns when the device has been told of it, and EndDecode waits
+  // for the oldest step that was begun and gives the batch's choices. Two may be under way: the
+  // second takes its tokens from the first (SequenceRows::feed), whose rows the caches must count
+  // by then. Forward may not come between the two, nor a step after one that was not begun because
+  // it threw. What else is asked of the device meanwhile, it does after them.
+  int most_decode_rows() const {
+    return on_device_ == nullptr ? 0 : on_device_->most_decode_rows();
+  }
+  void BeginDecode(const ExecContext& ctx, CachePool& pool,
+                   std::span<const SequenceRows> batch) const;
+  void EndDecode(std::span<TokenChoice> choices) const { on_device_->EndDecode(choices); }
+
   // Raises a sequence by folding the pages of the layers that convert, one layer after another, so
   // that one free slot is enough. On kResourceExhausted the sequence stands at the level reached,
   // whole and usable.

@@ -23,6 +23,9 @@ struct SequenceRows {
   // there are no others), and needs no more than a TokenChoice of each row. A model may give the
   // logits all the same.
   const SamplingParams* sampling = nullptr;
+  // HybridModel::BeginDecode: not negative, the token is the one chosen for this row of the batch
+  // begun before; `tokens` then holds one that is not read.
+  int feed = -1;
 };
 
 // The token drawn for a row and its log-probability under the softmax over all logits. broken: a

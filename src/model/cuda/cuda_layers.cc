@@ -41,7 +41,14 @@ void CudaModel::RunLayers(const Step& step) {
   const Activations& a = *step.a;
   const StepTables& tables = *step.tables;
   const int T = static_cast<int>(tables.T);
-  Check(EmbedRows(step.device + tables.tokens, weights_->embedding.data.as(), T, c.C, a.hidden,
+  Check(EmbedRows({.tokens = step.device + tables.tokens,
+                   .feed = step.device + tables.feed,
+                   .chosen = &a.choices->token,
+                   .chosen_stride = sizeof(TokenChoice) / sizeof(int32_t),
+                   .embedding = weights_->embedding.data.as(),
+                   .T = T,
+                   .C = c.C,
+                   .hidden = a.hidden},
                   stream_),
         "embedding");
   for (int l = 0; l < c.L; ++l) {

@@ -40,14 +40,16 @@ CudaModel::CudaModel(int device, cudaStream_t stream, std::shared_ptr<Gemm> gemm
       adapter_(std::move(adapter)) {
   spec_.adapter = nullptr;  // the caller's; what is needed of it has been copied
   spec_.rope_cos = spec_.rope_sin = nullptr;
-  Check(cudaEventCreateWithFlags(&tables_sent_, cudaEventDisableTiming), "creating an event");
+  for (cudaEvent_t* const event : {&tables_sent_, &steps_[0].done, &steps_[1].done})
+    Check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "creating an event");
 }
 
 CudaModel::~CudaModel() {
   cudaSetDevice(device_);
   cudaStreamSynchronize(stream_);
   DropGraphs();
-  cudaEventDestroy(tables_sent_);
+  for (const cudaEvent_t event : {tables_sent_, steps_[0].done, steps_[1].done})
+    cudaEventDestroy(event);
 }
 
 Expected<std::unique_ptr<DeviceModel>> CudaModel::WithAdapter(const DeviceModelSpec& spec) const {
@@ -133,13 +135,14 @@ CudaModel::Fixed& CudaModel::FixedMemory() {
   return *fixed_;
 }
 
-void CudaModel::SendTables(const StepTables& tables, const PlacedRows& rows, PinnedBuffer& host,
+void CudaModel::SendTables(const StepTables& tables, const PlacedRows& rows,
+                           std::span<const int32_t> row_before, PinnedBuffer& host,
                            DeviceBuffer& device) {
   // The host's copy is rewritten: the last one must have been sent.
   Check(cudaEventSynchronize(tables_sent_), "waiting for a copy");
   host.Grow(4 * tables.size);
   if (device.bytes() < 4 * tables.size) device.Grow(8 * tables.size);
-  tables.Pack(rows, spec_.rank, host.as<int32_t>());
+  tables.Pack(rows, spec_.rank, row_before, host.as<int32_t>());
   Check(cudaMemcpyAsync(device.as(), host.as(), static_cast<size_t>(4 * tables.size),
                         cudaMemcpyHostToDevice, stream_),
         "sending a step's tables");
@@ -166,8 +169,9 @@ void CudaModel::FinishTile(const Activations& a, const int32_t* rows, const RowS
         "choosing tokens");
 }
 
-void CudaModel::ForwardGraph(const CacheViews& cache, const PlacedRows& rows,
-                             const DeviceLogitsVisitor& visit, const LaunchedHook& launched) {
+// Leaves the rows' choices in the fixed activations.
+void CudaModel::RunGraph(const CacheViews& cache, const PlacedRows& rows,
+                         std::span<const int32_t> row_before) {
   Fixed& fixed = FixedMemory();
   const int bucket = Bucket(rows.N());
   const int highest = rows.sequences.back()->cache->level();
@@ -178,7 +182,7 @@ void CudaModel::ForwardGraph(const CacheViews& cache, const PlacedRows& rows,
     DropGraphs();  // they hold the address
     fixed.tables.Grow(std::max<int64_t>(8 * tables.size, int64_t{1} << 20));
   }
-  SendTables(tables, rows, fixed.host_tables, fixed.tables);
+  SendTables(tables, rows, row_before, fixed.host_tables, fixed.tables);
 
   if (graphs_.size() >= kMostGraphs && !graphs_.contains({bucket, level})) {
     Check(cudaStreamSynchronize(stream_), "waiting for a step");
@@ -197,10 +201,6 @@ void CudaModel::ForwardGraph(const CacheViews& cache, const PlacedRows& rows,
                .scratch = &fixed.scratch});
     FinishTile(fixed.activations, nullptr, fixed.tables.as<RowSampling>(4 * tables.sampling),
                bucket, fixed.scratch);
-    Check(cudaMemcpyAsync(fixed.choices.as(), fixed.activations.choices,
-                          static_cast<size_t>(bucket) * sizeof(TokenChoice), cudaMemcpyDeviceToHost,
-                          stream_),
-          "fetching choices");
   };
   if (graph.exec != nullptr && !SameViews(graph.cache, cache)) {
     cudaGraphExecDestroy(graph.exec);
@@ -229,11 +229,47 @@ void CudaModel::ForwardGraph(const CacheViews& cache, const PlacedRows& rows,
   } else {
     launch();
   }
-  if (launched) launched();
+}
 
+void CudaModel::ForwardGraph(const CacheViews& cache, const PlacedRows& rows,
+                             const DeviceLogitsVisitor& visit, const LaunchedHook& launched) {
+  RunGraph(cache, rows, {});
+  Check(cudaMemcpyAsync(fixed_->choices.as(), fixed_->activations.choices,
+                        rows.sequences.size() * sizeof(TokenChoice), cudaMemcpyDeviceToHost,
+                        stream_),
+        "fetching choices");
+  if (launched) launched();
   // The tile is the step's rows in their order.
-  VisitTile(rows.wanted, rows, rows.wanted_rows, fixed.activations, fixed.choices.as<TokenChoice>(),
-            visit);
+  VisitTile(rows.wanted, rows, rows.wanted_rows, fixed_->activations,
+            fixed_->choices.as<TokenChoice>(), visit);
+}
+
+void CudaModel::BeginDecode(const CacheViews& cache, const PlacedRows& rows) {
+  cudaSetDevice(device_);
+  DSLA_CHECK(begun_ - ended_ < std::ssize(steps_));
+  DSLA_CHECK(rows.T() == rows.N() && rows.N() <= kMostGraphRows);
+  Begun& step = steps_[begun_ % 2];
+  step.choices.Grow(kMostGraphRows * int64_t{sizeof(TokenChoice)});
+  RunGraph(cache, rows, steps_[(begun_ + 1) % 2].row_of);
+  Check(cudaMemcpyAsync(step.choices.as(), fixed_->activations.choices,
+                        rows.sequences.size() * sizeof(TokenChoice), cudaMemcpyDeviceToHost,
+                        stream_),
+        "fetching choices");
+  Check(cudaEventRecord(step.done, stream_), "marking a step");
+  step.row_of.resize(rows.sequences.size());
+  for (size_t n = 0; n < rows.batch_index.size(); ++n)
+    step.row_of[static_cast<size_t>(rows.batch_index[n])] = static_cast<int32_t>(n);
+  ++begun_;
+}
+
+void CudaModel::EndDecode(std::span<TokenChoice> choices) {
+  cudaSetDevice(device_);
+  DSLA_CHECK(ended_ < begun_);
+  const Begun& step = steps_[ended_++ % 2];
+  DSLA_CHECK(choices.size() == step.row_of.size());
+  Check(cudaEventSynchronize(step.done), "a step");
+  for (size_t i = 0; i < choices.size(); ++i)
+    choices[i] = step.choices.as<TokenChoice>()[step.row_of[i]];
 }
 
 void CudaModel::ForwardLaunched(const CacheViews& cache, const PlacedRows& rows,
@@ -243,7 +279,7 @@ void CudaModel::ForwardLaunched(const CacheViews& cache, const PlacedRows& rows,
     Carve(activations_, rows.T(), kTileRows);
   }
   const StepTables tables(rows, spec_.rank, 0);
-  SendTables(tables, rows, host_tables_, tables_);
+  SendTables(tables, rows, {}, host_tables_, tables_);
   planned_.assign(tables.groups.size(), false);
   const auto* const device = tables_.as<int32_t>();
   RunLayers({.tables = &tables,

@@ -6,6 +6,7 @@
 
 #include <map>
 #include <memory>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -28,6 +29,9 @@ class CudaModel : public DeviceModel {
 
   void Forward(const CacheViews& cache, const PlacedRows& rows, const DeviceLogitsVisitor& visit,
                const LaunchedHook& launched) override;
+  int most_decode_rows() const override { return kMostGraphRows; }
+  void BeginDecode(const CacheViews& cache, const PlacedRows& rows) override;
+  void EndDecode(std::span<TokenChoice> choices) override;
   void Fold(const CacheViews& cache, const SequenceCache& sequence, int layer,
             int32_t slot) override;
   Expected<std::unique_ptr<DeviceModel>> WithAdapter(const DeviceModelSpec& spec) const override;
@@ -58,6 +62,12 @@ class CudaModel : public DeviceModel {
     DeviceBuffer tables, scratch;
     PinnedBuffer host_tables, choices;
   };
+  // A decode step between BeginDecode and EndDecode.
+  struct Begun {
+    PinnedBuffer choices;         // of its rows
+    cudaEvent_t done = nullptr;   // they are there
+    std::vector<int32_t> row_of;  // of each of the batch, its row in the step
+  };
   static constexpr int kMixed = -1;  // levels
   // One step as the layers see it.
   struct Step {
@@ -78,12 +88,14 @@ class CudaModel : public DeviceModel {
   };
 
   void Carve(Activations& a, int64_t T, int64_t tile) const;
+  void RunGraph(const CacheViews& cache, const PlacedRows& rows,
+                std::span<const int32_t> row_before);
   void ForwardGraph(const CacheViews& cache, const PlacedRows& rows,
                     const DeviceLogitsVisitor& visit, const LaunchedHook& launched);
   void ForwardLaunched(const CacheViews& cache, const PlacedRows& rows,
                        const DeviceLogitsVisitor& visit, const LaunchedHook& launched);
-  void SendTables(const StepTables& tables, const PlacedRows& rows, PinnedBuffer& host,
-                  DeviceBuffer& device);
+  void SendTables(const StepTables& tables, const PlacedRows& rows,
+                  std::span<const int32_t> row_before, PinnedBuffer& host, DeviceBuffer& device);
   void RunLayers(const Step& step);
   void AttentionBlock(const Step& step, int layer);
   void AdapterIn(const Step& step, const CudaDslaLayer& dsla, int layer, int64_t first);
@@ -109,6 +121,8 @@ class CudaModel : public DeviceModel {
 
   std::unique_ptr<Fixed> fixed_;
   std::map<std::pair<int, int>, Graph> graphs_;  // by rows and their level, or kMixed
+  Begun steps_[2];                               // by turns
+  int64_t begun_ = 0, ended_ = 0;
 
   // Of steps that are launched.
   Activations activations_;

@@ -17,6 +17,7 @@ StepTables::StepTables(const PlacedRows& rows, const std::vector<int>& rank, int
     return at;
   };
   tokens = take(T);
+  feed = take(T);
   positions = take(T);
   sequence = take(T);
   pos = take(N);
@@ -48,12 +49,17 @@ StepTables::StepTables(const PlacedRows& rows, const std::vector<int>& rank, int
   }
 }
 
-void StepTables::Pack(const PlacedRows& rows, const std::vector<int>& rank, int32_t* to) const {
+void StepTables::Pack(const PlacedRows& rows, const std::vector<int>& rank,
+                      std::span<const int32_t> row_before, int32_t* to) const {
   const int real = rows.N();
+  std::fill_n(to + feed, T, -1);
   for (int n = 0; n < real; ++n) {
     const SequenceRows& of = *rows.sequences[n];
     std::copy(of.tokens.begin(), of.tokens.end(), to + tokens + rows.row_start[n]);
     std::fill_n(to + sequence + rows.row_start[n], of.tokens.size(), n);
+    if (of.feed < 0) continue;
+    DSLA_CHECK(of.feed < static_cast<int>(row_before.size()));
+    to[feed + rows.row_start[n]] = row_before[static_cast<size_t>(of.feed)];
   }
   std::copy(rows.positions.begin(), rows.positions.end(), to + positions);
   std::copy(rows.pos.begin(), rows.pos.end(), to + pos);

@@ -24,7 +24,8 @@ dim3 Blocks(int64_t items) {
 // 8 channels per thread would leave half of each 32-byte sector of fp32 to a second instruction.
 
 struct EmbedParams {
-  const int32_t* tokens;
+  const int32_t *tokens, *feed, *chosen;
+  int chosen_stride;
   const uint2* embedding;  // [V, quads]
   float4* hidden;          // [T, quads]
   uint32_t quads, items;   // of a row, of all rows
@@ -36,7 +37,8 @@ __global__ void __launch_bounds__(kThreads) EmbedKernel(EmbedParams p) {
   const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= p.items) return;
   const uint32_t row = i / p.quads;
-  const int32_t token = p.tokens[row];
+  const int32_t feed = p.feed != nullptr ? p.feed[row] : -1;
+  const int32_t token = feed < 0 ? p.tokens[row] : p.chosen[int64_t{feed} * p.chosen_stride];
   // A padding row's token may be negative.
   p.hidden[i] = token < 0 ? make_float4(0, 0, 0, 0)
                           : Widen(p.embedding[int64_t{token} * p.quads + (i - row * p.quads)]);
@@ -129,14 +131,19 @@ void LaunchAddRmsNorm(const AddRmsNormArgs& a, Stream stream) {
 
 }  // namespace
 
-int EmbedRows(const int32_t* tokens, const void* embedding, int T, int C, float* hidden,
-              Stream stream) {
-  DSLA_CHECK(T >= 0 && C > 0 && C % 8 == 0);
-  if (T == 0) return cudaSuccess;
-  DSLA_CHECK(tokens && Aligned16(embedding) && Aligned16(hidden));
-  const int64_t items = int64_t{T} * (C / 4);
-  const EmbedParams p{tokens, static_cast<const uint2*>(embedding),
-                      reinterpret_cast<float4*>(hidden), static_cast<uint32_t>(C / 4),
+int EmbedRows(const EmbedRowsArgs& a, Stream stream) {
+  DSLA_CHECK(a.T >= 0 && a.C > 0 && a.C % 8 == 0);
+  if (a.T == 0) return cudaSuccess;
+  DSLA_CHECK(a.tokens && Aligned16(a.embedding) && Aligned16(a.hidden));
+  DSLA_CHECK(a.feed == nullptr || a.chosen != nullptr);
+  const int64_t items = int64_t{a.T} * (a.C / 4);
+  const EmbedParams p{a.tokens,
+                      a.feed,
+                      a.chosen,
+                      a.chosen_stride,
+                      static_cast<const uint2*>(a.embedding),
+                      reinterpret_cast<float4*>(a.hidden),
+                      static_cast<uint32_t>(a.C / 4),
                       static_cast<uint32_t>(items)};
   StartEarly(EmbedKernel, Blocks(items), kThreads, p, stream);
   return cudaGetLastError();

@@ -13,9 +13,18 @@
 
 namespace dsla::cuda {
 
-// hidden[t] = embedding[tokens[t]]. embedding: [V, C] bf16; hidden: [T, C] fp32.
-DSLA_CUDA_EXPORT int EmbedRows(const int32_t* tokens, const void* embedding, int T, int C,
-                               float* hidden, Stream stream);
+// hidden[t] = embedding[tokens[t]], or where feed[t] is not negative that of chosen[feed[t] *
+// chosen_stride]; zeros where the token is negative.
+struct EmbedRowsArgs {
+  const int32_t* tokens = nullptr;  // [T]
+  const int32_t* feed = nullptr;    // [T], or null: all of `tokens`
+  const int32_t* chosen = nullptr;
+  int chosen_stride = 1;            // elements
+  const void* embedding = nullptr;  // [V, C] bf16
+  int T = 0, C = 0;
+  float* hidden = nullptr;  // [T, C]
+};
+DSLA_CUDA_EXPORT int EmbedRows(const EmbedRowsArgs& args, Stream stream);
 
 // hidden[t] += delta[t] + bias, then normed[t] = hidden[t] / rms(hidden[t]) * weight.
 struct AddRmsNormArgs {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "ops/norm_rope/cuda/norm_rope_cuda_testing.cuh"
 #include "ops/norm_rope/norm_rope.h"
@@ -38,10 +39,30 @@ TEST_F(EmbedRowsTest, CopiesRows) {
         for (int i = 0; i < C; ++i)
           want.push_back(token < 0 ? 0 : embedding[static_cast<size_t>(token * C + i)]);
       }
-      const DeviceBytes device_tokens(tokens), hidden(int64_t{T} * C * 4);
-      CheckCuda(cuda::EmbedRows(device_tokens.as<int32_t>(), table.as<void>(), T, C,
-                                hidden.as<float>(), nullptr));
-      EXPECT_EQ(ReadAll<float>(hidden), want) << "C " << C << ", T " << T;
+      // Some of them by way of an array of triples.
+      std::vector<int32_t> feed, own = tokens, chosen(static_cast<size_t>(3 * T), -7);
+      for (int t = 0; t < T; ++t) {
+        const bool fed = t % 3 == 1;
+        feed.push_back(fed ? T - 1 - t : -1);
+        if (fed) chosen[static_cast<size_t>(3 * (T - 1 - t))] = std::exchange(own[t], kV - 1);
+      }
+      const DeviceBytes d_tokens(tokens), d_own(own), d_feed(feed), d_chosen(chosen);
+      cuda::EmbedRowsArgs args{.tokens = d_tokens.as<int32_t>(),
+                               .embedding = table.as<void>(),
+                               .T = T,
+                               .C = C};
+      for (const bool fed : {false, true}) {
+        const DeviceBytes hidden(int64_t{T} * C * 4);
+        args.hidden = hidden.as<float>();
+        if (fed) {
+          args.tokens = d_own.as<int32_t>();
+          args.feed = d_feed.as<int32_t>();
+          args.chosen = d_chosen.as<int32_t>();
+          args.chosen_stride = 3;
+        }
+        CheckCuda(cuda::EmbedRows(args, nullptr));
+        EXPECT_EQ(ReadAll<float>(hidden), want) << "C " << C << ", T " << T << ", fed " << fed;
+      }
     }
   }
 }
@@ -191,8 +212,12 @@ TEST_F(GraphTest, ReplaysEqualSingleLaunches) {
   cudaStream_t stream;
   CheckCuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   const auto chain = [&](const auto& after_each) {
-    CheckCuda(cuda::EmbedRows(d_tokens.as<int32_t>(), embedding.as<void>(), kT, kC,
-                              hidden.as<float>(), stream));
+    CheckCuda(cuda::EmbedRows({.tokens = d_tokens.as<int32_t>(),
+                               .embedding = embedding.as<void>(),
+                               .T = kT,
+                               .C = kC,
+                               .hidden = hidden.as<float>()},
+                              stream));
     after_each();
     cuda::AddRmsNormArgs args;
     args.hidden = hidden.as<float>();

@@ -1,0 +1,159 @@
+// A step from its plan to its commit, and the one that is begun behind it.
+#include <algorithm>
+#include <exception>
+#include <new>
+#include <utility>
+
+#include "base/check.h"
+#include "base/clock.h"
+#include "engine/worker.h"
+
+namespace dsla {
+
+// Each call commits one step. What changes more than the next rows, such as a raise or a new
+// prompt, waits until nothing is in flight.
+void Worker::Step() {
+  const double begin = NowSeconds();
+  fold_seconds_ = model_seconds_ = 0;
+  Decide();
+  if (!scheduler_.in_step()) PlanStep();
+  LaunchAhead();
+  HandOnAll();  // while the device is busy
+  int generated = 0;
+  if (scheduler_.in_step()) {
+    Await(current_);
+    generated = EmitRows(current_, NowSeconds());
+    for (const EndedSequence& ended : scheduler_.Commit(results_)) Finish(ended);
+    current_.time.seconds = NowSeconds() - begin - fold_seconds_;
+    if (current_.failed.ok()) policy_->ObserveStep(current_.time);
+  }
+  SettleQueue();
+  Publish(begin, model_seconds_ + fold_seconds_, current_.plan, generated);
+  std::swap(current_, ahead_);
+  ahead_.plan = {};
+}
+
+void Worker::PlanStep() {
+  RaiseSequences();
+  current_.plan = scheduler_.Plan(NowSeconds());
+  for (const EndedSequence& ended : current_.plan.ended) Finish(ended);
+  for (const int64_t id : current_.plan.started) {
+    ActiveRequest& active = *active_.at(id);
+    active.started = NowSeconds();
+    --unstarted_;
+    ++left_queue_;
+    left_queue_tokens_ += static_cast<int64_t>(active.request.prompt.size());
+  }
+  SettleQueue();
+  if (!current_.plan.rows.empty()) Launch(current_);
+}
+
+// The device goes on with the next decode step when it has done this one; the host reads this one's
+// tokens meanwhile. Who ends by them has had a row for nothing.
+void Worker::LaunchAhead() {
+  if (!current_.begun || !due_.raises.empty()) return;
+  ahead_.plan = scheduler_.PlanAhead(NowSeconds());
+  if (!ahead_.plan.rows.empty()) Launch(ahead_);
+}
+
+// Decode steps in which the device chooses all tokens are begun; rows whose logits are wanted here,
+// for penalties or other tokens' probabilities, and prompts are run to their end.
+void Worker::Launch(Flight& step) {
+  const StepPlan& plan = step.plan;
+  Describe(plan, step.time);
+  step.outcomes.assign(plan.rows.size(), {});
+  step.begun = false;
+  step.batch.clear();
+  ResolveRequests(plan);
+  bool chosen = plan.prefill_rows == 0 && plan.decode_rows <= model_->most_decode_rows();
+  for (size_t i = 0; i < plan.rows.size(); ++i) {
+    const PlannedRows& rows = plan.rows[i];
+    const int logits = rows.logits == RowLogits::kNone   ? 0
+                       : rows.logits == RowLogits::kLast ? 1
+                                                         : static_cast<int>(rows.tokens.size());
+    step.batch.push_back({.cache = rows.cache,
+                          .tokens = rows.tokens,
+                          .logits_rows = logits,
+                          .sampling = OnlyChooses(*row_requests_[i], rows),
+                          .feed = rows.feed});
+    chosen &= step.batch.back().sampling != nullptr;
+  }
+  DSLA_CHECK(chosen || &step == &current_);
+  const int64_t number = launched_++;
+  step.failed = Try(plan, [&] {
+    if (fault_injector_) fault_injector_(number);
+    if (chosen) return model_->BeginDecode(ctx_, pool_, step.batch);
+    model_->Forward(
+        ctx_, pool_, step.batch,
+        options_.deterministic ? Products::kInvariant : Products::kFastest,
+        [&](std::span<const LogitsRow> rows, float* logits, const TokenChoice* choices) {
+          VisitLogits(step, rows, logits, choices);
+        },
+        [&] { HandOnAll(); });
+  });
+  step.begun = chosen && step.failed.ok();
+}
+
+// Its outcomes are known.
+void Worker::Await(Flight& step) {
+  if (std::exchange(step.begun, false)) {
+    choices_.resize(step.plan.rows.size());
+    step.failed = Try(step.plan, [&] { model_->EndDecode(choices_); });
+    for (size_t i = 0; i < choices_.size() && step.failed.ok(); ++i)
+      SetChoice(choices_[i], step.outcomes[i]);
+  }
+  if (step.failed.ok()) return;
+  for (Outcome& outcome : step.outcomes) outcome.status = step.failed;
+}
+
+void Worker::Abandon() {
+  for (Flight* step : {&current_, &ahead_}) {
+    if (step->begun) Await(*step);
+    *step = {};
+  }
+}
+
+// What the model throws, as the status that requests get.
+Status Worker::Try(const StepPlan& plan, const std::function<void()>& work) {
+  const double begin = NowSeconds();
+  Status status;
+  try {
+    work();
+  } catch (const std::bad_alloc&) {
+    status = ResourceExhausted("out of memory in a step of {} tokens",
+                               plan.prefill_rows + plan.decode_rows);
+  } catch (const DeviceError& error) {
+    status = NoteDeviceFailure(error.what());
+  } catch (const std::exception& error) {
+    std::string what = error.what();
+    what.resize(std::min(what.find('\n'), what.size()));  // the rest is a stack trace
+    status = Error(StatusCode::kInternal, "a step failed: {}", what);
+  }
+  model_seconds_ += NowSeconds() - begin;
+  return status;
+}
+
+void Worker::ResolveRequests(const StepPlan& plan) {
+  row_requests_.clear();
+  for (const PlannedRows& rows : plan.rows) {
+    const auto found = active_.find(rows.id);
+    row_requests_.push_back(found == active_.end() ? nullptr : found->second.get());
+  }
+}
+
+void Worker::Describe(const StepPlan& plan, StepTime& time) {
+  time.prefill.clear();
+  time.decode.clear();
+  for (const PlannedRows& rows : plan.rows) {
+    const int level = rows.cache->level();
+    const int length = rows.cache->length();
+    if (rows.phase == Phase::kDecode) {
+      time.decode.push_back({.level = level, .length = length});
+    } else {
+      time.prefill.push_back(
+          {.level = level, .tokens = static_cast<int64_t>(rows.tokens.size()), .context = length});
+    }
+  }
+}
+
+}  // namespace dsla
