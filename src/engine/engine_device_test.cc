@@ -1,10 +1,13 @@
-// The engine over a device that runs steps by itself, as a GPU does: here one that only counts.
+// The engine over a device that runs steps by itself, as a GPU does: here one on the host that is
+// as late as it may be (engine/testing/stream_device.h).
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <atomic>
+#include <random>
+#include <thread>
 
 #include "engine/engine.h"
+#include "engine/testing/stream_device.h"
 #include "engine/testing/test_engine.h"
 
 namespace dsla {
@@ -12,134 +15,308 @@ namespace {
 
 using ::testing::ElementsAre;
 using testing_engine::ByteTokenizer;
+using testing_engine::FunctionPolicy;
 using testing_engine::RecordingSink;
+using testing_engine::RowContext;
+using testing_engine::StreamDevice;
+using testing_engine::StreamModel;
+using testing_engine::StreamOptions;
+using testing_engine::TargetPolicy;
 using testing_engine::TestEngine;
 using testing_models::SmallModel;
 
-// What a test does at the two moments of each step.
-struct StepHooks {
-  std::function<void(int step)> begins = [](int) {}, runs = [](int) {};
-};
+constexpr int kV = 96, kPage = 16, kL = 2;
 
-// Its likeliest token is one more than the last.
-class CountingModel : public DeviceModel {
- public:
-  CountingModel(int V, const StepHooks* hooks) : V_(V), hooks_(hooks) {}
-  void Forward(const CacheViews&, const PlacedRows& rows, const DeviceLogitsVisitor& visit,
-               const LaunchedHook& launched) override {
-    hooks_->begins(++step_);
-    if (launched) launched();
-    hooks_->runs(step_);
-    std::vector<TokenChoice> choices;
-    for (const LogitsRow& row : rows.wanted) {
-      for (int n = 0; n < rows.N(); ++n) {
-        if (rows.batch_index[n] != row.sequence) continue;
-        EXPECT_NE(rows.sequences[n]->sampling, nullptr);
-        choices.push_back({.token = (rows.sequences[n]->tokens[row.row] + 1) % V_});
-      }
-    }
-    if (!choices.empty()) visit(rows.wanted, nullptr, choices.data());
-  }
-  void Fold(const CacheViews&, const SequenceCache&, int, int32_t) override {}
-  Expected<std::unique_ptr<DeviceModel>> WithAdapter(const DeviceModelSpec&) const override {
-    return Unsupported("not of this test");
-  }
-  int64_t weight_bytes(int) const override { return 0; }
+int32_t OneMore(const RowContext& row) { return (row.token + 1) % kV; }
 
- private:
-  const int V_;
-  const StepHooks* hooks_;
-  int step_ = 0;
-};
+int32_t Choose(uint64_t link, int level, int64_t position, const SamplingParams& sampling) {
+  uint64_t x = link + static_cast<uint64_t>(level) * 0x632be59bd9b4e019;
+  if (sampling.temperature > 0) x ^= (sampling.seed + static_cast<uint64_t>(position)) * 0xff51afd7;
+  return static_cast<int32_t>((x ^ (x >> 31)) % kV);
+}
+int32_t ChooseRow(const RowContext& row) {
+  return Choose(row.link, row.level, row.position,
+                row.sampling != nullptr ? *row.sampling : SamplingParams{.temperature = 0});
+}
 
-class CountingDevice : public Device {
- public:
-  explicit CountingDevice(const StepHooks* hooks) : hooks_(hooks) {}
-  const std::string& name() const override { return name_; }
-  BlockMemory& memory() override { return HostMemory(); }
-  int64_t free_bytes() const override { return int64_t{1} << 30; }
-  void Synchronize() override {}
-  DeviceLimits Measure() override { return {}; }
-  Expected<std::unique_ptr<DeviceModel>> Load(const DeviceModelSpec& spec, const TensorReader&,
-                                              const ParallelRunner&) override {
-    return std::unique_ptr<DeviceModel>(new CountingModel(spec.config.V, hooks_));
-  }
-
- private:
-  const std::string name_ = "counting";
-  const StepHooks* hooks_;
+// A model on such a device.
+struct OnStream {
+  StreamOptions options;
+  SmallModel small;
+  explicit OnStream(StreamOptions o)
+      : options(std::move(o)),
+        small("smollm2", true, {},
+              {.page_size = kPage, .device = std::make_shared<StreamDevice>(&options)}) {}
 };
 
 class EngineDeviceTest : public ::testing::Test {
  protected:
-  EngineDeviceTest()
-      : small_("smollm2", false, {},
-               {.page_size = 16, .device = std::make_shared<CountingDevice>(&hooks_)}),
-        tokenizer_(ByteTokenizer()) {}
-  Request Ask(int max_tokens) {
+  Request Ask(int max_tokens, std::vector<int32_t> prompt = {7, 8, 9}) {
     Request request;
     request.id = fmt::format("r{}", ++count_);
-    request.prompt = {7, 8, 9};
+    request.prompt = std::move(prompt);
     request.sampling.temperature = 0;
     request.max_tokens = max_tokens;
     request.ignore_eos = true;
     return request;
   }
+  static EngineOptions Options() { return {.memory_bytes = 16 << 20, .default_max_level = kL}; }
 
-  static EngineOptions Options() { return {.memory_bytes = 16 << 20, .default_max_level = 0}; }
+  // Every token is the one that the recorded levels give to its request alone.
+  static void ExpectTrue(const Request& request, RecordingSink& sink) {
+    const RequestResult& result = sink.Wait();
+    EXPECT_EQ(static_cast<int>(sink.tokens().size()), result.generated_tokens);
+    uint64_t link = 0;
+    for (const int32_t token : request.prompt) link = StreamModel::NextLink(link, token);
+    int position = static_cast<int>(request.prompt.size());
+    for (const TokenOutput& output : sink.outputs()) {
+      EXPECT_EQ(output.level, LevelBefore(result.levels, position));
+      ASSERT_EQ(output.token, Choose(link, output.level, position, request.sampling))
+          << request.id << ", position " << position;
+      link = StreamModel::NextLink(link, output.token);
+      ++position;
+    }
+  }
 
-  StepHooks hooks_;
-  SmallModel small_;
-  std::unique_ptr<Tokenizer> tokenizer_;
+  // Nothing is left of surplus rows.
+  static void ExpectNoLeak(TestEngine& engine) {
+    EngineState state;
+    for (int i = 0; i < 5000; ++i) {
+      state = engine->state();
+      if (state.idle && state.page_bytes + state.state_bytes == 0) return;
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    ADD_FAILURE() << state.page_bytes << " and " << state.state_bytes << " bytes are still held";
+  }
+
+  // A request of any kind.
+  Request AnyRequest(std::mt19937& random) {
+    const auto pick = [&](int low, int high) {
+      return std::uniform_int_distribution(low, high)(random);
+    };
+    std::vector<int32_t> prompt(pick(1, 70));
+    std::mt19937 document(pick(1, 3));
+    for (int32_t& token : prompt) token = static_cast<int32_t>(document() % kV);
+    Request request = Ask(pick(1, 60), std::move(prompt));
+    request.prompt.back() = pick(0, kV - 1);
+    if (pick(0, 1) == 0) request.sampling = {.seed = static_cast<uint64_t>(pick(0, 999))};
+    if (pick(0, 1) == 0) request.stop_ids = {pick(0, kV - 1), pick(0, kV - 1), pick(0, kV - 1)};
+    if (pick(0, 1) == 0) request.stop = {"0", "(1", "A"};
+    if (pick(0, 3) == 0) {  // the host samples the first ones
+      request.min_tokens = std::min(pick(0, 8), request.max_tokens);
+      request.sampling.temperature = 0;
+      request.stop_ids.clear();
+    }
+    request.tier = static_cast<Tier>(pick(0, 3));
+    request.level = pick(0, kL);
+    if (request.tier == Tier::kAuto) request.stop_ids.clear();
+    return request;
+  }
+
+  const std::unique_ptr<Tokenizer> tokenizer_ = ByteTokenizer();
   int count_ = 0;
 };
 
-TEST_F(EngineDeviceTest, TokensAreHandedOnWhileTheNextStepRuns) {
-  std::vector<int> begins, runs;
-  std::atomic<int> sent = 0;
-  hooks_.begins = [&](int) { begins.push_back(sent); };
-  hooks_.runs = [&](int) { runs.push_back(sent); };
-  TestEngine engine(small_.model(), *tokenizer_, Options());
-  const auto sink = engine.Submit(Ask(4), [&](int count) { sent = count; });
+TEST_F(EngineDeviceTest, TheNextStepBeginsBeforeTokensAreRead) {
+  std::vector<std::string> log;
+  OnStream on({.choose = OneMore, .note = [&](const char* what, int step) {
+                 log.push_back(fmt::format("{} {}", what, step));
+               }});
+  TestEngine engine(on.small.model(), *tokenizer_, Options());
+  const auto sink =
+      engine.Submit(Ask(5), [&](int count) { log.push_back(fmt::format("token {}", count)); });
   EXPECT_TRUE(sink->Wait().status.ok());
-  EXPECT_THAT(sink->tokens(), ElementsAre(10, 11, 12, 13));
-  EXPECT_THAT(begins, ElementsAre(0, 0, 1, 2));
-  EXPECT_THAT(runs, ElementsAre(0, 1, 2, 3)) << "the last token goes out with the reply's end";
+  EXPECT_THAT(sink->tokens(), ElementsAre(10, 11, 12, 13, 14));
+  EXPECT_THAT(log, ElementsAre("forward 1", "runs 1", "begin 2", "begin 3", "token 1", "end 2",
+                               "begin 4", "token 2", "end 3", "begin 5", "token 3", "end 4",
+                               "token 4", "end 5", "token 5"))
+      << "no step for tokens beyond max_tokens";
+  ExpectNoLeak(engine);
 }
 
-// What its text says decides whether it goes on: no step is run for nothing.
-TEST_F(EngineDeviceTest, StopStringsAreLookedForBeforeTheNextStep) {
+// Rows that the host samples keep to the order in which each step knows all tokens.
+TEST_F(EngineDeviceTest, RowsThatTheHostSamplesAreNotBegun) {
+  std::vector<std::string> log;
+  OnStream on({.choose = OneMore, .note = [&](const char* what, int step) {
+                 log.push_back(fmt::format("{} {}", what, step));
+               }});
+  TestEngine engine(on.small.model(), *tokenizer_, Options());
+  Request request = Ask(3);
+  request.sampling.presence_penalty = 0.5f;
+  const auto sink = engine.Submit(
+      std::move(request), [&](int count) { log.push_back(fmt::format("token {}", count)); });
+  EXPECT_TRUE(sink->Wait().status.ok());
+  EXPECT_THAT(sink->tokens(), ElementsAre(10, 11, 12));
+  EXPECT_THAT(log, ElementsAre("forward 1", "runs 1", "forward 2", "token 1", "runs 2", "forward 3",
+                               "token 2", "runs 3", "token 3"));
+}
+
+TEST_F(EngineDeviceTest, WhatFollowsTheEndOfAReplyIsNotSeen) {
   int steps = 0;
-  hooks_.begins = [&](int step) { steps = step; };
-  TestEngine engine(small_.model(), *tokenizer_, Options());
-  Request request = Ask(20);
-  request.prompt = {'0'};
+  OnStream on({.choose = OneMore, .note = [&](const char*, int step) { steps = step; }});
+  TestEngine engine(on.small.model(), *tokenizer_, Options());
+  Request request = Ask(20, {'0'});
   request.stop = {"34"};
-  const auto sink = engine.Submit(request);
-  EXPECT_EQ(sink->Wait().stop_string, "34");
-  EXPECT_EQ(sink->text(), "12");
-  EXPECT_EQ(steps, 4);
+  const auto stopped = engine.Submit(request);
+  EXPECT_EQ(stopped->Wait().stop_string, "34");
+  EXPECT_EQ(stopped->text(), "12");
+  EXPECT_EQ(stopped->Wait().generated_tokens, 4);
+  ExpectNoLeak(engine);
+  EXPECT_EQ(steps, 5) << "one row more than the reply took";
+
+  request = Ask(20, {'0'});
+  request.stop_ids = {'3'};
+  const auto ended = engine.Submit(request);
+  EXPECT_EQ(ended->Wait().stop_token, '3');
+  EXPECT_EQ(ended->text(), "12");
+  EXPECT_EQ(ended->Wait().generated_tokens, 2);
+  ExpectNoLeak(engine);
 }
 
 TEST_F(EngineDeviceTest, NothingIsLostWhenTheRequestEndsInBetween) {
-  TestEngine engine(small_.model(), *tokenizer_, Options());
-  hooks_.begins = [](int step) {
+  std::function<void(const char*, int)> note = [](const char*, int step) {
     if (step == 3) throw DeviceError("gone");
   };
+  OnStream on({.choose = OneMore, .note = [&](const char* what, int step) { note(what, step); }});
+  TestEngine engine(on.small.model(), *tokenizer_, Options());
   const auto failed = engine.Submit(Ask(9));
   EXPECT_EQ(failed->Wait().status.message(), "the device failed: gone");
   EXPECT_THAT(failed->tokens(), ElementsAre(10, 11));
   EXPECT_EQ(failed->Wait().generated_tokens, 2);
+  ExpectNoLeak(engine);
 
-  hooks_.begins = [](int) {};
   const auto cancelled = std::make_shared<RecordingSink>();
   const Request request = Ask(60);
-  hooks_.runs = [&](int step) {
-    if (step == 6) engine->Cancel(request.id);
+  note = [&](const char*, int step) {
+    if (step == 8) engine->Cancel(request.id);
   };
   EXPECT_FALSE(engine->Submit(request, cancelled).has_value());
   EXPECT_EQ(cancelled->Wait().finish, FinishReason::kCancelled);
   EXPECT_EQ(static_cast<int>(cancelled->tokens().size()), cancelled->Wait().generated_tokens);
+  ExpectNoLeak(engine);
+}
+
+// Steps that were begun and nobody will ask for must not reach the next engine on that model.
+TEST_F(EngineDeviceTest, AnEngineEndsWithStepsUnderWay) {
+  OnStream on({.choose = ChooseRow});
+  for (int round = 0; round < 3; ++round) {
+    TestEngine engine(on.small.model(), *tokenizer_, Options());
+    const Request request = Ask(400);
+    const auto sink = engine.Submit(request);
+    sink->WaitForTokens(5);
+    engine.Destroy();
+    EXPECT_EQ(sink->Wait().finish, FinishReason::kCancelled);
+    ExpectTrue(request, *sink);
+  }
+}
+
+// All kinds of requests at once, on such a device and on one whose steps all run to their end.
+TEST_F(EngineDeviceTest, RepliesAreThoseOfStepsThatRunToTheirEnd) {
+  int begun = 0;
+  OnStream ahead({.choose = ChooseRow, .note = [&](const char* what, int) {
+                    begun += std::string_view(what) == "begin";
+                  }});
+  OnStream in_order({.most_decode_rows = 0, .choose = ChooseRow});
+  for (uint32_t seed = 1; seed <= 20; ++seed) {
+    SCOPED_TRACE(::testing::Message() << "seed " << seed);
+    std::mt19937 random(seed);
+    std::vector<Request> requests;
+    for (int i = 0; i < 12; ++i) {
+      requests.push_back(AnyRequest(random));
+      // What is there to start from would decide about its levels.
+      if (requests.back().tier == Tier::kEconomy) requests.back().tier = Tier::kExact;
+    }
+    if (seed % 4 == 0) requests[5].sampling.presence_penalty = 0.1f;
+    EngineOptions options = Options();
+    options.snapshot_stride = 2 * kPage;
+    // Down to less than all of them need.
+    options.memory_bytes = int64_t{4096} * (seed % 2 == 0 ? 2000 : 40);
+    std::vector<std::shared_ptr<RecordingSink>> sinks[2];
+    for (const auto* on : {&ahead, &in_order}) {
+      TestEngine engine(on->small.model(), *tokenizer_, options, TargetPolicy(0));
+      for (const Request& request : requests)
+        sinks[on == &in_order].push_back(engine.Submit(request));
+      for (const auto& sink : sinks[on == &in_order]) sink->Wait();
+      ExpectNoLeak(engine);
+    }
+    for (size_t i = 0; i < requests.size(); ++i) {
+      RecordingSink& got = *sinks[0][i];
+      RecordingSink& want = *sinks[1][i];
+      EXPECT_EQ(got.tokens(), want.tokens()) << requests[i].id;
+      EXPECT_EQ(got.text(), want.text());
+      EXPECT_EQ(got.Wait().finish, want.Wait().finish);
+      EXPECT_EQ(got.Wait().stop_token, want.Wait().stop_token);
+      EXPECT_EQ(got.Wait().stop_string, want.Wait().stop_string);
+      EXPECT_EQ(got.Wait().generated_tokens, want.Wait().generated_tokens);
+      EXPECT_EQ(got.Wait().levels, want.Wait().levels);
+      if (requests[i].sampling.presence_penalty == 0) ExpectTrue(requests[i], got);
+    }
+  }
+  EXPECT_GT(begun, 500);
+}
+
+// Raises, pre-emption, cancels and the prefix cache: what was recorded is what happened.
+TEST_F(EngineDeviceTest, HistoriesAreTrueUnderPressure) {
+  OnStream on({.choose = ChooseRow});
+  int64_t raises = 0, preemptions = 0, cancelled = 0, cached = 0;
+  for (uint32_t seed = 1; seed <= 60; ++seed) {
+    SCOPED_TRACE(::testing::Message() << "seed " << seed);
+    std::mt19937 random(seed);
+    EngineOptions options = Options();
+    options.snapshot_stride = kPage;
+    // Of three: room for all, room for few, and many short prompts whose replies grow beyond it.
+    const bool tight = seed % 3 == 2;
+    options.memory_bytes = int64_t{4096} * (seed % 3 == 0 ? 2000 : tight ? 28 : 24 + random() % 60);
+    auto policy = std::make_unique<FunctionPolicy>(
+        [chance = std::mt19937(seed)](const LoadSnapshot& l) mutable {
+          LevelDecision decision;
+          decision.target = static_cast<int>(chance() % (kL + 1));
+          for (const SequenceLoad& sequence : l.running) {
+            if (sequence.level < sequence.max_level && chance() % 4 == 0)
+              decision.raises.push_back({sequence.id, sequence.level + 1});
+          }
+          decision.reason = "memory: a test";
+          return decision;
+        });
+    TestEngine engine(on.small.model(), *tokenizer_, options, std::move(policy));
+    std::vector<int32_t> conversation;
+    for (int turn = 0; turn < 4; ++turn) {
+      std::vector<Request> requests;
+      std::vector<std::shared_ptr<RecordingSink>> sinks;
+      for (int i = 0; i < 8; ++i) {
+        Request request = AnyRequest(random);
+        if (!conversation.empty() && i % 2 == 0 && conversation.size() < 90) {
+          conversation.push_back(static_cast<int32_t>(random() % kV));
+          request.prompt = conversation;
+        } else if (tight) {
+          request.prompt.resize(1 + request.prompt.size() % 16);
+          request.max_tokens = 60;
+          request.tier = Tier::kFull;
+        }
+        requests.push_back(request);
+        const int cancel_at = random() % 6 == 0 ? static_cast<int>(random() % 20) : -1;
+        sinks.push_back(engine.Submit(request, [&engine, request, cancel_at](int tokens) {
+          if (tokens == cancel_at) engine->Cancel(request.id);
+        }));
+      }
+      for (size_t i = 0; i < requests.size(); ++i) {
+        const RequestResult& result = sinks[i]->Wait();
+        ExpectTrue(requests[i], *sinks[i]);
+        cancelled += result.finish == FinishReason::kCancelled;
+        cached += result.cached_tokens;
+        if (i % 2 == 1 || !conversation.empty()) continue;
+        conversation = requests[i].prompt;
+        for (const int32_t token : sinks[i]->tokens()) conversation.push_back(token);
+      }
+    }
+    raises += engine->state().raises;
+    preemptions += engine->state().preemptions;
+    ExpectNoLeak(engine);
+  }
+  EXPECT_GT(raises, 20);
+  EXPECT_GT(preemptions, 20);
+  EXPECT_GT(cancelled, 20);
+  EXPECT_GT(cached, 500);
 }
 
 }  // namespace

@@ -81,6 +81,16 @@ class SchedulerTest : public testing::Test {
     ASSERT_TRUE(scheduler_->idle());
   }
 
+  // The step behind a decode step that is in flight, whose rows' tokens the model knows already.
+  StepPlan StepAhead(double now = 1) {
+    StepPlan plan = scheduler_->PlanAhead(now);
+    for (const PlannedRows& rows : plan.rows) {
+      tokens_[rows.id].push_back(7);
+      model_->Forward(rows, tokens_[rows.id]);
+    }
+    return plan;
+  }
+
   using Shape = std::pair<int, int>;  // position, rows
   std::unique_ptr<Ledger> ledger_;
   std::unique_ptr<FakeModel> model_;
@@ -567,6 +577,114 @@ TEST_F(SchedulerTest, AFoldThatFailsHarmsNobody) {
   RunUntilIdle();
   EXPECT_TRUE(ended_.at(folded).status.ok());
   EXPECT_EQ(ended_.at(folded).levels, (LevelHistory{{0, 0}, {12, 3}}));
+}
+
+TEST_F(SchedulerTest, ADecodeStepIsPlannedBehindAnother) {
+  Make(1000 * kTokenPages);
+  const int64_t first = Add(5, 3, Tier::kAuto, 1), second = Add(6, 9, Tier::kAuto, 2);
+  const StepPlan prompts = scheduler_->Plan(1);
+  EXPECT_TRUE(scheduler_->PlanAhead(1).rows.empty()) << "not behind prompts";
+  for (const PlannedRows& rows : prompts.rows) model_->Forward(rows, tokens_[rows.id]);
+  std::vector<RowResult> two(2, RowResult{.token = 7});
+  scheduler_->Commit(two);
+  for (const int64_t id : {first, second}) tokens_[id].push_back(7);
+
+  for (const PlannedRows& rows : scheduler_->Plan(1).rows) model_->Forward(rows, tokens_[rows.id]);
+  StepPlan ahead = StepAhead();
+  ASSERT_EQ(ahead.rows.size(), 2u);
+  EXPECT_EQ(ahead.rows[1].feed, 1);
+  EXPECT_EQ(ahead.rows[1].cache->length(), 7) << "the row in flight counts";
+  EXPECT_TRUE(scheduler_->PlanAhead(1).rows.empty()) << "two are in flight";
+  EXPECT_TRUE(scheduler_->Commit(two).empty());
+  EXPECT_TRUE(scheduler_->in_step());
+
+  ahead = StepAhead();  // the first one's third token is on its way
+  ASSERT_EQ(ahead.rows.size(), 1u);
+  EXPECT_EQ(ahead.rows[0].id, second);
+  EXPECT_EQ(ahead.rows[0].feed, 1);
+  two[0].finish = true;
+  EXPECT_EQ(scheduler_->Commit(two).size(), 1u);
+  const std::vector<RowResult> one(1, RowResult{.token = 7});
+  EXPECT_TRUE(scheduler_->Commit(one).empty());
+  EXPECT_FALSE(scheduler_->in_step());
+  ExpectExactAccounts(*ledger_, *scheduler_);
+}
+
+TEST_F(SchedulerTest, NothingIsPlannedAheadOfWhatWouldChangeTheRows) {
+  Make(5 * kTokenPages + kTokenPages / 2, NoPrefixCache());
+  ScheduledRequest hurried;
+  hurried.deadline = 9;
+  const int64_t first = Add(5, 20, Tier::kFull, 1, hurried);
+  Step();
+  scheduler_->Plan(1);
+  EXPECT_TRUE(scheduler_->PlanAhead(9).rows.empty()) << "the deadline";
+  const int64_t second = Add(6, 4, Tier::kFull, 2);
+  EXPECT_TRUE(scheduler_->PlanAhead(1).rows.empty()) << "a prompt that might come in";
+  EXPECT_FALSE(scheduler_->Cancel(first).has_value());
+  EXPECT_TRUE(scheduler_->Cancel(second).has_value());
+  EXPECT_TRUE(scheduler_->PlanAhead(1).rows.empty()) << "nobody goes on";
+  EXPECT_EQ(scheduler_->Commit(std::vector<RowResult>{{.token = 7}}).size(), 1u);
+
+  // A prompt that has no room stops nothing once it was looked at.
+  const auto begin = [&] {
+    for (const PlannedRows& rows : scheduler_->Plan(1).rows)
+      model_->Forward(rows, tokens_[rows.id]);
+  };
+  Add(5, 9, Tier::kFull, 3);
+  Add(5, 9, Tier::kFull, 4);
+  Step();
+  Add(14, 2, Tier::kFull, 5);
+  begin();
+  EXPECT_EQ(scheduler_->waiting(), 1);
+  EXPECT_EQ(StepAhead().rows.size(), 2u);
+  const std::vector<RowResult> two(2, RowResult{.token = 7});
+  scheduler_->Commit(two);
+  EXPECT_EQ(StepAhead().rows.size(), 2u);
+  scheduler_->Commit(two);
+  EXPECT_TRUE(scheduler_->PlanAhead(1).rows.empty()) << "two more pages that there are not";
+  scheduler_->Clear();
+  EXPECT_EQ(ledger_->used_bytes(), 0);
+}
+
+// A reply that ends while a row of it is in flight holds its memory until that row has run, and
+// nothing of what the row did is kept.
+TEST_F(SchedulerTest, ASurplusRowIsNotSeen) {
+  for (const bool failed : {false, true}) {
+    scheduler_.reset();
+    Make(1000 * kTokenPages);
+    scheduler_->set_auto_max_level(2);
+    scheduler_->set_target_level(2);
+    const int64_t id = Add(5, 20, Tier::kAuto, 1);
+    Step();
+    while (scheduler_->Snapshot().running[0].cached_tokens < 7) Step();
+    // The row in flight is the eighth: states are due behind it.
+    for (const PlannedRows& rows : scheduler_->Plan(1).rows) model_->Forward(rows, tokens_[id]);
+    const int64_t before = scheduler_->prefix_cache()->snapshots();
+    ASSERT_EQ(StepAhead().rows.size(), 1u);
+    EXPECT_EQ(scheduler_->prefix_cache()->snapshots(), before + 1);
+    const RowResult end{.token = 7, .finish = true, .failed = failed};
+    EXPECT_EQ(scheduler_->Commit({&end, 1}).size(), 1u);
+    EXPECT_EQ(scheduler_->running(), 0);
+    EXPECT_FALSE(scheduler_->idle());
+    EXPECT_GT(ledger_->used_bytes(), ledger_->idle_bytes());
+    ExpectExactAccounts(*ledger_, *scheduler_);
+    EXPECT_EQ(scheduler_->prefix_cache()->snapshots(), failed ? 0 : before + 1);
+    EXPECT_TRUE(scheduler_->Commit(std::vector<RowResult>(1)).empty());
+    EXPECT_TRUE(scheduler_->idle());
+    EXPECT_EQ(ledger_->used_bytes(), ledger_->idle_bytes());
+    if (failed) continue;
+    // The next turn starts from the states as they were before it; the model checks what it reads.
+    ScheduledRequest turn;
+    turn.max_tokens = 3;
+    turn.prompt.assign(tokens_[id].begin(), tokens_[id].begin() + 8);
+    turn.prompt.push_back(9);
+    const std::vector<int32_t> prompt = turn.prompt;
+    const int64_t next = scheduler_->Add(std::move(turn));
+    tokens_[next] = prompt;
+    left_[next] = 3;
+    RunUntilIdle();
+    EXPECT_EQ(ended_[next].cached_tokens, 8);
+  }
 }
 
 TEST_F(SchedulerTest, ClearLeavesNothingBehind) {

@@ -207,14 +207,14 @@ void Worker::RaiseSequences() {
     const Status status = scheduler_.Raise(raise.id, raise.level);
     const int level = scheduler_.level(raise.id);
     if (level == sequence->level) continue;
-    NoteEvent({.time = now,
-               .request_id = active->second->request.id,
-               .position = sequence->cached_tokens,
-               .from = sequence->level,
-               .to = level,
-               .seconds = fold_seconds_ - begin,
-               .reason =
-                   status.ok() ? due_.reason : due_.reason + "; stopped: " + status.message()});
+    NoteEvent(
+        {.time = now,
+         .request_id = active->second->request.id,
+         .position = sequence->cached_tokens,
+         .from = sequence->level,
+         .to = level,
+         .seconds = fold_seconds_ - begin,
+         .reason = status.ok() ? due_.reason : due_.reason + "; stopped: " + status.message()});
   }
   due_.raises.clear();
 }

@@ -55,8 +55,7 @@ const SamplingParams* Worker::OnlyChooses(const ActiveRequest& active, const Pla
 void Worker::VisitLogits(Flight& step, std::span<const LogitsRow> rows, float* logits,
                          const TokenChoice* choices) {
   if (logits == nullptr) {
-    for (size_t i = 0; i < rows.size(); ++i)
-      SetChoice(choices[i], step.outcomes[rows[i].sequence]);
+    for (size_t i = 0; i < rows.size(); ++i) SetChoice(choices[i], step.outcomes[rows[i].sequence]);
     return;
   }
   const int64_t V = model_->config().V;

@@ -84,8 +84,7 @@ void Worker::Launch(Flight& step) {
     if (fault_injector_) fault_injector_(number);
     if (chosen) return model_->BeginDecode(ctx_, pool_, step.batch);
     model_->Forward(
-        ctx_, pool_, step.batch,
-        options_.deterministic ? Products::kInvariant : Products::kFastest,
+        ctx_, pool_, step.batch, options_.deterministic ? Products::kInvariant : Products::kFastest,
         [&](std::span<const LogitsRow> rows, float* logits, const TokenChoice* choices) {
           VisitLogits(step, rows, logits, choices);
         },

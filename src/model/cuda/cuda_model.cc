@@ -234,10 +234,10 @@ void CudaModel::RunGraph(const CacheViews& cache, const PlacedRows& rows,
 void CudaModel::ForwardGraph(const CacheViews& cache, const PlacedRows& rows,
                              const DeviceLogitsVisitor& visit, const LaunchedHook& launched) {
   RunGraph(cache, rows, {});
-  Check(cudaMemcpyAsync(fixed_->choices.as(), fixed_->activations.choices,
-                        rows.sequences.size() * sizeof(TokenChoice), cudaMemcpyDeviceToHost,
-                        stream_),
-        "fetching choices");
+  Check(
+      cudaMemcpyAsync(fixed_->choices.as(), fixed_->activations.choices,
+                      rows.sequences.size() * sizeof(TokenChoice), cudaMemcpyDeviceToHost, stream_),
+      "fetching choices");
   if (launched) launched();
   // The tile is the step's rows in their order.
   VisitTile(rows.wanted, rows, rows.wanted_rows, fixed_->activations,
@@ -251,10 +251,10 @@ void CudaModel::BeginDecode(const CacheViews& cache, const PlacedRows& rows) {
   Begun& step = steps_[begun_ % 2];
   step.choices.Grow(kMostGraphRows * int64_t{sizeof(TokenChoice)});
   RunGraph(cache, rows, steps_[(begun_ + 1) % 2].row_of);
-  Check(cudaMemcpyAsync(step.choices.as(), fixed_->activations.choices,
-                        rows.sequences.size() * sizeof(TokenChoice), cudaMemcpyDeviceToHost,
-                        stream_),
-        "fetching choices");
+  Check(
+      cudaMemcpyAsync(step.choices.as(), fixed_->activations.choices,
+                      rows.sequences.size() * sizeof(TokenChoice), cudaMemcpyDeviceToHost, stream_),
+      "fetching choices");
   Check(cudaEventRecord(step.done, stream_), "marking a step");
   step.row_of.resize(rows.sequences.size());
   for (size_t n = 0; n < rows.batch_index.size(); ++n)

@@ -234,6 +234,82 @@ TEST_P(BothTest, ChoicesAreThoseOfTheLogits) {
   EXPECT_LE(different, 1);
 }
 
+// Two steps under way at once, the second fed by the first, with the rows in ever another order and
+// fewer of them: the same tokens as step after step.
+TEST_P(BothTest, TokensGoFromStepToStepOnTheDevice) {
+  const HybridModel& model = *models_[1];
+  CachePool& pool = *pools_[1];
+  constexpr int kSequences = 7, kSteps = 10;
+  const auto levels = [&](int i) { return i % (GetParam().L + 1); };
+  const auto batch_of = [&](int step) {  // whose rows it has
+    std::vector<int> batch;
+    for (int i = 0; i < kSequences - step / 4; ++i)
+      batch.push_back((i + step) % (kSequences - step / 4));
+    return batch;
+  };
+  std::vector<SamplingParams> params(kSequences);
+  std::vector<std::vector<int32_t>> prompts;
+  for (int i = 0; i < kSequences; ++i) {
+    params[i] = {.temperature = i % 2 == 0 ? 0.f : 1.f, .seed = static_cast<uint64_t>(i)};
+    prompts.push_back(Tokens(30 + 17 * i));
+  }
+  std::deque<SequenceCache> caches;
+  std::vector<int32_t> last(kSequences);  // each one's last token
+  const auto forward = [&](const std::vector<int>& batch, bool prompt) {
+    std::vector<SequenceRows> rows;
+    for (const int i : batch) {
+      const std::span<const int32_t> tokens =
+          prompt ? std::span<const int32_t>(prompts[i]) : std::span<const int32_t>(&last[i], 1);
+      EXPECT_TRUE(caches[i].Reserve(static_cast<int>(tokens.size())).ok());
+      rows.push_back({.cache = &caches[i], .tokens = tokens, .sampling = &params[i]});
+    }
+    std::vector<int32_t> chosen(batch.size());
+    model.Forward(ctx_, pool, rows, Products::kFastest,
+                  [&](std::span<const LogitsRow> of, float*, const TokenChoice* choices) {
+                    for (size_t i = 0; i < of.size(); ++i)
+                      chosen[of[i].sequence] = choices[i].token;
+                  });
+    for (const SequenceRows& of : rows) of.cache->Commit(static_cast<int>(of.tokens.size()));
+    for (size_t i = 0; i < batch.size(); ++i) last[batch[i]] = chosen[i];
+    return chosen;
+  };
+  std::vector<std::vector<int32_t>> want;
+  for (const bool ahead : {false, true}) {
+    caches.clear();
+    for (int i = 0; i < kSequences; ++i) caches.push_back(model.NewSequence(pool, levels(i)));
+    forward(batch_of(0), true);
+    if (!ahead) {
+      for (int step = 0; step < kSteps; ++step) want.push_back(forward(batch_of(step), false));
+      continue;
+    }
+    const auto end = [&](int step) {
+      std::vector<TokenChoice> choices(batch_of(step).size());
+      model.EndDecode(choices);
+      for (size_t i = 0; i < choices.size(); ++i) {
+        EXPECT_EQ(choices[i].broken, 0);
+        EXPECT_EQ(choices[i].token, want[step][i]) << "step " << step << ", row " << i;
+      }
+    };
+    for (int step = 0; step < kSteps; ++step) {
+      const std::vector<int> batch = batch_of(step);
+      const std::vector<int> before = step == 0 ? batch : batch_of(step - 1);
+      std::vector<SequenceRows> rows;
+      for (const int i : batch) {
+        const auto feed = std::find(before.begin(), before.end(), i) - before.begin();
+        if (step > 0) caches[i].Commit(1);  // its row in the step that is under way
+        ASSERT_TRUE(caches[i].Reserve(1).ok());
+        rows.push_back({.cache = &caches[i],
+                        .tokens = {&last[i], 1},  // read in the first step alone
+                        .sampling = &params[i],
+                        .feed = step == 0 ? -1 : static_cast<int>(feed)});
+      }
+      model.BeginDecode(ctx_, pool, rows);
+      if (step > 0) end(step - 1);
+    }
+    end(kSteps - 1);
+  }
+}
+
 TEST_P(BothTest, MemoryThatIsGivenBackIsUsedAgain) {
   // More tokens one after another than the budget holds at once.
   for (int round = 0; round < 6; ++round) {

@@ -47,10 +47,8 @@ TEST_F(EmbedRowsTest, CopiesRows) {
         if (fed) chosen[static_cast<size_t>(3 * (T - 1 - t))] = std::exchange(own[t], kV - 1);
       }
       const DeviceBytes d_tokens(tokens), d_own(own), d_feed(feed), d_chosen(chosen);
-      cuda::EmbedRowsArgs args{.tokens = d_tokens.as<int32_t>(),
-                               .embedding = table.as<void>(),
-                               .T = T,
-                               .C = C};
+      cuda::EmbedRowsArgs args{
+          .tokens = d_tokens.as<int32_t>(), .embedding = table.as<void>(), .T = T, .C = C};
       for (const bool fed : {false, true}) {
         const DeviceBytes hidden(int64_t{T} * C * 4);
         args.hidden = hidden.as<float>();
