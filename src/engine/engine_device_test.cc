@@ -198,7 +198,9 @@ TEST_F(EngineDeviceTest, NothingIsLostWhenTheRequestEndsInBetween) {
 
 // Steps that were begun and nobody will ask for must not reach the next engine on that model.
 TEST_F(EngineDeviceTest, AnEngineEndsWithStepsUnderWay) {
-  OnStream on({.choose = ChooseRow});
+  OnStream on({.choose = ChooseRow, .note = [](const char*, int) {
+                 std::this_thread::sleep_for(std::chrono::milliseconds(5));  // it has to be met
+               }});
   for (int round = 0; round < 3; ++round) {
     TestEngine engine(on.small.model(), *tokenizer_, Options());
     const Request request = Ask(400);
