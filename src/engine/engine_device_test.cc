@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <tuple>
 
 #include "engine/engine.h"
 #include "engine/testing/test_engine.h"
@@ -16,12 +17,13 @@ using testing_engine::RecordingSink;
 using testing_engine::TestEngine;
 using testing_models::SmallModel;
 
-// What a test does at the two moments of each step.
+// What a test does at the two moments of each step, and with each sequence whose token is chosen.
 struct StepHooks {
   std::function<void(int step)> begins = [](int) {}, runs = [](int) {};
+  std::function<void(const SequenceRows& rows)> chooses = [](const SequenceRows&) {};
 };
 
-// Its likeliest token is one more than the last.
+// Its likeliest token is one more than the last, the next likeliest one more than that, and so on.
 class CountingModel : public DeviceModel {
  public:
   CountingModel(int V, const StepHooks* hooks) : V_(V), hooks_(hooks) {}
@@ -31,11 +33,19 @@ class CountingModel : public DeviceModel {
     if (launched) launched();
     hooks_->runs(step_);
     std::vector<TokenChoice> choices;
+    std::vector<TokenLogprob> top(rows.wanted.size() * kMostDeviceTop);
     for (const LogitsRow& row : rows.wanted) {
       for (int n = 0; n < rows.N(); ++n) {
         if (rows.batch_index[n] != row.sequence) continue;
-        EXPECT_NE(rows.sequences[n]->sampling, nullptr);
-        choices.push_back({.token = (rows.sequences[n]->tokens[row.row] + 1) % V_});
+        const SequenceRows& of = *rows.sequences[n];
+        EXPECT_NE(of.sampling, nullptr);
+        hooks_->chooses(of);
+        const auto told =
+            std::span(top).subspan(choices.size() * kMostDeviceTop, static_cast<size_t>(of.top));
+        for (size_t i = 0; i < told.size(); ++i)
+          told[i] = {(of.tokens[row.row] + 1 + static_cast<int>(i)) % V_,
+                     -1.f - static_cast<float>(i)};
+        choices.push_back({.token = (of.tokens[row.row] + 1) % V_, .logprob = -1, .top = told});
       }
     }
     if (!choices.empty()) visit(rows.wanted, nullptr, choices.data());
@@ -140,6 +150,57 @@ TEST_F(EngineDeviceTest, NothingIsLostWhenTheRequestEndsInBetween) {
   EXPECT_FALSE(engine->Submit(request, cancelled).has_value());
   EXPECT_EQ(cancelled->Wait().finish, FinishReason::kCancelled);
   EXPECT_EQ(static_cast<int>(cancelled->tokens().size()), cancelled->Wait().generated_tokens);
+}
+
+// What a request does to its logits goes to the device, as it is at each step.
+TEST_F(EngineDeviceTest, TheDeviceIsToldOfPenaltiesBiasesAndEnds) {
+  using Edit = std::tuple<int32_t, int32_t, float>;
+  std::vector<std::vector<Edit>> edits;
+  std::vector<size_t> ruled_out;
+  hooks_.chooses = [&](const SequenceRows& rows) {
+    edits.emplace_back();
+    for (const LogitEdit& edit : rows.edits)
+      edits.back().emplace_back(edit.token, edit.outputs, edit.bias);
+    ruled_out.push_back(rows.ruled_out.size());
+    EXPECT_TRUE(rows.ruled_out.empty() || rows.ruled_out[0] == 20);
+    EXPECT_EQ(rows.top, 0);
+  };
+  TestEngine engine(small_.model(), *tokenizer_, Options());
+  Request request = Ask(3);
+  request.sampling.repetition_penalty = 2;
+  request.sampling.logit_bias = {{10, 1.5f}, {50, -2.f}};
+  request.stop_ids = {20};
+  request.min_tokens = 2;
+  request.top_logprobs = 0;
+  const auto sink = engine.Submit(request);
+  EXPECT_TRUE(sink->Wait().status.ok());
+  EXPECT_THAT(sink->tokens(), ElementsAre(10, 11, 12));
+  EXPECT_THAT(ruled_out, ElementsAre(1, 1, 0));
+  ASSERT_EQ(edits.size(), 3u);
+  std::vector<Edit> want = {{10, -1, 1.5f}, {50, -1, -2.f}, {7, 0, 0.f}, {8, 0, 0.f}, {9, 0, 0.f}};
+  EXPECT_EQ(edits[0], want);
+  std::get<1>(want[0]) = 1;
+  EXPECT_EQ(edits[1], want);
+  want.emplace_back(11, 1, 0.f);
+  EXPECT_EQ(edits[2], want);
+}
+
+TEST_F(EngineDeviceTest, TheDeviceTellsTheLikeliest) {
+  TestEngine engine(small_.model(), *tokenizer_, Options());
+  Request request = Ask(2);
+  request.top_logprobs = 2;
+  const auto sink = engine.Submit(request);
+  EXPECT_TRUE(sink->Wait().status.ok());
+  const std::vector<TokenOutput> outputs = sink->outputs();
+  ASSERT_EQ(outputs.size(), 2u);
+  for (int i = 0; i < 2; ++i) {
+    EXPECT_EQ(outputs[i].logprob, -1);
+    ASSERT_EQ(outputs[i].top.size(), 2u);
+    for (int k = 0; k < 2; ++k) {
+      EXPECT_EQ(outputs[i].top[k].token, 10 + i + k);
+      EXPECT_EQ(outputs[i].top[k].logprob, -1.f - k);
+    }
+  }
 }
 
 }  // namespace

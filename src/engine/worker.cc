@@ -281,10 +281,8 @@ bool Worker::RunModel(const StepPlan& plan) {
     const int logits = rows.logits == RowLogits::kNone   ? 0
                        : rows.logits == RowLogits::kLast ? 1
                                                          : static_cast<int>(rows.tokens.size());
-    batch_.push_back({.cache = rows.cache,
-                      .tokens = rows.tokens,
-                      .logits_rows = logits,
-                      .sampling = OnlyChooses(*row_requests_.back(), rows)});
+    batch_.push_back({.cache = rows.cache, .tokens = rows.tokens, .logits_rows = logits});
+    LetDeviceChoose(*row_requests_.back(), rows, batch_.back());
   }
   outcomes_.assign(count, {});
   results_.assign(count, {});

@@ -23,7 +23,7 @@ struct SamplingParams {
 };
 
 // What steps 1 to 3 of sampling.h do to the logit of one token.
-struct LogitEdit {
+struct alignas(16) LogitEdit {
   static constexpr int32_t kUnseen = -1;
 
   int32_t token = 0;
