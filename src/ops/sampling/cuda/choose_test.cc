@@ -211,10 +211,10 @@ class SampledTest : public ChooseTest {
   };
   Wishes RandomWishes(std::span<const float> row, SamplingParams& params) {
     const auto V = static_cast<uint32_t>(row.size());
+    const float largest = *std::max_element(row.begin(), row.end());
     std::vector<int32_t> likely;
     for (uint32_t i = 0; i < V; ++i)
-      if (row[i] >= 0.7f * *std::max_element(row.begin(), row.end()))
-        likely.push_back(static_cast<int32_t>(i));
+      if (row[i] >= largest - 0.3f * std::abs(largest)) likely.push_back(static_cast<int32_t>(i));
     const auto token = [&] {
       if (likely.empty() || OneIn(2)) return static_cast<int32_t>(random_() % V);
       return likely[random_() % likely.size()];
