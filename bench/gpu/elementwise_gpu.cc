@@ -168,15 +168,18 @@ void BenchRope(const Bench& b, const Model& m, int T, bool decode, bool norm,
   });
 }
 
-// Random logits, as a step makes them: `spread` is their deviation.
+// Random logits, as a step makes them: `spread` is their deviation. seen: tokens in the prompt of a
+// request that penalises repetition; top: how many of the likeliest it asks for. Rows with edits
+// are edited anew each time, where they lie, which costs no other time.
 void BenchChoose(const Bench& b, const Model& m, int T, const std::string& what, float spread,
-                 const SamplingParams& params) {
+                 const SamplingParams& params, int seen = 0, int top = 0) {
   const std::string name = "choose " + what + " V" + std::to_string(m.V) + " T" + std::to_string(T);
   const double bytes = double(T) * m.V * 4;
   if (!b.Wanted(name)) return;
   const int sets = SetsFor(bytes);
   const Sets logits(sets, int64_t{T} * m.V * 4),
-      choices(sets, int64_t{T} * static_cast<int64_t>(sizeof(cuda::RowChoice)));
+      choices(sets, int64_t{T} * static_cast<int64_t>(sizeof(cuda::RowChoice))),
+      likeliest(sets, int64_t{T} * cuda::kMostTop * static_cast<int64_t>(sizeof(TokenLogprob)));
   std::vector<float> values(static_cast<size_t>(T) * m.V);
   std::mt19937 random(1);
   std::normal_distribution<float> normal(0, spread);
@@ -187,11 +190,27 @@ void BenchChoose(const Bench& b, const Model& m, int T, const std::string& what,
   for (int set = 0; set < sets; ++set)
     CheckCuda(cudaMemcpy(logits[set], values.data(), values.size() * 4, cudaMemcpyHostToDevice));
   std::vector<cuda::RowSampling> rows;
-  for (int t = 0; t < T; ++t) rows.push_back(cuda::RowSamplingOf(params, t));
-  const DeviceBytes sampling(rows), workspace(cuda::ChooseWorkspaceBytes(T, m.V));
+  std::vector<LogitEdit> edits(static_cast<size_t>(T) * static_cast<size_t>(seen) + 1);
+  for (int t = 0; t < T; ++t) {
+    rows.push_back(cuda::RowSamplingOf(params, t));
+    rows.back().first_edit = t * seen;
+    rows.back().edits = seen;
+    rows.back().top = top;
+    for (int i = 0; i < seen; ++i)  // in no order
+      edits[static_cast<size_t>(t * seen + i)] = {
+          .token = static_cast<int32_t>((int64_t{i} * 40503 + t) % m.V), .outputs = i % 3};
+  }
+  const DeviceBytes sampling(rows), sent(edits), workspace(cuda::ChooseWorkspaceBytes(T, m.V));
   b.Time(name, sets, bytes, [&](int i) {
-    return cuda::Choose(logits.floats(i), T, m.V, sampling.as<cuda::RowSampling>(),
-                        choices.at<cuda::RowChoice>(i), workspace.as<void>(), workspace.bytes(),
+    return cuda::Choose({.logits = logits.floats(i),
+                         .T = T,
+                         .V = m.V,
+                         .rows = sampling.as<cuda::RowSampling>(),
+                         .edits = sent.as<LogitEdit>(),
+                         .choices = choices.at<cuda::RowChoice>(i),
+                         .top = likeliest.at<TokenLogprob>(i),
+                         .workspace = workspace.as<void>(),
+                         .workspace_bytes = workspace.bytes()},
                         b.stream);
   });
 }
@@ -231,6 +250,12 @@ int Main(int argc, char** argv) {
       BenchChoose(b, m, T, "top-p flat", 1, {.top_p = 0.9f});
       BenchChoose(b, m, T, "top-k top-p", 3, {.top_k = 50, .top_p = 0.9f});
       BenchChoose(b, m, T, "min-p", 3, {.min_p = 0.05f});
+      const SamplingParams penalty{.temperature = 0, .repetition_penalty = 1.001f};
+      BenchChoose(b, m, T, "greedy 500 edits", 3, penalty, 500);
+      BenchChoose(b, m, T, "greedy 8000 edits", 3, penalty, 8000);
+      BenchChoose(b, m, T, "greedy top 20", 3, {.temperature = 0}, 0, 20);
+      BenchChoose(b, m, T, "top-p 500 edits top 5", 3,
+                  {.top_p = 0.9f, .repetition_penalty = 1.001f}, 500, 5);
     }
   CheckCuda(cudaStreamDestroy(b.stream));
   return 0;

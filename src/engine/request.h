@@ -38,11 +38,6 @@ struct Request {
   double deadline = 0;     // NowSeconds() at which it is given up; 0 = none
 };
 
-struct TokenLogprob {
-  int32_t token = 0;
-  float logprob = 0;
-};
-
 // One token of the reply.
 struct TokenOutput {
   int32_t token = 0;

@@ -9,6 +9,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -102,9 +103,11 @@ class Worker : private CacheOps {
   void VisitLogits(Flight& step, std::span<const LogitsRow> rows, float* logits,
                    const TokenChoice* choices);
   static void SetChoice(const TokenChoice& choice, Outcome& outcome);
-  // Not null: one token, drawn by these from the logits as they are, is all that the row's request
-  // needs of them.
-  static const SamplingParams* OnlyChooses(const ActiveRequest& active, const PlannedRows& rows);
+  // What a device needs in order to choose the token of `rows`, if their request needs no more of
+  // the logits than it tells.
+  static void LetDeviceChoose(const ActiveRequest& active, const PlannedRows& planned,
+                              SequenceRows& rows);
+  static std::span<const int32_t> RuledOut(const ActiveRequest& active);
   Status ReadPromptLogits(ActiveRequest& active, int position, std::span<const float> logits) const;
   Status Sample(const ActiveRequest& active, int position, std::span<float> logits,
                 Outcome& outcome) const;

@@ -1,6 +1,5 @@
 // From the logits of a step to tokens, text and events.
 #include <algorithm>
-#include <limits>
 #include <new>
 #include <utility>
 
@@ -13,41 +12,22 @@ Status NumericalError(const Status& status) {
   return Error(StatusCode::kInternal, "{}: {}", kNumericalError, status.message());
 }
 
-Expected<std::vector<TokenLogprob>> Likeliest(std::span<const float> logits, int n) {
-  DSLA_ASSIGN_OR_RETURN(const auto choices, TopLogprobs(logits, n));
-  std::vector<TokenLogprob> top;
-  top.reserve(choices.size());
-  for (const Sampler::Choice& choice : choices) top.push_back({choice.token, choice.logprob});
-  return top;
-}
-
-// While it lives, the tokens cannot be chosen.
-class Masked {
- public:
-  Masked(std::span<float> logits, const std::vector<int32_t>& tokens)
-      : logits_(logits), tokens_(tokens) {
-    for (const int32_t token : tokens)
-      originals_.push_back(std::exchange(logits_[token], -std::numeric_limits<float>::infinity()));
-  }
-  ~Masked() {
-    for (size_t i = 0; i < tokens_.size(); ++i) logits_[tokens_[i]] = originals_[i];
-  }
-  Masked(const Masked&) = delete;
-  Masked& operator=(const Masked&) = delete;
-
- private:
-  std::span<float> logits_;
-  const std::vector<int32_t>& tokens_;
-  std::vector<float> originals_;
-};
-
 }  // namespace
 
-const SamplingParams* Worker::OnlyChooses(const ActiveRequest& active, const PlannedRows& rows) {
+void Worker::LetDeviceChoose(const ActiveRequest& active, const PlannedRows& planned,
+                             SequenceRows& rows) {
   const Request& request = active.request;
-  const bool only = rows.logits == RowLogits::kLast && active.sampler.plain() &&
-                    request.top_logprobs <= 0 && active.generated >= request.min_tokens;
-  return only ? &request.sampling : nullptr;
+  if (planned.logits != RowLogits::kLast || request.top_logprobs > kMostDeviceTop) return;
+  rows.sampling = &request.sampling;
+  rows.edits = active.sampler.edits();
+  rows.ruled_out = RuledOut(active);
+  rows.top = std::max(request.top_logprobs, 0);
+}
+
+// The end tokens while the reply must go on.
+std::span<const int32_t> Worker::RuledOut(const ActiveRequest& active) {
+  if (active.generated >= active.request.min_tokens) return {};
+  return active.end_ids;
 }
 
 // Rows are independent: each writes its own sequence's choice or its own entry of the prompt's
@@ -82,7 +62,8 @@ void Worker::VisitLogits(Flight& step, std::span<const LogitsRow> rows, float* l
 
 void Worker::SetChoice(const TokenChoice& choice, Outcome& outcome) {
   outcome.choice = {.token = choice.token, .logprob = choice.logprob};
-  if (choice.broken == 0) return;
+  outcome.top.assign(choice.top.begin(), choice.top.end());
+  if (!choice.broken) return;
   outcome.status = Error(StatusCode::kInternal, "{}: the logits are not numbers", kNumericalError);
 }
 
@@ -98,7 +79,7 @@ Status Worker::ReadPromptLogits(ActiveRequest& active, int position,
   if (!own.ok()) return NumericalError(own.status());
   entry.logprob = own->logprob;
   if (active.request.top_logprobs <= 0) return Status::Ok();
-  DSLA_ASSIGN_OR_RETURN(entry.top, Likeliest(logits, active.request.top_logprobs));
+  DSLA_ASSIGN_OR_RETURN(entry.top, TopLogprobs(logits, active.request.top_logprobs));
   return Status::Ok();
 }
 
@@ -106,19 +87,11 @@ Status Worker::Sample(const ActiveRequest& active, int position, std::span<float
                       Outcome& outcome) const {
   const Request& request = active.request;
   if (request.max_tokens == 0) return Status::Ok();
-  const bool must_go_on = active.generated < request.min_tokens && !active.end_ids.empty();
-  auto choice = [&] {
-    if (!must_go_on) return active.sampler.Sample(logits, position);
-    const Masked masked(logits, active.end_ids);
-    return active.sampler.Sample(logits, position);
-  }();
-  // Log-probabilities are of the model's distribution, whatever was ruled out.
-  if (choice.ok() && must_go_on && request.top_logprobs >= 0)
-    choice = LogprobOf(logits, choice->token);
+  const auto choice = active.sampler.Sample(logits, position, RuledOut(active));
   if (!choice.ok()) return NumericalError(choice.status());
   outcome.choice = *choice;
   if (request.top_logprobs <= 0) return Status::Ok();
-  DSLA_ASSIGN_OR_RETURN(outcome.top, Likeliest(logits, request.top_logprobs));
+  DSLA_ASSIGN_OR_RETURN(outcome.top, TopLogprobs(logits, request.top_logprobs));
   return Status::Ok();
 }
 

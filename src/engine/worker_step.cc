@@ -56,8 +56,9 @@ void Worker::LaunchAhead() {
   if (!ahead_.plan.rows.empty()) Launch(ahead_);
 }
 
-// Decode steps in which the device chooses all tokens are begun; rows whose logits are wanted here,
-// for penalties or other tokens' probabilities, and prompts are run to their end.
+// Decode steps in which the device chooses all tokens from the logits as they are are begun. Rows
+// with penalties, which count the token before, with biases or with other tokens' probabilities,
+// and prompts, are run to their end.
 void Worker::Launch(Flight& step) {
   const StepPlan& plan = step.plan;
   Describe(plan, step.time);
@@ -71,12 +72,12 @@ void Worker::Launch(Flight& step) {
     const int logits = rows.logits == RowLogits::kNone   ? 0
                        : rows.logits == RowLogits::kLast ? 1
                                                          : static_cast<int>(rows.tokens.size());
-    step.batch.push_back({.cache = rows.cache,
-                          .tokens = rows.tokens,
-                          .logits_rows = logits,
-                          .sampling = OnlyChooses(*row_requests_[i], rows),
-                          .feed = rows.feed});
-    chosen &= step.batch.back().sampling != nullptr;
+    step.batch.push_back(
+        {.cache = rows.cache, .tokens = rows.tokens, .logits_rows = logits, .feed = rows.feed});
+    SequenceRows& row = step.batch.back();
+    LetDeviceChoose(*row_requests_[i], rows, row);
+    chosen &= row.sampling != nullptr && row.edits.empty() && row.ruled_out.empty() &&
+              row.top == 0 && !row_requests_[i]->sampler.counts_output();
   }
   DSLA_CHECK(chosen || &step == &current_);
   const int64_t number = launched_++;

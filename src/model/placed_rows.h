@@ -19,21 +19,29 @@ struct SequenceRows {
   std::span<const int32_t>
       tokens;           // at positions cache->length(), ...; at least one, each in [0, V)
   int logits_rows = 1;  // logits of the last so many rows; 0 = none
-  // Not null: the caller takes the token that these draw (steps 4 to 7 of ops/sampling/sampling.h;
-  // there are no others), and needs no more than a TokenChoice of each row. A model may give the
-  // logits all the same.
+  // Not null: the caller takes the token that these draw (ops/sampling/sampling.h), with what
+  // follows, and needs no more than a TokenChoice of each row. A model may give the logits all the
+  // same.
   const SamplingParams* sampling = nullptr;
+  std::span<const LogitEdit> edits = {};    // of steps 1 to 3: each token once
+  std::span<const int32_t> ruled_out = {};  // tokens
+  int top = 0;  // how many of the likeliest tokens to tell, at most kMostDeviceTop
   // HybridModel::BeginDecode: not negative, the token is the one chosen for this row of the batch
   // begun before; `tokens` then holds one that is not read.
   int feed = -1;
 };
 
-// The token drawn for a row and its log-probability under the softmax over all logits. broken: a
-// logit is NaN or +inf, or all are -inf.
+// The most of a row's likeliest tokens that a device tells; who wants more takes the logits.
+inline constexpr int kMostDeviceTop = 20;
+
+// The token drawn for a row and its log-probability under the softmax over all logits as given;
+// broken: there is none, as Sampler::Sample says it. top: of the likeliest tokens, likeliest first,
+// as TopLogprobs says it; it lasts as long as the choice.
 struct TokenChoice {
   int32_t token = 0;
   float logprob = 0;
-  int32_t broken = 0;
+  bool broken = false;
+  std::span<const TokenLogprob> top = {};
 };
 
 // Of a Forward that hands out logits by tiles: the batch's `sequence`, its new token number `row`.

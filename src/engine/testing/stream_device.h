@@ -31,6 +31,8 @@ struct StreamOptions {
   int most_decode_rows = 256;  // 0: there are no steps to begin
   std::function<int32_t(const RowContext&)> choose;
   std::function<void(const char* what, int step)> note = [](const char*, int) {};  // may throw
+  // Of each sequence whose token Forward chooses.
+  std::function<void(const SequenceRows& rows)> chooses = [](const SequenceRows&) {};
 };
 
 class Stream {
@@ -99,13 +101,19 @@ class StreamModel : public DeviceModel {
     for (const LogitsRow& row : rows.wanted) {
       int n = 0;
       while (rows.batch_index[n] != row.sequence) ++n;
+      const SequenceRows& of = *rows.sequences[n];
       // Those of rows before the last one are asked for by nobody here.
-      const TokenChoice choice{.token = chosen[row.sequence]};
-      if (rows.sequences[n]->sampling != nullptr) {
+      const int32_t token = chosen[row.sequence];
+      if (of.sampling != nullptr) {
+        options_->chooses(of);
+        std::vector<TokenLogprob> top;  // the next likeliest is one more, and so on
+        for (int i = 0; i < of.top; ++i)
+          top.push_back({static_cast<int32_t>((token + i) % V_), -1.f - static_cast<float>(i)});
+        const TokenChoice choice{.token = token, .logprob = -1, .top = top};
         visit({&row, 1}, nullptr, &choice);
       } else {
         std::vector<float> logits(V_, 0.f);
-        logits[choice.token] = 20;
+        logits[token] = 20;
         visit({&row, 1}, logits.data(), nullptr);
       }
     }

@@ -10,7 +10,7 @@
 namespace dsla::cuda {
 namespace {
 
-static_assert(sizeof(TokenChoice) == sizeof(RowChoice), "one is copied as the other");
+static_assert(kMostTop == kMostDeviceTop);
 
 // Rows of logits that are on the GPU at once in a step that is not replayed.
 constexpr int64_t kTileRows = 64;
@@ -21,6 +21,14 @@ int Bucket(int rows) {
   int bucket = 4;
   while (bucket < rows) bucket += bucket < 16 ? 4 : bucket < 64 ? 16 : 64;
   return bucket;
+}
+
+// Of a step that is replayed: room for the edits of some 200 rows with a thousand tokens each, so
+// that graphs are seldom made anew because their tables have moved.
+constexpr int64_t kLeastTableBytes = int64_t{4} << 20;
+
+TokenChoice ChoiceOf(const RowChoice& choice) {
+  return {.token = choice.token, .logprob = choice.logprob, .broken = choice.broken != 0};
 }
 
 bool SameViews(const CacheViews& a, const CacheViews& b) {
@@ -99,7 +107,8 @@ void CudaModel::Carve(Activations& a, int64_t T, int64_t tile) const {
     place(a.claim, T * heads, 4);
     place(a.last, tile * c.C, 2);
     place(a.logits, tile * c.V, 4);
-    place(a.choices, tile, sizeof(TokenChoice));
+    place(a.choices, tile, sizeof(RowChoice));
+    place(a.top, tile * kMostTop, sizeof(TokenLogprob));
     if (pass == 0) a.memory.Grow(size);
   }
   a.T = T;
@@ -130,7 +139,7 @@ CudaModel::Fixed& CudaModel::FixedMemory() {
     scratch = std::max(scratch, DecodeWorkspaceBytes(shape, kMostGraphRows));
   scratch = std::max(scratch, ChooseWorkspaceBytes(kMostGraphRows, c.V));
   fixed->scratch.Grow(scratch);
-  fixed->choices.Grow(kMostGraphRows * int64_t{sizeof(TokenChoice)});
+  fixed->choices.Grow(kMostGraphRows * int64_t{sizeof(RowChoice)});
   fixed_ = std::move(fixed);
   return *fixed_;
 }
@@ -140,8 +149,8 @@ void CudaModel::SendTables(const StepTables& tables, const PlacedRows& rows,
                            DeviceBuffer& device) {
   // The host's copy is rewritten: the last one must have been sent.
   Check(cudaEventSynchronize(tables_sent_), "waiting for a copy");
-  host.Grow(4 * tables.size);
   if (device.bytes() < 4 * tables.size) device.Grow(8 * tables.size);
+  host.Grow(device.bytes());
   tables.Pack(rows, spec_.rank, row_before, host.as<int32_t>());
   Check(cudaMemcpyAsync(device.as(), host.as(), static_cast<size_t>(4 * tables.size),
                         cudaMemcpyHostToDevice, stream_),
@@ -151,7 +160,7 @@ void CudaModel::SendTables(const StepTables& tables, const PlacedRows& rows,
 
 // The last norm and the head of `count` rows (null: the first ones), and their choices.
 void CudaModel::FinishTile(const Activations& a, const int32_t* rows, const RowSampling* sampling,
-                           int count, DeviceBuffer& scratch) {
+                           LogitEdit* edits, int count, DeviceBuffer& scratch) {
   const ModelConfig& c = spec_.config;
   Check(AddRmsNorm({.hidden = a.hidden,
                     .delta = a.delta,
@@ -164,8 +173,16 @@ void CudaModel::FinishTile(const Activations& a, const int32_t* rows, const RowS
                    stream_),
         "norm");
   gemm_->Run(weights_->output(), a.last, c.C, count, a.logits, c.V, Gemm::Out::kF32);
-  Check(Choose(a.logits, count, c.V, sampling, reinterpret_cast<RowChoice*>(a.choices),
-               scratch.as(), scratch.bytes(), stream_),
+  Check(Choose({.logits = a.logits,
+                .T = count,
+                .V = c.V,
+                .rows = sampling,
+                .edits = edits,
+                .choices = a.choices,
+                .top = a.top,
+                .workspace = scratch.as(),
+                .workspace_bytes = scratch.bytes()},
+               stream_),
         "choosing tokens");
 }
 
@@ -180,7 +197,7 @@ void CudaModel::RunGraph(const CacheViews& cache, const PlacedRows& rows,
   if (fixed.tables.bytes() < 4 * tables.size) {
     Check(cudaStreamSynchronize(stream_), "waiting for a step");
     DropGraphs();  // they hold the address
-    fixed.tables.Grow(std::max<int64_t>(8 * tables.size, int64_t{1} << 20));
+    fixed.tables.Grow(std::max(8 * tables.size, kLeastTableBytes));
   }
   SendTables(tables, rows, row_before, fixed.host_tables, fixed.tables);
 
@@ -200,7 +217,7 @@ void CudaModel::RunGraph(const CacheViews& cache, const PlacedRows& rows,
                .rows = &rows,
                .scratch = &fixed.scratch});
     FinishTile(fixed.activations, nullptr, fixed.tables.as<RowSampling>(4 * tables.sampling),
-               bucket, fixed.scratch);
+               fixed.tables.as<LogitEdit>(), bucket, fixed.scratch);
   };
   if (graph.exec != nullptr && !SameViews(graph.cache, cache)) {
     cudaGraphExecDestroy(graph.exec);
@@ -234,14 +251,13 @@ void CudaModel::RunGraph(const CacheViews& cache, const PlacedRows& rows,
 void CudaModel::ForwardGraph(const CacheViews& cache, const PlacedRows& rows,
                              const DeviceLogitsVisitor& visit, const LaunchedHook& launched) {
   RunGraph(cache, rows, {});
-  Check(
-      cudaMemcpyAsync(fixed_->choices.as(), fixed_->activations.choices,
-                      rows.sequences.size() * sizeof(TokenChoice), cudaMemcpyDeviceToHost, stream_),
-      "fetching choices");
+  Check(cudaMemcpyAsync(fixed_->choices.as(), fixed_->activations.choices,
+                        rows.sequences.size() * sizeof(RowChoice), cudaMemcpyDeviceToHost, stream_),
+        "fetching choices");
   if (launched) launched();
   // The tile is the step's rows in their order.
   VisitTile(rows.wanted, rows, rows.wanted_rows, fixed_->activations,
-            fixed_->choices.as<TokenChoice>(), visit);
+            fixed_->choices.as<RowChoice>(), visit);
 }
 
 void CudaModel::BeginDecode(const CacheViews& cache, const PlacedRows& rows) {
@@ -249,12 +265,11 @@ void CudaModel::BeginDecode(const CacheViews& cache, const PlacedRows& rows) {
   DSLA_CHECK(begun_ - ended_ < std::ssize(steps_));
   DSLA_CHECK(rows.T() == rows.N() && rows.N() <= kMostGraphRows);
   Begun& step = steps_[begun_ % 2];
-  step.choices.Grow(kMostGraphRows * int64_t{sizeof(TokenChoice)});
+  step.choices.Grow(kMostGraphRows * int64_t{sizeof(RowChoice)});
   RunGraph(cache, rows, steps_[(begun_ + 1) % 2].row_of);
-  Check(
-      cudaMemcpyAsync(step.choices.as(), fixed_->activations.choices,
-                      rows.sequences.size() * sizeof(TokenChoice), cudaMemcpyDeviceToHost, stream_),
-      "fetching choices");
+  Check(cudaMemcpyAsync(step.choices.as(), fixed_->activations.choices,
+                        rows.sequences.size() * sizeof(RowChoice), cudaMemcpyDeviceToHost, stream_),
+        "fetching choices");
   Check(cudaEventRecord(step.done, stream_), "marking a step");
   step.row_of.resize(rows.sequences.size());
   for (size_t n = 0; n < rows.batch_index.size(); ++n)
@@ -269,7 +284,7 @@ void CudaModel::EndDecode(std::span<TokenChoice> choices) {
   DSLA_CHECK(choices.size() == step.row_of.size());
   Check(cudaEventSynchronize(step.done), "a step");
   for (size_t i = 0; i < choices.size(); ++i)
-    choices[i] = step.choices.as<TokenChoice>()[step.row_of[i]];
+    choices[i] = ChoiceOf(step.choices.as<RowChoice>()[step.row_of[i]]);
 }
 
 void CudaModel::ForwardLaunched(const CacheViews& cache, const PlacedRows& rows,
@@ -291,7 +306,7 @@ void CudaModel::ForwardLaunched(const CacheViews& cache, const PlacedRows& rows,
              .rows = &rows,
              .scratch = &scratch_});
   const auto wanted = static_cast<int64_t>(rows.wanted.size());
-  host_choices_.Grow(kTileRows * int64_t{sizeof(TokenChoice)});
+  host_choices_.Grow(kTileRows * int64_t{sizeof(RowChoice)});
   scratch_.Grow(ChooseWorkspaceBytes(static_cast<int>(kTileRows), spec_.config.V));
   if (launched && wanted == 0) launched();
   std::vector<int64_t> tile_row;
@@ -299,56 +314,74 @@ void CudaModel::ForwardLaunched(const CacheViews& cache, const PlacedRows& rows,
     const auto count = static_cast<size_t>(std::min(kTileRows, wanted - begin));
     const std::span<const LogitsRow> of(rows.wanted.data() + begin, count);
     FinishTile(activations_, device + tables.wanted + begin,
-               tables_.as<RowSampling>(4 * tables.sampling) + begin, static_cast<int>(count),
-               scratch_);
-    Check(cudaMemcpyAsync(host_choices_.as(), activations_.choices, count * sizeof(TokenChoice),
+               tables_.as<RowSampling>(4 * tables.sampling) + begin, tables_.as<LogitEdit>(),
+               static_cast<int>(count), scratch_);
+    Check(cudaMemcpyAsync(host_choices_.as(), activations_.choices, count * sizeof(RowChoice),
                           cudaMemcpyDeviceToHost, stream_),
           "fetching choices");
     if (launched && begin == 0) launched();
     tile_row.resize(count);
     for (size_t i = 0; i < count; ++i) tile_row[i] = static_cast<int64_t>(i);
-    VisitTile(of, rows, tile_row, activations_, host_choices_.as<TokenChoice>(), visit);
+    VisitTile(of, rows, tile_row, activations_, host_choices_.as<RowChoice>(), visit);
   }
 }
 
-// Waits for the step. `wanted` are rows of the batch, and tile_row where each is in the tile.
+// Rows of the tile's logits to the host, neighbours in one copy.
+void CudaModel::FetchLogits(const Activations& a, std::span<const int64_t> tile_rows) {
+  const int64_t V = spec_.config.V;
+  host_logits_.Grow(static_cast<int64_t>(tile_rows.size()) * V * 4);
+  for (size_t i = 0; i < tile_rows.size();) {
+    size_t run = 1;
+    while (i + run < tile_rows.size() &&
+           tile_rows[i + run] == tile_rows[i] + static_cast<int64_t>(run))
+      ++run;
+    Check(cudaMemcpyAsync(host_logits_.as<float>() + static_cast<int64_t>(i) * V,
+                          a.logits + tile_rows[i] * V, run * static_cast<size_t>(V) * sizeof(float),
+                          cudaMemcpyDeviceToHost, stream_),
+          "fetching logits");
+    i += run;
+  }
+}
+
+// Waits for the step. `wanted` are rows of the batch, and tile_row where each is in the tile, of
+// which they are the first ones.
 void CudaModel::VisitTile(std::span<const LogitsRow> wanted, const PlacedRows& rows,
                           std::span<const int64_t> tile_row, const Activations& a,
-                          const TokenChoice* choices, const DeviceLogitsVisitor& visit) {
-  const int64_t V = spec_.config.V;
-  std::vector<bool> chooses(rows.sequences.size());
+                          const RowChoice* choices, const DeviceLogitsVisitor& visit) {
+  std::vector<const SequenceRows*> in_batch(rows.sequences.size());
   for (size_t n = 0; n < rows.sequences.size(); ++n)
-    chooses[static_cast<size_t>(rows.batch_index[n])] = rows.sequences[n]->sampling != nullptr;
+    in_batch[static_cast<size_t>(rows.batch_index[n])] = rows.sequences[n];
   std::vector<LogitsRow> chosen, others;
-  std::vector<TokenChoice> of_chosen;
   std::vector<int64_t> rows_of_chosen, rows_of_others;
+  bool top = false;
   for (size_t i = 0; i < wanted.size(); ++i) {
-    if (chooses[static_cast<size_t>(wanted[i].sequence)]) {
-      chosen.push_back(wanted[i]);
-      rows_of_chosen.push_back(tile_row[i]);
-    } else {
-      others.push_back(wanted[i]);
-      rows_of_others.push_back(tile_row[i]);
-    }
+    const SequenceRows& of = *in_batch[static_cast<size_t>(wanted[i].sequence)];
+    const bool chooses = of.sampling != nullptr;
+    (chooses ? chosen : others).push_back(wanted[i]);
+    (chooses ? rows_of_chosen : rows_of_others).push_back(tile_row[i]);
+    top |= chooses && of.top > 0;
   }
-  if (!others.empty()) {
-    host_logits_.Grow(static_cast<int64_t>(others.size()) * V * 4);
-    for (size_t i = 0; i < others.size();) {  // neighbours in one copy
-      size_t run = 1;
-      while (i + run < others.size() &&
-             rows_of_others[i + run] == rows_of_others[i] + static_cast<int64_t>(run))
-        ++run;
-      Check(cudaMemcpyAsync(host_logits_.as<float>() + static_cast<int64_t>(i) * V,
-                            a.logits + rows_of_others[i] * V,
-                            run * static_cast<size_t>(V) * sizeof(float), cudaMemcpyDeviceToHost,
-                            stream_),
-            "fetching logits");
-      i += run;
-    }
+  if (!others.empty()) FetchLogits(a, rows_of_others);
+  constexpr int64_t kTopBytes = kMostTop * sizeof(TokenLogprob);
+  if (top) {
+    host_top_.Grow(kMostGraphRows * kTopBytes);
+    Check(cudaMemcpyAsync(host_top_.as(), a.top, wanted.size() * kTopBytes, cudaMemcpyDeviceToHost,
+                          stream_),
+          "fetching the likeliest tokens");
   }
   Check(cudaStreamSynchronize(stream_), "a step");
   if (!chosen.empty()) {
-    for (const int64_t row : rows_of_chosen) of_chosen.push_back(choices[row]);
+    std::vector<TokenChoice> of_chosen;
+    for (size_t i = 0; i < chosen.size(); ++i) {
+      of_chosen.push_back(ChoiceOf(choices[rows_of_chosen[i]]));
+      const int count = in_batch[static_cast<size_t>(chosen[i].sequence)]->top;
+      if (count == 0 || of_chosen.back().broken) continue;
+      const std::span<const TokenLogprob> told(
+          host_top_.as<TokenLogprob>(rows_of_chosen[i] * kTopBytes), static_cast<size_t>(count));
+      const auto none = std::find_if(told.begin(), told.end(),
+                                     [](const TokenLogprob& of) { return of.token < 0; });
+      of_chosen.back().top = told.first(static_cast<size_t>(none - told.begin()));
+    }
     visit(chosen, nullptr, of_chosen.data());
   }
   if (!others.empty()) visit(others, host_logits_.as<float>(), nullptr);

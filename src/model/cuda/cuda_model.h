@@ -53,9 +53,10 @@ class CudaModel : public DeviceModel {
     std::byte* low_rank = nullptr;    // [T, r]
     float* claim = nullptr;           // [T, H]
     // Of the rows whose logits are asked for, a tile at a time.
-    std::byte* last = nullptr;       // [tile, C]
-    float* logits = nullptr;         // [tile, V]
-    TokenChoice* choices = nullptr;  // [tile]
+    std::byte* last = nullptr;     // [tile, C]
+    float* logits = nullptr;       // [tile, V]
+    RowChoice* choices = nullptr;  // [tile]
+    TokenLogprob* top = nullptr;   // [tile, kMostTop]
   };
   // What a graph's launches read and write, at addresses that stay.
   struct Fixed {
@@ -114,11 +115,12 @@ class CudaModel : public DeviceModel {
                      int64_t first, std::byte* y, int64_t y_stride);
   void SoftmaxRows(const Step& step, int layer);
   void DslaRows(const Step& step, int layer);
-  void FinishTile(const Activations& a, const int32_t* rows, const RowSampling* sampling, int count,
-                  DeviceBuffer& scratch);
+  void FinishTile(const Activations& a, const int32_t* rows, const RowSampling* sampling,
+                  LogitEdit* edits, int count, DeviceBuffer& scratch);
   void VisitTile(std::span<const LogitsRow> wanted, const PlacedRows& rows,
-                 std::span<const int64_t> tile_row, const Activations& a,
-                 const TokenChoice* choices, const DeviceLogitsVisitor& visit);
+                 std::span<const int64_t> tile_row, const Activations& a, const RowChoice* choices,
+                 const DeviceLogitsVisitor& visit);
+  void FetchLogits(const Activations& a, std::span<const int64_t> tile_rows);
   void DropGraphs();
   Fixed& FixedMemory();
 
@@ -140,7 +142,7 @@ class CudaModel : public DeviceModel {
   DeviceBuffer tables_, scratch_;
   std::vector<DeviceBuffer> plans_;  // prefill attention's workspace, by group
   std::vector<bool> planned_;        // in this step
-  PinnedBuffer host_tables_, host_choices_, host_logits_;
+  PinnedBuffer host_tables_, host_choices_, host_top_, host_logits_;
   cudaEvent_t tables_sent_ = nullptr;
 };
 

@@ -174,12 +174,18 @@ TEST_P(BothTest, BatchesOfChangingSizeShareTheGraphs) {
   }
 }
 
-// Greedy rows and rows that are drawn, each beside a twin that wants its logits, in one batch:
-// prompts, then single rows in steps that are launched, captured and replayed with ever other
-// params.
+// Greedy rows and rows that are drawn, some with edits, tokens that are ruled out or the likeliest
+// asked for, each beside a twin that wants its logits, in one batch: prompts, then single rows in
+// steps that are launched, captured and replayed with ever other params.
 TEST_P(BothTest, ChoicesAreThoseOfTheLogits) {
   const SamplingParams all[] = {
-      {.temperature = 0}, {.top_k = 20}, {.top_p = 0.8f}, {.min_p = 0.1f}, {.temperature = 1.5f}};
+      {.temperature = 0},
+      {.top_k = 20},
+      {.top_p = 0.8f},
+      {.min_p = 0.1f},
+      {.temperature = 1.5f},
+      {.temperature = 0, .repetition_penalty = 1.5f, .frequency_penalty = 0.5f},
+      {.top_p = 0.9f, .presence_penalty = 1, .logit_bias = {{3, 4.f}, {5, -100.f}}}};
   const HybridModel& model = *models_[1];
   const auto V = static_cast<size_t>(model.config().V);
   constexpr size_t kPairs = 6;
@@ -190,30 +196,45 @@ TEST_P(BothTest, ChoicesAreThoseOfTheLogits) {
   for (size_t step = 0; step < 6; ++step) {
     std::vector<std::vector<int32_t>> tokens;
     std::vector<SamplingParams> params;
+    std::vector<Sampler> samplers;
+    const std::vector<int32_t> ruled_out = {3, 7, 11, 13, 17};
     for (size_t n = 0; n < kPairs; ++n) {
       tokens.push_back(Tokens(step == 0 ? 20 + 5 * static_cast<int>(n) : 1));
       params.push_back(all[(n + step) % std::size(all)]);
       params.back().seed = 7 * step + n;
+      samplers.emplace_back(params.back(), static_cast<int64_t>(V));
+      samplers.back().AddPrompt(Tokens(30));
+      for (const int32_t token : Tokens(10 * static_cast<int>(step))) samplers.back().Accept(token);
     }
+    const auto ruled_out_of = [&](size_t n) {
+      return (n + step) % 3 == 0 ? std::span(ruled_out) : std::span<const int32_t>();
+    };
+    const auto top_of = [&](size_t n) { return static_cast<int>((n + step) % 4) * 5; };
     std::vector<SequenceRows> batch;
     for (size_t i = 0; i < 2 * kPairs; ++i) {
       ASSERT_TRUE(caches[i].Reserve(static_cast<int>(tokens[i / 2].size())).ok());
       batch.push_back({.cache = &caches[i],
                        .tokens = tokens[i / 2],
                        .logits_rows = 1,
-                       .sampling = i % 2 == 0 ? &params[i / 2] : nullptr});
+                       .sampling = i % 2 == 0 ? &params[i / 2] : nullptr,
+                       .edits = samplers[i / 2].edits(),
+                       .ruled_out = ruled_out_of(i / 2),
+                       .top = top_of(i / 2)});
     }
     std::optional<TokenChoice> choices[kPairs];
+    std::vector<TokenLogprob> tops[kPairs];
     std::vector<float> logits[kPairs];
     model.Forward(ctx_, *pools_[1], batch, Products::kFastest,
                   [&](std::span<const LogitsRow> rows, float* of, const TokenChoice* chosen) {
                     for (size_t i = 0; i < rows.size(); ++i) {
                       const int sequence = rows[i].sequence;
                       ASSERT_EQ(chosen != nullptr, sequence % 2 == 0);
-                      if (chosen != nullptr)
+                      if (chosen != nullptr) {
                         choices[sequence / 2] = chosen[i];
-                      else
+                        tops[sequence / 2].assign(chosen[i].top.begin(), chosen[i].top.end());
+                      } else {
                         logits[sequence / 2].assign(of + i * V, of + (i + 1) * V);
+                      }
                     }
                   });
     for (const SequenceRows& rows : batch) rows.cache->Commit(static_cast<int>(rows.tokens.size()));
@@ -221,10 +242,15 @@ TEST_P(BothTest, ChoicesAreThoseOfTheLogits) {
       SCOPED_TRACE(testing::Message() << "step " << step << ", pair " << n);
       ASSERT_TRUE(choices[n].has_value());
       ASSERT_EQ(logits[n].size(), V);
-      const auto want =
-          Sampler(params[n], static_cast<int64_t>(V)).Sample(logits[n], caches[2 * n].length());
-      ASSERT_TRUE(want.ok());
-      EXPECT_EQ(choices[n]->broken, 0);
+      const auto want = samplers[n].Sample(logits[n], caches[2 * n].length(), ruled_out_of(n));
+      const auto top = TopLogprobs(logits[n], top_of(n));
+      ASSERT_TRUE(want.ok() && top.ok());
+      EXPECT_FALSE(choices[n]->broken);
+      ASSERT_EQ(tops[n].size(), top->size());
+      for (size_t i = 0; i < top->size(); ++i) {
+        EXPECT_EQ(tops[n][i].token, (*top)[i].token);
+        EXPECT_NEAR(tops[n][i].logprob, (*top)[i].logprob, 1e-4);
+      }
       different += choices[n]->token != want->token;
       if (choices[n]->token != want->token) continue;
       EXPECT_NEAR(choices[n]->logprob, want->logprob, 1e-4);

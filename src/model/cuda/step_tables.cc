@@ -4,6 +4,12 @@
 #include <numeric>
 
 namespace dsla::cuda {
+namespace {
+
+constexpr int64_t kElement = sizeof(LogitEdit) / sizeof(int32_t);
+static_assert(8 % kElement == 0, "arrays begin at multiples of 8");
+
+}  // namespace
 
 StepTables::StepTables(const PlacedRows& rows, const std::vector<int>& rank, int padded) {
   padding_ = padded > 0;
@@ -47,6 +53,12 @@ StepTables::StepTables(const PlacedRows& rows, const std::vector<int>& rank, int
     for (int layer = 0; layer < L; ++layer)
       if (!of->cache->is_dsla(layer)) size += static_cast<int64_t>(of->cache->pages(layer).size());
   }
+  size = (size + 7) / 8 * 8;
+  int64_t elements = 0;
+  for (const SequenceRows* of : rows.sequences)
+    if (of->sampling != nullptr)
+      elements += of->logits_rows * EditElements(of->edits, of->ruled_out);
+  edits = take(elements * kElement);
 }
 
 void StepTables::Pack(const PlacedRows& rows, const std::vector<int>& rank,
@@ -94,15 +106,22 @@ void StepTables::Pack(const PlacedRows& rows, const std::vector<int>& rank,
     }
     starts[N] = static_cast<int32_t>(next_page);
   }
-  DSLA_CHECK(pages + next_page == size);
+  DSLA_CHECK(pages + next_page <= edits);
 }
 
 void StepTables::PackSampling(const PlacedRows& rows, int32_t* to) const {
   auto* const each = reinterpret_cast<RowSampling*>(to + sampling);
+  auto* const all_edits = reinterpret_cast<LogitEdit*>(to);
+  int64_t next_edit = edits / kElement;
   const auto of_row = [&](int64_t row) {
     const SequenceRows& of = *rows.sequences[to[sequence + row]];
-    return of.sampling == nullptr ? RowSampling{}
-                                  : RowSamplingOf(*of.sampling, rows.positions[row] + 1);
+    if (of.sampling == nullptr) return RowSampling{};
+    RowSampling sampling = RowSamplingOf(*of.sampling, rows.positions[row] + 1);
+    PackEdits(of.edits, of.ruled_out, all_edits, next_edit, sampling);
+    next_edit += EditElements(of.edits, of.ruled_out);
+    DSLA_CHECK(of.top >= 0 && of.top <= kMostTop);
+    sampling.top = of.top;
+    return sampling;
   };
   if (padding_) {
     for (int n = 0; n < N; ++n) each[n] = n < rows.N() ? of_row(n) : RowSampling{};

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <unordered_set>
+#include <utility>
 
 #include "base/check.h"
 #include "ops/sampling/draw.h"
@@ -85,63 +86,84 @@ Sampler::Sampler(const SamplingParams& params, int64_t V)
       penalties_(params.repetition_penalty != 1 || params.presence_penalty != 0 ||
                  params.frequency_penalty != 0) {
   DSLA_CHECK(V > 0);
+  for (const auto& [id, bias] : params_.logit_bias) EditOf(id).bias = bias;
 }
 
-void Sampler::See(int32_t token, int32_t outputs) {
+LogitEdit& Sampler::EditOf(int32_t token) {
   DSLA_CHECK(token >= 0 && token < V_);
-  if (!penalties_) return;
-  const auto [place, is_new] = index_.try_emplace(token, seen_.size());
-  if (is_new) seen_.push_back({token, 0});
-  seen_[place->second].outputs += outputs;
+  const auto [place, is_new] = index_.try_emplace(token, edits_.size());
+  return is_new ? edits_.emplace_back(LogitEdit{.token = token}) : edits_[place->second];
 }
-
-bool Sampler::plain() const { return !penalties_ && params_.logit_bias.empty(); }
 
 void Sampler::AddPrompt(std::span<const int32_t> tokens) {
-  for (const int32_t token : tokens) See(token, 0);
+  if (params_.repetition_penalty == 1) return;  // the others count the output alone
+  for (const int32_t token : tokens) {
+    LogitEdit& edit = EditOf(token);
+    edit.outputs = std::max(edit.outputs, 0);
+  }
 }
 
-void Sampler::Accept(int32_t token) { See(token, 1); }
-
-std::vector<Sampler::Original> Sampler::Modify(std::span<float> logits) const {
-  std::vector<Original> originals;
-  originals.reserve(seen_.size() + params_.logit_bias.size());
-  for (const Seen& seen : seen_) {
-    float& logit = logits[static_cast<size_t>(seen.token)];
-    originals.push_back({seen.token, logit});
-    float l = logit > 0 ? logit / params_.repetition_penalty : logit * params_.repetition_penalty;
-    if (seen.outputs > 0) {
-      l -= params_.presence_penalty;
-      l -= params_.frequency_penalty * static_cast<float>(seen.outputs);
-    }
-    logit = Saturate(l, logit);
-  }
-  for (const auto& [id, bias] : params_.logit_bias) {
-    float& logit = logits[static_cast<size_t>(id)];
-    originals.push_back({id, logit});
-    logit = Saturate(logit + bias, logit);
-  }
-  return originals;
+void Sampler::Accept(int32_t token) {
+  if (!penalties_) return;
+  LogitEdit& edit = EditOf(token);
+  edit.outputs = std::max(edit.outputs, 0) + 1;
 }
 
-Expected<Sampler::Choice> Sampler::Sample(std::span<float> logits, int64_t position) const {
+float Sampler::Edited(const LogitEdit& edit, float logit) const {
+  float l = logit;
+  if (edit.outputs >= 0)
+    l = l > 0 ? l / params_.repetition_penalty : l * params_.repetition_penalty;
+  if (edit.outputs > 0) {
+    l -= params_.presence_penalty;
+    l -= params_.frequency_penalty * static_cast<float>(edit.outputs);
+  }
+  return Saturate(Saturate(l, logit) + edit.bias, logit);
+}
+
+std::vector<float> Sampler::Modify(std::span<float> logits,
+                                   std::span<const int32_t> ruled_out) const {
+  std::vector<float> before;
+  before.reserve(edits_.size() + ruled_out.size());
+  for (const LogitEdit& edit : edits_) {
+    float& logit = logits[static_cast<size_t>(edit.token)];
+    before.push_back(std::exchange(logit, Edited(edit, logit)));
+  }
+  for (const int32_t token : ruled_out)
+    before.push_back(std::exchange(logits[static_cast<size_t>(token)], -kInfinity));
+  return before;
+}
+
+// Backwards: a token may have been both edited and ruled out.
+void Sampler::Restore(std::span<float> logits, std::span<const int32_t> ruled_out,
+                      std::span<const float> before) const {
+  for (size_t i = before.size(); i-- > 0;) {
+    const int32_t token = i < edits_.size() ? edits_[i].token : ruled_out[i - edits_.size()];
+    logits[static_cast<size_t>(token)] = before[i];
+  }
+}
+
+Expected<Sampler::Choice> Sampler::Sample(std::span<float> logits, int64_t position,
+                                          std::span<const int32_t> ruled_out) const {
   DSLA_CHECK(static_cast<int64_t>(logits.size()) == V_ && position >= 0);
   LogitBlocks given;
   FindBlocks(logits, given);
   DSLA_RETURN_IF_ERROR(CheckLogits(logits, given));
   const double lse = LogSumExp(logits, given);
 
-  const std::vector<Original> originals = Modify(logits);
+  const std::vector<float> before = Modify(logits, ruled_out);
   LogitBlocks modified;
-  if (!originals.empty()) FindBlocks(logits, modified);
-  const LogitBlocks& blocks = originals.empty() ? given : modified;
-  const int32_t token = params_.temperature < SamplingParams::kGreedyBelow
-                            ? Argmax(logits, blocks)
-                            : Draw(params_, logits, blocks, UniformAt(params_.seed, position));
-  // Backwards: a token may have been both penalised and biased.
-  for (auto o = originals.rbegin(); o != originals.rend(); ++o)
-    logits[static_cast<size_t>(o->token)] = o->logit;
-  return Choice{token, Logprob(logits[static_cast<size_t>(token)], given, lse)};
+  if (!before.empty()) FindBlocks(logits, modified);
+  const LogitBlocks& blocks = before.empty() ? given : modified;
+  Status status = CheckLogits(logits, blocks);
+  Choice choice;
+  if (status.ok())
+    choice.token = params_.temperature < SamplingParams::kGreedyBelow
+                       ? Argmax(logits, blocks)
+                       : Draw(params_, logits, blocks, UniformAt(params_.seed, position));
+  Restore(logits, ruled_out, before);
+  DSLA_RETURN_IF_ERROR(status);
+  choice.logprob = Logprob(logits[static_cast<size_t>(choice.token)], given, lse);
+  return choice;
 }
 
 Expected<std::vector<Sampler::Choice>> TopLogprobs(std::span<const float> logits, int n) {

@@ -10,7 +10,8 @@
 //   7. min-p: those with at least min_p times the largest probability
 // Steps 5 to 7 keep the first tokens of one ranking, by logit and among equals by lowest id, and
 // always at least one; the greedy choice is the first of it. Steps 1 to 3 saturate at the finite
-// range, so that a finite logit stays finite; -inf (a token that is ruled out) stays -inf.
+// range, so that a finite logit stays finite; -inf (a token that is ruled out) stays -inf. Tokens
+// that the caller rules out for one draw get -inf after them.
 //
 // The draw inverts the cumulative distribution in the order of ids at u in [0, 1), 53 bits of
 // Philox4x32-10 with the seed as key and the position as counter (philox.h): it depends on (seed,
@@ -30,48 +31,45 @@ namespace dsla {
 // Error: kInvalidArgument, naming the field, its value and the range.
 Status Validate(const SamplingParams& params, int64_t V);
 
-// One per request. Not thread-safe; different samplers are independent. Holds the counts of seen
-// tokens if a penalty is on, and next to nothing else.
+// One per request. Not thread-safe; different samplers are independent. Holds the tokens whose
+// logits steps 1 to 3 change, and next to nothing else.
 class Sampler {
  public:
-  struct Choice {
-    int32_t token = 0;
-    float logprob = 0;  // natural log of the softmax over the logits as given, before steps 1 to 7
-  };
+  using Choice = TokenLogprob;
 
   // `params` must be valid for V.
   Sampler(const SamplingParams& params, int64_t V);
 
-  // It takes the logits as they are given: no penalty or bias.
-  bool plain() const;
+  // What steps 1 to 3 change for the next token, each token once, until AddPrompt or Accept.
+  std::span<const LogitEdit> edits() const { return edits_; }
+  // Whether Accept changes the edits: those of a token are not known before all tokens before it.
+  bool counts_output() const { return penalties_; }
 
   // Tokens that count for the repetition penalty alone.
   void AddPrompt(std::span<const int32_t> tokens);
 
   // logits: [V]; changed while it runs, the same afterwards. position: of the token to be drawn.
-  // Errors: kInternal if a logit is NaN or +inf, or if all are -inf: the model is broken.
-  Expected<Choice> Sample(std::span<float> logits, int64_t position) const;
+  // ruled_out: tokens that cannot be. Errors: kInternal if a logit is NaN or +inf: the model is
+  // broken; or if all are -inf, be it after step 3.
+  Expected<Choice> Sample(std::span<float> logits, int64_t position,
+                          std::span<const int32_t> ruled_out = {}) const;
 
   // The token that became part of the output: usually, but not always, the one chosen.
   void Accept(int32_t token);
 
  private:
-  struct Seen {
-    int32_t token;
-    int32_t outputs;  // times in the output
-  };
-  struct Original {
-    int32_t token;
-    float logit;
-  };
-  void See(int32_t token, int32_t outputs);
-  std::vector<Original> Modify(std::span<float> logits) const;
+  LogitEdit& EditOf(int32_t token);
+  float Edited(const LogitEdit& edit, float logit) const;
+  // Returns the logits that were there, of the edits and then of those ruled out.
+  std::vector<float> Modify(std::span<float> logits, std::span<const int32_t> ruled_out) const;
+  void Restore(std::span<float> logits, std::span<const int32_t> ruled_out,
+               std::span<const float> before) const;
 
   SamplingParams params_;
   int64_t V_;
   bool penalties_;
-  std::vector<Seen> seen_;
-  std::unordered_map<int32_t, size_t> index_;  // token -> place in seen_
+  std::vector<LogitEdit> edits_;
+  std::unordered_map<int32_t, size_t> index_;  // token -> place in edits_
 };
 
 // The n likeliest tokens under the softmax over the logits as given, likeliest first, equals by
@@ -85,6 +83,7 @@ Expected<Sampler::Choice> LogprobOf(std::span<const float> logits, int32_t token
 // how far (as a share of the probability) the nearest decision was from falling the other way.
 Expected<Sampler::Choice> SampleRef(const SamplingParams& params, std::span<const int32_t> prompt,
                                     std::span<const int32_t> output, std::span<const float> logits,
-                                    int64_t position, double* margin = nullptr);
+                                    int64_t position, double* margin = nullptr,
+                                    std::span<const int32_t> ruled_out = {});
 
 }  // namespace dsla

@@ -22,4 +22,19 @@ struct SamplingParams {
   uint64_t seed = 0;
 };
 
+// What steps 1 to 3 of sampling.h do to the logit of one token.
+struct alignas(16) LogitEdit {
+  static constexpr int32_t kUnseen = -1;
+
+  int32_t token = 0;
+  int32_t outputs = kUnseen;  // times in the output, or kUnseen: in the prompt neither
+  float bias = 0;
+  float given = 0;  // room for the logit as it was
+};
+
+struct TokenLogprob {
+  int32_t token = 0;
+  float logprob = 0;  // natural log of the softmax over the logits as given, before steps 1 to 7
+};
+
 }  // namespace dsla

@@ -18,9 +18,10 @@ float Finite(double logit) {
   return static_cast<float>(std::clamp<double>(logit, -kMax, kMax));
 }
 
-// Steps 1 to 3.
+// Steps 1 to 3, and what is ruled out.
 std::vector<float> Modified(const SamplingParams& params, std::span<const int32_t> prompt,
-                            std::span<const int32_t> output, std::span<const float> logits) {
+                            std::span<const int32_t> output, std::span<const float> logits,
+                            std::span<const int32_t> ruled_out) {
   std::vector<float> l(logits.begin(), logits.end());
   std::set<int32_t> seen(prompt.begin(), prompt.end());
   seen.insert(output.begin(), output.end());
@@ -41,6 +42,7 @@ std::vector<float> Modified(const SamplingParams& params, std::span<const int32_
       if (id == token) x = Finite(x + bias);
     l[i] = x;
   }
+  for (const int32_t token : ruled_out) l[static_cast<size_t>(token)] = -kInfinity;
   return l;
 }
 
@@ -48,7 +50,8 @@ std::vector<float> Modified(const SamplingParams& params, std::span<const int32_
 
 Expected<Sampler::Choice> SampleRef(const SamplingParams& params, std::span<const int32_t> prompt,
                                     std::span<const int32_t> output, std::span<const float> logits,
-                                    int64_t position, double* margin) {
+                                    int64_t position, double* margin,
+                                    std::span<const int32_t> ruled_out) {
   double total = 0, given_max = -kInfinity;
   for (const float l : logits) {
     if (std::isnan(l) || l == kInfinity)
@@ -62,12 +65,13 @@ Expected<Sampler::Choice> SampleRef(const SamplingParams& params, std::span<cons
     return Sampler::Choice{token, static_cast<float>(logprob)};
   };
 
-  const std::vector<float> l = Modified(params, prompt, output, logits);
+  const std::vector<float> l = Modified(params, prompt, output, logits, ruled_out);
   std::vector<int32_t> ranked(l.size());
   std::iota(ranked.begin(), ranked.end(), 0);
   const auto logit = [&](int32_t token) { return l[static_cast<size_t>(token)]; };
   std::stable_sort(ranked.begin(), ranked.end(),
                    [&](int32_t a, int32_t b) { return logit(a) > logit(b); });
+  if (logit(ranked[0]) == -kInfinity) return Error(StatusCode::kInternal, "all logits are -inf");
   double nearest = 1;
   if (margin != nullptr) *margin = nearest;
   if (params.temperature < 1e-5f) return choice(ranked[0]);

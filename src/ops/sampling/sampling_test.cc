@@ -9,6 +9,7 @@
 #include <random>
 #include <set>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "ops/sampling/philox.h"
@@ -166,6 +167,66 @@ TEST(SamplerTest, PresenceAndFrequencyCountTheOutputAlone) {
   EXPECT_EQ(frequency.Sample(logits, 0)->token, 1);  // 1 against 1.2
 }
 
+TEST(SamplerTest, EditsNameEachTokenOnce) {
+  using Edit = std::tuple<int32_t, int32_t, float>;
+  const auto edits = [](const Sampler& sampler) {
+    std::vector<Edit> all;
+    for (const LogitEdit& edit : sampler.edits())
+      all.emplace_back(edit.token, edit.outputs, edit.bias);
+    return all;
+  };
+  const std::vector<int32_t> prompt = {5, 2, 5};
+  Sampler plain({.top_k = 3}, 8);
+  plain.AddPrompt(prompt);
+  plain.Accept(1);
+  EXPECT_TRUE(plain.edits().empty());
+  EXPECT_FALSE(plain.counts_output());
+
+  Sampler biased({.logit_bias = {{3, -1.f}, {1, 2.f}}}, 8);
+  biased.AddPrompt(prompt);
+  biased.Accept(1);
+  EXPECT_THAT(edits(biased), ElementsAre(Edit(3, -1, -1.f), Edit(1, -1, 2.f)));
+  EXPECT_FALSE(biased.counts_output());
+
+  // Presence and frequency do not need the prompt.
+  Sampler frequency({.frequency_penalty = 1, .logit_bias = {{5, 2.f}}}, 8);
+  frequency.AddPrompt(prompt);
+  frequency.Accept(4);
+  frequency.Accept(5);
+  frequency.Accept(4);
+  EXPECT_THAT(edits(frequency), ElementsAre(Edit(5, 1, 2.f), Edit(4, 2, 0.f)));
+  EXPECT_TRUE(frequency.counts_output());
+
+  Sampler repetition({.repetition_penalty = 2, .logit_bias = {{2, 2.f}, {7, 3.f}}}, 8);
+  repetition.AddPrompt(prompt);
+  repetition.Accept(5);
+  repetition.Accept(0);
+  EXPECT_THAT(edits(repetition),
+              ElementsAre(Edit(2, 0, 2.f), Edit(7, -1, 3.f), Edit(5, 1, 0.f), Edit(0, 1, 0.f)));
+  EXPECT_TRUE(repetition.counts_output());
+}
+
+// A token may be penalised, biased and ruled out; its logit is as before afterwards, and the
+// log-probability that of the model.
+TEST(SamplerTest, WhatIsRuledOutIsNotChosen) {
+  std::vector<float> logits = {std::log(5.f), std::log(2.f), std::log(1.f)};
+  const std::vector<float> before = logits;
+  Sampler sampler({.temperature = 0, .presence_penalty = -1, .logit_bias = {{0, 3.f}}}, 3);
+  sampler.Accept(0);
+  EXPECT_EQ(sampler.Sample(logits, 0)->token, 0);
+  const auto choice = sampler.Sample(logits, 0, std::vector<int32_t>{0});
+  ASSERT_TRUE(choice.ok());
+  EXPECT_EQ(choice->token, 1);
+  EXPECT_NEAR(choice->logprob, std::log(2. / 8), 1e-6);
+  EXPECT_EQ(logits, before);
+  const auto none = sampler.Sample(logits, 0, std::vector<int32_t>{2, 1, 0});
+  EXPECT_EQ(none.status().message(), "all 3 logits are -inf: no token can be chosen");
+  EXPECT_EQ(logits, before);
+  logits[1] = kNaN;
+  EXPECT_EQ(sampler.Sample(logits, 0, std::vector<int32_t>{1}).status().message(),
+            "the logit of token 1 is NaN");
+}
+
 TEST(SamplerTest, SupportOfTheFilters) {
   const std::vector<float> logits = {std::log(0.1f), std::log(0.4f), std::log(0.2f),
                                      std::log(0.3f)};
@@ -282,10 +343,12 @@ TEST(SamplerTest, EqualsReference) {
       sampler.AddPrompt(prompt);
       for (const int32_t token : output) sampler.Accept(token);
       const int64_t position = static_cast<int64_t>(random());
+      const std::vector<int32_t> ruled_out =
+          trial % 3 == 0 ? std::vector<int32_t>{7, output[0], prompt[1]} : std::vector<int32_t>();
       double margin = 0;
-      const auto want = SampleRef(params, prompt, output, logits, position, &margin);
+      const auto want = SampleRef(params, prompt, output, logits, position, &margin, ruled_out);
       const std::vector<float> before = logits;
-      const auto got = sampler.Sample(logits, position);
+      const auto got = sampler.Sample(logits, position, ruled_out);
       ASSERT_TRUE(got.ok() && want.ok());
       EXPECT_EQ(logits, before);
       // fp32 sums decide differently where the reference was this close to

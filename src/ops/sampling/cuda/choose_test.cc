@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <random>
+#include <set>
 #include <span>
 #include <vector>
 
@@ -39,18 +40,48 @@ std::vector<float> Random(int64_t n, uint32_t seed, float scale) {
   return values;
 }
 
-// rows: how each row is sampled.
+// Rows of V logits and how each is sampled.
+struct Batch {
+  int V = 0;
+  std::vector<float> logits;
+  std::vector<RowSampling> rows = {};
+  std::vector<LogitEdit> edits = {};
+};
+struct Chosen {
+  std::vector<RowChoice> choices;
+  std::vector<TokenLogprob> top;  // [T, kMostTop]
+  std::vector<float> logits;      // as they are then
+};
+
+Chosen RunBatch(const Batch& batch) {
+  const size_t T = batch.rows.size();
+  Chosen chosen;
+  chosen.choices.resize(T);
+  chosen.top.resize(T * cuda::kMostTop, {-2, 0});
+  chosen.logits.resize(batch.logits.size());
+  std::vector<LogitEdit> edits = batch.edits;
+  edits.emplace_back();  // no array is empty
+  const DeviceBytes logits(batch.logits), rows(batch.rows), sent(edits), choices(chosen.choices),
+      top(chosen.top), workspace(cuda::ChooseWorkspaceBytes(static_cast<int>(T), batch.V));
+  CheckCuda(cuda::Choose({.logits = logits.as<float>(),
+                          .T = static_cast<int>(T),
+                          .V = batch.V,
+                          .rows = rows.as<RowSampling>(),
+                          .edits = sent.as<LogitEdit>(),
+                          .choices = choices.as<RowChoice>(),
+                          .top = top.as<TokenLogprob>(),
+                          .workspace = workspace.as<void>(),
+                          .workspace_bytes = workspace.bytes()},
+                         nullptr));
+  choices.Read(chosen.choices.data());
+  top.Read(chosen.top.data());
+  logits.Read(chosen.logits.data());
+  return chosen;
+}
+
 std::vector<RowChoice> RunRows(const std::vector<float>& logits, int V,
                                const std::vector<RowSampling>& rows) {
-  const int T = static_cast<int>(rows.size());
-  const DeviceBytes from(logits), sampling(rows),
-      to(int64_t{T} * static_cast<int64_t>(sizeof(RowChoice))),
-      workspace(cuda::ChooseWorkspaceBytes(T, V));
-  CheckCuda(cuda::Choose(from.as<float>(), T, V, sampling.as<RowSampling>(), to.as<RowChoice>(),
-                         workspace.as<void>(), workspace.bytes(), nullptr));
-  std::vector<RowChoice> choices(static_cast<size_t>(T));
-  to.Read(choices.data());
-  return choices;
+  return RunBatch({.V = V, .logits = logits, .rows = rows}).choices;
 }
 
 std::vector<RowChoice> RunGreedy(const std::vector<float>& logits, int V) {
@@ -147,8 +178,8 @@ TEST_F(ChooseTest, BrokenRows) {
   }
 }
 
-// Rows of all kinds side by side, some greedy, against the reference; draws that rounding may
-// decide otherwise are left out, and there are few of them.
+// Rows of all kinds side by side, some greedy, some edited, against the reference; draws that
+// rounding may decide otherwise are left out, and there are few of them.
 class SampledTest : public ChooseTest {
  protected:
   bool OneIn(uint32_t n) { return random_() % n == 0; }
@@ -166,8 +197,60 @@ class SampledTest : public ChooseTest {
       params.top_k = OneIn(8) ? 1 : OneIn(4) ? 5000 : 1 + static_cast<int32_t>(random_() % 60);
     if (OneIn(2)) params.top_p = OneIn(8) ? 1e-6f : Uniform(0.01f, 1);
     if (OneIn(3)) params.min_p = OneIn(8) ? 1 : std::exp(Uniform(-8, 0));
+    if (OneIn(4)) params.repetition_penalty = Uniform(0.5f, 2);
+    if (OneIn(4)) params.presence_penalty = Uniform(-2, 2);
+    if (OneIn(4)) params.frequency_penalty = Uniform(-2, 2);
     params.seed = random_() | uint64_t{random_()} << 32;
     return params;
+  }
+
+  // What the row's request has seen and does not want; many of the tokens are likely ones.
+  struct Wishes {
+    std::vector<int32_t> prompt, output, ruled_out = {};
+    int top = 0;
+  };
+  Wishes RandomWishes(std::span<const float> row, SamplingParams& params) {
+    const auto V = static_cast<uint32_t>(row.size());
+    const float largest = *std::max_element(row.begin(), row.end());
+    std::vector<int32_t> likely;
+    for (uint32_t i = 0; i < V; ++i)
+      if (row[i] >= largest - 0.3f * std::abs(largest)) likely.push_back(static_cast<int32_t>(i));
+    const auto token = [&] {
+      if (likely.empty() || OneIn(2)) return static_cast<int32_t>(random_() % V);
+      return likely[random_() % likely.size()];
+    };
+    const auto tokens = [&](size_t most) {
+      std::vector<int32_t> all(random_() % (most + 1));
+      for (int32_t& each : all) each = token();
+      return all;
+    };
+    Wishes wishes{.prompt = tokens(OneIn(8) ? 3000 : 50), .output = tokens(OneIn(8) ? 3000 : 20)};
+    if (OneIn(4)) wishes.ruled_out = tokens(5);
+    if (OneIn(4)) {
+      std::set<int32_t> distinct;
+      for (const int32_t each : tokens(OneIn(4) ? 300 : 5)) distinct.insert(each);
+      for (const int32_t each : distinct)
+        params.logit_bias.emplace_back(each, OneIn(8) ? -100 : Uniform(-5, 5));
+    }
+    if (OneIn(3)) wishes.top = 1 + static_cast<int>(random_() % cuda::kMostTop);
+    return wishes;
+  }
+
+  void CompareTop(std::span<const float> row, std::span<const TokenLogprob> top, int asked) {
+    const auto want = TopLogprobs(row, asked);
+    ASSERT_TRUE(want.ok());
+    for (size_t i = 0; i < top.size(); ++i) {
+      SCOPED_TRACE(testing::Message() << "place " << i << " of " << asked);
+      if (i >= static_cast<size_t>(asked)) {
+        EXPECT_EQ(top[i].token, -2) << "not asked for";
+      } else if (i >= want->size()) {
+        EXPECT_EQ(top[i].token, -1);
+      } else {
+        ASSERT_EQ(top[i].token, (*want)[i].token);
+        EXPECT_NEAR(top[i].logprob, (*want)[i].logprob,
+                    2 * kLogprobTolerance * (1 - (*want)[i].logprob));
+      }
+    }
   }
 
   void FillRow(std::span<float> row) {
@@ -193,31 +276,51 @@ class SampledTest : public ChooseTest {
 
   void Compare(int V, int T) {
     const auto v = static_cast<size_t>(V);
-    std::vector<float> logits(static_cast<size_t>(T) * v);
+    Batch batch{.V = V, .logits = std::vector<float>(static_cast<size_t>(T) * v)};
     std::vector<SamplingParams> params;
-    std::vector<RowSampling> rows;
+    std::vector<Wishes> wishes;
     for (size_t t = 0; t < static_cast<size_t>(T); ++t) {
-      FillRow({logits.data() + t * v, v});
+      const std::span<float> row(batch.logits.data() + t * v, v);
+      FillRow(row);
       params.push_back(RandomParams());
-      rows.push_back(cuda::RowSamplingOf(params.back(), static_cast<int64_t>(t) * 1000));
+      wishes.push_back(RandomWishes(row, params.back()));
+      RowSampling sampling = cuda::RowSamplingOf(params.back(), static_cast<int64_t>(t) * 1000);
+      Sampler sampler(params.back(), V);
+      sampler.AddPrompt(wishes.back().prompt);
+      for (const int32_t token : wishes.back().output) sampler.Accept(token);
+      const size_t first = batch.edits.size();
+      batch.edits.resize(first + static_cast<size_t>(
+                                     cuda::EditElements(sampler.edits(), wishes.back().ruled_out)));
+      cuda::PackEdits(sampler.edits(), wishes.back().ruled_out, batch.edits.data(),
+                      static_cast<int64_t>(first), sampling);
+      sampling.top = wishes.back().top;
+      batch.rows.push_back(sampling);
+      edited_ += sampling.edits > 0 ? 1 : 0;
     }
-    const std::vector<RowChoice> got = RunRows(logits, V, rows), again = RunRows(logits, V, rows);
-    for (size_t t = 0; t < got.size(); ++t) {
+    const Chosen got = RunBatch(batch), again = RunBatch(batch);
+    for (size_t t = 0; t < params.size(); ++t) {
       const SamplingParams& p = params[t];
+      const Wishes& w = wishes[t];
+      const RowChoice& choice = got.choices[t];
       SCOPED_TRACE(testing::Message()
                    << "row " << t << " of " << T << ", V " << V << ", temperature " << p.temperature
-                   << ", top_k " << p.top_k << ", top_p " << p.top_p << ", min_p " << p.min_p);
-      ASSERT_EQ(got[t].token, again[t].token) << "two runs differ";
-      ASSERT_TRUE(got[t].token >= 0 && got[t].token < V);
+                   << ", top_k " << p.top_k << ", top_p " << p.top_p << ", min_p " << p.min_p
+                   << ", repetition " << p.repetition_penalty << ", presence " << p.presence_penalty
+                   << ", frequency " << p.frequency_penalty << ", " << batch.rows[t].edits
+                   << " edits, " << w.ruled_out.size() << " ruled out");
+      ASSERT_EQ(choice.token, again.choices[t].token) << "two runs differ";
+      ASSERT_TRUE(choice.token >= 0 && choice.token < V);
+      const std::span row(batch.logits.data() + t * v, v);
       double margin = 0;
-      const auto want =
-          SampleRef(p, {}, {}, {logits.data() + t * v, v}, static_cast<int64_t>(t) * 1000, &margin);
-      ASSERT_EQ(got[t].broken, want.ok() ? 0 : 1);
+      const auto want = SampleRef(p, w.prompt, w.output, row, static_cast<int64_t>(t) * 1000,
+                                  &margin, w.ruled_out);
+      ASSERT_EQ(choice.broken, want.ok() ? 0 : 1);
       if (!want.ok()) continue;
+      CompareTop(row, std::span(got.top).subspan(t * cuda::kMostTop, cuda::kMostTop), w.top);
       ++(margin < kMargin ? skipped_ : compared_);
       if (margin < kMargin) continue;
-      EXPECT_EQ(got[t].token, want->token) << "margin " << margin;
-      EXPECT_NEAR(got[t].logprob, want->logprob, kLogprobTolerance * (1 + std::abs(want->logprob)));
+      EXPECT_EQ(choice.token, want->token) << "margin " << margin;
+      EXPECT_NEAR(choice.logprob, want->logprob, kLogprobTolerance * (1 + std::abs(want->logprob)));
     }
   }
 
@@ -225,7 +328,7 @@ class SampledTest : public ChooseTest {
   static constexpr double kMargin = 4e-6;
 
   std::mt19937 random_{20250104};
-  int compared_ = 0, skipped_ = 0;
+  int compared_ = 0, skipped_ = 0, edited_ = 0;
 };
 
 TEST_F(SampledTest, EqualsReference) {
@@ -233,6 +336,42 @@ TEST_F(SampledTest, EqualsReference) {
   for (const int V : {49152, 128256, 151936}) Compare(V, 100);
   EXPECT_GT(compared_, 1600);
   EXPECT_LT(skipped_, 120);
+  EXPECT_GT(edited_, 800);
+}
+
+// The same bits as on the host, whatever a compiler would like to fuse, and nothing else changes.
+TEST_F(SampledTest, EditsAreThoseOfTheHost) {
+  constexpr int kV = 10000;
+  Batch batch{.V = kV, .logits = Random(kV, 8, 4)};
+  batch.logits[3] = 3e38f, batch.logits[6] = -3e38f, batch.logits[9] = -kInfinity;
+  const SamplingParams params{.temperature = 0,
+                              .repetition_penalty = 0.7f,
+                              .presence_penalty = 0.3f,
+                              .frequency_penalty = -0.37f};
+  std::vector<float> want = batch.logits;
+  std::vector<LogitEdit> edits;
+  for (int32_t token = 0; token < kV; token += 3) {
+    const LogitEdit edit{.token = token,
+                         .outputs = static_cast<int32_t>(random_() % 9) - 1,
+                         .bias = OneIn(2) ? 0 : Uniform(-3, 3)};
+    edits.push_back(edit);
+    float& l = want[static_cast<size_t>(token)];
+    if (l == -kInfinity) continue;
+    if (edit.outputs >= 0) l = l > 0 ? l / 0.7f : l * 0.7f;
+    const float frequency = -0.37f * static_cast<float>(edit.outputs);
+    if (edit.outputs > 0) l = l - 0.3f, l = l - frequency;
+    constexpr float kMax = std::numeric_limits<float>::max();
+    l = std::clamp(std::clamp(l, -kMax, kMax) + edit.bias, -kMax, kMax);
+  }
+  const std::vector<int32_t> ruled_out = {0, 4095, 4096, 4097, 9999};
+  for (const int32_t token : ruled_out) want[static_cast<size_t>(token)] = -kInfinity;
+  batch.rows.push_back(cuda::RowSamplingOf(params, 5));
+  batch.edits.resize(static_cast<size_t>(cuda::EditElements(edits, ruled_out)));
+  cuda::PackEdits(edits, ruled_out, batch.edits.data(), 0, batch.rows[0]);
+  const Chosen got = RunBatch(batch);
+  EXPECT_EQ(got.logits, want);
+  EXPECT_EQ(got.choices[0].token, 3);
+  EXPECT_EQ(got.choices[0].logprob, 0);
 }
 
 // The same rows alone and beside others.

@@ -27,14 +27,22 @@ struct alignas(16) Part {
 
 // What both kernels read and what the first one leaves for the second.
 struct Rows {
-  const float* logits;  // [T, V]
+  float* logits;  // [T, V]
   const RowSampling* sampling;
+  LogitEdit* edits;
   Part* parts;       // [T, parts_per_row]
+  Part* given;       // [T, parts_per_row] of rows with edits: of the logits before them
+  uint64_t* top;     // [T, kMostTop, parts_per_row] of rows that ask: the ranks of each part's
+                     // likeliest, likeliest first
   float* slice_sum;  // [T, parts_per_row, kSlicesPerPart] of rows that are not greedy: the sum of
                      // e^((l - largest of the part) / temperature)
   float* group_max;  // [T, parts_per_row, kPartThreads], likewise
   int V, parts_per_row;
 };
+
+__device__ __forceinline__ bool HasEdits(const RowSampling& row) {
+  return row.edits + row.ruled_out > 0;
+}
 
 template <bool kVector>
 inline constexpr int kWidth = kVector ? 4 : 1;  // of a piece
