@@ -58,6 +58,7 @@ struct PrefillParams {
   float* start_norm;   // [SF]
   float* start_decay;  // [SF]
   int segment;         // chunks of a segment; 0: none
+  int most_segments;   // of a sequence, where `fold` does all but the rings; 0 elsewhere
   int wave_chunks;     // chunks that the wave's part has room for
   int wave_segments;   // the most segments of a wave
   int waves, wave;
@@ -114,6 +115,10 @@ void Start(const char* name, dim3 grid, int threads, int shared_bytes, const Pre
   StartEarly(kKernel, grid, threads, p, stream, static_cast<size_t>(shared_bytes));
   Trace(name, stream);
 }
+bool FoldsInOne();  // the device has `fold`
+int MostFoldSegments(const DslaShape& s);
+void LaunchFold(const PrefillParams& p, int D, cudaStream_t stream);
+void LaunchCombine(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchPlan(const PrefillParams& p, cudaStream_t stream);
 void LaunchPrepare(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchSummary(const PrefillParams& p, int D, cudaStream_t stream);  // of a fold: the states
