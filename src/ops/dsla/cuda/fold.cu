@@ -10,6 +10,8 @@
 // its two channels and products over time stay in registers; K^T, rounded, is in these registers
 // the A operand of its product with V, and the states are accumulators from the first chunk to the
 // last. One warpgroup's products run under the other's exponentials.
+#include <algorithm>
+
 #include "ops/dsla/cuda/fold.cuh"
 
 namespace dsla::cuda {
@@ -23,11 +25,17 @@ constexpr int BlocksOfPart(const DslaShape& s) { return s.states == 1 && s.F == 
 
 template <int D>
 constexpr int kThreads = 2 * D + 128;
-// Registers: so many of a thread are the block's, of which the fetching warps need few.
-template <int D>
-constexpr int kFetchRegisters = D == 128 ? 56 : 72;
-template <int D>
-constexpr int kFoldRegisters = D == 128 ? 224 : 184;
+// Registers of a thread of the warps that fetch, which need few, and of the others.
+template <int D, int kSigns>
+constexpr int kFetchRegisters = D == 64       ? 72
+                                : kSigns == 2 ? 40
+                                              : 56;
+template <int D, int kSigns>
+constexpr int kFoldRegisters = D == 64       ? 184
+                               : kSigns == 2 ? 232
+                                             : 224;
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // Segment `index` of the call's, by a warp.
 __device__ __forceinline__ FoldPart PartOf(const PrefillParams& p, int index) {
@@ -48,13 +56,15 @@ __device__ __forceinline__ FoldPart PartOf(const PrefillParams& p, int index) {
     const int found = __ffs(static_cast<int>(after)) - 1, n = base + found;
     const int segment = index - __shfl_sync(~0u, end - count, found);
     const int chunks = FoldChunks(p, n), each = FoldSegmentChunks(p, chunks);
-    return {n, segment, FoldSegments(p, n), segment * each * kChunk,
-            max(min(each, chunks - segment * each), 0), max(p.layer.pos[n] - p.layer.W, 0)};
+    return {n,
+            segment,
+            FoldSegments(p, n),
+            segment * each * kChunk,
+            max(min(each, chunks - segment * each), 0),
+            max(p.layer.pos[n] - p.layer.W, 0)};
   }
   return {-1, 0, 0, 0, 0, 0};
 }
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 __device__ __forceinline__ void CommitProducts() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
@@ -63,13 +73,6 @@ __device__ __forceinline__ void CommitProducts() {
 template <int pending>
 __device__ __forceinline__ void AwaitProducts() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
-}
-
-// Such that what follows from it is worked out again each time: kept in registers from chunk to
-// chunk it would be more than there are.
-__device__ __forceinline__ uint32_t Fresh(uint32_t x) {
-  asm volatile("" : "+r"(x));
-  return x;
 }
 
 // 64 channels: x += weights keys^T.
@@ -115,8 +118,8 @@ struct Folder {
   Shared& s;
   const PrefillParams& p;
   float state[kBlocks][kPanels][8][4] = {};
-  float y[8][4];     // logits of phi_k; then, with one sign, phi_k
-  float gate[8][4];  // logits, then e^a - 1
+  float y[8][4];       // logits of phi_k; then, with one sign, phi_k
+  float gate[8][4];    // logits, then e^a - 1
   uint32_t key[4][4];  // K
 
   // One for all of a warp.
@@ -147,8 +150,8 @@ struct Folder {
     const auto [lane, warp, group, g, t] = FoldThread();
     const float scale = sign == 0 ? kLog2e : -kLog2e;
     float* sums = s.sum[i % 2][sign][warp];
-    float2* mine = reinterpret_cast<float2*>(sums + 16 * t + 8 * (g & 1) + 4 * (g >> 1 & 1) +
-                                             2 * (g >> 2));
+    float2* mine =
+        reinterpret_cast<float2*>(sums + 16 * t + 8 * (g & 1) + 4 * (g >> 1 & 1) + 2 * (g >> 2));
     float v[16];
 #pragma unroll
     for (int k = 0; k < 16; ++k) {
@@ -307,8 +310,7 @@ struct Folder {
     const auto [lane, warp, group, g, t] = FoldThread();
     if (t == 0) {
 #pragma unroll
-      for (int k = 0; k < 2 * kBlocks; ++k)
-        s.total[k / 2 * D + 16 * warp + g + k % 2 * 8] = {0, 1};
+      for (int k = 0; k < 2 * kBlocks; ++k) s.total[k / 2 * D + 16 * warp + g + k % 2 * 8] = {0, 1};
     }
     if (s.part.chunks == 0) return;
     Start<false>(0);
@@ -393,10 +395,10 @@ __device__ __forceinline__ void FoldSegment(FoldShared<D, kBlocks, kSigns>& s,
   __syncthreads();
   if (s.part.n < 0) return;
   if (warp < 4) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kFetchRegisters<D>));
-    Produce(s, p);
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kFetchRegisters<D, kSigns>));
+    Fetch(s, p);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kFoldRegisters<D>));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kFoldRegisters<D, kSigns>));
     Folder<D, kBlocks, kSigns> folder{s, p};
     folder.Run();
     folder.Write();

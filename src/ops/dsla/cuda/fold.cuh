@@ -10,9 +10,6 @@
 
 namespace dsla::cuda {
 
-// The cut of a sequence into segments: its length and the shape alone decide it.
-inline constexpr int kLeastSegment = 8;  // chunks: weights are loaded once for all of them
-
 // Chunks of one sequence that a block folds.
 struct FoldPart {
   int n, segment, segments;  // the segment and how many the sequence has; n < 0: none
@@ -20,9 +17,9 @@ struct FoldPart {
   int until;  // the first of the sequence's tokens that does not enter
 };
 
-// Chunks [8, ..) of a segment of a sequence with so many chunks.
+// Chunks of a segment of a sequence that has so many: nothing else, and the shape, decide the cut.
 __device__ __forceinline__ int FoldSegmentChunks(const PrefillParams& p, int chunks) {
-  return max(kLeastSegment, (chunks + p.most_segments - 1) / p.most_segments);
+  return max(kLeastFoldSegment, (chunks + p.most_segments - 1) / p.most_segments);
 }
 __device__ __forceinline__ int FoldChunks(const PrefillParams& p, int n) {
   return (max(p.layer.pos[n] - p.layer.W, 0) + kChunk - 1) / kChunk;
@@ -33,6 +30,13 @@ __device__ __forceinline__ int FoldSegments(const PrefillParams& p, int n) {
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// Such that what follows from it is worked out again each time: kept in registers from chunk to
+// chunk it would be more than there are.
+__device__ __forceinline__ uint32_t Fresh(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 __device__ __forceinline__ void InitBarrier(uint64_t& barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(&barrier)),
@@ -96,8 +100,7 @@ __device__ __forceinline__ void LoadFoldWeights(FoldShared<D, kBlocks, kSigns>& 
     const uint4 x = __ldg(reinterpret_cast<const uint4*>(from) + i % kPieces);
     // Dimensions 16 c + 2t, 2t + 1 and the same + 8, of channel `channel` and of the 8th from it.
     const int c = tile / (D / 16), channel = tile % (D / 16) * 16 + g, row = channel % 64;
-    uint32_t* to =
-        reinterpret_cast<uint32_t*>(s.weight[m][channel / 64] + c / 4 * (64 * 8)) + t;
+    uint32_t* to = reinterpret_cast<uint32_t*>(s.weight[m][channel / 64] + c / 4 * (64 * 8)) + t;
     const int piece = c % 4 * 2;
     to[4 * Swizzle<8>(row, piece)] = x.x;
     to[4 * Swizzle<8>(row, piece + 1)] = x.y;
@@ -110,58 +113,89 @@ __device__ __forceinline__ void LoadFoldWeights(FoldShared<D, kBlocks, kSigns>& 
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// One warpgroup: each warp has 16 tokens of every chunk, and reads the keys that it has copied.
-template <int D, int kBlocks, int kSigns>
-__device__ __forceinline__ void Produce(FoldShared<D, kBlocks, kSigns>& s, const PrefillParams& p) {
-  constexpr int kOfRow = D / 8, kRows = 32 / kOfRow, kTimes = 16 / kRows;
-  constexpr int kStep = 4 * kRows * 8;  // pieces of a tile between a lane's rows
-  constexpr int kAhead = 2;             // angles on their way
-  const Layer& l = p.layer;
-  const FoldPart part = s.part;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, h = blockIdx.x;
-  const int from = l.S, until = part.until;
-  // Where lane r finds token r % 16 of the warp's.
-  const auto find = [&](int i) -> int64_t {
-    const int token = part.e0 + i * kChunk + 16 * warp + lane % 16;
-    if (i >= part.chunks || token < from || token >= until) return -1;
-    return RowOf<D>(l, p.pages, part.n, h, token).k - p.pages.k;
-  };
-  // A lane's first row, and its piece of each. It then undoes dimensions 4 c .. 4 c + 3 of both
-  // halves.
-  const int first = lane / kOfRow, c = lane % kOfRow;
-  const int row = first / 2 * 8 + 2 * warp + first % 2;
-  const int place = c / 8 * (kChunk * 8) + Swizzle<8>(row, c % 8);
-  int half[2];  // in pieces of 8 bytes
-#pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    const int d = k * (D / 2) + 4 * c;
-    half[k] = 2 * (d / 64 * (kChunk * 8) + Swizzle<8>(row, d % 64 / 8)) + d / 4 % 2;
-  }
-  int64_t next = find(0);
-  for (int i = 0; i < part.chunks; ++i) {
-    const int64_t found = next;
-    auto& stage = s.stage[i % 2];
-    const auto copy = [&](uint4* to, const __nv_bfloat16* rows) {
-#pragma unroll
-      for (int u = 0; u < kTimes; ++u) {
-        const int64_t at = __shfl_sync(~0u, found, u * kRows + first);
-        CopyAsync(to + place + u * kStep, at < 0 ? rows : rows + at + 8 * c, at >= 0);
-      }
-      CommitCopies();
-    };
-    if (i > 0) Await(s.key_free, i - 1);
-    copy(s.key, p.pages.k);
-    if (i > 1) Await(s.stage_free[i % 2], i / 2 - 1);
-    copy(stage.v, p.pages.v);
-    next = find(i + 1);
+// Undoes RoPE for two dimensions x of the first half of a head and their partners y: two terms
+// each.
+__device__ __forceinline__ void Undo(uint32_t x, uint32_t y, float2 cos, float2 sin,
+                                     uint32_t& x_high, uint32_t& y_high, uint32_t& x_low,
+                                     uint32_t& y_low) {
+  const float x0 = Low(x) * cos.x + Low(y) * sin.x, x1 = High(x) * cos.y + High(y) * sin.y;
+  const float y0 = Low(y) * cos.x - Low(x) * sin.x, y1 = High(y) * cos.y - High(x) * sin.y;
+  x_high = Pack(x0, x1);
+  y_high = Pack(y0, y1);
+  x_low = Pack(x0 - Low(x_high), x1 - High(x_high));
+  y_low = Pack(y0 - Low(y_high), y1 - High(y_high));
+}
 
+// Of a lane of a warp that fetches: of the warp's 16 tokens of a chunk those from `first` on,
+// kRows apart, and of their rows the piece c, or dimensions 4 c .. 4 c + 3 of both halves.
+template <int D>
+struct FetchPlace {
+  static constexpr int kOfRow = D / 8, kRows = 32 / kOfRow, kTimes = 16 / kRows;
+  static constexpr int kStep = 4 * kRows * 8;  // pieces of a tile between such rows
+  int lane, warp, first, c, row;
+  __device__ __forceinline__ FetchPlace() {
+    const auto i = static_cast<int>(Fresh(threadIdx.x));
+    lane = i % 32;
+    warp = i / 32;
+    first = lane / kOfRow;
+    c = lane % kOfRow;
+    row = first / 2 * 8 + 2 * warp + first % 2;
+  }
+  __device__ __forceinline__ int Piece() const {
+    return c / 8 * (kChunk * 8) + Swizzle<8>(row, c % 8);
+  }
+  __device__ __forceinline__ int HalfPiece(int half) const {
+    const int d = half * (D / 2) + 4 * c;
+    return 2 * (d / 64 * (kChunk * 8) + Swizzle<8>(row, d % 64 / 8)) + d / 4 % 2;
+  }
+};
+
+// Where the warp's token lane % 16 of chunk i lies, in elements; negative if it does not enter.
+template <int D>
+__device__ __forceinline__ int64_t FindToken(const PrefillParams& p, const FoldPart& part, int i) {
+  const FetchPlace<D> at;
+  const int token = part.e0 + i * kChunk + 16 * at.warp + at.lane % 16;
+  if (i >= part.chunks || token < p.layer.S || token >= part.until) return -1;
+  return RowOf<D>(p.layer, p.pages, part.n, blockIdx.x, token).k - p.pages.k;
+}
+
+template <int D>
+__device__ __forceinline__ void FetchRows(uint4* to, const __nv_bfloat16* rows, int64_t found) {
+  const FetchPlace<D> at;
+  to += at.Piece();
+#pragma unroll
+  for (int u = 0; u < at.kTimes; ++u) {
+    const int64_t row = __shfl_sync(~0u, found, u * at.kRows + at.first);
+    CopyAsync(to + u * at.kStep, row < 0 ? rows : rows + row + 8 * at.c, row >= 0);
+  }
+  CommitCopies();
+}
+
+// One warpgroup, the block's first. A warp reads only the keys that it has copied itself.
+template <int D, int kBlocks, int kSigns>
+__device__ __forceinline__ void Fetch(FoldShared<D, kBlocks, kSigns>& s, const PrefillParams& p) {
+  constexpr int kAhead = kSigns == 2 && D == 128 ? 1 : 2;  // angles on their way
+  const FoldPart& part = s.part;
+  int64_t next = FindToken<D>(p, part, 0);
+  for (int i = 0; i < part.chunks; ++i) {
+    auto& stage = s.stage[i % 2];
+    if (i > 0) Await(s.key_free, i - 1);
+    FetchRows<D>(s.key, p.pages.k, next);
+    if (i > 1) Await(s.stage_free[i % 2], i / 2 - 1);
+    FetchRows<D>(stage.v, p.pages.v, next);
+    next = FindToken<D>(p, part, i + 1);
+
+    const FetchPlace<D> at;
+    const int half[2] = {at.HalfPiece(0), at.HalfPiece(1)};
+    const int first = part.e0 + i * kChunk + 16 * at.warp + at.first;
     float4 cos[kAhead], sin[kAhead];
     const auto load = [&](int u) {
       // Keys of rows that do not enter are zeros: any angle does.
-      const int token = part.e0 + i * kChunk + 16 * warp + u * kRows + first;
-      const unsigned time = token >= from && token < until ? token : 0;
-      cos[u % kAhead] = __ldg(reinterpret_cast<const float4*>(l.cos) + time * (D / 8) + c);
-      sin[u % kAhead] = __ldg(reinterpret_cast<const float4*>(l.sin) + time * (D / 8) + c);
+      const int token = first + u * at.kRows;
+      const unsigned time = token >= p.layer.S && token < part.until ? token : 0;
+      const unsigned angle = time * (D / 8) + at.c;
+      cos[u % kAhead] = __ldg(reinterpret_cast<const float4*>(p.layer.cos) + angle);
+      sin[u % kAhead] = __ldg(reinterpret_cast<const float4*>(p.layer.sin) + angle);
     };
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) load(u);
@@ -169,30 +203,18 @@ __device__ __forceinline__ void Produce(FoldShared<D, kBlocks, kSigns>& s, const
     PublishCopies();
     Arrive(s.key_full);
 #pragma unroll
-    for (int u = 0; u < kTimes; ++u) {
-      const auto* keys = reinterpret_cast<const uint2*>(s.key + u * kStep);
+    for (int u = 0; u < at.kTimes; ++u) {
+      const auto* keys = reinterpret_cast<const uint2*>(s.key + u * at.kStep);
       const uint2 a = keys[half[0]], b = keys[half[1]];
       const float4 cs = cos[u % kAhead], sn = sin[u % kAhead];
-      if (u + kAhead < kTimes) load(u + kAhead);
       uint2 high[2], low[2];
-      const auto undo = [&](uint32_t x, uint32_t y, float2 cs, float2 sn, uint32_t(&high)[2],
-                            uint32_t(&low)[2]) {
-        const float u0 = Low(x) * cs.x + Low(y) * sn.x, u1 = High(x) * cs.y + High(y) * sn.y;
-        const float w0 = Low(y) * cs.x - Low(x) * sn.x, w1 = High(y) * cs.y - High(x) * sn.y;
-        high[0] = Pack(u0, u1);
-        high[1] = Pack(w0, w1);
-        low[0] = Pack(u0 - Low(high[0]), u1 - High(high[0]));
-        low[1] = Pack(w0 - Low(high[1]), w1 - High(high[1]));
-      };
-      uint32_t h0[2], h1[2], l0[2], l1[2];
-      undo(a.x, b.x, {cs.x, cs.y}, {sn.x, sn.y}, h0, l0);
-      undo(a.y, b.y, {cs.z, cs.w}, {sn.z, sn.w}, h1, l1);
+      Undo(a.x, b.x, {cs.x, cs.y}, {sn.x, sn.y}, high[0].x, high[1].x, low[0].x, low[1].x);
+      Undo(a.y, b.y, {cs.z, cs.w}, {sn.z, sn.w}, high[0].y, high[1].y, low[0].y, low[1].y);
+      if (u + kAhead < at.kTimes) load(u + kAhead);
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        high[k] = {h0[k], h1[k]};
-        low[k] = {l0[k], l1[k]};
-        reinterpret_cast<uint2*>(stage.plain[0] + u * kStep)[half[k]] = high[k];
-        reinterpret_cast<uint2*>(stage.plain[1] + u * kStep)[half[k]] = low[k];
+        reinterpret_cast<uint2*>(stage.plain[0] + u * at.kStep)[half[k]] = high[k];
+        reinterpret_cast<uint2*>(stage.plain[1] + u * at.kStep)[half[k]] = low[k];
       }
     }
     WaitCopies<0>();

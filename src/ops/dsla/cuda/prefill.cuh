@@ -115,10 +115,6 @@ void Start(const char* name, dim3 grid, int threads, int shared_bytes, const Pre
   StartEarly(kKernel, grid, threads, p, stream, static_cast<size_t>(shared_bytes));
   Trace(name, stream);
 }
-bool FoldsInOne();  // the device has `fold`
-int MostFoldSegments(const DslaShape& s);
-void LaunchFold(const PrefillParams& p, int D, cudaStream_t stream);
-void LaunchCombine(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchPlan(const PrefillParams& p, cudaStream_t stream);
 void LaunchPrepare(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchSummary(const PrefillParams& p, int D, cudaStream_t stream);  // of a fold: the states
@@ -126,5 +122,12 @@ void LaunchScan(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchCarry(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchWindow(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchOutput(const PrefillParams& p, int D, cudaStream_t stream);
+
+// A fold in one kernel, where the device is of compute capability 9.0.
+bool FoldsInOne();
+inline constexpr int kLeastFoldSegment = 8;  // chunks: weights are loaded once for all of them
+int MostFoldSegments(const DslaShape& s);    // of a sequence
+void LaunchFold(const PrefillParams& p, int D, cudaStream_t stream);
+void LaunchCombine(const PrefillParams& p, int D, cudaStream_t stream);
 
 }  // namespace dsla::cuda
