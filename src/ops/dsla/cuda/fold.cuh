@@ -163,10 +163,17 @@ template <int D>
 __device__ __forceinline__ void FetchRows(uint4* to, const __nv_bfloat16* rows, int64_t found) {
   const FetchPlace<D> at;
   to += at.Piece();
+  const int64_t base = __shfl_sync(~0u, found, 0);
+  if (__all_sync(~0u, base >= 0 && found == base + at.lane % 16 * D)) {
+    rows += base + at.first * D + 8 * at.c;
 #pragma unroll
-  for (int u = 0; u < at.kTimes; ++u) {
-    const int64_t row = __shfl_sync(~0u, found, u * at.kRows + at.first);
-    CopyAsync(to + u * at.kStep, row < 0 ? rows : rows + row + 8 * at.c, row >= 0);
+    for (int u = 0; u < at.kTimes; ++u) CopyAsync(to + u * at.kStep, rows + u * at.kRows * D);
+  } else {
+#pragma unroll 1
+    for (int u = 0; u < at.kTimes; ++u) {
+      const int64_t row = __shfl_sync(~0u, found, u * at.kRows + at.first);
+      CopyAsync(to + u * at.kStep, row < 0 ? rows : rows + row + 8 * at.c, row >= 0);
+    }
   }
   CommitCopies();
 }
@@ -191,9 +198,7 @@ __device__ __forceinline__ void Fetch(FoldShared<D, kBlocks, kSigns>& s, const P
     float4 cos[kAhead], sin[kAhead];
     const auto load = [&](int u) {
       // Keys of rows that do not enter are zeros: any angle does.
-      const int token = first + u * at.kRows;
-      const unsigned time = token >= p.layer.S && token < part.until ? token : 0;
-      const unsigned angle = time * (D / 8) + at.c;
+      const int angle = min(first + u * at.kRows, part.until - 1) * (D / 8) + at.c;
       cos[u % kAhead] = __ldg(reinterpret_cast<const float4*>(p.layer.cos) + angle);
       sin[u % kAhead] = __ldg(reinterpret_cast<const float4*>(p.layer.sin) + angle);
     };
