@@ -56,14 +56,10 @@ __device__ __forceinline__ FoldPart PartOf(const PrefillParams& p, int index) {
     const int found = __ffs(static_cast<int>(after)) - 1, n = base + found;
     const int segment = index - __shfl_sync(~0u, end - count, found);
     const int chunks = FoldChunks(p, n), each = FoldSegmentChunks(p, chunks);
-    return {n,
-            segment,
-            FoldSegments(p, n),
-            segment * each * kChunk,
-            max(min(each, chunks - segment * each), 0),
-            max(p.layer.pos[n] - p.layer.W, 0)};
+    return {n, FoldSegments(p, n), segment * each * kChunk,
+            max(min(each, chunks - segment * each), 0), max(p.layer.pos[n] - p.layer.W, 0)};
   }
-  return {-1, 0, 0, 0, 0, 0};
+  return {-1, 0, 0, 0, 0};
 }
 
 template <int D, int kBlocks, int kSigns>

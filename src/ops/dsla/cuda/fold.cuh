@@ -12,7 +12,7 @@ namespace dsla::cuda {
 
 // Chunks of one sequence that a block folds.
 struct FoldPart {
-  int n, segment, segments;  // the segment and how many the sequence has; n < 0: none
+  int n, segments;  // the sequence, none if n < 0, and how many segments it has
   int e0, chunks;
   int until;  // the first of the sequence's tokens that does not enter
 };
