@@ -203,5 +203,19 @@ __device__ __forceinline__ float GateMinusOne(float x, float least) {
   const float fast = Exp2(fminf(x, 0.f) * (1.4426950408889634f / kDslaGateDivisor));
   return fmaxf(fast * root + (fast - 1), least);
 }
+template <int n>
+__device__ __forceinline__ void GatesMinusOne(float (&x)[n][4], float least) {
+  uint32_t signs = 0;
+#pragma unroll
+  for (int i = 0; i < 4 * n; ++i) signs |= __float_as_uint(x[i / 4][i % 4]);
+  // Where all logits are positive, as slow gates' are, the other factor is 1 and the floor far.
+  if (least < -0.05f && !__any_sync(~0u, signs >> 31)) {
+#pragma unroll
+    for (int i = 0; i < 4 * n; ++i) x[i / 4][i % 4] = RootMinusOne(Exp(-x[i / 4][i % 4]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4 * n; ++i) x[i / 4][i % 4] = GateMinusOne(x[i / 4][i % 4], least);
+  }
+}
 
 }  // namespace dsla::cuda

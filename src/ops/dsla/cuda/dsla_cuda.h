@@ -72,7 +72,8 @@ DSLA_CUDA_EXPORT int64_t PrefillWorkspaceBytes(const DslaShape& shape, int N, in
 DSLA_CUDA_EXPORT int Prefill(const DslaCudaArgs& args, Stream stream);
 
 // Builds slots from the first pos[n] tokens of paged caches (DslaFoldArgs says what a slot holds
-// afterwards). T bounds the sum of pos.
+// afterwards). T bounds the sum of pos. The workspace is that of the current device, as are waves:
+// on compute capability 9.0 a fold keeps no chunks, and `chunks` of them stand for as many bytes.
 struct DslaCudaFoldArgs {
   DslaShape shape;
   DslaSlotLayout layout;

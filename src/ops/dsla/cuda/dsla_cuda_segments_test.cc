@@ -185,14 +185,15 @@ INSTANTIATE_TEST_SUITE_P(
                     {1300, 40, 600},
                     {700, 0, 900},
                     {1, 20}},
-        // Six KV heads have segments of 16 chunks, 24 have none.
+        // In a prefill six KV heads have segments of 16 chunks, 24 have none; a fold has more
+        // segments than a wave has room for.
         SegmentCase{{"longer", 6, 6, 64, 128, 2, 64, 4, TestGates::kTrained},
                     {1500, 90, 1024},
                     {1100, 1025, 0},
                     {1, 40}},
         SegmentCase{{"none", 24, 24, 64, 128, 2, 64, 4, TestGates::kTrained},
-                    {650, 63, 200},
-                    {130, 1, 65},
+                    {650, 63, 200, 1100, 70, 129, 0, 65, 64, 300},
+                    {130, 1, 65, 0, 0, 0, 40, 0, 0, 0},
                     {1, 2, 5}}),
     [](const auto& info) { return std::string(info.param.layer.name); });
 

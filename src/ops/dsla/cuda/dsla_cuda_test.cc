@@ -143,9 +143,10 @@ TEST_P(DslaCudaTest, DecodeLeavesPaddingRowsAlone) {
 TEST_P(DslaCudaTest, Fold) {
   const DslaShape s = shape();
   const GpuLayer layer(s, GetParam().gates, 512, 10);
-  const std::vector<int> lengths{0, 1, 63, 64, 65, s.window, s.window + 1, 200, 321};
+  const int W = s.window;
+  const std::vector<int> lengths{0, 1, 63, 64, 65, W, W + 1, W + 63, W + 64, W + 65, 200, 321};
   const int N = static_cast<int>(lengths.size());
-  for (const int page : {16, 64, 96}) {
+  for (const int page : {16, 20, 64, 96}) {
     SCOPED_TRACE("page size " + std::to_string(page));
     const auto tokens = MakeSequences(s, lengths);
     // Pages in scrambled order; what no token fills is NaN.

@@ -98,8 +98,27 @@ void PlanWaves(const DslaShape& s, int N, int64_t T, int chunks, bool fold, Pref
   p->wave_segments += p->wave_chunks / segment;
 }
 
+// Of a fold in one kernel: what segments add is all that goes through memory. A wave has so many of
+// them as take the place of a wave of chunks elsewhere, but all of one sequence's.
+int64_t CarveFold(const DslaShape& s, int N, int64_t T, int wave, std::byte* base,
+                  PrefillParams* p) {
+  Carver c{base};
+  const int64_t each = MostFoldSegments(s);
+  const int64_t most = std::min(N * each, MaxChunks(N, T) / int64_t{kLeastFoldSegment} + N);
+  const int64_t segments = std::min(std::max(each, int64_t{wave} * 32 / s.D), most);
+  p->fold = true;
+  p->most_segments = static_cast<int>(each);
+  p->wave_segments = static_cast<int>(segments);
+  p->waves = static_cast<int>((most + segments - 1) / segments);
+  p->start = c.Take<float>(segments * s.Hkv * s.SF() * s.D);
+  p->start_norm = c.Take<float>(segments * s.Hkv * s.SF());
+  p->start_decay = c.Take<float>(segments * s.Hkv * s.SF());
+  return c.used;
+}
+
 int64_t Carve(const DslaShape& s, int N, int64_t T, int wave, bool fold, std::byte* base,
               PrefillParams* p) {
+  if (fold && FoldsInOne()) return CarveFold(s, N, T, wave, base, p);
   Carver c{base};
   PlanWaves(s, N, T, wave, fold, p);
   // The plan's part is as large for any wave, so that a larger wave never takes less.
@@ -142,8 +161,13 @@ void CarveAll(const DslaShape& s, int N, int64_t T, bool fold, void* workspace, 
 }
 
 int Run(PrefillParams& p, const DslaShape& s, cudaStream_t stream) {
-  LaunchPlan(p, stream);
-  for (p.wave = 0; p.wave < p.waves; ++p.wave) {
+  const bool in_one = p.most_segments > 0;
+  for (p.wave = 0; in_one && p.wave < p.waves; ++p.wave) {
+    LaunchFold(p, s.D, stream);
+    if (p.most_segments > 1) LaunchCombine(p, s.D, stream);
+  }
+  if (!in_one) LaunchPlan(p, stream);
+  for (p.wave = 0; !in_one && p.wave < p.waves; ++p.wave) {
     LaunchPrepare(p, s.D, stream);
     if (p.fold || p.segment > 0) LaunchSummary(p, s.D, stream);
     if (p.segment > 0) LaunchScan(p, s.D, stream);

@@ -58,6 +58,7 @@ struct PrefillParams {
   float* start_norm;   // [SF]
   float* start_decay;  // [SF]
   int segment;         // chunks of a segment; 0: none
+  int most_segments;   // of a sequence, where `fold` does all but the rings; 0 elsewhere
   int wave_chunks;     // chunks that the wave's part has room for
   int wave_segments;   // the most segments of a wave
   int waves, wave;
@@ -121,5 +122,12 @@ void LaunchScan(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchCarry(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchWindow(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchOutput(const PrefillParams& p, int D, cudaStream_t stream);
+
+// A fold in one kernel, where the device is of compute capability 9.0.
+bool FoldsInOne();
+inline constexpr int kLeastFoldSegment = 8;  // chunks: weights are loaded once for all of them
+int MostFoldSegments(const DslaShape& s);    // of a sequence
+void LaunchFold(const PrefillParams& p, int D, cudaStream_t stream);
+void LaunchCombine(const PrefillParams& p, int D, cudaStream_t stream);
 
 }  // namespace dsla::cuda

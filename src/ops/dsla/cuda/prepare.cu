@@ -58,21 +58,7 @@ __device__ __forceinline__ void Gates(float (&gate)[kBlocks][4][4], const uint4*
       for (int b = 0; b < kBlocks; ++b) Mma(gate[b][j], a[b], x[j].z, x[j].w);
   }
 #pragma unroll
-  for (int b = 0; b < kBlocks; ++b) {
-    uint32_t signs = 0;
-#pragma unroll
-    for (int i = 0; i < 16; ++i) signs |= __float_as_uint(gate[b][i / 4][i % 4]);
-    // Where all logits are positive, as slow gates' are, the other factor is 1 and the floor far.
-    if (least < -0.05f && !__any_sync(~0u, signs >> 31)) {
-#pragma unroll
-      for (int i = 0; i < 16; ++i)
-        gate[b][i / 4][i % 4] = RootMinusOne(Exp(-gate[b][i / 4][i % 4]));
-    } else {
-#pragma unroll
-      for (int i = 0; i < 16; ++i)
-        gate[b][i / 4][i % 4] = GateMinusOne(gate[b][i / 4][i % 4], least);
-    }
-  }
+  for (int b = 0; b < kBlocks; ++b) GatesMinusOne(gate[b], least);
 }
 
 // Where a lane's first slot of a half goes, and how far the next slot is.
