@@ -44,7 +44,7 @@ void CudaModel::RunLayers(const Step& step) {
   Check(EmbedRows({.tokens = step.device + tables.tokens,
                    .feed = step.device + tables.feed,
                    .chosen = &a.choices->token,
-                   .chosen_stride = sizeof(TokenChoice) / sizeof(int32_t),
+                   .chosen_stride = sizeof(RowChoice) / sizeof(int32_t),
                    .embedding = weights_->embedding.data.as(),
                    .T = T,
                    .C = c.C,
