@@ -77,6 +77,8 @@ void CudaModel::AttentionBlock(const Step& step, int l) {
   const StepTables& tables = *step.tables;
   const CudaLayer& layer = weights_->layers[static_cast<size_t>(l)];
   const int64_t q = int64_t{c.H} * c.D, stride = q + 2 * int64_t{c.Hkv} * c.D;
+  gemm_->Run(layer.qkv, a.normed, c.C, tables.T, a.qkv, stride);
+
   // A graph of mixed levels has both branches for all rows, another the one that all rows take;
   // without a graph the host knows where they part.
   const int rank = spec_.rank[static_cast<size_t>(l)];
@@ -87,21 +89,7 @@ void CudaModel::AttentionBlock(const Step& step, int l) {
     first = step.rows->row_start[softmax];
   }
   const bool some_softmax = softmax > 0, some_dsla = first < tables.T;
-  const CudaDslaLayer* const dsla = some_dsla ? &adapter_->layers[static_cast<size_t>(l)] : nullptr;
-
-  // The adapter's first products take few blocks, so they run beside cuBLAS's product of the same
-  // rows. Our own products, of few rows, follow each other faster on one stream.
-  const auto product = [&](const Matrix& weight, const std::byte* x, std::byte* y, int64_t y_stride,
-                           auto&& adapter) {
-    const bool beside = some_dsla && !PrefersSmallProduct(weight.out, weight.in, tables.T);
-    if (some_dsla) adapter(beside ? side_.Fork(stream_) : stream_);
-    gemm_->Run(weight, x, weight.in, tables.T, y, y_stride);
-    if (beside) side_.Join(stream_);
-  };
-  product(layer.qkv, a.normed, a.qkv, stride,
-          [&](cudaStream_t stream) { AdapterIn(step, *dsla, l, first, stream); });
-  if (some_dsla)
-    SecondProduct(step, *dsla, dsla->q_out, l, first, a.qkv + 2 * first * stride, stride);
+  if (some_dsla) AdapterIn(step, adapter_->layers[static_cast<size_t>(l)], l, first);
 
   Check(RopeKv(
             {.qkv = a.qkv,
@@ -126,59 +114,59 @@ void CudaModel::AttentionBlock(const Step& step, int l) {
   if (some_softmax) SoftmaxRows(step, l);
   if (some_dsla) DslaRows(step, l);
 
-  product(layer.o, a.attention, a.delta, c.C,
-          [&](cudaStream_t stream) { AdapterOut(step, *dsla, l, first, stream); });
-  if (some_dsla) SecondProduct(step, *dsla, dsla->o_out, l, first, a.delta + 2 * first * c.C, c.C);
+  gemm_->Run(layer.o, a.attention, q, tables.T, a.delta, c.C);
+  if (some_dsla) AdapterOut(step, adapter_->layers[static_cast<size_t>(l)], l, first);
 }
 
-// The claims and A_q x of the DSLA rows: from row `first` on, and in a graph of those that the
-// tables say.
-void CudaModel::AdapterIn(const Step& step, const CudaDslaLayer& dsla, int l, int64_t first,
-                          cudaStream_t stream) {
+// The claims, and q += B_q A_q x, of the DSLA rows: from row `first` on, and in a graph of those
+// that the tables say.
+void CudaModel::AdapterIn(const Step& step, const CudaDslaLayer& dsla, int l, int64_t first) {
   const ModelConfig& c = spec_.config;
   const Activations& a = *step.a;
+  const StepTables& tables = *step.tables;
   if (dsla.in.empty()) return;
-  FirstProduct(step, l, first,
-               {.weight = dsla.in.data.as(),
-                .in = static_cast<int>(dsla.in.in),
-                .r = dsla.r,
-                .H = dsla.claims ? c.H : 0,
-                .x = a.normed + 2 * first * c.C,
-                .claim = dsla.claims ? a.claim + first * c.H : nullptr,
-                .claim_bias = dsla.claim_bias.as<float>()},
-               stream);
+  const int64_t T = tables.T - first, stride = int64_t{c.H + 2 * c.Hkv} * c.D;
+  const int32_t* const parting =
+      step.device + (step.padded ? tables.softmax_rows + l : tables.zero);
+  FirstProduct(a, dsla.in, dsla.r, dsla.claims ? c.H : 0, a.normed + 2 * first * c.C, T, parting,
+               dsla.claims ? a.claim + first * c.H : nullptr, dsla.claim_bias.as<float>());
+  if (dsla.r > 0)
+    gemm_->Run(dsla.q_out, a.low_rank, dsla.r, T, a.qkv + 2 * first * stride, stride,
+               Gemm::Out::kBf16, parting);
 }
 
-// A_o out.
-void CudaModel::AdapterOut(const Step& step, const CudaDslaLayer& dsla, int l, int64_t first,
-                           cudaStream_t stream) {
-  if (dsla.r == 0) return;
-  const int64_t q = int64_t{spec_.config.H} * spec_.config.D;
-  FirstProduct(step, l, first,
-               {.weight = dsla.o_in.data.as(),
-                .in = static_cast<int>(dsla.o_in.in),
-                .r = dsla.r,
-                .x = step.a->attention + 2 * first * q},
-               stream);
-}
-
-// low_rank = A x, zero in rows below the parting, and with claims those of the rows from there on.
+// low_rank = A x, zero in rows below *parting, and with claims those of the rows from there on.
 // Nothing is written where all rows lie below it: then the second product does nothing.
-void CudaModel::FirstProduct(const Step& step, int l, int64_t first, AdapterInArgs args,
-                             cudaStream_t stream) {
-  args.x_stride = args.in;
-  args.T = static_cast<int>(step.tables->T - first);
-  args.first_row = step.parting(l);
-  args.low_rank = args.r > 0 ? step.a->low_rank : nullptr;
-  Check(cuda::AdapterIn(args, stream), "the adapter's first product");
+void CudaModel::FirstProduct(const Activations& a, const Matrix& in, int r, int H,
+                             const std::byte* x, int64_t T, const int32_t* parting, float* claim,
+                             const float* claim_bias) {
+  Check(cuda::AdapterIn({.weight = in.data.as(),
+                         .in = static_cast<int>(in.in),
+                         .r = r,
+                         .H = H,
+                         .x = x,
+                         .x_stride = in.in,
+                         .T = static_cast<int>(T),
+                         .first_row = parting,
+                         .low_rank = r > 0 ? a.low_rank : nullptr,
+                         .claim = claim,
+                         .claim_bias = claim_bias},
+                        stream_),
+        "the adapter's first product");
 }
 
-// y += B low_rank.
-void CudaModel::SecondProduct(const Step& step, const CudaDslaLayer& dsla, const Matrix& out, int l,
-                              int64_t first, std::byte* y, int64_t y_stride) {
+// y += B_o A_o out.
+void CudaModel::AdapterOut(const Step& step, const CudaDslaLayer& dsla, int l, int64_t first) {
   if (dsla.r == 0) return;
-  gemm_->Run(out, step.a->low_rank, dsla.r, step.tables->T - first, y, y_stride, Gemm::Out::kBf16,
-             step.parting(l));
+  const ModelConfig& c = spec_.config;
+  const Activations& a = *step.a;
+  const StepTables& tables = *step.tables;
+  const int64_t T = tables.T - first, q = int64_t{c.H} * c.D;
+  const int32_t* const parting =
+      step.device + (step.padded ? tables.softmax_rows + l : tables.zero);
+  FirstProduct(a, dsla.o_in, dsla.r, 0, a.attention + 2 * first * q, T, parting, nullptr, nullptr);
+  gemm_->Run(dsla.o_out, a.low_rank, dsla.r, T, a.delta + 2 * first * c.C, c.C, Gemm::Out::kBf16,
+             parting);
 }
 
 void CudaModel::SoftmaxRows(const Step& step, int l) {

@@ -14,7 +14,6 @@
 #include "model/cuda/cuda_weights.h"
 #include "model/cuda/gemm.h"
 #include "model/cuda/step_tables.h"
-#include "ops/linear/cuda/linear_cuda.h"
 
 namespace dsla::cuda {
 
@@ -82,11 +81,6 @@ class CudaModel : public DeviceModel {
     int level = kMixed;   // of all rows of a graph
     const PlacedRows* rows = nullptr;
     DeviceBuffer* scratch = nullptr;
-
-    // On the GPU: the first of a layer's DSLA rows; without a graph counted from the first of them.
-    const int32_t* parting(int layer) const {
-      return device + (padded ? tables->softmax_rows + layer : tables->zero);
-    }
   };
   struct Graph {
     int runs = 0;  // before it is captured, its launches are done one by one
@@ -105,14 +99,10 @@ class CudaModel : public DeviceModel {
                   std::span<const int32_t> row_before, PinnedBuffer& host, DeviceBuffer& device);
   void RunLayers(const Step& step);
   void AttentionBlock(const Step& step, int layer);
-  void AdapterIn(const Step& step, const CudaDslaLayer& dsla, int layer, int64_t first,
-                 cudaStream_t stream);
-  void AdapterOut(const Step& step, const CudaDslaLayer& dsla, int layer, int64_t first,
-                  cudaStream_t stream);
-  void FirstProduct(const Step& step, int layer, int64_t first, AdapterInArgs args,
-                    cudaStream_t stream);
-  void SecondProduct(const Step& step, const CudaDslaLayer& dsla, const Matrix& out, int layer,
-                     int64_t first, std::byte* y, int64_t y_stride);
+  void AdapterIn(const Step& step, const CudaDslaLayer& dsla, int layer, int64_t first);
+  void FirstProduct(const Activations& a, const Matrix& in, int r, int H, const std::byte* x,
+                    int64_t T, const int32_t* parting, float* claim, const float* claim_bias);
+  void AdapterOut(const Step& step, const CudaDslaLayer& dsla, int layer, int64_t first);
   void SoftmaxRows(const Step& step, int layer);
   void DslaRows(const Step& step, int layer);
   void FinishTile(const Activations& a, const int32_t* rows, const RowSampling* sampling,
@@ -126,7 +116,6 @@ class CudaModel : public DeviceModel {
 
   int device_;
   cudaStream_t stream_;
-  SideStream side_;
   std::shared_ptr<Gemm> gemm_;
   DeviceModelSpec spec_;
   std::shared_ptr<const CudaWeights> weights_;

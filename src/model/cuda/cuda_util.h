@@ -69,36 +69,4 @@ class CudaBuffer {
 using DeviceBuffer = CudaBuffer<Place::kDevice>;
 using PinnedBuffer = CudaBuffer<Place::kPinned>;
 
-// A second stream for what may run beside the first: it starts where the first is at Fork, and what
-// the first is given after Join waits for it. May be captured with the first.
-class SideStream {
- public:
-  SideStream() {
-    Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
-    for (cudaEvent_t* event : {&forked_, &done_})
-      Check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "creating an event");
-  }
-  SideStream(const SideStream&) = delete;
-  SideStream& operator=(const SideStream&) = delete;
-  ~SideStream() {
-    cudaEventDestroy(forked_);
-    cudaEventDestroy(done_);
-    cudaStreamDestroy(stream_);
-  }
-
-  cudaStream_t Fork(cudaStream_t from) {
-    Check(cudaEventRecord(forked_, from), "marking a fork");
-    Check(cudaStreamWaitEvent(stream_, forked_), "forking");
-    return stream_;
-  }
-  void Join(cudaStream_t to) {
-    Check(cudaEventRecord(done_, stream_), "marking a join");
-    Check(cudaStreamWaitEvent(to, done_), "joining");
-  }
-
- private:
-  cudaStream_t stream_ = nullptr;
-  cudaEvent_t forked_ = nullptr, done_ = nullptr;
-};
-
 }  // namespace dsla::cuda
