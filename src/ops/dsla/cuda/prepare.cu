@@ -138,7 +138,13 @@ __global__ void __launch_bounds__(kMaxThreads<D>, kBlocksPerProcessor<D>)
     return i < p.wave_chunks ? ChunkOf(p, i) : Chunk{-1, 0, 0, 0};
   };
   Chunk chunk = chunk_at(index);
-  if (chunk.n >= 0) FetchKeys<D, kFold>(s.key, p, chunk, h, thread);
+  const auto fetch = [&](const Chunk& of) {
+    if constexpr (kFold)
+      FetchKeys<D>(s.key, p, p.pages, of, h, thread);
+    else
+      FetchKeys<D>(s.key, p, p.rows, of, h, thread);
+  };
+  if (chunk.n >= 0) fetch(chunk);
   PublishCopies();  // the weights
   __syncthreads();
   const uint32_t key = SharedAddress(s.key), plain = SharedAddress(s.plain);
@@ -158,6 +164,11 @@ __global__ void __launch_bounds__(kMaxThreads<D>, kBlocksPerProcessor<D>)
     AddScores<D, kChunk, kChunk>(gate, weight(1 + b), plain + sizeof(KeyTile<D>));
     CommitProducts();
   };
+  // The second team begins when the first is in the midst of its chunk, so that one's waits for
+  // products, keys and angles fall into the other's arithmetic.
+  const bool staggers = kTeams<D> == 2 && blockDim.x > 2 * D;
+  if (team == 1 && chunk_at(blockIdx.y).n >= 0)
+    asm volatile("bar.sync 3, %0;" ::"n"(4 * D) : "memory");
   while (chunk.n >= 0) {
     UndoRope(s, l, chunk, thread, team);
     float y[8][4] = {}, gate[8][4];
@@ -167,7 +178,9 @@ __global__ void __launch_bounds__(kMaxThreads<D>, kBlocksPerProcessor<D>)
     AddScores<D, kChunk, kChunk>(y, weight(0), key);
     CommitProducts();
     add_gates(gate, 0);
-    const int from = max(chunk.lo, l.S - chunk.e0), until = chunk.hi;  // rows that enter
+    // The first row that enters, and how many do.
+    const int from = max(chunk.lo, l.S - chunk.e0);
+    const unsigned entering = max(chunk.hi - from, 0);
     const Chunk next = chunk_at(index + step);
     WaitProducts<1>();
     Pin(y);
@@ -177,7 +190,7 @@ __global__ void __launch_bounds__(kMaxThreads<D>, kBlocksPerProcessor<D>)
                               lane);
     Barrier<2 * D>(team);  // all have done with the keys, and left their statistics
     if (thread < kSigns * kChunk) CombineStatistics(s, thread / kChunk, thread % kChunk);
-    if (next.n >= 0) FetchKeys<D, kFold>(s.key, p, next, h, thread);
+    if (next.n >= 0) fetch(next);
     Barrier<2 * D>(team);  // the statistics are combined
     if constexpr (kSigns == 1) {
       float scale[4];
@@ -205,11 +218,13 @@ __global__ void __launch_bounds__(kMaxThreads<D>, kBlocksPerProcessor<D>)
       const auto half = [&]<bool kUpper>() {
         Gates<kUpper>(gate, l.least_gate);
         const int first = TokenOf(32 * kUpper + 8 * t);
-        if (from > 0 || until < kChunk) {
+        if (from > 0 || entering < kChunk) {
+          int begin = from;  // unknown to the compiler, which would compare ahead for every chunk
+          asm volatile("" : "+r"(begin));
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
             const int row = kUpper ? first + i : first - i;
-            if (row < from || row >= until)
+            if (static_cast<unsigned>(row - begin) >= entering)
               gate[4 * kUpper + i / 2][i % 2] = gate[4 * kUpper + i / 2][2 + i % 2] = 0;
           }
         }
@@ -225,6 +240,8 @@ __global__ void __launch_bounds__(kMaxThreads<D>, kBlocksPerProcessor<D>)
                                             s.top[kSigns == 1 ? 0 : b][0], to, lane);
       };
       half.template operator()<false>();
+      if (staggers && b == 0 && index == blockIdx.y)
+        asm volatile("bar.arrive 3, %0;" ::"n"(4 * D) : "memory");
       half.template operator()<true>();
     }
     chunk = next;

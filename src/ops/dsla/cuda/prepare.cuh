@@ -33,9 +33,11 @@ struct PrepareShared {
   TeamShared<D, kSigns> team[kTeams<D>];
 };
 
+// Each other's inverse, and the same.
 __device__ __forceinline__ int TokenOf(int slot) {
   return slot < kChunk / 2 ? kChunk / 2 - 1 - slot : slot;
 }
+__device__ __forceinline__ int SlotOf(int token) { return TokenOf(token); }
 // Bits h t t j j i of a slot, in the order h j j t t i.
 __device__ __forceinline__ int RowOfSlot(int slot) {
   return (slot & 33) | (slot & 6) << 2 | (slot & 24) >> 2;
@@ -80,32 +82,29 @@ __device__ __forceinline__ void LoadWeights(Shared& shared, const Layer& l, int 
 }
 
 // The chunk's keys on their way to shared memory; zeros for rows that do not enter.
-template <int D, bool kFold>
-__device__ __forceinline__ void FetchKeys(KeyTile<D>& to, const PrefillParams& p,
+template <int D, typename Rows>
+__device__ __forceinline__ void FetchKeys(KeyTile<D>& to, const PrefillParams& p, const Rows& rows,
                                           const Chunk& chunk, int h, int thread) {
-  // In four passes a thread takes piece `c` of rows first + 16 i. Lane 4 u + i finds row i of the
-  // warp's u-th `first`.
-  constexpr int kRows = 256 / D;
+  // A thread takes piece `c` of rows first + 16 i.
   const int c = thread % (D / 8), first = thread / (D / 8);
-  const int lane = thread % 32;
-  const int row = thread / 32 * kRows + lane / 4 % kRows + 16 * (lane % 4);
-  unsigned long long found = 0;
-  if (Enters(p.layer, chunk, row)) {
-    const __nv_bfloat16* k;
-    if constexpr (kFold)
-      k = RowOf<D>(p.layer, p.pages, chunk.n, h, chunk.e0 + row).k;
-    else
-      k = RowOf<D>(p.layer, p.rows, chunk.n, h, chunk.e0 + row).k;
-    found = reinterpret_cast<unsigned long long>(k);
-  }
+  const Layer& l = p.layer;
+  const auto copy = [&](int row, const __nv_bfloat16* key, bool enters) {
+    CopyAsync(to + PieceOf(RowOfSlot(SlotOf(row)), c), key + 8 * c, enters);
+  };
+  if (IsSpan<D>(l, rows, chunk.n, chunk.e0)) {
+    const KvSpan span = SpanOf<D>(l, rows, chunk.n, h, chunk.e0);
+    const int from = max(chunk.lo, l.S - chunk.e0), until = chunk.hi;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const auto* k =
-        reinterpret_cast<const __nv_bfloat16*>(__shfl_sync(~0u, found, first % kRows * 4 + i));
-    const bool enters = k != nullptr;
-    // Tokens run against slots in the lower half.
-    const int slot = i < 2 ? 31 - 16 * i - first : 16 * i + first;
-    CopyAsync(to + PieceOf(RowOfSlot(slot), c), enters ? k + 8 * c : p.key, enters);
+    for (int i = 0; i < 4; ++i) {
+      const int row = first + 16 * i;
+      copy(row, span.row.k + row * span.k_stride, row >= from && row < until);
+    }
+  } else {
+#pragma unroll 1
+    for (int row = first; row < kChunk; row += 16) {
+      const bool enters = Enters(l, chunk, row);
+      copy(row, enters ? RowOf<D>(l, rows, chunk.n, h, chunk.e0 + row).k : p.key, enters);
+    }
   }
   CommitCopies();
 }
