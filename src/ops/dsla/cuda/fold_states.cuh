@@ -8,15 +8,6 @@ namespace dsla::cuda {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-__device__ __forceinline__ void CommitProducts() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-// At most `pending` groups of products are still under way.
-template <int pending>
-__device__ __forceinline__ void AwaitProducts() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
-}
-
 // 64 channels: x += weights keys^T.
 template <int D>
 __device__ __forceinline__ void AddLogits(float (&x)[8][4], uint32_t weight, uint32_t keys) {
@@ -137,9 +128,9 @@ struct Folder {
       BeginProducts();
       AddToState<D>(state[kBlocks - 1], key, SharedAddress(s.stage[(i - 1) % 2].v));
       CommitProducts();
-      AwaitProducts<1>();
+      WaitProducts<1>();
     } else {
-      AwaitProducts<0>();
+      WaitProducts<0>();
     }
     Pin(y);
     Arrive(s.key_free);
@@ -147,7 +138,7 @@ struct Folder {
     for (int sign = 0; sign < kSigns; ++sign) Sum(i, sign);
     Arrive(s.sums_full);
     if constexpr (kAdd) {
-      AwaitProducts<0>();
+      WaitProducts<0>();
       PinState(kBlocks - 1);
       Pin(key);
       Arrive(s.stage_free[(i - 1) % 2]);
@@ -156,7 +147,8 @@ struct Folder {
     StartGates(0);
     BeginProducts();
     AddGates(0, i % 2);
-    EndProducts();
+    CommitProducts();
+    WaitProducts<0>();
     Pin(gate);
   }
 
@@ -266,7 +258,8 @@ struct Folder {
         BeginProducts();
         AddToState<D>(state[b], key, SharedAddress(s.stage[i % 2].v));
         AddGates(b + 1, i % 2);
-        EndProducts();
+        CommitProducts();
+        WaitProducts<0>();
         PinState(b);
         Pin(key);
         Pin(gate);

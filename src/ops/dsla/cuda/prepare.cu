@@ -13,55 +13,27 @@ namespace {
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Blocks of a multiprocessor, as far as shared memory goes. Before compute capability 9.0 that has
+// room for one team of D = 128, or three blocks of D = 64.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <int D>
+constexpr int kBlocksPerProcessor = D == 128 ? 1 : 3;
+template <int D>
+constexpr int kMaxThreads = 2 * D;
+#else
 template <int D>
 constexpr int kBlocksPerProcessor = D == 128 ? 1 : 4;
-
-// Before compute capability 9.0 shared memory has room for one team of D = 128.
 template <int D>
-constexpr int MaxThreads() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  return 2 * D;
-#else
-  return kTeams<D> * 2 * D;
+constexpr int kMaxThreads = kTeams<D> * 2 * D;
 #endif
+
+// e^a - 1 in the place of the logits of one half's slots.
+template <bool kUpper>
+__device__ __forceinline__ void Gates(float (&gate)[8][4], float least) {
+  GatesMinusOne(reinterpret_cast<float(&)[4][4]>(gate[4 * kUpper]), least);
 }
 
-// e^a - 1 of this warp's channels and the slots of one half.
-template <int D, int kBlocks>
-__device__ __forceinline__ void Gates(float (&gate)[kBlocks][4][4], const uint4* weight,
-                                      const uint4* plain, const float2* bias, float least,
-                                      int lane) {
-#pragma unroll
-  for (int b = 0; b < kBlocks; ++b) {
-    const float2 start = bias[b * (D / 2)];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      gate[b][j][0] = gate[b][j][1] = start.x;
-      gate[b][j][2] = gate[b][j][3] = start.y;
-    }
-  }
-#pragma unroll 2
-  for (int c = 0; c < D / 16; ++c) {
-    uint32_t a[kBlocks][4];
-    uint4 x[4];
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) LoadPiece(a[b], weight[b * (D * D / 8) + c * (D * 2)]);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) x[j] = plain[(c * 8 + j) * 32 + PlaceOf(c, lane / 4, lane % 4)];
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) Mma(gate[b][j], a[b], x[j].x, x[j].y);
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) Mma(gate[b][j], a[b], x[j].z, x[j].w);
-  }
-#pragma unroll
-  for (int b = 0; b < kBlocks; ++b) GatesMinusOne(gate[b], least);
-}
-
-// Where a lane's first slot of a half goes, and how far the next slot is.
+// Where a lane's first slot of a half goes.
 struct Places {
   float* decay;
   float2* key_sum;
@@ -69,178 +41,194 @@ struct Places {
 };
 
 // Products of e^a outwards from the anchor over one half's slots: what is under 1 is a product, its
-// inverse e^{G-R} or 1 / e^{G-R} a reciprocal, so nothing cancels. y: as CombineStatistics has it.
-template <int D, int kBlocks, int kSigns, bool kFold, bool kUpper>
-__device__ __forceinline__ void WriteHalf(const TeamShared<D, kSigns>& s,
-                                          const float (&gate)[kBlocks][4][4],
-                                          const float (&y)[4][4], const Places& to, int warp,
+// inverse e^{G-R} or 1 / e^{G-R} a reciprocal, so nothing cancels. One sign: y is phi_k, negated.
+// Two: phi_k is e^{sign y} times 2^scale, by slot.
+template <int D, int kSigns, bool kFold, bool kUpper>
+__device__ __forceinline__ void WriteHalf(const float (&gate)[8][4], const float (&y)[8][4],
+                                          float sign, const float* scale, const Places& to,
                                           int lane) {
   constexpr int kStep = kUpper ? D / 2 : -D / 2, kGrowthStep = kUpper ? 16 : -16;
-  constexpr int kBlock = kChunk * D / 2;  // words
   const int t = lane % 4;
-  float run[kBlocks][2], sum[kBlocks][2] = {};
+  float run[2], total[2], sum[2] = {};
 #pragma unroll
-  for (int b = 0; b < kBlocks; ++b) {
-    float total[2];
+  for (int r = 0; r < 2; ++r) {
+    float x = 1 + gate[4 * kUpper][2 * r];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float x = 1 + gate[b][0][2 * r];
-#pragma unroll
-      for (int i = 1; i < 8; ++i) x += x * gate[b][i / 2][2 * r + i % 2];
-      const float next = __shfl_xor_sync(~0u, x, 1), pair = x * next;
-      const float others = __shfl_xor_sync(~0u, pair, 2);
-      run[b][r] = (t & 1 ? next : 1.f) * (t & 2 ? others : 1.f);
-      total[r] = pair * others;
-    }
-    if (t == 0) {
-      to.decay[b * 2 * D] = total[0];
-      to.decay[b * 2 * D + 2] = total[1];
-    }
+    for (int i = 1; i < 8; ++i) x += x * gate[4 * kUpper + i / 2][2 * r + i % 2];
+    const float next = __shfl_xor_sync(~0u, x, 1), pair = x * next;
+    const float others = __shfl_xor_sync(~0u, pair, 2);
+    run[r] = (t & 1 ? next : 1.f) * (t & 2 ? others : 1.f);
+    total[r] = pair * others;
   }
-  float scale[kSigns][4];
+  if (t == 0) {
+    to.decay[0] = total[0];
+    to.decay[2] = total[1];
+  }
+  float reference[4];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
+    if (kSigns == 2 && i % 4 == 0) LoadSlots(reference, scale + 32 * kUpper + 8 * t + i);
+    float key[2], grown[2];
 #pragma unroll
-    for (int sign = 0; sign < kSigns; ++sign)
-      if (i % 4 == 0)
-        LoadSlots(scale[sign], s.top[sign][kSigns == 1 ? warp : 0] + 32 * kUpper + 8 * t + i);
-    float phi[2];  // negated
-    if constexpr (kSigns == 1) {
-      phi[0] = y[i / 2][i % 2] * scale[0][i % 4];
-      phi[1] = y[i / 2][2 + i % 2] * scale[0][i % 4];
-    }
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      float key[2], grown[2];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        if constexpr (kSigns == 2)
-          phi[r] = -Exp2(y[i / 2][2 * r + i % 2] * (b == 0 ? kLog2e : -kLog2e) + scale[b][i % 4]);
-        const float x = gate[b][i / 2][2 * r + i % 2];
-        if constexpr (kUpper) {
-          run[b][r] += run[b][r] * x;
-          key[r] = x * phi[r] * Reciprocal(run[b][r]);
-          grown[r] = run[b][r];
-        } else {
-          key[r] = x * phi[r] * run[b][r];
-          if constexpr (!kFold) grown[r] = Reciprocal(run[b][r]);
-          run[b][r] += run[b][r] * x;
-        }
+    for (int r = 0; r < 2; ++r) {
+      const float x = gate[4 * kUpper + i / 2][2 * r + i % 2];
+      float phi = y[4 * kUpper + i / 2][2 * r + i % 2];
+      if constexpr (kSigns == 2) phi = -Exp2(phi * (sign * kLog2e) + reference[i % 4]);
+      if constexpr (kUpper) {
+        run[r] += run[r] * x;
+        key[r] = x * phi * Reciprocal(run[r]);
+        grown[r] = run[r];
+      } else {
+        key[r] = x * phi * run[r];
+        if constexpr (!kFold) grown[r] = Reciprocal(run[r]);
+        run[r] += run[r] * x;
       }
-      const uint32_t packed = Pack(key[0], key[1]);
-      to.key[b * kBlock + i * kStep] = packed;
-      sum[b][0] += Low(packed);
-      sum[b][1] += High(packed);
-      if constexpr (!kFold) to.growth[b * kBlock + i * kGrowthStep] = Pack(grown[0], grown[1]);
     }
+    const uint32_t packed = Pack(key[0], key[1]);
+    to.key[i * kStep] = packed;
+    sum[0] += Low(packed);
+    sum[1] += High(packed);
+    if constexpr (!kFold) to.growth[i * kGrowthStep] = Pack(grown[0], grown[1]);
   }
 #pragma unroll
-  for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) sum[b][r] += __shfl_xor_sync(~0u, sum[b][r], 1);
-    if (t % 2 == 0) to.key_sum[b * (D / 2)] = {sum[b][0], sum[b][1]};
-  }
+  for (int r = 0; r < 2; ++r) sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
+  if (t % 2 == 0) *to.key_sum = {sum[0], sum[1]};
 }
 
 // grid (Hkv, groups of chunks, SF / D / kBlocks), teams of 2 D threads. A block goes over chunks
-// with one set of weights; each of its teams takes the next, on its own.
+// with one set of weights; each of its teams takes the next, on its own: one's products and copies
+// run behind the other's arithmetic.
 template <int D, int kBlocks, int kSigns, bool kFold>
-__global__ void __launch_bounds__(MaxThreads<D>(), kBlocksPerProcessor<D>)
+__global__ void __launch_bounds__(kMaxThreads<D>, kBlocksPerProcessor<D>)
     PrepareKernel(const __grid_constant__ PrefillParams p) {
-  extern __shared__ __align__(16) std::byte memory[];
+  extern __shared__ __align__(1024) std::byte memory[];
   auto& shared = *reinterpret_cast<PrepareShared<D, kBlocks, kSigns>*>(memory);
   const Layer& l = p.layer;
   const int h = blockIdx.x, first_block = blockIdx.z * kBlocks, blocks = l.SF / D;
-  const int team = threadIdx.x / (2 * D), thread = threadIdx.x % (2 * D);
-  const int lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
-  const int teams = blockDim.x / (2 * D);
+  // One for all of a warp, which the products' operands must be.
+  const int all_warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  const int team = all_warp / (D / 16), warp = all_warp % (D / 16);
+  const int thread = threadIdx.x % (2 * D), lane = thread % 32, g = lane / 4, t = lane % 4;
+  const int pair = 8 * warp + g;  // this lane's channels are 2 pair and 2 pair + 1 of each block
   TeamShared<D, kSigns>& s = shared.team[team];
-  using Batch = WeightBatch<D, kBlocks>;
-  Batch batch;
-  batch.Load(l, h, first_block, threadIdx.x);
-  for (int i = threadIdx.x; i < kBlocks * D / 2; i += blockDim.x)
-    shared.bias[i] =
-        reinterpret_cast<const float2*>(l.weights.bias + h * l.SF + first_block * D)[i];
+  LoadWeights<D, kBlocks>(shared, l, h, first_block);
   AwaitPrevious();
   AllowNext();
 
+  const int step = gridDim.y * (blockDim.x / (2 * D));
   int index = blockIdx.y + gridDim.y * team;
   const auto chunk_at = [&](int i) {
     return i < p.wave_chunks ? ChunkOf(p, i) : Chunk{-1, 0, 0, 0};
   };
   Chunk chunk = chunk_at(index);
-  uint2 keys[4][2];
-  LoadKeys<D, kFold>(keys, p, chunk, h, thread);
-  for (int base = threadIdx.x;;) {
-    batch.Store(&shared.weight[0][0][0][0], base);
-    base += Batch::kCount * blockDim.x;
-    if (base >= Batch::kAll) break;
-    batch.Load(l, h, first_block, base);
-  }
+  const auto fetch = [&](const Chunk& of) {
+    if constexpr (kFold)
+      FetchKeys<D>(s.key, p, p.pages, of, h, thread);
+    else
+      FetchKeys<D>(s.key, p, p.rows, of, h, thread);
+  };
+  if (chunk.n >= 0) fetch(chunk);
+  PublishCopies();  // the weights
   __syncthreads();
-  while (chunk.n >= 0) {
-    StoreKeys<D>(s, keys, l, chunk, thread, team);
-    float y[2][4][4] = {};
-// With two signs more registers are taken.
-#pragma unroll(kSigns == 1 ? 2 : 1)
-    for (int c = 0; c < D / 32; ++c) {
-      uint32_t a[4], b[4];
-      LoadPiece(a, shared.weight[0][c][warp][lane]);
-      LoadPiece(b, shared.weight[0][c + D / 32][warp][lane]);
+  const uint32_t key = SharedAddress(s.key), plain = SharedAddress(s.plain);
+  const auto weight = [&](int m) { return SharedAddress(shared.weight[m][warp / 4]); };
+  const auto begin_gates = [&](float(&gate)[8][4], int b) {
+    const float2 bias = __ldg(
+        reinterpret_cast<const float2*>(l.weights.bias + h * l.SF + (first_block + b) * D) + pair);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const uint4 x = s.key[c][j][PlaceOf(c, g, t)];
-        Mma(y[j / 4][j % 4], a, x.x, x.y);
-        Mma(y[j / 4][j % 4], b, x.z, x.w);
-      }
+    for (int j = 0; j < 8; ++j) {
+      gate[j][0] = gate[j][1] = bias.x;
+      gate[j][2] = gate[j][3] = bias.y;
     }
+    Pin(gate);
+  };
+  const auto add_gates = [&](float(&gate)[8][4], int b) {
+    AddScores<D, kChunk, kChunk>(gate, weight(1 + b), plain);
+    AddScores<D, kChunk, kChunk>(gate, weight(1 + b), plain + sizeof(KeyTile<D>));
+    CommitProducts();
+  };
+  // The second team begins when the first is in the midst of its chunk, so that one's waits for
+  // products, keys and angles fall into the other's arithmetic.
+  const bool staggers = kTeams<D> == 2 && blockDim.x > 2 * D;
+  if (team == 1 && chunk_at(blockIdx.y).n >= 0)
+    asm volatile("bar.sync 3, %0;" ::"n"(4 * D) : "memory");
+  while (chunk.n >= 0) {
+    UndoRope(s, l, chunk, thread, team);
+    float y[8][4] = {}, gate[8][4];
+    Pin(y);
+    begin_gates(gate, 0);
+    BeginProducts();
+    AddScores<D, kChunk, kChunk>(y, weight(0), key);
+    CommitProducts();
+    add_gates(gate, 0);
+    // The first row that enters, and how many do.
+    const int from = max(chunk.lo, l.S - chunk.e0);
+    const unsigned entering = max(chunk.hi - from, 0);
+    const Chunk next = chunk_at(index + step);
+    WaitProducts<1>();
+    Pin(y);
 #pragma unroll
     for (int sign = 0; sign < kSigns; ++sign)
       Statistics<kSigns == 1>(y, sign == 0 ? 1.f : -1.f, s.top[sign][warp], s.sum[sign][warp],
                               lane);
-    Barrier<2 * D>(team);
-    if (thread == 2 * D - 1) {
-      s.next_index = index + gridDim.y * teams;
-      s.next = chunk_at(s.next_index);
-    }
+    Barrier<2 * D>(team);  // all have done with the keys, and left their statistics
     if (thread < kSigns * kChunk) CombineStatistics(s, thread / kChunk, thread % kChunk);
-
-    const bool whole = Enters(l, chunk, 0) && chunk.hi == kChunk;
-    const auto half = [&]<bool kUpper>() {
-      float gate[kBlocks][4][4];
-      Gates<D, kBlocks>(gate, &shared.weight[1][0][warp][lane], &s.plain[0][4 * kUpper][0],
-                        &shared.bias[8 * warp + g], l.least_gate, lane);
-      const int first = TokenOf(32 * kUpper + 8 * t);
-      if (!whole) {
+    if (next.n >= 0) fetch(next);
+    Barrier<2 * D>(team);  // the statistics are combined
+    if constexpr (kSigns == 1) {
+      float scale[4];
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
-          if (!Enters(l, chunk, kUpper ? first + i : first - i)) {
+      for (int i = 0; i < 16; ++i) {
+        if (i % 4 == 0) LoadSlots(scale, s.top[0][warp] + i / 8 * 32 + 8 * t + i % 8);
+        y[i / 2][i % 2] *= scale[i % 4];
+        y[i / 2][2 + i % 2] *= scale[i % 4];
+      }
+    }
+    const int64_t part = int64_t{index} * l.Hkv + h;
+#pragma unroll 1
+    for (int b = 0; b < kBlocks; ++b) {
+      if (b > 0) {
+        begin_gates(gate, b);
+        BeginProducts();
+        add_gates(gate, b);
+      }
+      WaitProducts<0>();
+      Pin(gate);
+      const int64_t block = part * blocks + first_block + b, at = block * (kChunk * D / 2);
+      float* decay = reinterpret_cast<float*>(p.decay + block * D + 2 * pair);
+      float2* key_sum = reinterpret_cast<float2*>(p.key_sum) +
+                        (part * 4 * blocks + first_block + b) * (D / 2) + pair;
+      const auto half = [&]<bool kUpper>() {
+        Gates<kUpper>(gate, l.least_gate);
+        const int first = TokenOf(32 * kUpper + 8 * t);
+        if (from > 0 || entering < kChunk) {
+          int begin = from;  // unknown to the compiler, which would compare ahead for every chunk
+          asm volatile("" : "+r"(begin));
 #pragma unroll
-            for (int b = 0; b < kBlocks; ++b) gate[b][i / 2][i % 2] = gate[b][i / 2][2 + i % 2] = 0;
+          for (int i = 0; i < 8; ++i) {
+            const int row = kUpper ? first + i : first - i;
+            if (static_cast<unsigned>(row - begin) >= entering)
+              gate[4 * kUpper + i / 2][i % 2] = gate[4 * kUpper + i / 2][2 + i % 2] = 0;
           }
-      }
-      if constexpr (kUpper) {  // the next chunk's keys are under way meanwhile
-        LoadKeys<D, kFold>(keys, p, s.next, h, thread);
-      } else {
-        Barrier<2 * D>(team);  // the statistics are combined
-      }
-      const int64_t part = int64_t{index} * l.Hkv + blockIdx.x;
-      const int64_t block = part * blocks + first_block, quarter = first / 16, row = first % 16;
-      const int pair = 8 * warp + g;
-      Places to;
-      to.decay = reinterpret_cast<float*>(p.decay) + (block * D + 2 * pair) * 2 + kUpper;
-      to.key_sum = reinterpret_cast<float2*>(p.key_sum) +
-                   ((part * 4 + quarter) * blocks + first_block) * (D / 2) + pair;
-      to.key = reinterpret_cast<uint32_t*>(p.key) + (block * kChunk + first) * (D / 2) + pair;
-      // Rows g and g + 8 of a tile share a lane of the fragment.
-      to.growth = p.growth + (block * 4 + quarter) * (D * 8) + (warp * 32 + g % 4) * 4 + g / 4 * 2 +
-                  row % 8 * 16 + row / 8;
-      WriteHalf<D, kBlocks, kSigns, kFold, kUpper>(s, gate, y[kUpper], to, warp, lane);
-    };
-    half.template operator()<false>();
-    half.template operator()<true>();
-    chunk = s.next;
-    index = s.next_index;
+        }
+        const int quarter = first / 16, row = first % 16;
+        Places to;
+        to.decay = decay + kUpper;
+        to.key_sum = key_sum + quarter * (l.SF / 2);
+        to.key = reinterpret_cast<uint32_t*>(p.key) + at + first * (D / 2) + pair;
+        // Rows g and g + 8 of a tile share a lane of the fragment.
+        to.growth = p.growth + at + quarter * (D * 8) + (warp * 32 + g % 4) * 4 + g / 4 * 2 +
+                    row % 8 * 16 + row / 8;
+        WriteHalf<D, kSigns, kFold, kUpper>(gate, y, b == 0 ? 1.f : -1.f,
+                                            s.top[kSigns == 1 ? 0 : b][0], to, lane);
+      };
+      half.template operator()<false>();
+      if (staggers && b == 0 && index == blockIdx.y)
+        asm volatile("bar.arrive 3, %0;" ::"n"(4 * D) : "memory");
+      half.template operator()<true>();
+    }
+    chunk = next;
+    index += step;
   }
 }
 
@@ -260,7 +248,7 @@ void Launch(const PrefillParams& p, cudaStream_t stream) {
   // a chunk, but all multiprocessors should end together. Results do not depend on it.
   const int64_t pairs = p.layer.SF / D / kBlocks;
   int64_t groups = 0, least = INT64_MAX;
-  for (int each = 1; each <= 8 / kBlocksPerProcessor<D>; ++each) {
+  for (int each = 1; each <= 64 / kBlocksPerProcessor<D>; ++each) {
     const int64_t n = CeilDiv(p.wave_chunks, teams * each);
     const int64_t cost = CeilDiv(n * p.layer.Hkv * pairs, processors) * (4 * each + 1);
     if (cost < least) groups = n, least = cost;

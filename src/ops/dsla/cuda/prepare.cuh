@@ -3,6 +3,7 @@
 #pragma once
 
 #include "ops/dsla/cuda/prefill.cuh"
+#include "ops/dsla/cuda/warpgroup.cuh"
 
 namespace dsla::cuda {
 
@@ -12,166 +13,150 @@ inline constexpr float kLog2e = 1.4426950408889634f;
 template <int D>
 inline constexpr int kTeams = D == 128 ? 2 : 1;
 
+template <int D>
+using KeyTile = uint4[kChunk * D / 8];  // as warpgroup.cuh has it, rows at RowOfSlot
+
 // What a team of 2 D threads shares. A warp has 16 channels of each block of D.
 template <int D, int kSigns>
-struct TeamShared {
-  // The keys as mma's B operand, 8 tiles of 8 slots; lanes at PlaceOf.
-  uint4 plain[D / 16][8][32];  // RoPE undone, as two terms of bf16
-  uint4 key[D / 32][8][32];    // as it is; k steps c and c + D / 32
+struct __align__(1024) TeamShared {
+  KeyTile<D> key, plain[2];  // as it is; RoPE undone, as two terms of bf16
   // Of e^y, and of e^-y if the features need it, per warp and slot: the largest exponent in base 2,
   // and the sum of powers relative to it. Then what makes features of them, at `top`.
   float top[kSigns][D / 16][kChunk];
   float sum[kSigns][D / 16][kChunk];
-  Chunk next;
-  int next_index;
 };
 
-// Weights as mma's A operand: [phi_k, then gates of kBlocks][k step][warp][lane].
+// Weights: phi_k, then gates of kBlocks. Each as tiles of 64 channels, one for each warpgroup.
 template <int D, int kBlocks, int kSigns>
 struct PrepareShared {
-  uint4 weight[1 + kBlocks][D / 16][D / 16][32];
-  float2 bias[kBlocks * D / 2];
+  KeyTile<D> weight[1 + kBlocks][D / 64];
   TeamShared<D, kSigns> team[kTeams<D>];
 };
 
+// Each other's inverse, and the same.
 __device__ __forceinline__ int TokenOf(int slot) {
   return slot < kChunk / 2 ? kChunk / 2 - 1 - slot : slot;
 }
-
-// Where lane 4g + t of k step c is: threads that write all t of two k steps meet no bank conflicts,
-// nor do warps that read.
-__device__ __forceinline__ int PlaceOf(int c, int g, int t) { return (4 * g + t) ^ (4 * (c % 2)); }
-
-// Part of the weights on their way to shared memory: all of it if the block has all its
-// teams. A k step's columns are dealt such that lane t of a fragment has dimensions
-// 4t .. 4t + 3. Each thread fills lanes 4g + t and 4g + t + 2, t < 2, from `base` on.
-template <int D, int kBlocks>
-struct WeightBatch {
-  static constexpr int kPairs = D * D / 16, kAll = (1 + kBlocks) * kPairs;
-  static constexpr int kCount = kAll / (kTeams<D> * 2 * D);
-  uint2 even[kCount][2], odd[kCount][2];
-
-  __device__ __forceinline__ void Load(const Layer& l, int h, int first_block, int base) {
-#pragma unroll
-    for (int u = 0; u < kCount; ++u) {
-      const int i = base + u * blockDim.x;
-      const int m = i / kPairs, tile = i % kPairs / 16, g = i / 2 % 8, t = i % 2;
-      const __nv_bfloat16* from =
-          m == 0 ? l.weights.phi_k + int64_t{h} * D * D
-                 : l.weights.gates + (int64_t{h} * (l.SF / D) + first_block + m - 1) * D * D;
-      // Columns 2g and 2g + 1 of the packed tile; its lanes 2t and 2t + 1.
-      const uint2* at =
-          reinterpret_cast<const uint2*>(from) + tile * 64 + (2 * g % 8 * 4 + 2 * t) * 2 + g / 4;
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        even[u][k] = __ldg(at + 2 * k);
-        odd[u][k] = __ldg(at + 2 * k + 8);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void Store(uint4* to, int base) const {
-#pragma unroll
-    for (int u = 0; u < kCount; ++u) {
-      const int i = base + u * blockDim.x;
-      const uint2(&e)[2] = even[u], (&o)[2] = odd[u];
-      const uint4 low{e[0].x, o[0].x, e[1].x, o[1].x}, high{e[0].y, o[0].y, e[1].y, o[1].y};
-      // Half of the threads begin with the upper lane: so no bank is met twice.
-      const bool swap = i & 4;
-      uint4* piece = to + i / 16 * 32 + i / 2 % 8 * 4 + i % 2;
-      piece[swap ? 2 : 0] = swap ? high : low;
-      piece[swap ? 0 : 2] = swap ? low : high;
-    }
-  }
-};
-
-__device__ __forceinline__ void LoadPiece(uint32_t (&to)[4], const uint4& from) {
-  to[0] = from.x, to[1] = from.y, to[2] = from.z, to[3] = from.w;
+__device__ __forceinline__ int SlotOf(int token) { return TokenOf(token); }
+// Bits h t t j j i of a slot, in the order h j j t t i.
+__device__ __forceinline__ int RowOfSlot(int slot) {
+  return (slot & 33) | (slot & 6) << 2 | (slot & 24) >> 2;
+}
+// Piece `c` of row `row` of a tile of 64 rows.
+__device__ __forceinline__ int PieceOf(int row, int c) {
+  return c / 8 * (kChunk * 8) + Swizzle<8>(row, c % 8);
 }
 
-// Each thread has dimensions 4 part .. 4 part + 3 of both halves of the head, of rows first + 16 i:
-// neighbouring threads read neighbouring bytes of keys and angles.
-template <int D>
-struct KeyPlace {
-  int part, first;
-  __device__ __forceinline__ explicit KeyPlace(int thread)
-      : part(thread % (D / 8)), first(thread / (D / 8)) {}
-};
-
-template <int D, bool kFold>
-__device__ __forceinline__ void LoadKeys(uint2 (&keys)[4][2], const PrefillParams& p,
-                                         const Chunk& chunk, int h, int thread) {
-  // Lane 4 u + i finds row i of the warp's u-th `first`.
-  constexpr int kRows = 256 / D;
-  const int lane = thread % 32;
-  const int row = thread / 32 * kRows + lane / 4 % kRows + 16 * (lane % 4);
-  unsigned long long found = 0;
-  if (chunk.n >= 0 && Enters(p.layer, chunk, row)) {
-    const __nv_bfloat16* k;
-    if constexpr (kFold)
-      k = RowOf<D>(p.layer, p.pages, chunk.n, h, chunk.e0 + row).k;
-    else
-      k = RowOf<D>(p.layer, p.rows, chunk.n, h, chunk.e0 + row).k;
-    found = reinterpret_cast<unsigned long long>(k);
-  }
-  const KeyPlace<D> at(thread);
+// Among the four lanes of a quad: word k of lane t goes to word t of lane k.
+__device__ __forceinline__ void TransposeQuad(uint32_t (&x)[4], int t) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint2* k =
-        reinterpret_cast<const uint2*>(__shfl_sync(~0u, found, at.first % kRows * 4 + i));
-    keys[i][0] = keys[i][1] = {};
-    if (k != nullptr) {
-      keys[i][0] = __ldcg(k + at.part);
-      keys[i][1] = __ldcg(k + at.part + D / 8);
+  for (int bit = 1; bit <= 2; bit *= 2)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      uint32_t &low = x[bit == 1 ? 2 * i : i], &high = x[bit == 1 ? 2 * i + 1 : i + 2];
+      const bool upper = t & bit;
+      const uint32_t other = __shfl_xor_sync(~0u, upper ? low : high, bit);
+      (upper ? low : high) = other;
     }
+}
+
+// The packed weights to shared memory, channels as rows: a quad of lanes has two channels' 16
+// dimensions in two pieces each.
+template <int D, int kBlocks, typename Shared>
+__device__ __forceinline__ void LoadWeights(Shared& shared, const Layer& l, int h,
+                                            int first_block) {
+  constexpr int kOf = D / 16, kTiles = (1 + kBlocks) * kOf * kOf;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll 4
+  for (int i = threadIdx.x / 32; i < kTiles; i += blockDim.x / 32) {
+    const int m = i / (kOf * kOf), k = i / kOf % kOf, j = i % kOf;
+    const __nv_bfloat16* from =
+        m == 0 ? l.weights.phi_k + int64_t{h} * D * D
+               : l.weights.gates + (int64_t{h} * (l.SF / D) + first_block + m - 1) * D * D;
+    const uint4 packed = __ldg(reinterpret_cast<const uint4*>(from) + (k * kOf + j) * 32 + lane);
+    uint32_t x[4] = {packed.x, packed.y, packed.z, packed.w};
+    TransposeQuad(x, t);
+    const int row = 16 * (j % 4) + g / 2 + t / 2 * 4 + g % 2 * 8;
+    shared.weight[m][j / 4][PieceOf(row, 2 * k + t % 2)] = {x[0], x[1], x[2], x[3]};
   }
 }
 
-// The keys, and the keys with RoPE undone, to shared memory.
-template <int D, typename Shared>
-__device__ __forceinline__ void StoreKeys(Shared& s, const uint2 (&keys)[4][2], const Layer& l,
-                                          const Chunk& chunk, int thread, int team) {
-  const KeyPlace<D> at(thread);
-  float4 cos[4], sin[4];
+// The chunk's keys on their way to shared memory; zeros for rows that do not enter.
+template <int D, typename Rows>
+__device__ __forceinline__ void FetchKeys(KeyTile<D>& to, const PrefillParams& p, const Rows& rows,
+                                          const Chunk& chunk, int h, int thread) {
+  // A thread takes piece `c` of rows first + 16 i.
+  const int c = thread % (D / 8), first = thread / (D / 8);
+  const Layer& l = p.layer;
+  const auto copy = [&](int row, const __nv_bfloat16* key, bool enters) {
+    CopyAsync(to + PieceOf(RowOfSlot(SlotOf(row)), c), key + 8 * c, enters);
+  };
+  if (IsSpan<D>(l, rows, chunk.n, chunk.e0)) {
+    const KvSpan span = SpanOf<D>(l, rows, chunk.n, h, chunk.e0);
+    const int from = max(chunk.lo, l.S - chunk.e0), until = chunk.hi;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    // Keys of rows that do not enter are zeros: any angle does.
-    const int row = at.first + 16 * i, time = Enters(l, chunk, row) ? chunk.e0 + row : 0;
-    const unsigned angle = time * (D / 8) + at.part;
-    cos[i] = reinterpret_cast<const float4*>(l.cos)[angle];
-    sin[i] = reinterpret_cast<const float4*>(l.sin)[angle];
+    for (int i = 0; i < 4; ++i) {
+      const int row = first + 16 * i;
+      copy(row, span.row.k + row * span.k_stride, row >= from && row < until);
+    }
+  } else {
+#pragma unroll 1
+    for (int row = first; row < kChunk; row += 16) {
+      const bool enters = Enters(l, chunk, row);
+      copy(row, enters ? RowOf<D>(l, rows, chunk.n, h, chunk.e0 + row).k : p.key, enters);
+    }
   }
-  Barrier<2 * D>(team);  // all have read the keys before
-  const int c = at.part / 4, q = at.part % 4;
+  CommitCopies();
+}
+
+// Undoes the RoPE of the keys that FetchKeys has left.
+template <int D, int kSigns>
+__device__ __forceinline__ void UndoRope(TeamShared<D, kSigns>& s, const Layer& l,
+                                         const Chunk& chunk, int thread, int team) {
+  // A thread takes eight dimensions of both halves of the head, in both halves of the chunk.
+  // Neighbouring rows are four apart in the tile, so that no bank is met twice.
+  constexpr int kOfRow = D / 16;
+  const int c = thread % kOfRow, r = thread / kOfRow, slot = r / 2 + r % 2 * 16;
+  float4 cos[2][2], sin[2][2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    // Slots 32 half + slot + 16 u.
-    const int slot = half ? at.first : 15 - at.first;
-    const int place = PlaceOf(c, slot / 8 * 2 + slot % 2, q), j = half * 4 + slot % 8 / 2;
+    // Keys of rows that do not enter are zeros: any angle does.
+    const int row = TokenOf(32 * half + slot), time = Enters(l, chunk, row) ? chunk.e0 + row : 0;
+    const unsigned angle = time * (D / 8) + 2 * c;
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      const int i = half ? 2 + u : 1 - u;
-      const uint2(&key)[2] = keys[i];
-      uint32_t plain[2][4];
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const uint32_t x = k ? key[0].y : key[0].x, y = k ? key[1].y : key[1].x;
-        const float2 cs = k ? float2{cos[i].z, cos[i].w} : float2{cos[i].x, cos[i].y};
-        const float2 sn = k ? float2{sin[i].z, sin[i].w} : float2{sin[i].x, sin[i].y};
-        const float u0 = Low(x) * cs.x + Low(y) * sn.x, u1 = High(x) * cs.y + High(y) * sn.y;
-        const float w0 = Low(y) * cs.x - Low(x) * sn.x, w1 = High(y) * cs.y - High(x) * sn.y;
-        plain[0][k] = Pack(u0, u1);
-        plain[0][2 + k] = Pack(u0 - Low(plain[0][k]), u1 - High(plain[0][k]));
-        plain[1][k] = Pack(w0, w1);
-        plain[1][2 + k] = Pack(w0 - Low(plain[1][k]), w1 - High(plain[1][k]));
-      }
-      s.key[c][j][place + 16 * u] = {key[0].x, key[0].y, key[1].x, key[1].y};
-#pragma unroll
-      for (int k = 0; k < 2; ++k)
-        s.plain[c + k * (D / 32)][j][place + 16 * u] = {plain[k][0], plain[k][1], plain[k][2],
-                                                        plain[k][3]};
+    for (int i = 0; i < 2; ++i) {
+      cos[half][i] = __ldg(reinterpret_cast<const float4*>(l.cos) + angle + i);
+      sin[half][i] = __ldg(reinterpret_cast<const float4*>(l.sin) + angle + i);
     }
   }
+  WaitCopies<0>();
+  Barrier<2 * D>(team);  // the keys are there; all have done with those before
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = RowOfSlot(slot) + 32 * half, low = PieceOf(row, c),
+              high = PieceOf(row, c + kOfRow);
+    const uint4 a = s.key[low], b = s.key[high];
+    const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
+    uint32_t u[2][4], w[2][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float4 &cs = cos[half][i / 2], &sn = sin[half][i / 2];
+      const float c0 = i % 2 ? cs.z : cs.x, c1 = i % 2 ? cs.w : cs.y;
+      const float s0 = i % 2 ? sn.z : sn.x, s1 = i % 2 ? sn.w : sn.y;
+      const float u0 = Low(x[i]) * c0 + Low(y[i]) * s0, u1 = High(x[i]) * c1 + High(y[i]) * s1;
+      const float w0 = Low(y[i]) * c0 - Low(x[i]) * s0, w1 = High(y[i]) * c1 - High(x[i]) * s1;
+      u[0][i] = Pack(u0, u1);
+      u[1][i] = Pack(u0 - Low(u[0][i]), u1 - High(u[0][i]));
+      w[0][i] = Pack(w0, w1);
+      w[1][i] = Pack(w0 - Low(w[0][i]), w1 - High(w[0][i]));
+    }
+#pragma unroll
+    for (int term = 0; term < 2; ++term) {
+      s.plain[term][low] = {u[term][0], u[term][1], u[term][2], u[term][3]};
+      s.plain[term][high] = {w[term][0], w[term][1], w[term][2], w[term][3]};
+    }
+  }
+  PublishCopies();
   Barrier<2 * D>(team);
 }
 
@@ -202,14 +187,14 @@ __device__ __forceinline__ void LoadSlots(float (&to)[4], const float* from) {
 // Of this warp's channels: the largest exponent and the sum of e^{sign y} per slot. With kKeep the
 // powers take the place of y.
 template <bool kKeep>
-__device__ __forceinline__ void Statistics(float (&y)[2][4][4], float sign, float* top, float* sum,
+__device__ __forceinline__ void Statistics(float (&y)[8][4], float sign, float* top, float* sum,
                                            int lane) {
   const int g = lane / 4, t = lane % 4;
   const int slot = 32 * (g & 1) + 8 * t + 4 * (g >> 1 & 1) + 2 * (g >> 2);
   float v[16];
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
-    const float(&from)[4] = y[i / 8][i / 2 % 4];
+    const float(&from)[4] = y[i / 2];
     v[i] = fmaxf(sign * from[i % 2], sign * from[2 + i % 2]);
   }
   const float2 most = ReduceRows(v, lane, [](float a, float b) { return fmaxf(a, b); });
@@ -221,7 +206,7 @@ __device__ __forceinline__ void Statistics(float (&y)[2][4][4], float sign, floa
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       if (i % 4 == 0) LoadSlots(reference, top + 32 * half + 8 * t + i);
-      float(&from)[4] = y[half][i / 2];
+      float(&from)[4] = y[4 * half + i / 2];
       const float e0 = Exp2(from[i % 2] * (sign * kLog2e) - reference[i % 4]);
       const float e1 = Exp2(from[2 + i % 2] * (sign * kLog2e) - reference[i % 4]);
       v[8 * half + i] = e0 + e1;

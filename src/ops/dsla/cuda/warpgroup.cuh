@@ -11,6 +11,43 @@
 
 namespace dsla::cuda {
 
+// What was written to registers comes before the products that follow, and what is read of them or
+// written to them again after those that came before: the compiler knows of no asynchronous use.
+template <int n>
+__device__ __forceinline__ void Pin(float (&x)[n][4]) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#pragma unroll
+  for (int i = 0; i < n; ++i)
+    asm volatile("" : "+f"(x[i][0]), "+f"(x[i][1]), "+f"(x[i][2]), "+f"(x[i][3])::"memory");
+#endif
+}
+template <int n>
+__device__ __forceinline__ void Pin(uint32_t (&x)[n][4]) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#pragma unroll
+  for (int i = 0; i < n; ++i)
+    asm volatile("" : "+r"(x[i][0]), "+r"(x[i][1]), "+r"(x[i][2]), "+r"(x[i][3])::"memory");
+#endif
+}
+
+// Products between Begin and Commit are one group; Wait leaves at most `pending` groups under way.
+__device__ __forceinline__ void BeginProducts() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void CommitProducts() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+template <int pending>
+__device__ __forceinline__ void WaitProducts() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+#endif
+}
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // Of a part of a panel that begins so many bytes after an address: 16 columns (keys as B, queries
@@ -20,26 +57,6 @@ __device__ __forceinline__ uint64_t PanelDescriptor(uint32_t address, int offset
   return uint64_t{1 << 30 | 1024 / 16} << 32 | ((1 << 16) + (address >> 4) + offset / 16);
 }
 
-// What was written to registers comes before the products that follow, and what is read of them or
-// written to them again after those that came before: the compiler knows of no asynchronous use.
-template <int n>
-__device__ __forceinline__ void Pin(float (&x)[n][4]) {
-#pragma unroll
-  for (int i = 0; i < n; ++i)
-    asm volatile("" : "+f"(x[i][0]), "+f"(x[i][1]), "+f"(x[i][2]), "+f"(x[i][3])::"memory");
-}
-template <int n>
-__device__ __forceinline__ void Pin(uint32_t (&x)[n][4]) {
-#pragma unroll
-  for (int i = 0; i < n; ++i)
-    asm volatile("" : "+r"(x[i][0]), "+r"(x[i][1]), "+r"(x[i][2]), "+r"(x[i][3])::"memory");
-}
-__device__ __forceinline__ void BeginProducts() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void EndProducts() {
-  asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
-}
 #define DSLA_FOUR(x, i) "+f"(x[i][0]), "+f"(x[i][1]), "+f"(x[i][2]), "+f"(x[i][3])
 #define DSLA_SIXTEEN(x, i) \
   DSLA_FOUR(x, i), DSLA_FOUR(x, i + 1), DSLA_FOUR(x, i + 2), DSLA_FOUR(x, i + 3)
@@ -92,25 +109,18 @@ __device__ __forceinline__ void PublishCopies() {
 #endif
 }
 
-// scores = q k^T: a tile of 64 rows, and kKeys rows from a multiple of 8 on of a tile of kRows.
+// scores += q k^T: a tile of 64 rows, and kKeys rows from a multiple of 8 on of a tile of kRows.
+// Between Begin and Commit; the scores are there after Wait.
 template <int D, int kKeys, int kRows>
-__device__ __forceinline__ void ScoreKeys(float (&scores)[kKeys / 8][4], uint32_t q, uint32_t k) {
-#pragma unroll
-  for (int i = 0; i < kKeys / 8; ++i)
-#pragma unroll
-    for (int j = 0; j < 4; ++j) scores[i][j] = 0;
+__device__ __forceinline__ void AddScores(float (&scores)[kKeys / 8][4], uint32_t q, uint32_t k) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  Pin(scores);
-  BeginProducts();
 #pragma unroll
   for (int c = 0; c < D / 16; ++c)
     WarpgroupMma(scores, PanelDescriptor(q, c / 4 * (64 * 128) + c % 4 * 32),
                  PanelDescriptor(k, c / 4 * (kRows * 128) + c % 4 * 32));
-  EndProducts();
-  Pin(scores);
 #else
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-#pragma unroll
+#pragma unroll 2  // more would have a register for every address
   for (int c = 0; c < D / 16; ++c) {
     uint32_t a[4];
     LoadMatrix(a, q + c / 4 * (64 * 128) +
@@ -128,6 +138,21 @@ __device__ __forceinline__ void ScoreKeys(float (&scores)[kKeys / 8][4], uint32_
 #endif
 }
 
+// scores = q k^T, with such tiles.
+template <int D, int kKeys, int kRows>
+__device__ __forceinline__ void ScoreKeys(float (&scores)[kKeys / 8][4], uint32_t q, uint32_t k) {
+#pragma unroll
+  for (int i = 0; i < kKeys / 8; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) scores[i][j] = 0;
+  Pin(scores);
+  BeginProducts();
+  AddScores<D, kKeys, kRows>(scores, q, k);
+  CommitProducts();
+  WaitProducts<0>();
+  Pin(scores);
+}
+
 // acc += weights v, with such rows.
 template <int D, int kKeys, int kRows>
 __device__ __forceinline__ void AddValues(float (&acc)[D / 64][8][4],
@@ -143,7 +168,8 @@ __device__ __forceinline__ void AddValues(float (&acc)[D / 64][8][4],
     for (int panel = 0; panel < D / 64; ++panel)
       WarpgroupMma(acc[panel], weights[c],
                    PanelDescriptor(v, panel * (kRows * 128) + c * (16 * 128)));
-  EndProducts();
+  CommitProducts();
+  WaitProducts<0>();
 #pragma unroll
   for (int panel = 0; panel < D / 64; ++panel) Pin(acc[panel]);
   Pin(weights);
