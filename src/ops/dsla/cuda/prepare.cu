@@ -245,12 +245,13 @@ void Launch(const PrefillParams& p, cudaStream_t stream) {
     bytes = sizeof(Shared) - (kTeams<D> - 1) * sizeof(TeamShared<D, kSigns>);
   }
   // How many chunks each team takes: weights are loaded once per block, at the cost of a quarter of
-  // a chunk, but all multiprocessors should end together. Results do not depend on it.
+  // a chunk, but all that run at once should end together. Results do not depend on it.
   const int64_t pairs = p.layer.SF / D / kBlocks;
   int64_t groups = 0, least = INT64_MAX;
   for (int each = 1; each <= 64 / kBlocksPerProcessor<D>; ++each) {
     const int64_t n = CeilDiv(p.wave_chunks, teams * each);
-    const int64_t cost = CeilDiv(n * p.layer.Hkv * pairs, processors) * (4 * each + 1);
+    const int64_t rounds = CeilDiv(n * p.layer.Hkv * pairs, processors * kBlocksPerProcessor<D>);
+    const int64_t cost = rounds * (4 * each + 1);
     if (cost < least) groups = n, least = cost;
   }
   const dim3 grid(p.layer.Hkv, static_cast<unsigned>(groups), static_cast<unsigned>(pairs));

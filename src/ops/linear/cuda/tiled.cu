@@ -322,13 +322,13 @@ int Start(const TiledParams& params, Stream stream) {
 }
 
 // Large tiles read x and W less often, small ones spread over more processors: the smallest of
-// those that need each processor once at most, or the largest of all.
+// those that have no more than `most` blocks, or the largest of all.
 template <typename Smallest, typename... Larger>
-int StartSmallest(const TiledParams& params, int processors, Stream stream) {
+int StartSmallest(const TiledParams& params, int most, Stream stream) {
   if constexpr (sizeof...(Larger) > 0) {
     const dim3 grid = Grid<Smallest>(params.p);
-    if (int64_t{grid.x} * grid.y * grid.z > processors)
-      return StartSmallest<Larger...>(params, processors, stream);
+    if (int64_t{grid.x} * grid.y * grid.z > most)
+      return StartSmallest<Larger...>(params, most, stream);
   }
   return Start<Smallest>(params, stream);
 }
@@ -345,8 +345,10 @@ int LaunchTiled(const ProductParams& p, Stream stream) {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (p.in > 1024 && major >= 9)
     return StartSmallest<Tile<64, 32, 64, 4>, Tile<64, 64, 64, 4>>(params, processors, stream);
+  // A block of few stages leaves a processor room for another.
   return StartSmallest<Tile<32, 32, 128, 1>, Tile<64, 32, 128, 1>, Tile<64, 64, 64, 1>,
-                       Tile<128, 64, 64, 1>>(params, processors, stream);
+                       Tile<128, 64, 64, 1>>(params, p.in <= 256 ? 2 * processors : processors,
+                                             stream);
 }
 
 }  // namespace dsla::cuda
