@@ -121,5 +121,8 @@ void LaunchScan(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchCarry(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchWindow(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchOutput(const PrefillParams& p, int D, cudaStream_t stream);
+// Where the states stay on the chip; of a fold the states.
+void LaunchChunksSummary(const PrefillParams& p, cudaStream_t stream);
+void LaunchChunks(const PrefillParams& p, cudaStream_t stream);
 
 }  // namespace dsla::cuda
