@@ -11,9 +11,9 @@
 
 namespace dsla::cuda {
 
-inline constexpr int kWidth = 128;      // D
-inline constexpr int kTeam = 128;       // threads of a warpgroup
-inline constexpr int kPanelPieces = 8;  // of 16 bytes: a panel has 64 columns
+inline constexpr int kWidth = 128;                    // D
+inline constexpr int kTeam = 128;                     // threads of a warpgroup
+inline constexpr int kPanelPieces = 8;                // of 16 bytes: a panel has 64 columns
 inline constexpr int kPanel = kChunk * kPanelPieces;  // pieces of a tile's panel
 inline constexpr int kPanelBytes = 16 * kPanel;
 
@@ -91,8 +91,7 @@ __device__ __forceinline__ void FetchKeys(uint4* to, const __nv_bfloat16* from, 
   for (int block = 0; block < kChannels / kWidth; ++block)
 #pragma unroll
     for (int i = 0; i < kChunk; i += kStep)
-      CopyAsync(to + block * (2 * kPanel) + i * kPanelPieces,
-                from + (block * kChunk + i) * kWidth);
+      CopyAsync(to + block * (2 * kPanel) + i * kPanelPieces, from + (block * kChunk + i) * kWidth);
 }
 
 // Columns [c0, c0 + 64) of a chunk's V into a panel, by a warpgroup; zeros where no row enters.
@@ -118,8 +117,7 @@ __device__ __forceinline__ void FetchValues(const PrefillParams& p, const Rows& 
   for (int i = 0; i < kChunk; i += kStep) {
     const int row = first + i;
     const bool enters = Enters(l, chunk, row);
-    const __nv_bfloat16* v =
-        enters ? RowOf<kWidth>(l, rows, chunk.n, h, chunk.e0 + row).v : rows.v;
+    const __nv_bfloat16* v = enters ? RowOf<kWidth>(l, rows, chunk.n, h, chunk.e0 + row).v : rows.v;
     CopyAsync(to + i * kPanelPieces, v + c0 + 8 * c, enters);
   }
 }

@@ -41,6 +41,7 @@ struct PrefillParams {
   const float* claim;
   __nv_bfloat16* out;
   bool fold;
+  bool keeps_states;  // by `chunks`, in place of `carry` and `output`
 
   // Workspace: the plan of the whole call, then what one wave of chunks needs, [chunk, Hkv, ..].
   Chunk* chunks;       // [waves, wave_chunks]
@@ -48,11 +49,11 @@ struct PrefillParams {
   Segment* segments;   // [wave_first[waves]]
   float2* decay;       // [SF]: e^R, e^{L-R}
   float* key_sum;      // [4, SF]: sums of K~ over each 16 rows
-  float* norm;         // [SF]: e^R z
+  float* norm;         // [SF]: e^R z, from `carry`
   float* lse;          // [chunk, H, 64] of the window, natural log
   uint32_t* growth;    // e^{G-R} bf16 [SF / D][4 tiles of 16 rows][D / 16] in the order of mma's A
   __nv_bfloat16* key;  // K~ [SF / D][64][D]
-  __nv_bfloat16* state;  // e^R S [SF / D], each D x D in fragment order
+  __nv_bfloat16* state;  // from `carry`: e^R S [SF / D], each D x D in fragment order
   // [segment, Hkv, ..]: what each adds to the states, then the states before it; its total decay.
   float* start;        // [SF / 32], each 32 x D as the accumulators of `carry` lie
   float* start_norm;   // [SF]

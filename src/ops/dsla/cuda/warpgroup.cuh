@@ -110,7 +110,8 @@ __device__ __forceinline__ void WarpgroupMma(float (&c)[32][4], uint64_t a, uint
       "%91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, "
       "%107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, "
       "%122, %123, %124, %125, %126, %127}, %128, %129, p, 1, 1, %130, %131;\n}"
-      : DSLA_SIXTEEN(c, 0), DSLA_SIXTEEN(c, 4), DSLA_SIXTEEN(c, 8), DSLA_SIXTEEN(c, 12), DSLA_SIXTEEN(c, 16), DSLA_SIXTEEN(c, 20), DSLA_SIXTEEN(c, 24), DSLA_SIXTEEN(c, 28)
+      : DSLA_SIXTEEN(c, 0), DSLA_SIXTEEN(c, 4), DSLA_SIXTEEN(c, 8), DSLA_SIXTEEN(c, 12),
+        DSLA_SIXTEEN(c, 16), DSLA_SIXTEEN(c, 20), DSLA_SIXTEEN(c, 24), DSLA_SIXTEEN(c, 28)
       : "l"(a), "l"(b), "n"(kTransposedA), "n"(kTransposedB));
 }
 // A in registers.
@@ -136,8 +137,8 @@ __device__ __forceinline__ void InitBarrier(uint64_t& barrier, int arrivals) {
                "r"(arrivals)
                : "memory");
 }
-// By all lanes of a warp. No branch: products may be under way, and the compiler would have them end
-// before one.
+// By all lanes of a warp. No branch: products may be under way, and the compiler would have them
+// end before one.
 __device__ __forceinline__ void Arrive(uint64_t& barrier) {
   __syncwarp();
   asm volatile(
@@ -174,10 +175,10 @@ __device__ __forceinline__ void StoreMatrix(uint32_t address, const uint32_t (&r
                : "memory");
 }
 __device__ __forceinline__ void StoreMatrixTransposed(uint32_t address, const uint32_t (&r)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   address),
-               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+      "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+      : "memory");
 }
 
 #endif
