@@ -32,7 +32,7 @@ struct StatePlace {
   }
 };
 
-// Calls quad(j, address in a slot's states, address in `start`) for all of a thread's quads.
+// From a slot's states, or else from a segment's part of `start`; zeros if there is neither.
 template <int kChannels>
 __device__ __forceinline__ void LoadStates(float (&acc)[kChannels / 8][4], const StatePlace& at,
                                            const float* slot, const float* start) {

@@ -36,12 +36,14 @@ struct ChunksShared {
   uint64_t query_full[2], score_full, query_free[2], score_free, key_free[2];
 };
 
+static_assert(sizeof(ChunksShared<256>) <= 227 * 1024);
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // Parity of use `i` of one of two places that are used by turns.
 __device__ __forceinline__ int Parity(int i) { return i / 2 % 2; }
 
-// The next item.
+// A chunk of a query head.
 struct Item {
   int i, head;  // chunk, and head of the group
   __device__ __forceinline__ Item Next(int G) const {

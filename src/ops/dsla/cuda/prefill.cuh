@@ -98,7 +98,7 @@ __device__ __forceinline__ int64_t FirstRow(const Layer& l, const Chunk& c) {
 // Launches a kernel with more shared memory than it has by default. A kernel ends only after the
 // one before it, and allows the next one only after that has ended: so all but the direct
 // predecessor have ended when a kernel starts. `window` allows it at once, while `carry` may still
-// run: before `output` awaits them it reads only the plan and the call's inputs.
+// run: before `output` or `chunks` awaits them it reads only the plan and the call's inputs.
 template <auto kKernel>
 void Start(const char* name, dim3 grid, int threads, int shared_bytes, const PrefillParams& p,
            cudaStream_t stream) {
