@@ -87,10 +87,10 @@ __device__ __forceinline__ void FoldSegment(FoldShared<D, kBlocks, kSigns>& s,
   __syncthreads();
   if (s.part.n < 0) return;
   if (warp < 4) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kFetchRegisters<D, kSigns>));
+    GiveUpRegisters<kFetchRegisters<D, kSigns>>();
     Fetch(s, p);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kFoldRegisters<D, kSigns>));
+    TakeRegisters<kFoldRegisters<D, kSigns>>();
     Folder<D, kBlocks, kSigns> folder{s, p};
     folder.Run();
     folder.Write();

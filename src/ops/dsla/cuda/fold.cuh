@@ -38,32 +38,6 @@ __device__ __forceinline__ uint32_t Fresh(uint32_t x) {
   return x;
 }
 
-__device__ __forceinline__ void InitBarrier(uint64_t& barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(&barrier)),
-               "r"(arrivals)
-               : "memory");
-}
-// For a whole warp, once all of its lanes have come here.
-__device__ __forceinline__ void Arrive(uint64_t& barrier) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0)
-    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0];\n}" ::"r"(
-                     SharedAddress(&barrier))
-                 : "memory");
-}
-// Waits for the end of the barrier's phase `phase`, counted from 0, the last or the one before.
-__device__ __forceinline__ void Await(uint64_t& barrier, int phase) {
-  uint32_t done;
-  do {
-    asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(SharedAddress(&barrier)), "r"(phase & 1)
-        : "memory");
-  } while (!done);
-}
-
 #endif
 
 template <int D, int kBlocks, int kSigns>

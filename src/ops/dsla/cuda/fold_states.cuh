@@ -26,7 +26,8 @@ __device__ __forceinline__ void AddToState(float (&state)[D / 64][8][4],
   for (int c = 0; c < 4; ++c)
 #pragma unroll
     for (int panel = 0; panel < D / 64; ++panel)
-      WarpgroupMma(state[panel], key[c], PanelDescriptor(v, panel * (64 * 128) + c * (16 * 128)));
+      WarpgroupMma<1>(state[panel], key[c],
+                      PanelDescriptor(v, panel * (64 * 128) + c * (16 * 128)));
 }
 
 // Of a thread of the warps that fold; `warp` counts all of the block's.
@@ -147,8 +148,7 @@ struct Folder {
     StartGates(0);
     BeginProducts();
     AddGates(0, i % 2);
-    CommitProducts();
-    WaitProducts<0>();
+    EndProducts();
     Pin(gate);
   }
 
@@ -258,8 +258,7 @@ struct Folder {
         BeginProducts();
         AddToState<D>(state[b], key, SharedAddress(s.stage[i % 2].v));
         AddGates(b + 1, i % 2);
-        CommitProducts();
-        WaitProducts<0>();
+        EndProducts();
         PinState(b);
         Pin(key);
         Pin(gate);

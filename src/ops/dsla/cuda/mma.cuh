@@ -50,14 +50,16 @@ __device__ __forceinline__ void WaitCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// Waits for all of the block's `threads` threads with this `id`. Barriers 1 and 2 are used by name:
+// Waits for all of the block's `threads` threads with this `id`, 0 to 2. Barriers are used by name:
 // one that only a register knows would have a kernel hold all 16.
 template <int threads>
 __device__ __forceinline__ void Barrier(int id) {
   if (id == 0)
     asm volatile("bar.sync 1, %0;" ::"n"(threads) : "memory");
-  else
+  else if (id == 1)
     asm volatile("bar.sync 2, %0;" ::"n"(threads) : "memory");
+  else
+    asm volatile("bar.sync 3, %0;" ::"n"(threads) : "memory");
 }
 
 __device__ __forceinline__ uint32_t Pack(float lo, float hi) {
@@ -101,6 +103,14 @@ __device__ __forceinline__ void AwaitPrevious() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// threadIdx.x, such that what follows from it is worked out again in each turn of a loop: kept in
+// registers between turns it would be more than there are.
+__device__ __forceinline__ int ThreadIndex() {
+  int i = threadIdx.x;
+  asm volatile("" : "+r"(i));
+  return i;
 }
 
 // Over the four lanes that share a row of a fragment.

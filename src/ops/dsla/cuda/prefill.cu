@@ -70,19 +70,35 @@ struct Carver {
   }
 };
 
-// Chunks of a segment; 0 where the blocks of `carry` that a sequence has fill a GPU by themselves,
-// or none of the call's sequences has so many chunks. A sequence has the same results in both
-// cases. Only the shape decides, so results do not depend on the other sequences of a call.
-int SegmentChunks(const DslaShape& s, int64_t T) {
-  const int blocks = s.Hkv * s.SF() / 32;
-  const int segment = blocks >= 192 ? 0 : blocks >= 48 ? 16 : 8;
+// Whether the states stay on the chip from chunk to chunk, with their outputs: what `chunks` is
+// written for. D 64 has states small enough for `carry`, and 512 channels do not fit.
+bool KeepsStates(const DslaShape& s) {
+  int device = 0, major = 0, minor = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return major == 9 && minor == 0 && s.D == 128 && s.F == s.D;
+}
+
+// Chunks of a segment; 0 where the blocks that a sequence has fill a GPU by themselves, or none of
+// the call's sequences has so many chunks. A sequence has the same results in both cases. Only the
+// shape decides, so results do not depend on the other sequences of a call.
+int SegmentChunks(const DslaShape& s, int64_t T, bool keeps_states) {
+  int segment;
+  if (keeps_states) {  // 8192 tokens are some 128 blocks
+    segment = s.Hkv >= 96 ? 0 : s.Hkv >= 24 ? 32 : s.Hkv >= 12 ? 16 : 8;
+  } else {
+    const int blocks = s.Hkv * s.SF() / 32;
+    segment = blocks >= 192 ? 0 : blocks >= 48 ? 16 : 8;
+  }
   const int64_t most = T < 2 ? T : (T - 2) / kChunk + 2;  // chunks of one sequence
   return most > segment ? segment : 0;
 }
 
 // The waves of a call, at most `chunks` chunks each but no fewer than two segments.
 void PlanWaves(const DslaShape& s, int N, int64_t T, int chunks, bool fold, PrefillParams* p) {
-  const int most = MaxChunks(N, T), segment = SegmentChunks(s, T);
+  const int most = MaxChunks(N, T), segment = SegmentChunks(s, T, KeepsStates(s));
+  p->keeps_states = KeepsStates(s);
   p->segment = segment;
   p->fold = fold;
   p->wave_chunks = std::min(std::max(chunks, std::max(2 * segment, 1)), most);
@@ -132,9 +148,11 @@ int64_t Carve(const DslaShape& s, int N, int64_t T, int wave, bool fold, std::by
   p->key_sum = c.Take<float>(parts * s.SF() * 4);
   p->key = c.Take<__nv_bfloat16>(parts * s.SF() * kChunk);
   if (!fold) {
-    p->norm = c.Take<float>(parts * s.SF());
     p->lse = c.Take<float>(chunks * s.H * kChunk);
     p->growth = c.Take<uint32_t>(parts * s.SF() * kChunk / 2);
+  }
+  if (!fold && !p->keeps_states) {
+    p->norm = c.Take<float>(parts * s.SF());
     p->state = c.Take<__nv_bfloat16>(parts * s.SF() * s.D);
   }
   if (p->segment > 0) {
@@ -169,13 +187,14 @@ int Run(PrefillParams& p, const DslaShape& s, cudaStream_t stream) {
   if (!in_one) LaunchPlan(p, stream);
   for (p.wave = 0; !in_one && p.wave < p.waves; ++p.wave) {
     LaunchPrepare(p, s.D, stream);
-    if (p.fold || p.segment > 0) LaunchSummary(p, s.D, stream);
+    if (p.fold || p.segment > 0)
+      p.keeps_states ? LaunchChunksSummary(p, stream) : LaunchSummary(p, s.D, stream);
     if (p.segment > 0) LaunchScan(p, s.D, stream);
     if (p.fold) continue;
-    LaunchCarry(p, s.D, stream);
-    // Needs nothing of `carry`, and runs beside it.
+    if (!p.keeps_states) LaunchCarry(p, s.D, stream);
+    // Needs nothing of the kernel before it, and runs beside that.
     if (s.window > 0) LaunchWindow(p, s.D, stream);
-    LaunchOutput(p, s.D, stream);
+    p.keeps_states ? LaunchChunks(p, stream) : LaunchOutput(p, s.D, stream);
   }
   if (p.fold || s.window > 0) s.D == 64 ? LaunchRing<64>(p, stream) : LaunchRing<128>(p, stream);
   return cudaGetLastError();

@@ -41,6 +41,7 @@ struct PrefillParams {
   const float* claim;
   __nv_bfloat16* out;
   bool fold;
+  bool keeps_states;  // by `chunks`, in place of `carry` and `output`
 
   // Workspace: the plan of the whole call, then what one wave of chunks needs, [chunk, Hkv, ..].
   Chunk* chunks;       // [waves, wave_chunks]
@@ -48,11 +49,11 @@ struct PrefillParams {
   Segment* segments;   // [wave_first[waves]]
   float2* decay;       // [SF]: e^R, e^{L-R}
   float* key_sum;      // [4, SF]: sums of K~ over each 16 rows
-  float* norm;         // [SF]: e^R z
+  float* norm;         // [SF]: e^R z, from `carry`
   float* lse;          // [chunk, H, 64] of the window, natural log
   uint32_t* growth;    // e^{G-R} bf16 [SF / D][4 tiles of 16 rows][D / 16] in the order of mma's A
   __nv_bfloat16* key;  // K~ [SF / D][64][D]
-  __nv_bfloat16* state;  // e^R S [SF / D], each D x D in fragment order
+  __nv_bfloat16* state;  // from `carry`: e^R S [SF / D], each D x D in fragment order
   // [segment, Hkv, ..]: what each adds to the states, then the states before it; its total decay.
   float* start;        // [SF / 32], each 32 x D as the accumulators of `carry` lie
   float* start_norm;   // [SF]
@@ -98,7 +99,7 @@ __device__ __forceinline__ int64_t FirstRow(const Layer& l, const Chunk& c) {
 // Launches a kernel with more shared memory than it has by default. A kernel ends only after the
 // one before it, and allows the next one only after that has ended: so all but the direct
 // predecessor have ended when a kernel starts. `window` allows it at once, while `carry` may still
-// run: before `output` awaits them it reads only the plan and the call's inputs.
+// run: before `output` or `chunks` awaits them it reads only the plan and the call's inputs.
 template <auto kKernel>
 void Start(const char* name, dim3 grid, int threads, int shared_bytes, const PrefillParams& p,
            cudaStream_t stream) {
@@ -122,6 +123,9 @@ void LaunchScan(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchCarry(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchWindow(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchOutput(const PrefillParams& p, int D, cudaStream_t stream);
+// Where the states stay on the chip; of a fold the states.
+void LaunchChunksSummary(const PrefillParams& p, cudaStream_t stream);
+void LaunchChunks(const PrefillParams& p, cudaStream_t stream);
 
 // A fold in one kernel, where the device is of compute capability 9.0.
 bool FoldsInOne();

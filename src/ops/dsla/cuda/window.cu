@@ -54,14 +54,6 @@ inline constexpr int kStep = D == 128 ? kChunk : 32;
 template <int D>
 inline constexpr int kSinkPieces = kSinkGroup* D / 8;
 
-// threadIdx.x, such that what follows from it is worked out again in each turn of a loop: kept in
-// registers between turns it would be more than there are.
-__device__ __forceinline__ int ThreadIndex() {
-  int i = threadIdx.x;
-  asm volatile("" : "+r"(i));
-  return i;
-}
-
 // Rows [first, first + 64) of 64 columns a panel, zeros instead of those outside of [from, until).
 template <int D>
 __device__ __forceinline__ void CopyRows(Tile<D>& to, const __nv_bfloat16* row0, int64_t stride,
