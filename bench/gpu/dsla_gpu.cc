@@ -3,7 +3,7 @@
 // nearer limit that it reaches. Decode rotates over more than 200 MB of slots, so that no state is
 // found in the L2 cache, and is replayed from a CUDA graph, as a server does.
 //
-//   dsla_gpu [--tflops 780] [--only "prefill H32"] [--wave 136] [--kernels]
+//   dsla_gpu [--tflops 780] [--only "prefill H32"] [--wave 128] [--kernels]
 //
 // --tflops is the rate of a large bf16 matrix product on this card (bench/gpu/rivals.py measures
 // it). --wave does only waves of so many chunks. --kernels also prints the time of each kernel,
@@ -281,7 +281,8 @@ int Main(int argc, char** argv) {
     for (int N : {1, 8, 32, 128}) BenchDecode(s, N, stream, m);
   for (const Setup& s : {wide, bare, grouped, small, shipped})
     for (int T : {2048, 8192, 65536})
-      for (int wave : m.wave > 0 ? std::vector<int>{m.wave} : std::vector<int>{32, 136})
+      for (int wave :
+           m.wave > 0 ? std::vector<int>{m.wave} : std::vector<int>{32, T > 8192 ? 128 : 136})
         if (m.wave > 0 || wave <= T / 64 + 8) BenchPrefill(s, T, wave, stream, m);
   for (const Setup& s : {wide, grouped, small, shipped})
     for (int T : {8192, 65536})

@@ -11,9 +11,10 @@ namespace dsla::cuda {
 namespace {
 
 // The chunked form works in waves of chunks. The longer, the better it fills the card, as far as a
-// workspace of this size goes: few heads gain up to 1000 chunks, 32 heads nothing beyond 136.
+// workspace of this size goes: few heads gain up to 1000 chunks, 32 heads nothing beyond the least.
+// Multiples of that are whole rounds of the multiprocessors.
 constexpr int64_t kWaveBytes = int64_t{512} << 20;
-constexpr int kLeastWaveChunks = 136;
+constexpr int kLeastWaveChunks = 128;
 
 // bytes_of(chunks): what a wave of so many takes.
 template <typename F>
@@ -23,7 +24,7 @@ int WaveChunks(int most, F&& bytes_of) {
     const int chunks = fits + (too_many - fits) / 2;
     (bytes_of(chunks) <= kWaveBytes ? fits : too_many) = chunks;
   }
-  return fits;
+  return fits == most ? most : fits / kLeastWaveChunks * kLeastWaveChunks;
 }
 int64_t PrefillBytes(const DslaShape& shape, int N, int64_t T) {
   const auto bytes = [&](int chunks) { return PrefillWorkspaceBytes(shape, N, T, chunks); };

@@ -1,5 +1,5 @@
-// What a segment adds to states of zero, and its total decay; of a fold the states. As `carry`'s
-// other kernels, with all states of a KV head in one block: for compute capability 9.0.
+// What a segment adds to states of zero, and its total decay. As `carry`'s other kernels, with all
+// states of a KV head in one block: for compute capability 9.0.
 #include "ops/dsla/cuda/chunks.cuh"
 
 namespace dsla::cuda {
@@ -17,16 +17,13 @@ struct Stage {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-template <int kChannels, bool kFold>
+template <int kChannels>
 __device__ __forceinline__ void Fetch(const PrefillParams& p, Stage<kChannels>& s,
                                       const Chunk& chunk, int index, int h) {
   const int thread = threadIdx.x, team = thread / kTeam;
   const int64_t part = int64_t{index} * p.layer.Hkv + h;
   FetchKeys<kChannels, kThreads>(s.key, p.key + part * kChannels * kChunk, thread);
-  if constexpr (kFold)
-    FetchValues(p, p.pages, s.v[team], chunk, h, 64 * team, thread % kTeam);
-  else
-    FetchValues(p, p.rows, s.v[team], chunk, h, 64 * team, thread % kTeam);
+  FetchValues(p, p.rows, s.v[team], chunk, h, 64 * team, thread % kTeam);
   if (thread < kChannels / 2) CopyAsync(s.decay + thread, p.decay + part * kChannels + 2 * thread);
   if (thread < kChannels)
     CopyAsync(&s.key_sum[0][0] + 4 * thread, p.key_sum + part * 4 * kChannels + 4 * thread);
@@ -45,7 +42,7 @@ __device__ __forceinline__ void Decay(float (&acc)[kChannels / 8][4], const floa
   }
 }
 
-template <int kChannels, bool kFold>
+template <int kChannels>
 __device__ __forceinline__ void Sum(const PrefillParams& p) {
   extern __shared__ __align__(1024) std::byte memory[];
   auto* stages = reinterpret_cast<Stage<kChannels>*>(memory);
@@ -54,29 +51,22 @@ __device__ __forceinline__ void Sum(const PrefillParams& p) {
   AwaitPrevious();
   AllowNext();
   const Segment segment = SegmentOf(p, blockIdx.y);
-  if (segment.count < 0 || (!kFold && (segment.flags & kLast))) return;
+  if (segment.count < 0 || (segment.flags & kLast)) return;
   const auto fetch = [&](int i) {
     if (i < segment.count)
-      Fetch<kChannels, kFold>(p, stages[i % kStages],
-                              {segment.n, segment.e0 + i * kChunk, i == 0 ? segment.lo : 0,
-                               i == segment.count - 1 ? segment.hi : kChunk},
-                              segment.at + i, h);
+      Fetch<kChannels>(p, stages[i % kStages],
+                       {segment.n, segment.e0 + i * kChunk, i == 0 ? segment.lo : 0,
+                        i == segment.count - 1 ? segment.hi : kChunk},
+                       segment.at + i, h);
     CommitCopies();
   };
   for (int i = 0; i < kStages - 1; ++i) fetch(i);
 
-  // A fold without segments begins and ends in the slot; so does one of a single segment.
-  const bool alone = kFold && (p.segment == 0 || IsWhole(segment));
-  const bool from_slot = kFold && p.segment == 0 && !(segment.flags & kFirst);
   const StatePlace at(thread);
-  std::byte* slot = SlotBase(l, segment.n);
-  float* state = reinterpret_cast<float*>(slot + l.at.state) + int64_t{h} * kChannels * kWidth;
-  float* norm = reinterpret_cast<float*>(slot + l.at.norm) + int64_t{h} * kChannels;
   const int64_t store = (int64_t{segment.store} * l.Hkv + h) * kChannels;
   float acc[kChannels / 8][4];
-  LoadStates<kChannels>(acc, at, from_slot ? state : nullptr, nullptr);
+  LoadStates<kChannels>(acc, at, nullptr, nullptr);
   float z = 0, total = 1;
-  if (from_slot && thread < kChannels) z = norm[thread];
   for (int i = 0; i < segment.count; ++i) {
     WaitCopies<kStages - 2>();
     PublishCopies();
@@ -99,37 +89,33 @@ __device__ __forceinline__ void Sum(const PrefillParams& p) {
     Pin(acc);
     Decay<kChannels, true>(acc, s.decay, at.t);
   }
-  StoreStates<kChannels>(acc, at, alone ? state : nullptr, p.start + store * kWidth);
+  StoreStates<kChannels>(acc, at, nullptr, p.start + store * kWidth);
   if (thread >= kChannels) return;
-  (alone ? norm : p.start_norm + store)[thread] = z;
-  if (!alone) p.start_decay[store + thread] = total;
+  p.start_norm[store + thread] = z;
+  p.start_decay[store + thread] = total;
 }
 
 #endif
 
 // grid (Hkv, segments)
-template <int kChannels, bool kFold>
+template <int kChannels>
 __global__ void __launch_bounds__(kThreads, 1)
     ChunksSummaryKernel(const __grid_constant__ PrefillParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  Sum<kChannels, kFold>(p);
+  Sum<kChannels>(p);
 #endif
 }
 
-template <int kChannels, bool kFold>
+template <int kChannels>
 void Launch(const PrefillParams& p, cudaStream_t stream) {
-  Start<ChunksSummaryKernel<kChannels, kFold>>("summary", dim3(p.layer.Hkv, p.wave_segments),
-                                               kThreads, kStages * sizeof(Stage<kChannels>), p,
-                                               stream);
+  Start<ChunksSummaryKernel<kChannels>>("summary", dim3(p.layer.Hkv, p.wave_segments), kThreads,
+                                        kStages * sizeof(Stage<kChannels>), p, stream);
 }
 
 }  // namespace
 
 void LaunchChunksSummary(const PrefillParams& p, cudaStream_t stream) {
-  if (p.layer.states == 2)
-    p.fold ? Launch<256, true>(p, stream) : Launch<256, false>(p, stream);
-  else
-    p.fold ? Launch<128, true>(p, stream) : Launch<128, false>(p, stream);
+  p.layer.states == 2 ? Launch<256>(p, stream) : Launch<128>(p, stream);
 }
 
 }  // namespace dsla::cuda

@@ -97,8 +97,8 @@ int SegmentChunks(const DslaShape& s, int64_t T, bool keeps_states) {
 
 // The waves of a call, at most `chunks` chunks each but no fewer than two segments.
 void PlanWaves(const DslaShape& s, int N, int64_t T, int chunks, bool fold, PrefillParams* p) {
-  const int most = MaxChunks(N, T), segment = SegmentChunks(s, T, KeepsStates(s));
-  p->keeps_states = KeepsStates(s);
+  p->keeps_states = !fold && KeepsStates(s);
+  const int most = MaxChunks(N, T), segment = SegmentChunks(s, T, p->keeps_states);
   p->segment = segment;
   p->fold = fold;
   p->wave_chunks = std::min(std::max(chunks, std::max(2 * segment, 1)), most);
