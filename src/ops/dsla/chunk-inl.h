@@ -64,14 +64,50 @@ void LoadSinks(const DslaWave& wave, int segment, int h) {
   }
 }
 
+HWY_INLINE hn::Vec<hn::RebindToUnsigned<F32>> Widen(const bf16* p) {
+  const F32 d;
+  return hn::BitCast(hn::RebindToUnsigned<F32>(), LoadF32(d, p));
+}
+
+// Pairs [begin, end) of a segment: those of its sinks, then those of its stream.
+void LoadPairs(const DslaWave& wave, const DslaSegment& seg, int h, int64_t begin, int64_t end) {
+  static constexpr bf16 kZeros[kMaxHeadDim] = {};
+  const hn::RebindToUnsigned<F32> du;
+  const DslaArgs& args = *wave.forward;
+  const int64_t D = wave.shape.D, W = wave.shape.window, S = wave.shape.sinks, Hkv = wave.shape.Hkv;
+  const DslaSlot slot = SlotAt(wave.layout, wave.states, wave.slots[seg.n]);
+  for (int64_t p = begin; p < end; ++p) {
+    const bool sink = p < wave.SinkPairs();
+    const int64_t t = sink ? 2 * p : wave.FirstPaired(seg) + 2 * (p - wave.SinkPairs());
+    const int64_t last = std::min(seg.begin + seg.count, sink ? S : seg.begin + seg.count);
+    const auto row = [&](const void* rows, const std::byte* kept, int64_t x) {
+      if (x < 0 || x >= last || (!sink && x < seg.begin - W)) return kZeros;
+      if (x >= seg.begin) return Elements<bf16>(rows, ((seg.row + x - seg.begin) * Hkv + h) * D);
+      return Elements<bf16>(kept, sink ? (h * S + x) * D : (h * W + x % W) * D);
+    };
+    uint32_t* const k = wave.pair_k + (h * wave.pairs + seg.pair + p) * D;
+    uint32_t* const v = wave.pair_v + (h * wave.pairs + seg.pair + p) * D;
+    const std::byte* const kept_k = sink ? slot.sink_k : slot.ring_k;
+    const std::byte* const kept_v = sink ? slot.sink_v : slot.ring_v;
+    for (int64_t i = 0; i < 2; ++i)
+      std::memcpy(k + i * D / 2, row(args.k, kept_k, t + i), sizeof(bf16) * static_cast<size_t>(D));
+    const bf16 *even = row(args.v, kept_v, t), *odd = row(args.v, kept_v, t + 1);
+    for (int64_t x = 0; x < D; x += kTileLanes)
+      hn::StoreU(hn::Or(hn::ShiftRight<16>(Widen(even + x)), Widen(odd + x)), du, v + x);
+  }
+}
+
 template <class T>
 void LoadForward(const DslaWave& wave, int chunk, int h) {
   const DslaChunk& ck = wave.chunks[chunk];
   const DslaSegment& seg = wave.segments[ck.segment];
   LoadStream<T>(wave, seg, h, ck.offset, ck.offset + ck.rows);  // what enters
-  if (wave.StreamWindow() == 0) return;
-  // The last times' window, a share of it with each chunk.
-  const int64_t W = wave.StreamWindow(), share = chunk - seg.first_chunk;
+  // Of what queries read, a share with each chunk.
+  const int64_t W = wave.StreamWindow(), pairs = wave.SegmentPairs(seg),
+                share = chunk - seg.first_chunk;
+  if (pairs > 0)
+    LoadPairs(wave, seg, h, pairs * share / seg.chunks, pairs * (share + 1) / seg.chunks);
+  if (W == 0) return;
   LoadStream<T>(wave, seg, h, seg.count + W * share / seg.chunks,
                 seg.count + W * (share + 1) / seg.chunks);
   if (ck.offset == 0) LoadSinks<T>(wave, ck.segment, h);
@@ -119,7 +155,7 @@ void LoadTokens(const DslaWave& wave, int chunk, int h) {
 
 // Where the results of one vector of channels of a chunk go.
 struct ChannelSinks {
-  float* decay;  // [rows, SF] or null
+  float* decay;  // [lanes, kCpuChunk] or null
   float* keys;   // [lanes, kCpuChunk]
   float* norm;
   float* scale_in;
@@ -132,7 +168,7 @@ void PrepareChannels(const float* HWY_RESTRICT logit, const float* HWY_RESTRICT 
                      const float* HWY_RESTRICT phi, int F, float floor, int n,
                      const ChannelSinks& to) {
   const F32 d;
-  HWY_ALIGN float gate[kCpuChunk * kTileLanes];  // a, then G - R
+  HWY_ALIGN float gate[kCpuChunk * kTileLanes];  // a, then G - R, then e to it
   HWY_ALIGN float key[kCpuChunk * kTileLanes];   // k', then K~
   const V32 b = hn::LoadU(d, bias), low = hn::Set(d, floor);
   for (int j = 0; j < n; ++j) {
@@ -162,12 +198,13 @@ void PrepareChannels(const float* HWY_RESTRICT logit, const float* HWY_RESTRICT 
     const V32 e = Exp(d, hn::Load(d, gate + j * kTileLanes));
     // Within e^+-80 by the gate's floor, so that the quotient is as good as a second exp.
     const V32 k = hn::Div(hn::Load(d, key + j * kTileLanes), e);
-    if (to.decay) hn::StoreU(e, d, to.decay + j * SF);
+    hn::Store(e, d, gate + j * kTileLanes);
     hn::Store(k, d, key + j * kTileLanes);
     sum = hn::Add(sum, k);
   }
   hn::StoreU(sum, d, to.norm);
   Transpose(key, kTileLanes, n, kTileLanes, to.keys, kCpuChunk);
+  if (to.decay) Transpose(gate, kTileLanes, n, kTileLanes, to.decay, kCpuChunk);
 }
 
 void PrepareChunk(const DslaWave& wave, int chunk, int h, float* scratch) {
@@ -176,6 +213,7 @@ void PrepareChunk(const DslaWave& wave, int chunk, int h, float* scratch) {
   const DslaChunk& ck = wave.chunks[chunk];
   const DslaSegment& seg = wave.segments[ck.segment];
   const int D = shape.D, F = shape.F, SF = shape.SF(), n = ck.rows - ck.idle;
+  LoadTokens(wave, chunk, h);
   if (n == 0) return;
   float* unrotated = scratch;             // [n, D]
   float* y = unrotated + kCpuChunk * D;   // [n, D]
@@ -205,17 +243,16 @@ void PrepareChunk(const DslaWave& wave, int chunk, int h, float* scratch) {
 
   const int64_t at = wave.At(chunk, h);
   float* keys = wave.keys ? wave.keys + at * SF * kCpuChunk : own_keys;
-  float* decay = wave.decay ? wave.decay + at * kCpuChunk * SF : nullptr;
+  float* decay = wave.decay ? wave.decay + at * SF * kCpuChunk : nullptr;
   if (decay && ck.idle > 0) {  // zero decay: the outputs of idle rows are zero
-    std::memset(decay, 0, sizeof(float) * static_cast<size_t>(ck.idle * SF));
-    for (int f = 0; f < SF; ++f)
-      std::memset(keys + f * kCpuChunk, 0, sizeof(float) * static_cast<size_t>(ck.idle));
+    for (float* to : {decay, keys})
+      for (int f = 0; f < SF; ++f) std::fill_n(to + f * kCpuChunk, ck.idle, 0.f);
   }
   for (int f = 0; f < SF; f += kTileLanes) {
     const float* bias = params.gate_bias + (static_cast<int64_t>(f / F) * shape.Hkv + h) * F;
     PrepareChannels(
         logits + f, bias + f % F, SF, phi + f % F, F, shape.gate_floor, n,
-        {decay ? decay + ck.idle * SF + f : nullptr, keys + f * kCpuChunk + ck.idle,
+        {decay ? decay + f * kCpuChunk + ck.idle : nullptr, keys + f * kCpuChunk + ck.idle,
          wave.norm + at * SF + f, wave.scale_in + at * SF + f, wave.scale_out + at * SF + f});
   }
   GemmTile(keys + ck.idle, kCpuChunk, 1, wave.v + (h * wave.tokens + token) * D, D,

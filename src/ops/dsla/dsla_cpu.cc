@@ -13,7 +13,7 @@ namespace {
 // last-level cache for small models.
 constexpr int64_t kWaveBytes = int64_t{24} << 20;
 // Channels of a state per task of the scan.
-constexpr int kScanRows = 64;
+constexpr int kScanRows = 16;
 
 // Bytes that a chunk adds to a wave.
 int64_t ChunkBytes(const DslaShape& shape, bool forward) {
@@ -23,8 +23,8 @@ int64_t ChunkBytes(const DslaShape& shape, bool forward) {
   return 4 * shape.Hkv * (tiles + SF * (shape.D + 3) + tokens);
 }
 // Bytes that a segment adds: the window of its last times.
-int64_t SegmentBytes(const DslaShape& shape, int window) {
-  return int64_t{8} * shape.Hkv * shape.D * window;
+int64_t SegmentBytes(const DslaShape& shape, bool forward) {
+  return forward ? int64_t{8} * shape.Hkv * shape.D * shape.window : 0;
 }
 
 // Hands out the chunks of all sequences, as many at a time as a wave holds.
@@ -39,7 +39,6 @@ class WavePlanner {
   WavePlanner(Workspace& workspace, const DslaWave& wave, const Span* spans, int num_spans)
       : shape_(wave.shape),
         forward_(wave.forward != nullptr),
-        stream_window_(wave.StreamWindow()),
         spans_(spans),
         num_spans_(num_spans) {
     int64_t chunks = 0;
@@ -52,14 +51,14 @@ class WavePlanner {
 
   // False when nothing is left.
   bool Next(DslaWave* wave) {
-    int64_t bytes = 0, tokens = 0;
+    int64_t bytes = 0, tokens = 0, pairs = 0;
     int segments = 0, chunks = 0;
     while (span_ < num_spans_ && chunks < max_chunks_) {
       const Span& span = spans_[span_];
-      bytes += SegmentBytes(shape_, stream_window_);
+      bytes += SegmentBytes(shape_, forward_);
       if (chunks > 0 && bytes + ChunkBytes(shape_, forward_) > kWaveBytes) break;
       DslaSegment& seg = segments_[segments];
-      seg = {span.n, span.begin + done_, 0, span.row + done_, tokens, chunks, 0};
+      seg = {span.n, span.begin + done_, 0, span.row + done_, tokens, pairs, chunks, 0};
       while (done_ < span.count && chunks < max_chunks_) {
         bytes += ChunkBytes(shape_, forward_);
         if (chunks > 0 && bytes > kWaveBytes) break;
@@ -67,7 +66,8 @@ class WavePlanner {
         seg.count += chunks_[chunks - 1].rows;
         ++seg.chunks;
       }
-      tokens += seg.count + stream_window_;
+      tokens += seg.count + wave->StreamWindow();
+      pairs += wave->SegmentPairs(seg);
       ++segments;
       if (done_ < span.count) break;  // the wave is full
       ++span_;
@@ -78,6 +78,7 @@ class WavePlanner {
     wave->num_segments = segments;
     wave->num_chunks = chunks;
     wave->tokens = tokens;
+    wave->pairs = pairs;
     return chunks > 0;
   }
 
@@ -94,7 +95,6 @@ class WavePlanner {
 
   const DslaShape shape_;
   const bool forward_;
-  const int stream_window_;
   const Span* spans_;
   const int num_spans_;
   int max_chunks_ = 0;
@@ -117,6 +117,8 @@ void TakeWaveMemory(Workspace& workspace, DslaWave* wave) {
   if (!wave->forward) return;
   wave->decay = workspace.Take<float>(tiles * kCpuChunk * SF);
   wave->keys = workspace.Take<float>(tiles * kCpuChunk * SF);
+  wave->pair_k = workspace.Take<uint32_t>(heads * wave->pairs * D);
+  wave->pair_v = workspace.Take<uint32_t>(heads * wave->pairs * D);
   if (wave->StreamWindow() == 0) return;
   const int64_t sinks = heads * wave->num_segments * shape.sinks * D;
   wave->sink_k = workspace.Take<float>(sinks);
@@ -127,9 +129,6 @@ void TakeWaveMemory(Workspace& workspace, DslaWave* wave) {
 void BuildStates(const ExecContext& ctx, const DslaWave& wave, float* scratch,
                  int64_t scratch_size) {
   const int Hkv = wave.shape.Hkv, SF = wave.shape.SF();
-  ParallelFor(ctx, static_cast<int64_t>(wave.num_chunks) * Hkv, [&](int64_t task, int) {
-    DslaLoadTokens(wave, static_cast<int>(task / Hkv), static_cast<int>(task % Hkv));
-  });
   ParallelFor(ctx, static_cast<int64_t>(wave.num_chunks) * Hkv, [&](int64_t task, int thread) {
     DslaPrepareChunk(wave, static_cast<int>(task / Hkv), static_cast<int>(task % Hkv),
                      scratch + thread * scratch_size);
@@ -165,8 +164,8 @@ void StoreTokens(const DslaWave& wave, const DslaSegment& seg, int64_t h) {
 // leaves threads idle or the tile outgrows the L2 cache.
 int HeadsPerTask(const ExecContext& ctx, const DslaWave& wave) {
   const int G = wave.shape.G();
-  constexpr int64_t kTileBytes = 256 << 10;
-  int64_t heads = std::max<int64_t>(1, kTileBytes / (4 * kCpuChunk * wave.shape.SF()));
+  constexpr int64_t kTileBytes = 128 << 10;
+  int64_t heads = std::max<int64_t>(1, kTileBytes / (4 * kQueryBlock * wave.shape.SF()));
   const int64_t tiles = static_cast<int64_t>(wave.num_chunks) * wave.shape.Hkv;
   if (tiles < int64_t{2} * ctx.threads) heads = 1;
   heads = std::min<int64_t>(heads, G);
@@ -183,15 +182,21 @@ void RunForwardWave(const ExecContext& ctx, DslaWave& wave) {
       16;
   float* scratch = ctx.workspace->Take<float>(scratch_size * ctx.threads);
   BuildStates(ctx, wave, scratch, scratch_size);
-  const int groups = H / heads;
-  ParallelFor(ctx, static_cast<int64_t>(wave.num_chunks) * groups, [&](int64_t task, int thread) {
-    DslaQueryChunk(wave, static_cast<int>(task / groups), static_cast<int>(task % groups) * heads,
-                   heads, scratch + thread * scratch_size);
+  // What was in the rings has been loaded, so that storing is part of the same loop.
+  const int groups = H / heads, Hkv = wave.shape.Hkv;
+  constexpr int kBlocks = kCpuChunk / kQueryBlock;
+  const int64_t stores = wave.shape.window == 0 ? 0 : int64_t{wave.num_segments} * Hkv;
+  const int64_t blocks = int64_t{wave.num_chunks} * kBlocks;
+  ParallelFor(ctx, stores + blocks * groups, [&](int64_t task, int thread) {
+    if (task < stores)
+      return StoreTokens(wave, wave.segments[task / Hkv], task % Hkv);
+    const int64_t block = (task - stores) / groups, group = (task - stores) % groups;
+    const auto chunk = static_cast<int>(block / kBlocks);
+    const auto first = static_cast<int>(block % kBlocks) * kQueryBlock;
+    if (first < wave.chunks[chunk].rows)
+      DslaQueryBlock(wave, chunk, first, static_cast<int>(group) * heads, heads,
+                     scratch + thread * scratch_size);
   });
-  if (wave.shape.window == 0) return;
-  const int Hkv = wave.shape.Hkv;
-  ParallelFor(ctx, int64_t{wave.num_segments} * Hkv,
-              [&](int64_t task, int) { StoreTokens(wave, wave.segments[task / Hkv], task % Hkv); });
 }
 
 void RunDecode(const ExecContext& ctx, const DslaArgs& args, const DslaDecodeRow* rows,

@@ -15,10 +15,9 @@
 namespace dsla {
 
 HWY_EXPORT(HasBf16Window);
-HWY_EXPORT(LoadTokens);
 HWY_EXPORT(PrepareChunk);
 HWY_EXPORT(ScanStates);
-HWY_EXPORT(QueryChunk);
+HWY_EXPORT(QueryBlock);
 HWY_EXPORT(DecodeKeys);
 HWY_EXPORT(DecodeQueries);
 HWY_EXPORT(DecodeStates);
@@ -29,8 +28,8 @@ int64_t DslaPrepareScratch(const DslaShape& shape) {
   return static_cast<int64_t>(kCpuChunk) * (2 * shape.D + 2 * shape.SF() + shape.F);
 }
 int64_t DslaQueryScratch(const DslaShape& shape, int heads) {
-  const int64_t rows = int64_t{heads} * kCpuChunk;
-  return rows * (3 * shape.D + shape.SF() + 3) + DslaScoreScratch(shape, heads);
+  const int64_t lanes = int64_t{heads} * kQueryBlock;
+  return lanes * (4 * shape.D + shape.SF() + DslaBlockKeys(shape) + 5);
 }
 int64_t DslaDecodeScratch(const DslaShape& shape) {
   const int64_t project = int64_t{kDecodeRows} * (3 * shape.D + shape.SF());
@@ -42,17 +41,15 @@ bool DslaBf16Window(const DslaShape& shape) {
   return shape.window > 0 && shape.kv_dtype == DType::kBF16 &&
          HWY_DYNAMIC_DISPATCH(HasBf16Window)();
 }
-void DslaLoadTokens(const DslaWave& wave, int chunk, int h) {
-  HWY_DYNAMIC_DISPATCH(LoadTokens)(wave, chunk, h);
-}
 void DslaPrepareChunk(const DslaWave& wave, int chunk, int h, float* scratch) {
   HWY_DYNAMIC_DISPATCH(PrepareChunk)(wave, chunk, h, scratch);
 }
 void DslaScanStates(const DslaWave& wave, int segment, int h, int begin, int end) {
   HWY_DYNAMIC_DISPATCH(ScanStates)(wave, segment, h, begin, end);
 }
-void DslaQueryChunk(const DslaWave& wave, int chunk, int first_head, int heads, float* scratch) {
-  HWY_DYNAMIC_DISPATCH(QueryChunk)(wave, chunk, first_head, heads, scratch);
+void DslaQueryBlock(const DslaWave& wave, int chunk, int first, int first_head, int heads,
+                    float* scratch) {
+  HWY_DYNAMIC_DISPATCH(QueryBlock)(wave, chunk, first, first_head, heads, scratch);
 }
 void DslaDecodeKeys(const DslaDecode& batch, int h, int begin, int end, float* scratch) {
   HWY_DYNAMIC_DISPATCH(DecodeKeys)(batch, h, begin, end, scratch);

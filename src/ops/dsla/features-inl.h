@@ -99,6 +99,24 @@ HWY_INLINE void Unrotate(const float* HWY_RESTRICT k, const float* HWY_RESTRICT 
   }
 }
 
+// What the two parts of an output are multiplied with: w / (denominator + epsilon), (1 - w) / sum.
+struct Shares {
+  V32 linear, window;
+};
+HWY_INLINE Shares LinearShare(V32 denominator) {
+  const F32 d;
+  return {hn::Div(hn::Set(d, 1.f), hn::Add(denominator, hn::Set(d, kDslaEpsilon))), hn::Zero(d)};
+}
+// With a window of weights exp(score - top).
+HWY_INLINE Shares MergeShares(V32 denominator, V32 top, V32 sum, V32 claim) {
+  const F32 d;
+  const V32 one = hn::Set(d, 1.f), epsilon = hn::Set(d, kDslaEpsilon);
+  // sigmoid(claim - top - log(sum)) without the logarithm; an overflow to infinity gives 0.
+  const V32 other = hn::Mul(sum, Exp(d, hn::Sub(top, claim)));
+  const V32 w = hn::IfThenZeroElse(hn::Lt(denominator, epsilon), hn::Div(one, hn::Add(one, other)));
+  return {hn::Div(w, hn::Add(denominator, epsilon)), hn::Div(hn::Sub(one, w), sum)};
+}
+
 // a from the gate's logit without its bias.
 HWY_INLINE V32 LogGate(F32 d, V32 logit, V32 bias, V32 floor) {
   const V32 a = hn::Mul(LogSigmoid(d, hn::Add(logit, bias)), hn::Set(d, 1.f / kDslaGateDivisor));

@@ -1,4 +1,4 @@
-// What the kernels of the queries of one chunk share. Private to src/ops/dsla.
+// What the kernels of the queries of one block of times share. Private to src/ops/dsla.
 #pragma once
 
 #include <algorithm>
@@ -8,36 +8,41 @@
 
 namespace dsla {
 
-// One tile: the times of a chunk times some heads of one KV head. Its rows are (time, head) pairs,
-// m = time * heads + head.
+// Up to kQueryBlock times of a chunk and some heads of one KV head. A lane is a (head, time) pair,
+// lane = head * kQueryBlock + time: the lanes of a head are whole vectors. What lies [.., lanes] is
+// undefined in the lanes of times that are not there.
 struct DslaQueryTile {
   const DslaWave& wave;
   const DslaChunk& chunk;
   const DslaSegment& segment;
-  int64_t at;      // of (chunk, KV head) in the wave's arrays
-  int h;           // KV head
-  int first_head;  // query heads
-  int heads;
-  int64_t row;    // of the tile's first time in q and out
-  int64_t time;   // of the tile's first time
-  int64_t token;  // stream index of the token entering at it
+  int64_t at;  // of (chunk, KV head) in the wave's arrays
+  int h;       // KV head
+  int first_head, heads;  // query heads
+  int first, times;       // rows of the chunk
+  int64_t row;            // of the first time in q and out
+  int64_t time;           // the first time
   // Scratch.
-  float* query;        // [m, D]: y, later q / sqrt(D)
-  float* keyed;        // [m, SF]: Q~
-  float* linear;       // [m, D] numerator
-  float* window;       // [m, D] numerator
-  float* scores;       // [kQueryBlock * heads, kCpuChunk], or the window's scratch
-  float* denominator;  // [m]
-  float* top;          // [m] largest score of the window
-  float* sum;          // [m] of exp(score - top)
+  float* rows;         // [lanes, D]: y, later queries
+  float* query;        // [D, lanes]: y, later queries
+  float* keyed;        // [SF, lanes]: Q~
+  float* linear;       // [lanes, D] numerator
+  float* window;       // [lanes, D] numerator
+  float* scores;       // [DslaBlockKeys, lanes]
+  float* denominator;  // [lanes]
+  float* top;          // [lanes] largest score of the window
+  float* sum;          // [lanes] of exp(score - top)
+  float* shares;       // [2, lanes] of the numerators in the output
 
-  // The first position in the window of any time, if it is not a sink.
-  int64_t FirstKey() const {
-    return std::max<int64_t>(time + 1 - wave.shape.window, wave.shape.sinks);
-  }
-  const float* Query(int i, int g) const {
-    return wave.forward->q + (row + i) * wave.forward->q_stride +
+  int lanes() const { return heads * kQueryBlock; }
+  const float* Query(int g) const {
+    return wave.forward->q + row * wave.forward->q_stride +
            static_cast<int64_t>(first_head + g) * wave.shape.D;
+  }
+  // body(lane, count) for all lanes of times: at once if there are no others, else by heads.
+  template <class Body>
+  void ForLanes(Body&& body) const {
+    if (times == kQueryBlock) return body(0, lanes());
+    for (int g = 0; g < heads; ++g) body(g * kQueryBlock, times);
   }
 };
 

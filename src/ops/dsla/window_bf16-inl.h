@@ -1,7 +1,7 @@
 // The window's products in bf16 (window-inl.h), for CPUs with AVX-512 and its BF16 instructions,
 // which multiply and add pairs of bf16 to sums in fp32. The library has no target for them.
 //
-// Keys and values are bf16 as they lie in ring, sinks and rows. Queries are rounded to bf16, and so
+// Keys and values are the cache's bf16, laid out once for a wave. Queries are rounded to bf16, and so
 // are the weights; a row's sum is of the rounded ones.
 
 #if defined(DSLA_OPS_DSLA_WINDOW_BF16_INL_H_) == defined(HWY_TARGET_TOGGLE)
@@ -97,126 +97,82 @@ inline void PairTile(const uint32_t* a, ptrdiff_t a_row, ptrdiff_t a_col, const 
   }
 }
 
-// e^x for x <= 0, relative error 3.6e-6 (rounding to bf16 makes 3.9e-3 of it): x = n ln 2 + r, and
-// e^r by the minimax polynomial of degree 4.
-HWY_INLINE __m512 ExpForBf16(__m512 x) {
-  const __m512 clamped = _mm512_max_ps(_mm512_set1_ps(-110.f), x);  // 0 from there on
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(clamped, _mm512_set1_ps(1.44269504f)),
-                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.69314718f), clamped);
-  __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(4.238052451e-2f), r, _mm512_set1_ps(1.680863062e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.999596294e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.999515598e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f));
-  return _mm512_scalef_ps(p, n);
+// 2^x for x <= 0, relative error 7.5e-5 (rounding to bf16 makes 3.9e-3 of it): a cubic of what x is
+// above the next lower integer, which scalef takes from x itself.
+HWY_INLINE __m512 Exp2ForBf16(__m512 x) {
+  const __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(7.802452266e-2f), r, _mm512_set1_ps(2.260671554e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.958335405e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.999252186e-1f));
+  return _mm512_scalef_ps(p, x);
 }
 
-HWY_INLINE __m512i Widen(const bf16* p) {
-  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-// Two rows as a row of pairs.
-inline void PairRows(const bf16* even, const bf16* odd, int D, uint32_t* to) {
-  for (int x = 0; x < D; x += kPairLanes)
-    _mm512_storeu_si512(to + x,
-                        _mm512_or_si512(Widen(even + x), _mm512_slli_epi32(Widen(odd + x), 16)));
-}
-
+// Keys and values are the wave's pairs. Scores are logarithms to the base 2.
 class Bf16Window {
  public:
   static constexpr int kStep = 2;  // keys of a pair
 
-  explicit Bf16Window(const DslaQueryTile& tile) : tile_(tile) {
-    const DslaShape& shape = tile.wave.shape;
-    const int64_t rows = DslaWindowKeys(shape), pairs = shape.D / 2;
-    query_ = reinterpret_cast<uint32_t*>(tile.scores);
-    k_ = query_ + pairs * kQueryBlock * tile.heads;
-    v_ = k_ + rows * pairs;
-    scores_ = reinterpret_cast<float*>(v_ + rows * pairs);
-    Gather();
-  }
-  float* scores() { return scores_; }
+  explicit Bf16Window(const DslaQueryTile& tile)
+      : tile_(tile), D_(tile.wave.shape.D), pairs_(tile.h * tile.wave.pairs + tile.segment.pair) {}
 
-  void Scores(const WindowBlock& b) {
-    const int pairs = tile_.wave.shape.D / 2;
-    ScaleQueries(tile_, b, reinterpret_cast<bf16*>(tile_.query));
-    Transpose(reinterpret_cast<const uint32_t*>(tile_.query), pairs, b.lanes, pairs, query_,
-              b.lanes);
-    PairTile(k_, pairs, 1, query_, b.lanes, scores_, b.lanes, b.sinks, b.lanes, pairs, false);
-    PairTile(k_ + Row(b) * pairs, pairs, 1, query_, b.lanes, scores_ + b.sinks * b.lanes, b.lanes,
-             b.keys, b.lanes, pairs, false);
+  void Scores(const WindowKeys& k) {
+    const int depth = D_ / 2, lanes = tile_.lanes();
+    constexpr float kLog2E = 1.44269504f;
+    auto* const query = reinterpret_cast<uint32_t*>(tile_.query);  // [D / 2, lanes]
+    ScaleQueries(tile_, kLog2E / std::sqrt(static_cast<float>(D_)),
+                 reinterpret_cast<bf16*>(tile_.rows));
+    Transpose(reinterpret_cast<const uint32_t*>(tile_.rows), depth, lanes, depth, query, lanes);
+    PairTile(Keys(0), depth, 1, query, lanes, tile_.scores, lanes, k.sinks, lanes, depth, false);
+    PairTile(Keys(Pair(k)), depth, 1, query, lanes, tile_.scores + k.sinks * lanes, lanes, k.keys,
+             lanes, depth, false);
   }
 
   // Leaves pairs of weights in the first half of the scores.
-  void Weights(const WindowBlock& b) {
+  void Weights(const WindowKeys& k) {
     const __m512i ones = _mm512_set1_epi32(0x3f803f80);
     alignas(64) uint16_t order[32];
     for (uint16_t i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
     const __m512i interleave = _mm512_load_si512(order);
-    for (int l = 0; l < b.lanes; l += kPairLanes) {
-      const __m512 top = LargestScore(scores_ + l, b.lanes, b.sinks + b.keys).raw;
+    const int lanes = tile_.lanes();
+    for (int l = 0; l < lanes; l += kPairLanes) {
+      const __m512 top = LargestScore(tile_.scores + l, lanes, k.rows()).raw;
       __m512 sum = _mm512_setzero_ps();
-      for (int s = 0; s < b.sinks + b.keys; s += 2) {
-        const float* from = scores_ + s * b.lanes + l;
-        const __m512 even = ExpForBf16(_mm512_sub_ps(_mm512_loadu_ps(from), top));
-        const __m512 odd = ExpForBf16(_mm512_sub_ps(_mm512_loadu_ps(from + b.lanes), top));
+      for (int s = 0; s < k.rows(); s += 2) {
+        const float* from = tile_.scores + s * lanes + l;
+        const __m512 even = Exp2ForBf16(_mm512_sub_ps(_mm512_loadu_ps(from), top));
+        const __m512 odd = Exp2ForBf16(_mm512_sub_ps(_mm512_loadu_ps(from + lanes), top));
         const __m512i pairs =
             _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
         sum = AddPairs(sum, pairs, ones);
-        _mm512_storeu_si512(scores_ + s / 2 * b.lanes + l, pairs);
+        _mm512_storeu_si512(tile_.scores + s / 2 * lanes + l, pairs);
       }
-      _mm512_storeu_ps(tile_.top + b.row + l, top);
-      _mm512_storeu_ps(tile_.sum + b.row + l, sum);
+      _mm512_storeu_ps(tile_.top + l, _mm512_mul_ps(top, _mm512_set1_ps(0.69314718f)));
+      _mm512_storeu_ps(tile_.sum + l, sum);
     }
   }
 
-  void Outputs(const WindowBlock& b) {
-    const int D = tile_.wave.shape.D;
-    const auto* weights = reinterpret_cast<const uint32_t*>(scores_);
-    float* to = tile_.window + static_cast<int64_t>(b.row) * D;
-    PairTile(weights, 1, b.lanes, v_, D, to, D, b.queries, D, b.sinks / 2, false);
-    PairTile(weights + b.sinks / 2 * b.lanes, 1, b.lanes, v_ + Row(b) / 2 * D, D, to, D, b.queries,
-             D, b.keys / 2, true);
+  void Outputs(const WindowKeys& k) {
+    const int lanes = tile_.lanes();
+    tile_.ForLanes([&](int l, int count) {
+      const auto* const weights = reinterpret_cast<const uint32_t*>(tile_.scores) + l;
+      float* const to = tile_.window + l * D_;
+      PairTile(weights, 1, lanes, Values(0), D_, to, D_, count, D_, k.sinks / 2, false);
+      PairTile(weights + k.sinks / 2 * lanes, 1, lanes, Values(Pair(k)), D_, to, D_, count, D_,
+               k.keys / 2, true);
+    });
   }
 
  private:
-  int SinkRows() const { return (tile_.wave.shape.sinks + 1) / 2 * 2; }
-  // Of the window's first key of a block.
-  int64_t Row(const WindowBlock& b) const { return SinkRows() + b.first - tile_.FirstKey(); }
-
-  // Keys as they are, values as pairs of rows; zeros where there is no token.
-  void Gather() {
-    const DslaWave& wave = tile_.wave;
-    const DslaShape& shape = wave.shape;
-    const DslaSegment& seg = tile_.segment;
-    const DslaSlot slot = SlotAt(wave.layout, wave.states, wave.slots[seg.n]);
-    const int64_t W = shape.window, S = shape.sinks, D = shape.D,
-                  end = tile_.time + tile_.chunk.rows;
-    const auto gather = [&](int64_t first, int64_t last, const std::byte* old_k,
-                            const std::byte* old_v, int64_t places, int64_t row) {
-      static constexpr bf16 kZeros[kMaxHeadDim] = {};
-      const auto rows_of = [&](const void* rows, const std::byte* old, int64_t t) {
-        if (t >= last) return kZeros;
-        return t >= seg.begin
-                   ? Elements<bf16>(rows, ((seg.row + t - seg.begin) * shape.Hkv + tile_.h) * D)
-                   : Elements<bf16>(old, (tile_.h * places + t % places) * D);
-      };
-      for (int64_t t = first; t < last; t += 2, row += 2) {
-        for (int64_t i = 0; i < 2; ++i)
-          std::memcpy(k_ + (row + i) * D / 2, rows_of(wave.forward->k, old_k, t + i),
-                      static_cast<size_t>(D) * sizeof(bf16));
-        PairRows(rows_of(wave.forward->v, old_v, t), rows_of(wave.forward->v, old_v, t + 1),
-                 shape.D, v_ + row / 2 * D);
-      }
-    };
-    gather(0, std::min(S, end), slot.sink_k, slot.sink_v, S, 0);
-    gather(tile_.FirstKey(), end, slot.ring_k, slot.ring_v, W, SinkRows());
+  // Of the segment's, the pair of the window's first key.
+  int64_t Pair(const WindowKeys& k) const {
+    return tile_.wave.SinkPairs() + (k.first - tile_.wave.FirstPaired(tile_.segment)) / 2;
   }
+  const uint32_t* Keys(int64_t pair) const { return tile_.wave.pair_k + (pairs_ + pair) * D_; }
+  const uint32_t* Values(int64_t pair) const { return tile_.wave.pair_v + (pairs_ + pair) * D_; }
 
   const DslaQueryTile& tile_;
-  uint32_t* query_;  // [D / 2, lanes] pairs of dimensions
-  uint32_t* k_;      // [keys, D / 2] the same
-  uint32_t* v_;      // [keys / 2, D] pairs of keys
-  float* scores_;    // [sinks + keys of a block, lanes]
+  const int D_;
+  const int64_t pairs_;  // of the segment and head, the first
 };
 
 }  // namespace
