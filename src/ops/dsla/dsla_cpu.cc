@@ -1,5 +1,6 @@
 // DslaForwardCpu and DslaFoldCpu: planning of waves and decode batches, scratch memory and threads.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "ops/dsla/cpu_decode.h"
@@ -25,6 +26,33 @@ int64_t ChunkBytes(const DslaShape& shape, bool forward) {
 // Bytes that a segment adds: the window of its last times.
 int64_t SegmentBytes(const DslaShape& shape, bool forward) {
   return forward ? int64_t{8} * shape.Hkv * shape.D * shape.window : 0;
+}
+
+// ParallelFor whose threads begin with ranges of their own, the same ones in every loop of as many
+// tasks, and take from the others' when theirs is done: what a core made, it then mostly finds in
+// its own cache.
+template <class Body>
+void ParallelByRange(const ExecContext& ctx, int64_t tasks, Body&& body) {
+  constexpr int kMaxRanges = 32;
+  struct alignas(64) Range {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  Range ranges[kMaxRanges];
+  const int count = std::clamp(ctx.threads, 1, kMaxRanges);
+  for (int i = 0; i < count; ++i) {
+    ranges[i].next = tasks * i / count;
+    ranges[i].end = tasks * (i + 1) / count;
+  }
+  // As many calls as tasks, and each finds one.
+  ParallelFor(ctx, tasks, [&](int64_t, int thread) {
+    for (int i = 0; i < count; ++i) {
+      Range& range = ranges[(thread + i) % count];
+      if (range.next.load(std::memory_order_relaxed) >= range.end) continue;
+      const int64_t task = range.next.fetch_add(1, std::memory_order_relaxed);
+      if (task < range.end) return body(task, thread);
+    }
+  });
 }
 
 // Hands out the chunks of all sequences, as many at a time as a wave holds.
@@ -129,7 +157,7 @@ void TakeWaveMemory(Workspace& workspace, DslaWave* wave) {
 void BuildStates(const ExecContext& ctx, const DslaWave& wave, float* scratch,
                  int64_t scratch_size) {
   const int Hkv = wave.shape.Hkv, SF = wave.shape.SF();
-  ParallelFor(ctx, static_cast<int64_t>(wave.num_chunks) * Hkv, [&](int64_t task, int thread) {
+  ParallelByRange(ctx, static_cast<int64_t>(wave.num_chunks) * Hkv, [&](int64_t task, int thread) {
     DslaPrepareChunk(wave, static_cast<int>(task / Hkv), static_cast<int>(task % Hkv),
                      scratch + thread * scratch_size);
   });
@@ -187,10 +215,12 @@ void RunForwardWave(const ExecContext& ctx, DslaWave& wave) {
   constexpr int kBlocks = kCpuChunk / kQueryBlock;
   const int64_t stores = wave.shape.window == 0 ? 0 : int64_t{wave.num_segments} * Hkv;
   const int64_t blocks = int64_t{wave.num_chunks} * kBlocks;
-  ParallelFor(ctx, stores + blocks * groups, [&](int64_t task, int thread) {
-    if (task < stores)
-      return StoreTokens(wave, wave.segments[task / Hkv], task % Hkv);
-    const int64_t block = (task - stores) / groups, group = (task - stores) % groups;
+  ParallelByRange(ctx, blocks * groups + stores, [&](int64_t task, int thread) {
+    if (task >= blocks * groups) {
+      const int64_t store = task - blocks * groups;
+      return StoreTokens(wave, wave.segments[store / Hkv], store % Hkv);
+    }
+    const int64_t block = task / groups, group = task % groups;
     const auto chunk = static_cast<int>(block / kBlocks);
     const auto first = static_cast<int>(block % kBlocks) * kQueryBlock;
     if (first < wave.chunks[chunk].rows)

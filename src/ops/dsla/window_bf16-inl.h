@@ -46,7 +46,10 @@ HWY_INLINE void PairBlock(const uint32_t* HWY_RESTRICT a, ptrdiff_t a_row, ptrdi
     a += a_col;
     b += b_row;
   }
+  // Otherwise GCC puts the sums into memory before it stores them.
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
     for (int v = 0; v < Vecs; ++v) {
       float* to = c + r * c_row + v * kPairLanes;
       _mm512_storeu_ps(to, accumulate ? _mm512_add_ps(_mm512_loadu_ps(to), sum[r][v]) : sum[r][v]);

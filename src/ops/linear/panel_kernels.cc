@@ -8,6 +8,7 @@
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "ops/linear/panel_kernels.cc"
+#include "hwy/cache_control.h"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 #include "ops/linear/panel_unpack-inl.h"
@@ -113,7 +114,17 @@ HWY_INLINE void WriteStrip(const PanelTask& a, int64_t first, int64_t t, int64_t
   for (const int64_t end = t + rows; t < end; ++t) {
     const float* from = a.sums + t * kPanelFeatures + first;
     float* y = to.y + t * to.y_stride + feature;
-    for (int64_t i = 0; i < count; ++i) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      Floats value = hn::Load(DF(), from + i);
+      if (to.bias != nullptr) value = hn::Add(value, hn::LoadU(DF(), to.bias + feature + i));
+      if (to.accumulate) {
+        hwy::Prefetch(y + i + kTileRows * to.y_stride);  // of the next tile
+        value = hn::Add(hn::LoadU(DF(), y + i), value);
+      }
+      hn::StoreU(value, DF(), y + i);
+    }
+    for (; i < count; ++i) {
       const float value = from[i] + (to.bias != nullptr ? to.bias[feature + i] : 0.f);
       y[i] = to.accumulate ? y[i] + value : value;
     }

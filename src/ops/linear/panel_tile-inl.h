@@ -28,8 +28,11 @@ HWY_NOINLINE void Tile(const Strip& strip, const PanelRows& x, bool first, float
       for (int v = 0; v < kV; ++v) sum[t][v] = AddPairs(sum[t][v], weights[v], inputs);
     }
   }
+  // Otherwise GCC puts the sums into memory, and the end takes as long as 8 pairs of inputs.
+#pragma GCC unroll 8
   for (int t = 0; t < kT; ++t) {
     const Floats scale = hn::Set(DF(), x.scale[t * x.segments]);
+#pragma GCC unroll 4
     for (int v = 0; v < kV; ++v) {
       float* at = to + t * kPanelFeatures + v * kLanes;
       const Floats by = hn::Mul(scale, hn::Load(DF(), strip.step + v * kLanes));
@@ -65,12 +68,14 @@ void Tiles(const Strip& strip, const PanelRows& x, int64_t rows, bool first, flo
   done(t, rows - t);
 }
 
-// Half the vectors are enough for few features, such as an adapter's rank.
+// Fewer vectors are enough for few features, such as an adapter's rank.
 template <class Done>
 void StripTiles(const Strip& strip, const PanelRows& x, int64_t rows, bool first, float* to,
                 const Done& done) {
   if (strip.features <= kStrip / 2)
     Tiles<kVectors / 2>(strip, x, rows, first, to, done);
+  else if (kVectors > 2 && strip.features <= kStrip - kLanes)
+    Tiles<kVectors - 1>(strip, x, rows, first, to, done);
   else
     Tiles<kVectors>(strip, x, rows, first, to, done);
 }

@@ -80,16 +80,15 @@ HWY_INLINE Ints LoadChunk(const FeatureLanes& at, int64_t g, int c) {
 
 // The step of kLanes features, from what weights there are.
 struct Steps {
-  Floats largest, not_finite;
+  // Without their sign, floats are in the order of their bits, infinities and then NaNs at the end.
+  Ints bits;
 
-  HWY_INLINE Steps() : largest(hn::Zero(DF())), not_finite(hn::Zero(DF())) {}
-  HWY_INLINE void See(Floats w) {
-    largest = hn::Max(hn::Abs(w), largest);
-    not_finite = hn::MulAdd(w, hn::Zero(DF()), not_finite);
-  }
+  HWY_INLINE Steps() : bits(hn::Zero(DI())) {}
+  HWY_INLINE void See(Floats w) { bits = hn::Max(hn::BitCast(DI(), hn::Abs(w)), bits); }
   // The step, NaN if a weight is no number; returns its reciprocal.
   HWY_INLINE Floats Store(float* step) const {
-    const Floats most = hn::Set(DF(), kLargestWeight);
+    const Floats most = hn::Set(DF(), kLargestWeight), largest = hn::BitCast(DF(), bits);
+    const Floats not_finite = hn::Mul(largest, hn::Zero(DF()));
     hn::Store(hn::Add(hn::Div(largest, most), not_finite), DF(), step);
     return hn::IfThenElseZero(hn::Gt(largest, hn::Set(DF(), kTiny)), hn::Div(most, largest));
   }

@@ -66,6 +66,19 @@ HWY_INLINE hn::Vec<D> PowerOfTwo(D d, VI n) {
   return hn::BitCast(d, hn::ShiftLeft<23>(hn::Add(n, hn::Set(di, 127))));
 }
 
+// p 2^n for |p| in [1/2, 2] and the n of the clamps below.
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V Scale(D d, V p, V n) {
+#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3
+  if constexpr (sizeof(V) == 64) return V{_mm512_scalef_ps(p.raw, n.raw)};
+#endif
+  // 2^n is the product of two normal powers.
+  const hn::RebindToSigned<D> di;
+  const auto ni = hn::ConvertTo(di, n);
+  const auto half = hn::ShiftRight<1>(ni);
+  return hn::Mul(hn::Mul(p, PowerOfTwo(d, half)), PowerOfTwo(d, hn::Sub(ni, half)));
+}
+
 }  // namespace math_internal
 
 // e^x. Relative error < 1.2e-7 (1.5 ulp) where the result is normal; below that it runs through the
@@ -73,15 +86,10 @@ HWY_INLINE hn::Vec<D> PowerOfTwo(D d, VI n) {
 template <class D, class V = hwy::HWY_NAMESPACE::Vec<D>>
 HWY_INLINE V Exp(D d, V x) {
   namespace hn = hwy::HWY_NAMESPACE;
-  const hn::RebindToSigned<D> di;
-  // Within the clamps 2^n is the product of two normal powers.
   const V clamped = math_internal::AtLeast(d, -104.f, math_internal::AtMost(d, 89.f, x));
   V n;
   const V p = math_internal::ReduceAndExpm1(d, clamped, n);
-  const auto ni = hn::ConvertTo(di, n);
-  const auto half = hn::ShiftRight<1>(ni);
-  const V e = hn::Mul(hn::Add(p, hn::Set(d, 1.f)), math_internal::PowerOfTwo(d, half));
-  return hn::Mul(e, math_internal::PowerOfTwo(d, hn::Sub(ni, half)));
+  return math_internal::Scale(d, hn::Add(p, hn::Set(d, 1.f)), n);
 }
 
 // e^x - 1 for x <= 0, relative error < 3e-7, also next to 0; expm1(-inf) = -1, NaN stays NaN.

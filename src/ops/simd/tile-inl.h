@@ -57,7 +57,10 @@ HWY_INLINE void Block(const float* HWY_RESTRICT a, ptrdiff_t a_row, ptrdiff_t a_
     a += a_col;
     b += b_row;
   }
+  // Otherwise GCC puts the sums into memory before it stores them.
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
     for (int v = 0; v < Vecs; ++v) {
       float* to = c + r * c_row + v * kTileLanes;
       hn::StoreU(accumulate ? hn::Add(hn::LoadU(d, to), sum[r][v]) : sum[r][v], d, to);

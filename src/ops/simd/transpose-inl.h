@@ -19,31 +19,63 @@ HWY_BEFORE_NAMESPACE();
 namespace dsla {
 namespace HWY_NAMESPACE {
 
+#if HWY_TARGET != HWY_SCALAR  // has no vectors of 4
+namespace transpose_internal {
+
+// A block of 4 elements from each of the addresses p, p + step, ..
+template <class D, class T>
+HWY_INLINE hwy::HWY_NAMESPACE::Vec<D> LoadBlocks(D d, const T* p, int64_t step) {
+  namespace hn = hwy::HWY_NAMESPACE;
+  if constexpr (hn::MaxLanes(D()) == 4) {
+    return hn::LoadU(d, p);
+  } else {
+    const hn::Half<D> half;
+    constexpr int64_t kBlocks = hn::MaxLanes(half) / 4;
+    return hn::Combine(d, LoadBlocks(half, p + kBlocks * step, step), LoadBlocks(half, p, step));
+  }
+}
+
+// As many rows as a vector has lanes. Block b of four vectors takes the rows 4b .. 4b + 3, so that
+// transposing within blocks leaves whole columns.
+template <class D, class T>
+HWY_INLINE void TransposeLanes(D d, const T* HWY_RESTRICT from, int64_t from_row, int cols,
+                               T* HWY_RESTRICT to, int64_t to_row) {
+  namespace hn = hwy::HWY_NAMESPACE;
+  const hn::Repartition<double, D> dd;
+  for (int c = 0; c < cols; c += 4) {
+    const auto row = [&](int i) {
+      return LoadBlocks(d, from + i * from_row + c, 4 * from_row);
+    };
+    const auto r0 = row(0), r1 = row(1), r2 = row(2), r3 = row(3);
+    const auto a = hn::BitCast(dd, hn::InterleaveLower(d, r0, r1));
+    const auto b = hn::BitCast(dd, hn::InterleaveLower(d, r2, r3));
+    const auto e = hn::BitCast(dd, hn::InterleaveUpper(d, r0, r1));
+    const auto f = hn::BitCast(dd, hn::InterleaveUpper(d, r2, r3));
+    T* q = to + c * to_row;
+    hn::StoreU(hn::BitCast(d, hn::InterleaveLower(dd, a, b)), d, q);
+    hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(dd, a, b)), d, q + to_row);
+    hn::StoreU(hn::BitCast(d, hn::InterleaveLower(dd, e, f)), d, q + 2 * to_row);
+    hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(dd, e, f)), d, q + 3 * to_row);
+  }
+}
+
+}  // namespace transpose_internal
+#endif
+
 // to[c * to_row + r] = from[r * from_row + c]; rows need not be a multiple of 4, cols is one.
 template <class T>
 HWY_INLINE void Transpose(const T* HWY_RESTRICT from, int64_t from_row, int rows, int cols,
                           T* HWY_RESTRICT to, int64_t to_row) {
   int r = 0;
-#if HWY_TARGET != HWY_SCALAR  // has no vectors of 4
+#if HWY_TARGET != HWY_SCALAR
   namespace hn = hwy::HWY_NAMESPACE;
-  const hn::FixedTag<T, 4> d;
-  const hn::Repartition<double, decltype(d)> dd;
-  for (; r + 4 <= rows; r += 4) {
-    const T* p = from + r * from_row;
-    for (int c = 0; c < cols; c += 4) {
-      const auto r0 = hn::LoadU(d, p + c), r1 = hn::LoadU(d, p + from_row + c);
-      const auto r2 = hn::LoadU(d, p + 2 * from_row + c), r3 = hn::LoadU(d, p + 3 * from_row + c);
-      const auto a = hn::BitCast(dd, hn::InterleaveLower(d, r0, r1));
-      const auto b = hn::BitCast(dd, hn::InterleaveLower(d, r2, r3));
-      const auto e = hn::BitCast(dd, hn::InterleaveUpper(d, r0, r1));
-      const auto f = hn::BitCast(dd, hn::InterleaveUpper(d, r2, r3));
-      T* q = to + c * to_row + r;
-      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(dd, a, b)), d, q);
-      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(dd, a, b)), d, q + to_row);
-      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(dd, e, f)), d, q + 2 * to_row);
-      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(dd, e, f)), d, q + 3 * to_row);
-    }
-  }
+  const auto lanes = [&](auto d) {
+    constexpr int kLanes = hn::MaxLanes(d);
+    for (; r + kLanes <= rows; r += kLanes)
+      transpose_internal::TransposeLanes(d, from + r * from_row, from_row, cols, to + r, to_row);
+  };
+  lanes(hn::CappedTag<T, 16>());
+  lanes(hn::FixedTag<T, 4>());
 #endif
   for (; r < rows; ++r)
     for (int c = 0; c < cols; ++c) to[c * to_row + r] = from[r * from_row + c];
