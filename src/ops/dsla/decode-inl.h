@@ -259,17 +259,16 @@ void DecodeMerge(const DslaDecode& batch, int r) {
     const int64_t part = static_cast<int64_t>(r) * batch.Blocks() * H + h;
     float den = 0.f;
     for (int b = 0; b < blocks; ++b) den += batch.denominator[part + b * H];
-    const Shares share =
-        W == 0 ? LinearShare(hn::Set(d, den))
-               : MergeShares(hn::Set(d, den), hn::Set(d, batch.top[at]),
-                             hn::Set(d, batch.sum[at]), hn::Set(d, args.claim[out]));
+    const Shares share = W == 0
+                             ? LinearShare(hn::Set(d, den))
+                             : MergeShares(hn::Set(d, den), hn::Set(d, batch.top[at]),
+                                           hn::Set(d, batch.sum[at]), hn::Set(d, args.claim[out]));
     for (int x = 0; x < D; x += kTileLanes) {
       V32 sum = hn::Zero(d);
       for (int b = 0; b < blocks; ++b)
         sum = hn::Add(sum, hn::LoadU(d, batch.linear + (part + b * H) * D + x));
       sum = hn::Mul(sum, share.linear);
-      if (W > 0)
-        sum = hn::MulAdd(share.window, hn::LoadU(d, batch.window + at * D + x), sum);
+      if (W > 0) sum = hn::MulAdd(share.window, hn::LoadU(d, batch.window + at * D + x), sum);
       hn::StoreU(sum, d, args.out + out * D + x);
     }
   }

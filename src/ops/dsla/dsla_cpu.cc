@@ -20,7 +20,7 @@ constexpr int kScanRows = 16;
 int64_t ChunkBytes(const DslaShape& shape, bool forward) {
   const int64_t SF = shape.SF();
   const int64_t tiles = forward ? 2 * kCpuChunk * SF : 0;
-  const int64_t tokens = kCpuChunk * shape.D * 2;
+  const int64_t tokens = kCpuChunk * shape.D * (forward && shape.window > 0 ? 3 : 2);
   return 4 * shape.Hkv * (tiles + SF * (shape.D + 3) + tokens);
 }
 // Bytes that a segment adds: the window of its last times.

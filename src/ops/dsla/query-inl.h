@@ -68,8 +68,7 @@ void MakeQueries(const DslaQueryTile& tile) {
   const float* norm = tile.wave.norm + tile.at * SF;
   for (int l = 0; l < lanes; l += kTileLanes) {
     const int head = tile.first_head + l / kQueryBlock;
-    const float* decay =
-        tile.wave.decay + tile.at * SF * kCpuChunk + tile.first + l % kQueryBlock;
+    const float* decay = tile.wave.decay + tile.at * SF * kCpuChunk + tile.first + l % kQueryBlock;
     float* const keyed = tile.keyed + l;
     V32 inverse[2];
     ExpFeatureLanes(tile.query + l, lanes, D, F, keyed, inverse);
@@ -141,10 +140,10 @@ void MakeShares(const DslaQueryTile& tile, bool linear) {
   }
   for (int l = 0; l < lanes; l += kTileLanes) {
     const V32 den = linear ? hn::LoadU(d, tile.denominator + l) : hn::Zero(d);
-    const Shares shares = window ? MergeShares(den, hn::LoadU(d, tile.top + l),
-                                               hn::LoadU(d, tile.sum + l),
-                                               hn::LoadU(d, tile.shares + l))
-                                 : LinearShare(den);
+    const Shares shares =
+        window ? MergeShares(den, hn::LoadU(d, tile.top + l), hn::LoadU(d, tile.sum + l),
+                             hn::LoadU(d, tile.shares + l))
+               : LinearShare(den);
     hn::StoreU(shares.linear, d, tile.shares + l);
     hn::StoreU(shares.window, d, tile.shares + lanes + l);
   }

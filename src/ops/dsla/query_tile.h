@@ -15,8 +15,8 @@ struct DslaQueryTile {
   const DslaWave& wave;
   const DslaChunk& chunk;
   const DslaSegment& segment;
-  int64_t at;  // of (chunk, KV head) in the wave's arrays
-  int h;       // KV head
+  int64_t at;             // of (chunk, KV head) in the wave's arrays
+  int h;                  // KV head
   int first_head, heads;  // query heads
   int first, times;       // rows of the chunk
   int64_t row;            // of the first time in q and out

@@ -96,7 +96,8 @@ HWY_INLINE V32 LargestScore(const float* scores, int lanes, int rows) {
   return hn::Max(hn::Max(most[0], most[1]), hn::Max(most[2], most[3]));
 }
 
-// The tile's queries times `scale` as rows [lanes, D] of fp32 or bf16, zeros where there is no time.
+// The tile's queries times `scale` as rows [lanes, D] of fp32 or bf16, zeros where there is no
+// time.
 template <class T>
 void ScaleQueries(const DslaQueryTile& tile, float scale, T* to) {
   const F32 d;
@@ -105,8 +106,7 @@ void ScaleQueries(const DslaQueryTile& tile, float scale, T* to) {
   for (int g = 0; g < tile.heads; ++g) {
     const float* q = tile.Query(g);
     for (int i = 0; i < tile.times; ++i, q += tile.wave.forward->q_stride, to += D)
-      for (int x = 0; x < D; x += kTileLanes)
-        StoreF32(d, hn::Mul(by, hn::LoadU(d, q + x)), to + x);
+      for (int x = 0; x < D; x += kTileLanes) StoreF32(d, hn::Mul(by, hn::LoadU(d, q + x)), to + x);
     const int rest = (kQueryBlock - tile.times) * D;
     std::fill_n(to, rest, T{});
     to += rest;

@@ -1,8 +1,8 @@
 // The window's products in bf16 (window-inl.h), for CPUs with AVX-512 and its BF16 instructions,
 // which multiply and add pairs of bf16 to sums in fp32. The library has no target for them.
 //
-// Keys and values are the cache's bf16, laid out once for a wave. Queries are rounded to bf16, and so
-// are the weights; a row's sum is of the rounded ones.
+// Keys and values are the cache's bf16, laid out once for a wave. Queries are rounded to bf16, and
+// so are the weights; a row's sum is of the rounded ones.
 
 #if defined(DSLA_OPS_DSLA_WINDOW_BF16_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef DSLA_OPS_DSLA_WINDOW_BF16_INL_H_

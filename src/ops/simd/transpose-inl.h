@@ -43,9 +43,7 @@ HWY_INLINE void TransposeLanes(D d, const T* HWY_RESTRICT from, int64_t from_row
   namespace hn = hwy::HWY_NAMESPACE;
   const hn::Repartition<double, D> dd;
   for (int c = 0; c < cols; c += 4) {
-    const auto row = [&](int i) {
-      return LoadBlocks(d, from + i * from_row + c, 4 * from_row);
-    };
+    const auto row = [&](int i) { return LoadBlocks(d, from + i * from_row + c, 4 * from_row); };
     const auto r0 = row(0), r1 = row(1), r2 = row(2), r3 = row(3);
     const auto a = hn::BitCast(dd, hn::InterleaveLower(d, r0, r1));
     const auto b = hn::BitCast(dd, hn::InterleaveLower(d, r2, r3));
