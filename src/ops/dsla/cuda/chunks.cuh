@@ -32,7 +32,7 @@ struct StatePlace {
   }
 };
 
-// From a slot's states, or else from a segment's part of `start`; zeros if there is neither.
+// From a slot's states, or else from a segment's part of `start`.
 template <int kChannels>
 __device__ __forceinline__ void LoadStates(float (&acc)[kChannels / 8][4], const StatePlace& at,
                                            const float* slot, const float* start) {

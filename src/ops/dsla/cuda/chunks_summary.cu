@@ -64,8 +64,7 @@ __device__ __forceinline__ void Sum(const PrefillParams& p) {
 
   const StatePlace at(thread);
   const int64_t store = (int64_t{segment.store} * l.Hkv + h) * kChannels;
-  float acc[kChannels / 8][4];
-  LoadStates<kChannels>(acc, at, nullptr, nullptr);
+  float acc[kChannels / 8][4] = {};
   float z = 0, total = 1;
   for (int i = 0; i < segment.count; ++i) {
     WaitCopies<kStages - 2>();

@@ -4,9 +4,9 @@
 //   S' = e^L S + K^T V,  K_t = e^{L - G_t} (1 - e^{a_t}) phi_k(k_t),
 // so weights are products of e^a backwards from the end, all at most 1.
 //
-// A block folds a segment of a sequence for one KV head, over with one set of weights. Of its
-// warpgroups one fetches chunks and undoes RoPE, the others each have 64 channels of
-// every block of D: logits as [channels, d] x [d, tokens] by wgmma, so that a lane has 16 tokens of
+// A block folds a segment of a sequence for one KV head, with one set of weights. Of its
+// warpgroups one fetches chunks and undoes RoPE, the others each have 64 channels of every block of
+// D: logits as [channels, d] x [d, tokens] by wgmma, so that a lane has 16 tokens of
 // its two channels and products over time stay in registers; K^T, rounded, is in these registers
 // the A operand of its product with V, and the states are accumulators from the first chunk to the
 // last. One warpgroup's products run under the other's exponentials.

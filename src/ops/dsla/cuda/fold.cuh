@@ -31,13 +31,6 @@ __device__ __forceinline__ int FoldSegments(const PrefillParams& p, int n) {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// Such that what follows from it is worked out again each time: kept in registers from chunk to
-// chunk it would be more than there are.
-__device__ __forceinline__ uint32_t Fresh(uint32_t x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 #endif
 
 template <int D, int kBlocks, int kSigns>
@@ -108,7 +101,7 @@ struct FetchPlace {
   static constexpr int kStep = 4 * kRows * 8;  // pieces of a tile between such rows
   int lane, warp, first, c, row;
   __device__ __forceinline__ FetchPlace() {
-    const auto i = static_cast<int>(Fresh(threadIdx.x));
+    const int i = ThreadIndex();
     lane = i % 32;
     warp = i / 32;
     first = lane / kOfRow;

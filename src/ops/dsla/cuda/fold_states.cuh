@@ -34,7 +34,7 @@ __device__ __forceinline__ void AddToState(float (&state)[D / 64][8][4],
 struct FoldThread {
   int lane, warp, group, g, t;
   __device__ __forceinline__ FoldThread() {
-    const auto i = static_cast<int>(Fresh(threadIdx.x)) - 128;
+    const auto i = ThreadIndex() - 128;
     lane = i % 32;
     warp = i / 32;
     group = i / 128;

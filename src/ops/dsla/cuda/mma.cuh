@@ -105,13 +105,13 @@ __device__ __forceinline__ void AwaitPrevious() {
 #endif
 }
 
-// threadIdx.x, such that what follows from it is worked out again in each turn of a loop: kept in
-// registers between turns it would be more than there are.
-__device__ __forceinline__ int ThreadIndex() {
-  int i = threadIdx.x;
-  asm volatile("" : "+r"(i));
-  return i;
+// Such that what follows from it is worked out again in each turn of a loop: kept in registers
+// between turns it would be more than there are.
+__device__ __forceinline__ uint32_t Fresh(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
+__device__ __forceinline__ int ThreadIndex() { return static_cast<int>(Fresh(threadIdx.x)); }
 
 // Over the four lanes that share a row of a fragment.
 __device__ __forceinline__ float QuadSum(float x) {

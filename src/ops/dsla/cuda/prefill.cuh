@@ -123,7 +123,7 @@ void LaunchScan(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchCarry(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchWindow(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchOutput(const PrefillParams& p, int D, cudaStream_t stream);
-// Where the states stay on the chip; of a fold the states.
+// Where the states stay on the chip.
 void LaunchChunksSummary(const PrefillParams& p, cudaStream_t stream);
 void LaunchChunks(const PrefillParams& p, cudaStream_t stream);
 
