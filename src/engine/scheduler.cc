@@ -226,7 +226,11 @@ Status Scheduler::Raise(int64_t id, int level) {
     return ResourceExhausted("request {} would need {} bytes at level {}; the cache has {}", id,
                              final_bytes, level, ledger_->config().budget_bytes);
   }
-  if (!MakeRaiseRoom(*sequence, level, false)) {
+  // One that is promised all of its reply must still have it afterwards.
+  const bool keeps_promise =
+      !IsSettled(*sequence) || final_bytes - BytesAt(sequence->length(), from) <=
+                                   ObtainableBytes() - ReservedBytes(*sequence);
+  if (!keeps_promise || !MakeRaiseRoom(*sequence, level, false)) {
     return ResourceExhausted("no room to raise request {} from level {} to {}: {} bytes are free",
                              id, from, level, ObtainableBytes());
   }

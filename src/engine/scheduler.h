@@ -54,7 +54,8 @@ struct SchedulerOptions {
   int page_size = 64;          // tokens
   int max_batch_tokens = 512;  // rows of a step; at least twice the page size
   int max_running = 256;       // clamped so that decodes leave rows for one prefill chunk
-  int max_preemptions = 4;     // of one request
+  // Of one request. Afterwards it is admitted only with room for its longest reply.
+  int max_preemptions = 4;
   bool prefix_cache = true;
   int snapshot_stride = 512;  // tokens; a multiple of the page size
   bool deterministic = false;
@@ -248,7 +249,10 @@ class Scheduler {
   bool MakeRoom(const Sequence& in_need, int64_t bytes, bool may_preempt);
   bool MakeRaiseRoom(const Sequence& in_need, int level, bool may_preempt);
   int64_t RaisePeak(const SequenceCache& cache, int level, bool count_retained) const;
+  bool IsSettled(const Sequence& sequence) const;  // not to be pre-empted any more
+  int64_t RestBytes(const Sequence& sequence) const;
   int64_t PromisedBytes() const;
+  int64_t ReservedBytes(const Sequence& in_need) const;
   int64_t SnapshotBytes(const Sequence& sequence, int level) const;
   int64_t ObtainableBytes() const { return ledger_->free_bytes() + ledger_->idle_bytes(); }
   Sequence* Victim(const Sequence& in_need) const;

@@ -25,12 +25,16 @@ int RankOf(Tier tier) {
 
 }  // namespace
 
+bool Scheduler::IsSettled(const Sequence& sequence) const {
+  return sequence.preemptions >= options_.max_preemptions;
+}
+
 // The newest of the lowest tier, never one older than the one in need: so the oldest of all is
 // never pre-empted.
 Scheduler::Sequence* Scheduler::Victim(const Sequence& in_need) const {
   Sequence* victim = nullptr;
   for (const auto& [id, sequence] : running_) {
-    if (id <= in_need.id || sequence->preemptions >= options_.max_preemptions) continue;
+    if (id <= in_need.id || IsSettled(*sequence)) continue;
     if (victim == nullptr || RankOf(sequence->request.tier) <= RankOf(victim->request.tier))
       victim = sequence.get();
   }
@@ -63,13 +67,17 @@ void Scheduler::Preempt(Sequence& victim) {
 }
 
 bool Scheduler::MakeRoom(const Sequence& in_need, int64_t bytes, bool may_preempt) {
-  while (ledger_->free_bytes() < bytes) {
-    if (prefix_cache_ != nullptr && prefix_cache_->Reclaim(bytes)) break;
+  if (bytes == 0) return true;
+  const int64_t reserved = ReservedBytes(in_need);
+  while (true) {
+    if (ObtainableBytes() - reserved >= bytes) {
+      if (ledger_->free_bytes() >= bytes) return true;
+      if (prefix_cache_ != nullptr && prefix_cache_->Reclaim(bytes)) return true;
+    }
     Sequence* victim = may_preempt ? Victim(in_need) : nullptr;
     if (victim == nullptr) return false;
     Preempt(*victim);
   }
-  return true;
 }
 
 // The most that must be free while a raise goes layer by layer: a slot is taken before the pages
@@ -92,7 +100,8 @@ int64_t Scheduler::RaisePeak(const SequenceCache& cache, int level, bool count_r
 bool Scheduler::MakeRaiseRoom(const Sequence& in_need, int level, bool may_preempt) {
   while (true) {
     if (MakeRoom(in_need, RaisePeak(*in_need.cache, level, false), false)) return true;
-    if (prefix_cache_ != nullptr && RaisePeak(*in_need.cache, level, true) <= ObtainableBytes()) {
+    if (prefix_cache_ != nullptr &&
+        RaisePeak(*in_need.cache, level, true) <= ObtainableBytes() - ReservedBytes(in_need)) {
       prefix_cache_->Clear();
       continue;
     }
@@ -170,14 +179,35 @@ bool Scheduler::Start(Sequence& sequence, int level, const PrefixCache::Hit& hit
   return true;
 }
 
-// What the running sequences will still take: the rest of their prompts, and for each the page
-// after.
+// What a running sequence will still take: the rest of its tokens and the page after, or, where it
+// cannot be pre-empted any more, all of its longest reply and the states of levels to be repeated.
+int64_t Scheduler::RestBytes(const Sequence& sequence) const {
+  const SequenceCache& cache = *sequence.cache;
+  const LedgerConfig& config = ledger_->config();
+  if (!IsSettled(sequence)) {
+    return cache.BytesToReserve(sequence.size() - sequence.length()) +
+           (options_.layers - cache.level()) * config.page_bytes;
+  }
+  const int level = sequence.recorded.empty()
+                        ? cache.level()
+                        : std::max(cache.level(), sequence.recorded.back().level);
+  return cache.BytesToReserve(static_cast<int>(sequence.final_length()) - sequence.length()) +
+         (level - cache.level()) * config.slot_bytes;
+}
+
 int64_t Scheduler::PromisedBytes() const {
   int64_t bytes = 0;
+  for (const auto& [id, sequence] : running_)
+    bytes += RestBytes(*sequence) + SnapshotBytes(*sequence, sequence->cache->level());
+  return bytes;
+}
+
+// What nobody but those that cannot be pre-empted any more may take. So these always come to their
+// end, and whoever they keep waiting goes on then.
+int64_t Scheduler::ReservedBytes(const Sequence& in_need) const {
+  int64_t bytes = 0;
   for (const auto& [id, sequence] : running_) {
-    bytes += sequence->cache->BytesToReserve(sequence->size() - sequence->length());
-    bytes += (options_.layers - sequence->cache->level()) * ledger_->config().page_bytes;
-    bytes += SnapshotBytes(*sequence, sequence->cache->level());
+    if (id != in_need.id && IsSettled(*sequence)) bytes += RestBytes(*sequence);
   }
   return bytes;
 }
@@ -190,8 +220,9 @@ int64_t Scheduler::SnapshotBytes(const Sequence& sequence, int level) const {
   return level * ledger_->config().slot_bytes;
 }
 
-// Admits a waiting sequence if its whole prompt fits beside what the running ones were promised; a
-// first one always, because it was checked to fit alone.
+// Admits a waiting sequence if its whole prompt, or, where it will not be pre-empted any more, its
+// longest reply, too, fits beside what the running ones were promised; a first one always, because
+// it was checked to fit alone.
 bool Scheduler::TryAdmit(Sequence& sequence) {
   if (running() >= options_.max_running) return false;
   const bool first = running_.empty();
@@ -209,14 +240,17 @@ bool Scheduler::TryAdmit(Sequence& sequence) {
         sequence.preempted_history.empty() ? level : sequence.preempted_history.back().level;
     const int64_t shared = (options_.layers - last_level) * int64_t{hit.tokens} /
                            options_.page_size * ledger_->config().page_bytes;
-    if (BytesAt(sequence.size(), last_level) - shared > room) return false;
+    const int64_t tokens = IsSettled(sequence) ? sequence.final_length() : sequence.size();
+    if (BytesAt(tokens, last_level) - shared > room) return false;
   }
   if (!Start(sequence, level, hit)) {
     if (!first) return false;
     // Beside the prefix there is no room for the states; without it there is.
     if (!Start(sequence, level, {})) return false;
   }
-  const int64_t rest = sequence.cache->BytesToReserve(sequence.size() - sequence.length());
+  const int64_t rest = IsSettled(sequence)
+                           ? RestBytes(sequence)
+                           : sequence.cache->BytesToReserve(sequence.size() - sequence.length());
   const int64_t snapshot = SnapshotBytes(sequence, sequence.cache->level());
   // Of the prefix there may be less than there was when the queue was looked at.
   if ((!first && rest + snapshot + promised > ObtainableBytes()) || !MayOvertake(sequence)) {

@@ -274,7 +274,8 @@ bool Scheduler::PlanRows(Sequence& sequence, int end) {
   const int length = cache.length();
   const bool decode = IsDecode(sequence);
   if (!decode && !options_.deterministic) {
-    while (cache.BytesToReserve(end - length) > ObtainableBytes()) {
+    const int64_t bytes = ObtainableBytes() - ReservedBytes(sequence);
+    while (cache.BytesToReserve(end - length) > bytes) {
       const int shorter = (end - 1) / options_.page_size * options_.page_size;
       if (shorter <= length) break;
       end = shorter;
