@@ -1,11 +1,12 @@
 #include "server/access_log.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace dsla {
 namespace {
 
-// What probes and scrapers ask all day long is only logged when it fails.
+// What probes and scrapers ask all day long is only logged when the answer is another than before.
 bool IsProbe(const std::string& route) {
   static constexpr const char* kProbes[] = {"/health", "/live", "/ready", "/ping", "/metrics"};
   return std::any_of(std::begin(kProbes), std::end(kProbes),
@@ -48,11 +49,16 @@ void AccessLog::OnRequestStarted() { Change(0, 1); }
 
 void AccessLog::OnRequestFinished(const AccessRecord& record) {
   Change(0, -1);
+  bool quiet = false;
   {
     const std::lock_guard lock(mutex_);
     if (metrics_ != nullptr) {
       metrics_->CountHttp(record.route.empty() ? "other" : record.route, record.status,
                           record.seconds);
+    }
+    if (IsProbe(record.route)) {
+      int& before = probed_.try_emplace(record.route, 200).first->second;
+      quiet = std::exchange(before, record.status) == record.status;
     }
   }
   const HttpRequest& request = *record.request;
@@ -67,7 +73,6 @@ void AccessLog::OnRequestFinished(const AccessRecord& record) {
   for (const auto& [name, value] : record.notes) fields.push_back({name, value});
   const std::string_view trace = request.headers.Get("traceparent");
   if (SoundTraceParent(trace)) fields.push_back({"traceparent", std::string(trace)});
-  const bool quiet = IsProbe(record.route) && record.status < 400;
   const LogLevel level = quiet                  ? LogLevel::kDebug
                          : record.status >= 500 ? LogLevel::kWarning
                                                 : LogLevel::kInfo;

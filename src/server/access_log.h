@@ -1,6 +1,7 @@
 // What the HTTP server tells goes to the log, a line per request, and to the metrics.
 #pragma once
 
+#include <map>
 #include <mutex>
 #include <string>
 
@@ -29,6 +30,7 @@ class AccessLog : public HttpObserver {
   std::mutex mutex_;
   ServerMetrics* metrics_ = nullptr;
   int connections_ = 0, requests_ = 0;  // open now
+  std::map<std::string, int> probed_;   // the last status by route
 };
 
 // A W3C traceparent, if it is one: its value may then go into a log.

@@ -56,6 +56,33 @@ TEST(AccessLogTest, OneLineWithoutTheText) {
   EXPECT_THAT(metrics.Render(EngineState()), HasSubstr("route=\"/v1/completions\""));
 }
 
+TEST(AccessLogTest, AProbeHasALineWhenItsAnswerChanges) {
+  const std::string path = ::testing::TempDir() + "dsla_access_log_probes";
+  std::remove(path.c_str());
+  auto log = Log::Open({.file = path});
+  ASSERT_TRUE(log.ok());
+  AccessLog access(log->get());
+  HttpRequest request;
+  request.method = "GET";
+  request.path = "/ready";
+  AccessRecord record;
+  record.request = std::make_shared<const HttpRequest>(request);
+  record.route = "/ready";
+  for (const int status : {503, 503, 503, 200, 200, 503, 503}) {
+    record.status = status;
+    access.OnRequestStarted();
+    access.OnRequestFinished(record);
+  }
+  (*log)->Flush();
+  std::ifstream file(path);
+  std::vector<std::string> lines;
+  for (std::string line; std::getline(file, line);) lines.push_back(line);
+  ASSERT_EQ(lines.size(), 3u);
+  EXPECT_THAT(lines[0], HasSubstr("status=503"));
+  EXPECT_THAT(lines[1], HasSubstr("status=200"));
+  EXPECT_THAT(lines[2], HasSubstr("status=503"));
+}
+
 // What was open before there were metrics must not be missing when it closes.
 TEST(AccessLogTest, WhatIsOpenIsHandedOver) {
   auto log = Log::Open({.file = ::testing::TempDir() + "dsla_access_log_open"});
