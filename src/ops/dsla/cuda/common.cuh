@@ -180,42 +180,54 @@ __device__ __forceinline__ void CopyTile(uint4* to, const __nv_bfloat16* row0, i
   }
 }
 
-// (1 + u)^(-1/16) - 1 for u in [0, 1], relative error under 4e-7: near 0 the power and the
-// difference would both lose what is wanted.
+// (1 + u)^(-1/16) - 1 for u in [0, 1], relative error under 1e-5, which is less than what 17 bits
+// of key leave of a logit. Near 0 the power and the difference would lose more.
 __device__ __forceinline__ float RootMinusOne(float u) {
   static_assert(kDslaGateDivisor == 16);
-  float x = 0.0006130157853476703f;
-  x = x * u - 0.003157941624522209f;
-  x = x * u + 0.007679713424295187f;
-  x = x * u - 0.012557177804410458f;
-  x = x * u + 0.017109397798776627f;
-  x = x * u - 0.022784963250160217f;
-  x = x * u + 0.03320122882723808f;
-  x = x * u - 0.062499985098838806f;
+  float x = 0.0016821599565446377f;
+  x = x * u - 0.007103092037141323f;
+  x = x * u + 0.014610905200242996f;
+  x = x * u - 0.02224414236843586f;
+  x = x * u + 0.03315725550055504f;
+  x = x * u - 0.06249939650297165f;
   return x * u;
 }
 
 // e^a - 1 of the gate a = max(logsigmoid(x) / 16, floor), i.e. of e^a = sigmoid(x)^(1/16), where
-// `least` is e^floor - 1. Relative error some 1e-6 down to the slowest gates.
-__device__ __forceinline__ float GateMinusOne(float x, float least) {
+// `least` is e^floor - 1 and t is -x log2(e).
+__device__ __forceinline__ float GateMinusOneOf(float t, float least) {
   // sigmoid(x) = e^min(x, 0) / (1 + e^-|x|); the first factor is 1 where gates are slow.
-  const float root = RootMinusOne(Exp(-fabsf(x)));
-  const float fast = Exp2(fminf(x, 0.f) * (1.4426950408889634f / kDslaGateDivisor));
+  const float root = RootMinusOne(Exp2(-fabsf(t)));
+  const float fast = Exp2(fmaxf(t, 0.f) * (-1.f / kDslaGateDivisor));
   return fmaxf(fast * root + (fast - 1), least);
+}
+__device__ __forceinline__ float GateMinusOne(float x, float least) {
+  return GateMinusOneOf(x * -1.4426950408889634f, least);
+}
+// Of logits without their bias, which is one for x[.][0, 1] and another for x[.][2, 3].
+template <int n>
+__device__ __forceinline__ void GatesMinusOne(float (&x)[n][4], float2 bias, float least) {
+  constexpr float kScale = -1.4426950408889634f;
+  const float offset[2] = {bias.x * kScale, bias.y * kScale};
+  uint32_t signs = ~0u;
+#pragma unroll
+  for (int i = 0; i < 4 * n; ++i) {
+    float& t = x[i / 4][i % 4];
+    t = t * kScale + offset[i % 4 / 2];
+    signs &= __float_as_uint(t);
+  }
+  // Where all logits are positive, as slow gates' are, the other factor is 1 and the floor far.
+  if (least < -0.05f && __all_sync(~0u, signs >> 31)) {
+#pragma unroll
+    for (int i = 0; i < 4 * n; ++i) x[i / 4][i % 4] = RootMinusOne(Exp2(x[i / 4][i % 4]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4 * n; ++i) x[i / 4][i % 4] = GateMinusOneOf(x[i / 4][i % 4], least);
+  }
 }
 template <int n>
 __device__ __forceinline__ void GatesMinusOne(float (&x)[n][4], float least) {
-  uint32_t signs = 0;
-#pragma unroll
-  for (int i = 0; i < 4 * n; ++i) signs |= __float_as_uint(x[i / 4][i % 4]);
-  // Where all logits are positive, as slow gates' are, the other factor is 1 and the floor far.
-  if (least < -0.05f && !__any_sync(~0u, signs >> 31)) {
-#pragma unroll
-    for (int i = 0; i < 4 * n; ++i) x[i / 4][i % 4] = RootMinusOne(Exp(-x[i / 4][i % 4]));
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4 * n; ++i) x[i / 4][i % 4] = GateMinusOne(x[i / 4][i % 4], least);
-  }
+  GatesMinusOne(x, {0.f, 0.f}, least);
 }
 
 }  // namespace dsla::cuda

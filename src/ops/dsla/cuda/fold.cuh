@@ -80,19 +80,6 @@ __device__ __forceinline__ void LoadFoldWeights(FoldShared<D, kBlocks, kSigns>& 
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// Undoes RoPE for two dimensions x of the first half of a head and their partners y: two terms
-// each.
-__device__ __forceinline__ void Undo(uint32_t x, uint32_t y, float2 cos, float2 sin,
-                                     uint32_t& x_high, uint32_t& y_high, uint32_t& x_low,
-                                     uint32_t& y_low) {
-  const float x0 = Low(x) * cos.x + Low(y) * sin.x, x1 = High(x) * cos.y + High(y) * sin.y;
-  const float y0 = Low(y) * cos.x - Low(x) * sin.x, y1 = High(y) * cos.y - High(x) * sin.y;
-  x_high = Pack(x0, x1);
-  y_high = Pack(y0, y1);
-  x_low = Pack(x0 - Low(x_high), x1 - High(x_high));
-  y_low = Pack(y0 - Low(y_high), y1 - High(y_high));
-}
-
 // Of a lane of a warp that fetches: of the warp's 16 tokens of a chunk those from `first` on,
 // kRows apart, and of their rows the piece c, or dimensions 4 c .. 4 c + 3 of both halves.
 template <int D>

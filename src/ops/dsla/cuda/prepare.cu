@@ -6,7 +6,7 @@
 // 32 .. 63; column 2t + i of tile j is slot 32 (j / 4) + 8 t + 2 (j % 4) + i, so a lane has eight
 // slots in a row of each half of the chunk. Rows g and g + 8 of a tile are channels 2g and 2g + 1,
 // neighbours in memory.
-#include "ops/dsla/cuda/prepare.cuh"
+#include "ops/dsla/cuda/prepare_keys.cuh"
 
 namespace dsla::cuda {
 namespace {
@@ -19,18 +19,30 @@ constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <int D>
 constexpr int kBlocksPerProcessor = D == 128 ? 1 : 3;
 template <int D>
-constexpr int kMaxThreads = 2 * D;
+constexpr int kMostTeams = 1;
 #else
 template <int D>
 constexpr int kBlocksPerProcessor = D == 128 ? 1 : 4;
 template <int D>
-constexpr int kMaxThreads = kTeams<D> * 2 * D;
+constexpr int kMostTeams = kTeams<D>;
 #endif
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// Registers of a thread that fetches and of the others, with two teams.
+constexpr int kFetchRegisters = 64, kTeamRegisters = 104;
+template <int D, bool kFold>
+constexpr bool kFetched = kHasFetchers<D, kFold>;
+#else
+template <int D, bool kFold>
+constexpr bool kFetched = false;
+#endif
+template <int D, bool kFold>
+constexpr int kMaxThreads = kMostTeams<D> * 2 * D + (kFetched<D, kFold> ? kFetchThreads : 0);
 
 // e^a - 1 in the place of the logits of one half's slots.
 template <bool kUpper>
-__device__ __forceinline__ void Gates(float (&gate)[8][4], float least) {
-  GatesMinusOne(reinterpret_cast<float(&)[4][4]>(gate[4 * kUpper]), least);
+__device__ __forceinline__ void Gates(float (&gate)[8][4], float2 bias, float least) {
+  GatesMinusOne(reinterpret_cast<float(&)[4][4]>(gate[4 * kUpper]), bias, least);
 }
 
 // Where a lane's first slot of a half goes.
@@ -95,141 +107,214 @@ __device__ __forceinline__ void WriteHalf(const float (&gate)[8][4], const float
   if (t % 2 == 0) *to.key_sum = {sum[0], sum[1]};
 }
 
-// grid (Hkv, groups of chunks, SF / D / kBlocks), teams of 2 D threads. A block goes over chunks
-// with one set of weights; each of its teams takes the next, on its own: one's products and copies
-// run behind the other's arithmetic.
-template <int D, int kBlocks, int kSigns, bool kFold>
-__global__ void __launch_bounds__(kMaxThreads<D>, kBlocksPerProcessor<D>)
-    PrepareKernel(const __grid_constant__ PrefillParams p) {
-  extern __shared__ __align__(1024) std::byte memory[];
-  auto& shared = *reinterpret_cast<PrepareShared<D, kBlocks, kSigns>*>(memory);
-  const Layer& l = p.layer;
-  const int h = blockIdx.x, first_block = blockIdx.z * kBlocks, blocks = l.SF / D;
-  // One for all of a warp, which the products' operands must be.
-  const int all_warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-  const int team = all_warp / (D / 16), warp = all_warp % (D / 16);
-  const int thread = threadIdx.x % (2 * D), lane = thread % 32, g = lane / 4, t = lane % 4;
-  const int pair = 8 * warp + g;  // this lane's channels are 2 pair and 2 pair + 1 of each block
-  TeamShared<D, kSigns>& s = shared.team[team];
-  LoadWeights<D, kBlocks>(shared, l, h, first_block);
-  AwaitPrevious();
-  AllowNext();
+// A lane of a team.
+template <int D>
+struct Lane {
+  unsigned thread, lane, g, t;
+  __device__ __forceinline__ Lane() {
+    thread = Fresh(threadIdx.x) % (2 * D);
+    lane = thread % 32;
+    g = lane / 4;
+    t = lane % 4;
+  }
+};
 
-  const int step = gridDim.y * (blockDim.x / (2 * D));
-  int index = blockIdx.y + gridDim.y * team;
-  const auto chunk_at = [&](int i) {
-    return i < p.wave_chunks ? ChunkOf(p, i) : Chunk{-1, 0, 0, 0};
-  };
-  Chunk chunk = chunk_at(index);
-  const auto fetch = [&](const Chunk& of) {
-    if constexpr (kFold)
-      FetchKeys<D>(s.key, p, p.pages, of, h, thread);
-    else
-      FetchKeys<D>(s.key, p, p.rows, of, h, thread);
-  };
-  if (chunk.n >= 0) fetch(chunk);
-  PublishCopies();  // the weights
-  __syncthreads();
-  const uint32_t key = SharedAddress(s.key), plain = SharedAddress(s.plain);
-  const auto weight = [&](int m) { return SharedAddress(shared.weight[m][warp / 4]); };
-  const auto begin_gates = [&](float(&gate)[8][4], int b) {
-    const float2 bias = __ldg(
-        reinterpret_cast<const float2*>(l.weights.bias + h * l.SF + (first_block + b) * D) + pair);
+// What a warp of a team does.
+template <int D, int kBlocks, int kSigns, bool kFold>
+struct Team {
+  PrepareShared<D, kBlocks, kSigns>& shared;
+  const PrefillParams& p;
+  const int all_warp;  // one for all of a warp, which the products' operands must be
+
+  __device__ __forceinline__ int team() const { return all_warp / (D / 16); }
+  __device__ __forceinline__ int warp() const { return all_warp % (D / 16); }
+  __device__ __forceinline__ TeamShared<D, kSigns>& keys() const { return shared.team[team()]; }
+  __device__ __forceinline__ uint32_t Weight(int m) const {
+    return SharedAddress(shared.weight[m][warp() / 4]);
+  }
+
+  // Issues the products with a block's gates.
+  __device__ __forceinline__ void AddGates(float (&gate)[8][4], int b) const {
+    const uint32_t weight = Fresh(Weight(1 + b)), plain = Fresh(SharedAddress(keys().plain));
+    AddScores<D, kChunk, kChunk>(gate, weight, plain);
+    AddScores<D, kChunk, kChunk>(gate, weight, plain + sizeof(KeyTile<D>));
+    CommitProducts();
+  }
+
+  // Makes phi_k, negated, of this warp's powers.
+  __device__ __forceinline__ void Scale(float (&y)[8][4]) const {
+    const float* factors = keys().top[0][warp()] + 8 * Lane<D>().t;
+    float scale[4];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      gate[j][0] = gate[j][1] = bias.x;
-      gate[j][2] = gate[j][3] = bias.y;
+    for (int i = 0; i < 16; ++i) {
+      if (i % 4 == 0) LoadSlots(scale, factors + i / 8 * 32 + i % 8);
+      y[i / 2][i % 2] *= scale[i % 4];
+      y[i / 2][2 + i % 2] *= scale[i % 4];
     }
-    Pin(gate);
-  };
-  const auto add_gates = [&](float(&gate)[8][4], int b) {
-    AddScores<D, kChunk, kChunk>(gate, weight(1 + b), plain);
-    AddScores<D, kChunk, kChunk>(gate, weight(1 + b), plain + sizeof(KeyTile<D>));
-    CommitProducts();
-  };
-  // The second team begins when the first is in the midst of its chunk, so that one's waits for
-  // products, keys and angles fall into the other's arithmetic.
-  const bool staggers = kTeams<D> == 2 && blockDim.x > 2 * D;
-  if (team == 1 && chunk_at(blockIdx.y).n >= 0)
-    asm volatile("bar.sync 3, %0;" ::"n"(4 * D) : "memory");
-  while (chunk.n >= 0) {
-    UndoRope(s, l, chunk, thread, team);
-    float y[8][4] = {}, gate[8][4];
-    Pin(y);
-    begin_gates(gate, 0);
-    BeginProducts();
-    AddScores<D, kChunk, kChunk>(y, weight(0), key);
-    CommitProducts();
-    add_gates(gate, 0);
-    // The first row that enters, and how many do.
-    const int from = max(chunk.lo, l.S - chunk.e0);
-    const unsigned entering = max(chunk.hi - from, 0);
-    const Chunk next = chunk_at(index + step);
-    WaitProducts<1>();
-    Pin(y);
+  }
+
+  template <bool kUpper>
+  __device__ __forceinline__ void Half(float (&gate)[8][4], const float (&y)[8][4], float2 bias,
+                                       int index, int b, const EnteringRows& rows) const {
+    const Layer& l = p.layer;
+    Gates<kUpper>(gate, bias, l.least_gate);
+    const auto [thread, lane, g, t] = Lane<D>();
+    const unsigned first = kUpper ? kChunk / 2 + 8 * t : kChunk / 2 - 1 - 8 * t;
+    if (rows.from > 0 || rows.count < kChunk) {
 #pragma unroll
-    for (int sign = 0; sign < kSigns; ++sign)
-      Statistics<kSigns == 1>(y, sign == 0 ? 1.f : -1.f, s.top[sign][warp], s.sum[sign][warp],
-                              lane);
-    Barrier<2 * D>(team);  // all have done with the keys, and left their statistics
-    if (thread < kSigns * kChunk) CombineStatistics(s, thread / kChunk, thread % kChunk);
-    if (next.n >= 0) fetch(next);
-    Barrier<2 * D>(team);  // the statistics are combined
-    if constexpr (kSigns == 1) {
-      float scale[4];
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        if (i % 4 == 0) LoadSlots(scale, s.top[0][warp] + i / 8 * 32 + 8 * t + i % 8);
-        y[i / 2][i % 2] *= scale[i % 4];
-        y[i / 2][2 + i % 2] *= scale[i % 4];
+      for (int i = 0; i < 8; ++i) {
+        const unsigned row = kUpper ? first + i : first - i;
+        if (row - rows.from >= static_cast<unsigned>(rows.count))
+          gate[4 * kUpper + i / 2][i % 2] = gate[4 * kUpper + i / 2][2 + i % 2] = 0;
       }
     }
-    const int64_t part = int64_t{index} * l.Hkv + h;
+    const int64_t part = int64_t{index} * l.Hkv + blockIdx.x;
+    const int64_t blocks = l.SF / D, in_part = blockIdx.z * kBlocks + b;
+    const int64_t block = part * blocks + in_part, at = block * (kChunk * D / 2);
+    // Rows g and g + 8 of a tile share a lane of the fragment of e^{G-R}.
+    const unsigned pair = 8 * warp() + g, quarter = first / 16, row = first % 16;
+    const unsigned fragment =
+        quarter * (D * 8) + (warp() * 32 + g % 4) * 4 + g / 4 * 2 + row % 8 * 16 + row / 8;
+    Places to;
+    to.decay = reinterpret_cast<float*>(p.decay + block * D) + kUpper + 4 * pair;
+    to.key_sum = reinterpret_cast<float2*>(p.key_sum) + (4 * part * blocks + in_part) * (D / 2) +
+                 (quarter * (l.SF / 2) + pair);
+    to.key = reinterpret_cast<uint32_t*>(p.key) + at + (first * (D / 2) + pair);
+    to.growth = p.growth + at + fragment;
+    WriteHalf<D, kSigns, kFold, kUpper>(gate, y, b == 0 ? 1.f : -1.f,
+                                        keys().norm[kSigns == 1 ? 0 : b], to, lane);
+  }
+
+  // Chunk `index` of the wave, when its keys are there. `keys_read` comes when the products have
+  // read them, `all_read` when they have those without RoPE too, `between` when all of the team
+  // have got that far with the keys.
+  template <typename KeysRead, typename Between, typename AllRead>
+  __device__ __forceinline__ void Run(int index, const EnteringRows& rows,
+                                      const KeysRead& keys_read, const Between& between,
+                                      const AllRead& all_read) const {
+    float y[8][4] = {}, gate[8][4] = {};
+    Pin(y);
+    Pin(gate);
+    BeginProducts();
+    AddScores<D, kChunk, kChunk>(y, Fresh(Weight(0)), Fresh(SharedAddress(keys().key)));
+    CommitProducts();
+    AddGates(gate, 0);
+    WaitProducts<1>();
+    Pin(y);
+    keys_read();
+#pragma unroll
+    for (int sign = 0; sign < kSigns; ++sign)
+      Statistics<kSigns == 1>(y, sign == 0 ? 1.f : -1.f, keys().top[sign][warp()],
+                              keys().sum[sign][warp()], Lane<D>().lane);
+    Barrier<2 * D>(team());  // all have done with the keys, and left their statistics
+    if (const int thread = Lane<D>().thread; thread < kSigns * kChunk)
+      CombineStatistics(keys(), thread / kChunk, thread % kChunk);
+    between();
+    Barrier<2 * D>(team());  // the statistics are combined
+    if constexpr (kSigns == 1) Scale(y);
 #pragma unroll 1
     for (int b = 0; b < kBlocks; ++b) {
       if (b > 0) {
-        begin_gates(gate, b);
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) gate[j][i] = 0;
+        Pin(gate);
         BeginProducts();
-        add_gates(gate, b);
+        AddGates(gate, b);
       }
+      const float2 bias = __ldg(reinterpret_cast<const float2*>(p.layer.weights.bias) +
+                                (blockIdx.x * p.layer.SF + (blockIdx.z * kBlocks + b) * D) / 2 +
+                                8 * warp() + Lane<D>().g);
       WaitProducts<0>();
       Pin(gate);
-      const int64_t block = part * blocks + first_block + b, at = block * (kChunk * D / 2);
-      float* decay = reinterpret_cast<float*>(p.decay + block * D + 2 * pair);
-      float2* key_sum = reinterpret_cast<float2*>(p.key_sum) +
-                        (part * 4 * blocks + first_block + b) * (D / 2) + pair;
-      const auto half = [&]<bool kUpper>() {
-        Gates<kUpper>(gate, l.least_gate);
-        const int first = TokenOf(32 * kUpper + 8 * t);
-        if (from > 0 || entering < kChunk) {
-          int begin = from;  // unknown to the compiler, which would compare ahead for every chunk
-          asm volatile("" : "+r"(begin));
-#pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            const int row = kUpper ? first + i : first - i;
-            if (static_cast<unsigned>(row - begin) >= entering)
-              gate[4 * kUpper + i / 2][i % 2] = gate[4 * kUpper + i / 2][2 + i % 2] = 0;
-          }
-        }
-        const int quarter = first / 16, row = first % 16;
-        Places to;
-        to.decay = decay + kUpper;
-        to.key_sum = key_sum + quarter * (l.SF / 2);
-        to.key = reinterpret_cast<uint32_t*>(p.key) + at + first * (D / 2) + pair;
-        // Rows g and g + 8 of a tile share a lane of the fragment.
-        to.growth = p.growth + at + quarter * (D * 8) + (warp * 32 + g % 4) * 4 + g / 4 * 2 +
-                    row % 8 * 16 + row / 8;
-        WriteHalf<D, kSigns, kFold, kUpper>(gate, y, b == 0 ? 1.f : -1.f,
-                                            s.top[kSigns == 1 ? 0 : b][0], to, lane);
-      };
-      half.template operator()<false>();
-      if (staggers && b == 0 && index == blockIdx.y)
-        asm volatile("bar.arrive 3, %0;" ::"n"(4 * D) : "memory");
-      half.template operator()<true>();
+      if (b == kBlocks - 1) all_read();
+      Half<false>(gate, y, bias, index, b, rows);
+      Half<true>(gate, y, bias, index, b, rows);
     }
-    chunk = next;
-    index += step;
   }
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  // The team's chunks, as they are fetched.
+  __device__ __forceinline__ void RunFetched() const {
+    int index = blockIdx.y + gridDim.y * team();
+    for (int i = 0;; ++i) {
+      Await(shared.full[team()], i);
+      const EnteringRows rows = shared.entering[team()];
+      if (rows.count < 0) break;
+      Run(
+          index, rows, [&] { Arrive(shared.key_free[team()]); }, [] {},
+          [&] { Arrive(shared.plain_free[team()]); });
+      index += gridDim.y * kTeams<D>;
+    }
+  }
+#endif
+
+  // The chunks of a team, one of `teams`, which fetches for itself.
+  __device__ __forceinline__ void RunAll(int teams) const {
+    const Layer& l = p.layer;
+    const int step = gridDim.y * teams;
+    int index = blockIdx.y + gridDim.y * team();
+    const auto fetch = [&](const Chunk& of) {
+      const int thread = Lane<D>().thread;
+      if constexpr (kFold)
+        FetchKeys<D>(keys().key, p, p.pages, of, blockIdx.x, thread);
+      else
+        FetchKeys<D>(keys().key, p, p.rows, of, blockIdx.x, thread);
+    };
+    Chunk chunk = ChunkAt(p, index);
+    if (chunk.n >= 0) fetch(chunk);
+    while (chunk.n >= 0) {
+      UndoRope(keys(), l, chunk, Lane<D>().thread, team());
+      const EnteringRows rows(l, chunk);
+      chunk = ChunkAt(p, index + step);
+      Run(
+          index, rows, [] {},
+          [&] {
+            if (chunk.n >= 0) fetch(chunk);
+          },
+          [] {});
+      index += step;
+    }
+  }
+};
+
+// grid (Hkv, groups of chunks, SF / D / kBlocks), teams of 2 D threads, and those that fetch. A
+// block goes over chunks with one set of weights; each of its teams takes the next, on its own:
+// one's products and copies run behind the other's arithmetic.
+template <int D, int kBlocks, int kSigns, bool kFold>
+__global__ void __launch_bounds__(kMaxThreads<D, kFold>, kBlocksPerProcessor<D>)
+    PrepareKernel(const __grid_constant__ PrefillParams p) {
+  extern __shared__ __align__(1024) std::byte memory[];
+  auto& shared = *reinterpret_cast<PrepareShared<D, kBlocks, kSigns>*>(memory);
+  // One for all of a warp, which the products' operands must be.
+  const int all_warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  LoadWeights<D, kBlocks>(shared, p.layer, blockIdx.x, blockIdx.z * kBlocks);
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  if (kFetched<D, kFold> && threadIdx.x < kTeams<D>) {
+    InitBarrier(shared.full[threadIdx.x], kFetchThreads / 32);
+    InitBarrier(shared.key_free[threadIdx.x], D / 16);
+    InitBarrier(shared.plain_free[threadIdx.x], D / 16);
+  }
+#endif
+  AwaitPrevious();
+  AllowNext();
+  PublishCopies();  // the weights
+  __syncthreads();
+  const Team<D, kBlocks, kSigns, kFold> worker{shared, p, all_warp};
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  if constexpr (kFetched<D, kFold>) {
+    if (all_warp >= kTeams<D> * (D / 16)) {
+      GiveUpRegisters<kFetchRegisters>();
+      KeyFetcher<D, kBlocks, kSigns>{shared, p, {}, {}}.Run();
+    } else {
+      TakeRegisters<kTeamRegisters>();
+      worker.RunFetched();
+    }
+    return;
+  }
+#endif
+  worker.RunAll(blockDim.x / (2 * D));
 }
 
 template <int D, int kBlocks, int kSigns, bool kFold>
@@ -244,6 +329,7 @@ void Launch(const PrefillParams& p, cudaStream_t stream) {
     teams = 1;
     bytes = sizeof(Shared) - (kTeams<D> - 1) * sizeof(TeamShared<D, kSigns>);
   }
+  const int threads = teams * 2 * D + (kHasFetchers<D, kFold> && FoldsInOne() ? kFetchThreads : 0);
   // How many chunks each team takes: weights are loaded once per block, at the cost of a quarter of
   // a chunk, but all that run at once should end together. Results do not depend on it.
   const int64_t pairs = p.layer.SF / D / kBlocks;
@@ -255,7 +341,7 @@ void Launch(const PrefillParams& p, cudaStream_t stream) {
     if (cost < least) groups = n, least = cost;
   }
   const dim3 grid(p.layer.Hkv, static_cast<unsigned>(groups), static_cast<unsigned>(pairs));
-  Start<PrepareKernel<D, kBlocks, kSigns, kFold>>("prepare", grid, teams * 2 * D, bytes, p, stream);
+  Start<PrepareKernel<D, kBlocks, kSigns, kFold>>("prepare", grid, threads, bytes, p, stream);
 }
 
 template <int D, bool kFold>
