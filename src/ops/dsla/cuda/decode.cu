@@ -1,295 +1,223 @@
 // One new row per sequence, in two launches:
 //   project  products with the adapter's matrices, 16 rows at a time: phi_q, phi_k, e^a - 1
-//   update   states (read and written once) and window of one (row, KV head) or a part of it; the
-//            last part to end adds the parts up, merges window and states, and writes the row into
-//            ring and sinks
+//   update   states (read and written once) and window, the merge of both, and the row into ring
+//            and sinks
+// `update` has two forms, which give the same bits. Where there are tasks for all multiprocessors,
+// as many blocks as these hold go from task to task, with a warp for each strand, and fetch ahead:
+// memory always has something to do. Where there are few (compute capability 9.0), each has a
+// cluster: a block for each strand, with a warp for each step.
 #include <algorithm>
 
 #include "base/check.h"
+#include "ops/dsla/cuda/decode_merge.cuh"
+#include "ops/dsla/cuda/decode_states.cuh"
 #include "ops/dsla/cuda/decode_window.cuh"
 
 namespace dsla::cuda {
 namespace {
 
-// Channels [kChannels part, +kChannels) of the states of one (row, KV head). A lane owns four value
-// columns, so the sums over channels need no shuffles; every load of the part is issued before the
-// first use.
-template <int D, int kG, int kChannels>
-struct States {
-  static constexpr int kWarps = Warps(D);
-  static constexpr int kRows = 128 / D;                      // channels per load of a warp
-  static constexpr int kLoads = kChannels / kWarps / kRows;  // of a lane
-  static constexpr int kStride = kG == 3 ? 4 : kG;           // for whole vectors
-  struct Shared {
-    float2 factor[kChannels];  // e^a, k'
-    alignas(16) float query[kChannels][kStride];
-    float norm[kChannels / 32][kG];  // q' z, by warp
-  };
-  float4 s[kLoads];
-  uint2 entering;  // value of the token that enters
-  float z;
-  float *state, *norm;
-  int c0, column, sub;
+// Places for tiles that each warp has: 16 KB.
+constexpr int Places(int D) { return 256 / D; }
 
-  __device__ __forceinline__ void Load(const DecodeParams& p, const Keys<D>& keys, std::byte* slot,
-                                       int h, int part) {
-    const Layer& l = p.layer;
-    const int lane = threadIdx.x % 32, warp = Warp();
-    column = lane % (D / 4) * 4, sub = lane / (D / 4), c0 = part * kChannels;
-    state = reinterpret_cast<float*>(slot + l.at.state) +
-            (int64_t{h} * l.SF + c0 + warp * (kChannels / kWarps) + sub) * D + column;
-    norm = reinterpret_cast<float*>(slot + l.at.norm) + int64_t{h} * l.SF + c0 + threadIdx.x;
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i)
-      s[i] = __ldcs(reinterpret_cast<const float4*>(state + int64_t{i} * kRows * D));
-    z = threadIdx.x < kChannels ? *norm : 0;
-    entering = {};
-    if (Entering(l, keys.t) >= 0) {  // from the ring's place that token t is going to take
-      const __nv_bfloat16* from = l.W > 0 ? keys.ring_v + int64_t{keys.newest} * D : keys.new_v;
-      entering = *reinterpret_cast<const uint2*>(from + column);
-    }
+template <int D, int kG, bool kSplit>
+constexpr int SharedBytes(int warps) {
+  return warps * (Places(D) * TileBytes(D) + sizeof(typename States<D, kG>::Shared)) +
+         (kStrands + (kSplit ? warps : 0)) * sizeof(Sums<D, kG>);
+}
+
+// What a warp fetches: the tiles of steps [first, last) of a strand, task by task, in the order of
+// their use.
+template <int D>
+struct Ahead {
+  int strand, first, last, step, window_tile;
+
+  __device__ __forceinline__ Ahead(int strand, int first, int last)
+      : strand(strand), first(first), last(last) {
+    Begin();
   }
+  __device__ __forceinline__ void Begin() {
+    step = first;
+    window_tile = kStrands * step + strand;
+  }
+  // The next tile; returns whether it was the task's last.
+  __device__ __forceinline__ bool Fetch(const DecodeParams& p, const Task<D>& task, uint4* to) {
+    if (window_tile < p.tiles) {
+      FetchKeys(p, task, to, window_tile * kTile);
+      window_tile += kStrands * p.steps;
+      if (window_tile < p.tiles || step < p.state_steps) return false;
+    } else {
+      FetchStates(p.layer, task, to, kStrands * step + strand);
+    }
+    window_tile = kStrands * ++step + strand;
+    return step == last;
+  }
+};
 
-  // Leaves the numerators in `sums` [kG, D], one such array for each warp, and q' z in `shared`.
-  __device__ __forceinline__ void Update(const DecodeParams& p, Shared& shared, float* sums, int n,
-                                         int h, bool enters) {
-    const Layer& l = p.layer;
-    const int lane = threadIdx.x % 32, warp = Warp();
-    const int64_t head = int64_t{n} * l.Hkv + h;
-    if (threadIdx.x < kChannels) {  // whole warps
-      const int c = c0 + threadIdx.x, second = c >= l.F, f = c - second * l.F;
-      const float gate = p.gate[head * l.SF + c], phi_k = p.phi_k[head * l.F + f];
-      float q[kG];  // loaded without a branch, so that no load waits for another
-#pragma unroll
-      for (int g = 0; g < kG; ++g) {
-        const int qh = h * l.G + min(g, l.G - 1);
-        q[g] = l.mix[qh * l.states + second] * p.phi_q[(int64_t{n} * l.H + qh) * l.F + f];
+// Whole tasks: grid (blocks), kStrands warps. Split: grid (tasks, 1, kStrands), a cluster along z,
+// `steps` warps.
+template <int D, int kG, bool kSplit>
+__global__ void __launch_bounds__(32 * (kSplit ? kMaxSteps : kStrands), kSplit    ? 1
+                                                                        : D == 64 ? 3
+                                                                                  : 2)
+    UpdateKernel(const __grid_constant__ DecodeParams p) {
+  constexpr int kPlaces = Places(D), kPlaceUnits = TileBytes(D) / 16;
+  extern __shared__ __align__(256) uint4 shared[];
+  __shared__ float claims[kG];
+  __shared__ uint64_t mailbox;
+  const Layer& l = p.layer;
+  const int lane = threadIdx.x % 32, warp = Warp(), warps = kSplit ? p.steps : kStrands;
+  const int strand = kSplit ? blockIdx.z : warp;
+  const int first = kSplit ? warp : 0, last = kSplit ? warp + 1 : p.steps;
+
+  // Lane i has slot and position of the block's i-th task.
+  const int mine = blockIdx.x + lane * gridDim.x;
+  int slot = -1, pos = -1;
+  if (mine < l.N * l.Hkv) {
+    slot = l.slots[mine / l.Hkv];
+    pos = l.pos[mine / l.Hkv];
+  }
+  unsigned tasks = __ballot_sync(~0u, (slot | pos) >= 0);
+  if (tasks == 0) return;
+  const auto task_of = [&](unsigned mask) {
+    const int i = __ffs(mask) - 1;
+    return Task<D>(l, blockIdx.x + i * gridDim.x, __shfl_sync(~0u, slot, i),
+                   __shfl_sync(~0u, pos, i));
+  };
+  if (kSplit) OpenMailbox(mailbox, MailBytes<D>(l.G));
+
+  uint4* const places = shared + warp * kPlaces * kPlaceUnits;
+  auto* const strands = reinterpret_cast<Sums<D, kG>*>(shared + warps * kPlaces * kPlaceUnits);
+  auto* const steps = strands + kStrands;  // of this strand, if split
+  Sums<D, kG>& sums = kSplit ? steps[warp] : strands[warp];
+  auto& states_shared = reinterpret_cast<typename States<D, kG>::Shared*>(
+      strands + kStrands + (kSplit ? warps : 0))[warp];
+
+  // A tile's copies are a group; past the last tile groups are empty, so that the same wait fits.
+  Ahead<D> ahead(strand, first, last);
+  unsigned ahead_tasks = tasks;
+  Task<D> ahead_task = task_of(tasks);
+  const auto fetch = [&](int place) {
+    if (ahead_tasks && ahead.Fetch(p, ahead_task, places + place * kPlaceUnits)) {
+      ahead.Begin();
+      ahead_tasks &= ahead_tasks - 1;
+      if (ahead_tasks) ahead_task = task_of(ahead_tasks);
+    }
+    CommitCopies();
+  };
+#pragma unroll 1
+  for (int i = 0; i < kPlaces; ++i) fetch(i);
+  int place = 0;
+  const auto await_tile = [&] {
+    WaitCopies<kPlaces - 1>();
+    __syncwarp();
+  };
+  const auto next_tile = [&] {
+    __syncwarp();  // all lanes are done with this one
+    fetch(place);
+    place = (place + 1) % kPlaces;
+  };
+
+#pragma unroll 1
+  for (bool awaited = false; tasks; tasks &= tasks - 1) {
+    const Task<D> task = task_of(tasks);
+    const int64_t query = int64_t{task.n} * l.H + task.h * l.G;
+    Window<D, kG> window;
+    if (l.W > 0) {
+      window.LoadQueries(p, task);
+      if (threadIdx.x < l.G) claims[threadIdx.x] = p.claim[query + threadIdx.x];
+    }
+#pragma unroll 1
+    for (int step = first; step < last; ++step) {
+      const bool has_states = step < p.state_steps;
+      const int state_tile = kStrands * step + strand;
+      States<D, kG> states;
+      if (awaited && has_states) states.Load(p, task, state_tile);
+      if (l.W > 0 && (step == first || state_tile < p.tiles)) {
+        window.Begin();
+#pragma unroll 1
+        for (int tile = state_tile; tile < p.tiles; tile += kStrands * p.steps) {
+          await_tile();
+          window.Add(p, task, places + place * kPlaceUnits, tile * kTile);
+          next_tile();
+        }
+        window.End(p, sums, step == first);
       }
-      const float k = enters ? -gate * phi_k : 0;
-      shared.factor[threadIdx.x] = {1 + gate, k};
-      z = (1 + gate) * z + k;
-      *norm = z;
-#pragma unroll
-      for (int g = 0; g < kG; ++g) {
-        shared.query[threadIdx.x][g] = q[g];
-        const float sum = WarpSum(q[g] * z);
-        if (lane == 0) shared.norm[warp][g] = sum;
+      if (!awaited) {
+        AwaitPrevious();  // from here on `project` has ended
+        AllowNext();
+        awaited = true;
+        if (has_states) states.Load(p, task, state_tile);
+      }
+      if (has_states) {
+        await_tile();
+        states.Update(l, task, state_tile, places + place * kPlaceUnits, states_shared, sums,
+                      step == first);
+        next_tile();
       }
     }
     __syncthreads();
-    const float4 v{Low(entering.x), High(entering.x), Low(entering.y), High(entering.y)};
-    float4 acc[kG] = {};
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int c = warp * (kChannels / kWarps) + i * kRows + sub;
-      const float2 f = shared.factor[c];
-      s[i].x = f.x * s[i].x + f.y * v.x;
-      s[i].y = f.x * s[i].y + f.y * v.y;
-      s[i].z = f.x * s[i].z + f.y * v.z;
-      s[i].w = f.x * s[i].w + f.y * v.w;
-      __stcs(reinterpret_cast<float4*>(state + int64_t{i} * kRows * D), s[i]);
-#pragma unroll
-      for (int g = 0; g < kG; ++g) {
-        const float q = shared.query[c][g];
-        acc[g].x += q * s[i].x;
-        acc[g].y += q * s[i].y;
-        acc[g].z += q * s[i].z;
-        acc[g].w += q * s[i].w;
-      }
+    if (kSplit) {
+      AwaitOpenMailbox();
+      SendStrand(p, steps, strand, strands[strand], mailbox);
+      if (strand > 0) return;
+      AwaitMail(mailbox);
     }
-#pragma unroll
-    for (int g = 0; g < kG; ++g) {
-      if (D == 64) {
-        acc[g].x += __shfl_xor_sync(~0u, acc[g].x, 16);
-        acc[g].y += __shfl_xor_sync(~0u, acc[g].y, 16);
-        acc[g].z += __shfl_xor_sync(~0u, acc[g].z, 16);
-        acc[g].w += __shfl_xor_sync(~0u, acc[g].w, 16);
-      }
-      if (sub == 0) *reinterpret_cast<float4*>(sums + g * D + column) = acc[g];
-    }
+    for (int i = threadIdx.x; i < l.G * D; i += 32 * warps)
+      p.out[query * D + i] =
+          __float2bfloat16_rn(Merge(strands, i / D, i % D, l.W > 0, claims[i / D]));
+    StoreRow(p, task);
+    if (!kSplit) __syncthreads();  // the next task's sums take the place of these
   }
-};
-
-// The share of one thread in what a (row, KV head) or a part of it adds up to: its query head's,
-// and of the numerators one column.
-struct Sums {
-  float linear = 0, window = 0, norm = 0, top = -INFINITY, weights = 0;
-
-  __device__ __forceinline__ void Store(float* part, int G, int D, int i) const {
-    part[i] = linear;
-    part[G * D + i] = window;
-    if (i % D > 0) return;
-    float* head = part + 2 * G * D + i / D;
-    head[0] = norm;
-    head[G] = top;
-    head[2 * G] = weights;
-  }
-  // Of `parts` parts, in their order.
-  __device__ __forceinline__ void Load(const float* part, int parts, int G, int D, int i) {
-    const int stride = PartFloats(G, D);
-    const float* head = part + 2 * G * D + i / D;
-#pragma unroll 4
-    for (int j = 0; j < parts; ++j) top = fmaxf(top, __ldcg(head + j * stride + G));
-    const float base = top == -INFINITY ? 0.f : top;
-#pragma unroll 4
-    for (int j = 0; j < parts; ++j) {
-      const float scale = Exp2(__ldcg(head + j * stride + G) - base);
-      linear += __ldcg(part + j * stride + i);
-      window += scale * __ldcg(part + j * stride + G * D + i);
-      norm += __ldcg(head + j * stride);
-      weights += scale * __ldcg(head + j * stride + 2 * G);
-    }
-  }
-  __device__ __forceinline__ float Merged(bool has_window, float claim) const {
-    const float out = linear / (norm + kDslaEpsilon);
-    if (!has_window) return out;
-    const float lse = top * 0.6931471805599453f + logf(weights);
-    const float w = norm < kDslaEpsilon ? 0.f : 1 / (1 + Exp(lse - claim));
-    return w * out + (1 - w) * (window / weights);
-  }
-};
-
-// True in the block that comes last of a (row, KV head): it sees what the others have written.
-__device__ __forceinline__ bool IsLast(int* arrived, int parts) {
-  __shared__ bool last;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    int before;  // orders what the block has written and what it is going to read
-    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;"
-                 : "=r"(before)
-                 : "l"(arrived)
-                 : "memory");
-    last = before == parts - 1;
-  }
-  __syncthreads();
-  return last;
 }
 
-// Token t into ring and sinks.
-template <int D>
-__device__ __forceinline__ void StoreRow(const DecodeParams& p, const Keys<D>& keys,
-                                         std::byte* slot, int h) {
-  constexpr int kPieces = D / 8;
-  const Layer& l = p.layer;
-  const int i = 32 * Warps(D) - 1 - threadIdx.x;  // the last threads: few have outputs to make
-  if (l.W == 0 || i >= 2 * kPieces) return;
-  const bool is_k = i < kPieces;
-  const int column = i % kPieces * 8;
-  const uint4 x = *reinterpret_cast<const uint4*>((is_k ? keys.new_k : keys.new_v) + column);
-  const auto store = [&](int64_t base, int64_t row) {
-    *reinterpret_cast<uint4*>(slot + base + (row * D + column) * 2) = x;
-  };
-  store(is_k ? l.at.ring_k : l.at.ring_v, int64_t{h} * l.W + keys.newest);
-  if (keys.t < l.S) store(is_k ? l.at.sink_k : l.at.sink_v, int64_t{h} * l.S + keys.t);
-}
-
-// grid (parts, Hkv, N)
-template <int D, int kG, int kChannels>
-__global__ void __launch_bounds__(32 * Warps(D), D == 64 ? 2 : 3)
-    UpdateKernel(const __grid_constant__ DecodeParams p) {
-  constexpr int kWarps = Warps(D), kThreads = 32 * kWarps, kTileUnits = TileBytes(D) / 16;
-  constexpr int kLinear = kMaxGroup * D;
-  static_assert(2 * kLinear * 4 == TileBytes(D));
-  extern __shared__ __align__(256) uint4 tiles[];
-  __shared__ typename States<D, kG, kChannels>::Shared states_shared;
-  __shared__ float tops[kWarps][kG], weights[kWarps][kG], claims[kG];
-  const Layer& l = p.layer;
-  const int n = blockIdx.z, h = blockIdx.y, part = blockIdx.x;
-  const int warp = Warp(), t = l.pos[n];
-  if ((l.slots[n] | t) < 0) return;  // in one, so that both loads are under way at once
-  std::byte* slot = SlotBase(l, n);
-  const Keys<D> keys(p, slot, n, h, t);
-  const int64_t head = int64_t{n} * l.Hkv + h, query = int64_t{n} * l.H + h * l.G;
-
-  // Everything that comes from memory is on the way before the first use. A tile's copies are a
-  // group, and a warp without a tile has an empty one.
-#pragma unroll 1
-  for (int i = 0; i < kWarpTiles; ++i) {
-    const int tile = warp + i * kWarps;
-    if (FirstKey(p, tile) < p.keys) keys.Fetch(tiles + tile * kTileUnits, FirstKey(p, tile));
-    CommitCopies();
-  }
-  const bool has_states = part < p.splits;
-  States<D, kG, kChannels> states;
-  if (has_states) states.Load(p, keys, slot, h, part);
-  const float claim = l.W > 0 && threadIdx.x < l.G ? p.claim[query + threadIdx.x] : 0;
-  // A warp's sums take the place of its first tile: of the window that of keys, of the states that
-  // of values.
-  float* sums = reinterpret_cast<float*>(tiles + warp * kTileUnits);
-  AttendTiles(p, keys, tiles, n, h, sums, tops[warp], weights[warp]);
-  if (threadIdx.x < l.G) claims[threadIdx.x] = claim;
-
-  AwaitPrevious();  // from here on `project` has ended
-  AllowNext();
-  if (has_states) states.Update(p, states_shared, sums + kLinear, n, h, Entering(l, keys.t) >= 0);
-  __syncthreads();
-  float* partial = p.partial + head * p.parts * PartFloats(l.G, D);
-  for (int i = threadIdx.x; i < l.G * D; i += kThreads) {
-    Sums s;
-    const int g = i / D;
-    const float* at = reinterpret_cast<const float*>(tiles) + i;
-    if (has_states) {
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) s.linear += at[w * kTileUnits * 4 + kLinear];
-#pragma unroll
-      for (int w = 0; w < kChannels / 32; ++w) s.norm += states_shared.norm[w][g];
-    }
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) s.top = fmaxf(s.top, tops[w][g]);
-    const float base = s.top == -INFINITY ? 0.f : s.top;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const float scale = Exp2(tops[w][g] - base);
-      s.window += scale * at[w * kTileUnits * 4];
-      s.weights += scale * weights[w][g];
-    }
-    if (p.parts > 1)
-      s.Store(partial + part * PartFloats(l.G, D), l.G, D, i);
-    else
-      p.out[query * D + i] = __float2bfloat16_rn(s.Merged(l.W > 0, claims[g]));
-  }
-  if (p.parts > 1) {
-    if (!IsLast(p.arrived + head, p.parts)) return;
-    for (int i = threadIdx.x; i < l.G * D; i += kThreads) {
-      Sums s;
-      s.Load(partial, p.parts, l.G, D, i);
-      p.out[query * D + i] = __float2bfloat16_rn(s.Merged(l.W > 0, claims[i / D]));
-    }
-  }
-  StoreRow<D>(p, keys, slot, h);
-}
-
-int Ceil(int a, int b) { return (a + b - 1) / b; }
-
-template <int D, int kG, int kChannels>
-int LaunchUpdate(const DecodeParams& p, cudaStream_t stream) {
-  const auto kernel = UpdateKernel<D, kG, kChannels>;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                       MaxTiles(D) * TileBytes(D));
+template <int D, int kG, bool kSplit>
+void SetShared(int bytes) {
+  const auto kernel = UpdateKernel<D, kG, kSplit>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   PreferShared(kernel);
-  const int tiles = std::max(Warps(D), Ceil(Ceil(p.keys, kKeyTile), p.parts));
-  StartEarly(kernel, dim3(p.parts, p.layer.Hkv, p.layer.N), 32 * Warps(D), p, stream,
-             static_cast<size_t>(tiles * TileBytes(D)));
+}
+
+template <int D, int kG>
+int LaunchUpdate(const DecodeParams& p, cudaStream_t stream) {
+  int device = 0, major = 0, multiprocessors = 0, most_shared = 0, blocks = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const int tasks = p.layer.N * p.layer.Hkv, split_bytes = SharedBytes<D, kG, true>(p.steps);
+  if (major >= 9 && tasks <= multiprocessors && split_bytes <= most_shared) {
+    SetShared<D, kG, true>(split_bytes);
+    StartEarly(UpdateKernel<D, kG, true>, dim3(tasks, 1, kStrands), 32 * p.steps, p, stream,
+               static_cast<size_t>(split_bytes), kStrands);
+    return cudaGetLastError();
+  }
+  constexpr int kBytes = SharedBytes<D, kG, false>(kStrands);
+  SetShared<D, kG, false>(kBytes);
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, UpdateKernel<D, kG, false>, 32 * kStrands,
+                                                kBytes);
+  // A block has 32 tasks at most.
+  blocks = std::max(std::min(tasks, blocks * multiprocessors), (tasks + 31) / 32);
+  StartEarly(UpdateKernel<D, kG, false>, dim3(blocks), 32 * kStrands, p, stream,
+             static_cast<size_t>(kBytes));
   return cudaGetLastError();
 }
-template <int D, int kChannels>
+template <int D>
 int LaunchUpdate(const DecodeParams& p, cudaStream_t stream) {
   switch (p.layer.G) {
     case 1:
-      return LaunchUpdate<D, 1, kChannels>(p, stream);
+      return LaunchUpdate<D, 1>(p, stream);
     case 2:
-      return LaunchUpdate<D, 2, kChannels>(p, stream);
+      return LaunchUpdate<D, 2>(p, stream);
     case 3:
-      return LaunchUpdate<D, 3, kChannels>(p, stream);
+      return LaunchUpdate<D, 3>(p, stream);
     case 4:
-      return LaunchUpdate<D, 4, kChannels>(p, stream);
+      return LaunchUpdate<D, 4>(p, stream);
     default:
-      return LaunchUpdate<D, kMaxGroup, kChannels>(p, stream);
+      return LaunchUpdate<D, kMaxGroup>(p, stream);
   }
 }
 
-// Channels of a part: 16 or 32 KB of states.
-int Channels(const DslaShape& s) { return s.D == 64 && s.SF() % 128 == 0 ? 128 : 64; }
+int Ceil(int a, int b) { return (a + b - 1) / b; }
 
 // Counts floats, or hands out addresses when `base` is set; each part 256-byte aligned.
 struct Carver {
@@ -304,15 +232,9 @@ struct Carver {
 
 int64_t Carve(const DslaShape& s, int N, float* base, DecodeParams* p) {
   Carver c{base};
-  p->splits = s.SF() / Channels(s);
-  p->keys = s.window + s.sinks;
-  p->parts = std::max(p->splits, Ceil(p->keys, MaxTiles(s.D) * kKeyTile));
-  const int64_t heads = int64_t{N} * s.Hkv;
   p->phi_q = c.Take(int64_t{N} * s.H * s.F);
-  p->phi_k = c.Take(heads * s.F);
-  p->gate = c.Take(heads * s.SF());
-  p->partial = c.Take(p->parts > 1 ? heads * p->parts * PartFloats(s.G(), s.D) : 0);
-  p->arrived = reinterpret_cast<int*>(c.Take(heads));
+  p->phi_k = c.Take(int64_t{N} * s.Hkv * s.F);
+  p->gate = c.Take(int64_t{N} * s.Hkv * s.SF());
   return c.used * 4;
 }
 
@@ -339,11 +261,14 @@ int Decode(const DslaCudaArgs& a, Stream stream) {
   p.q_stride = a.q_stride;
   p.claim = a.claim;
   p.out = static_cast<__nv_bfloat16*>(a.out);
+  p.keys = a.shape.window + a.shape.sinks;
+  p.tiles = Ceil(p.keys, kTile);
+  p.state_steps = a.shape.SF() / (kStrands * kTile);
+  p.steps = std::max(p.state_steps, std::min(kMaxSteps, Ceil(p.tiles, 2 * kStrands)));
+  DSLA_CHECK(p.steps <= kMaxSteps);
   DSLA_CHECK(Carve(a.shape, a.rows.N, static_cast<float*>(a.workspace), &p) <= a.workspace_bytes);
   LaunchProject(p, a.shape.D, stream);
-  if (a.shape.D == 128) return LaunchUpdate<128, 64>(p, stream);
-  return Channels(a.shape) == 128 ? LaunchUpdate<64, 128>(p, stream)
-                                  : LaunchUpdate<64, 64>(p, stream);
+  return a.shape.D == 128 ? LaunchUpdate<128>(p, stream) : LaunchUpdate<64>(p, stream);
 }
 
 }  // namespace dsla::cuda

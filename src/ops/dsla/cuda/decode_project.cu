@@ -54,10 +54,6 @@ __global__ void __launch_bounds__(kThreads) ProjectKernel(const __grid_constant_
   // slots, rings and states at once.
   AwaitPrevious();
   AllowNext();
-  if (p.parts > 1 && job == 0) {
-    const int heads = min(kRowTile, l.N - row0) * l.Hkv;
-    for (int i = threadIdx.x; i < heads; i += kThreads) p.arrived[row0 * l.Hkv + i] = 0;
-  }
   const __nv_bfloat16* from[2];
   int entering[2];
 #pragma unroll

@@ -1,185 +1,187 @@
-// The window's part of a decode step: a warp has tiles of 16 keys of one (row, KV head) and all
-// query heads of the group at once, on the tensor cores. q k^T has the queries as the rows of A, so
-// its accumulators are, as they lie, the A operand of the product with V. Of the 16 rows that `mma`
-// has, a group fills 8 at most: the other 8 take what the rounding of the weights to bf16 left, so
-// that a weight has 17 bits and the product costs no more for it.
+// The window's part of a decode step: a warp has a tile of 16 keys of one (row, KV head) at a time
+// and all query heads of the group at once, on the tensor cores. q k^T has the queries as the rows
+// of A, so its accumulators are, as they lie, the A operand of the product with V. Of the 16 rows
+// that `mma` has, a group fills 8 at most: the other 8 take what the rounding of the weights to
+// bf16 left, so that a weight has 17 bits and the product costs no more for it.
 #pragma once
 
 #include "ops/dsla/cuda/decode.cuh"
 
 namespace dsla::cuda {
 
-// A block's shared memory is tiles: K [16, D] and V [16, D] in bf16, swizzled. A part of a (row, KV
-// head) has at most 88 KB of them, all on the way at once, and a block's warps take them in turn.
-inline constexpr int kKeyTile = 16;
-constexpr int TileBytes(int D) { return kKeyTile * D * 2 * 2; }
-constexpr int MaxTiles(int D) { return 88 * 1024 / TileBytes(D); }
-constexpr int Warps(int D) { return 512 / D; }
-inline constexpr int kWarpTiles = 3;
-static_assert(kWarpTiles * Warps(64) >= MaxTiles(64) && kWarpTiles * Warps(128) >= MaxTiles(128));
-
-// Of the calling thread; the same for a warp's threads in a way that the compiler sees.
-__device__ __forceinline__ int Warp() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
-
-// Where tile `i` of this block's part begins in the list of keys; there are no more from p.keys on.
-__device__ __forceinline__ int FirstKey(const DecodeParams& p, int i) {
-  return (i * p.parts + static_cast<int>(blockIdx.x)) * kKeyTile;
-}
-
 // The keys of one (row, KV head) as one list: the ring's W places, then the sinks.
 template <int D>
-struct Keys {
-  const __nv_bfloat16 *ring_k, *ring_v;    // place 0
-  const __nv_bfloat16 *sinks_k, *sinks_v;  // W rows before sink 0
-  const __nv_bfloat16 *new_k, *new_v;
-  int W, S, t;
-  int newest;  // the ring's place that token t takes
-  int taken;   // where in the list token t counts: a young sink is in the ring too
-
-  __device__ __forceinline__ Keys(const DecodeParams& p, const std::byte* slot, int n, int h, int t)
-      : W(p.layer.W), S(p.layer.S), t(t) {
-    const Layer& l = p.layer;
-    const int64_t ring = int64_t{h} * W * D, sink = (int64_t{h} * S - W) * D;
-    ring_k = reinterpret_cast<const __nv_bfloat16*>(slot + l.at.ring_k) + ring;
-    ring_v = reinterpret_cast<const __nv_bfloat16*>(slot + l.at.ring_v) + ring;
-    sinks_k = reinterpret_cast<const __nv_bfloat16*>(slot + l.at.sink_k) + sink;
-    sinks_v = reinterpret_cast<const __nv_bfloat16*>(slot + l.at.sink_v) + sink;
-    new_k = p.rows.k + n * p.rows.k_stride + h * D;
-    new_v = p.rows.v + n * p.rows.v_stride + h * D;
-    newest = W > 0 ? t % W : 0;
-    taken = t < S ? W + t : newest;
-  }
-
-  // All keys of the list are there.
-  __device__ __forceinline__ bool Full() const { return t >= W + S - 1; }
-  __device__ __forceinline__ bool Valid(int j) const {
-    if (j >= W) return j - W < S && j - W <= t;
-    return t - newest + j - (j > newest ? W : 0) >= S;
-  }
-
-  // Keys [first, first + 16) and their values to a tile, by one warp; zeros where there are none.
-  __device__ __forceinline__ void Fetch(uint4* to, int first) const {
-    constexpr int kPieces = D / 8, kRows = 32 / kPieces;
-    const int c = threadIdx.x % kPieces, row0 = threadIdx.x % 32 / kPieces;
-    uint4* const to_v = to + kKeyTile * kPieces;
-    const bool has_new = static_cast<unsigned>(taken - first) < kKeyTile;
-    if (Full() && first + kKeyTile <= W && !has_new) {
-      const int64_t at = int64_t{first + row0} * D + 8 * c;
-#pragma unroll
-      for (int i = 0; i < kKeyTile / kRows; ++i) {
-        const int place = Swizzle<kPieces>(i * kRows + row0, c);
-        CopyAsync(to + place, ring_k + at + i * kRows * D);
-        CopyAsync(to_v + place, ring_v + at + i * kRows * D);
-      }
-      return;
-    }
-#pragma unroll 1
-    for (int row = row0; row < kKeyTile; row += kRows) {
-      const int j = first + row, place = Swizzle<kPieces>(row, c);
-      const int64_t at = int64_t{j} * D;
-      const __nv_bfloat16* k = j == taken ? new_k : (j < W ? ring_k : sinks_k) + at;
-      const __nv_bfloat16* v = j == taken ? new_v : (j < W ? ring_v : sinks_v) + at;
-      const bool valid = Valid(j);
-      CopyAsync(to + place, k + 8 * c, valid);
-      CopyAsync(to_v + place, v + 8 * c, valid);
-    }
-  }
-};
-
-// Softmax in base 2 of a warp's tiles: tile i lies at i * TileBytes in `tiles`. Leaves the group's
-// sums of p v in `values` [G, D], which may lie where the warp's first tile has its keys, the
-// largest scores in `tops` and the sums of p in `weights` [G].
+__device__ __forceinline__ bool AllThere(const Layer& l, const Task<D>& task) {
+  return task.t >= l.W + l.S - 1;
+}
 template <int D>
-__device__ __forceinline__ void AttendTiles(const DecodeParams& p, const Keys<D>& keys,
-                                            const uint4* tiles, int n, int h, float* values,
-                                            float* tops, float* weights) {
-  constexpr int kPieces = D / 8, kWarps = Warps(D), kColumns = 4;  // tiles of 8 columns at a time
-  const int lane = threadIdx.x % 32, warp = Warp(), g = lane / 4, t = lane % 4;
-  const int G = p.layer.G;
-  uint32_t q[D / 16][2];  // rows 0 to 7 of A; rows 8 to 15 are zeros
-  const __nv_bfloat16* from = p.q + n * p.q_stride + (h * G + g) * D + 2 * t;
-#pragma unroll
-  for (int k = 0; k < D / 16; ++k)
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      q[k][i] = g < G ? *reinterpret_cast<const uint32_t*>(from + 16 * k + 8 * i) : 0;
+__device__ __forceinline__ bool IsThere(const Layer& l, const Task<D>& task, int j) {
+  if (j >= l.W) return j - l.W < l.S && j - l.W <= task.t;
+  return task.t - task.newest + j - (j > task.newest ? l.W : 0) >= l.S;
+}
 
-  float x[kWarpTiles][4];  // of query g and keys {2t, 2t + 1, 2t + 8, 2t + 9}
-  float top = -INFINITY;
+// Keys [first, first + 16), then their values, to a tile of shared memory: K [16, D] and V [16, D]
+// in bf16, swizzled; zeros where there are none. By one warp.
+template <int D>
+__device__ __forceinline__ void FetchKeys(const DecodeParams& p, const Task<D>& task, uint4* to,
+                                          int first) {
+  constexpr int kPieces = D / 8, kRows = 32 / kPieces;
+  const Layer& l = p.layer;
+  const uint32_t lane = Lane();
+  const int c = lane % kPieces, row0 = lane / kPieces;
+  uint4* const to_v = to + kTile * kPieces;
+  const __nv_bfloat16* const ring_k = task.Rows(l.at.ring_k, l.W) + 8 * c;
+  const __nv_bfloat16* const ring_v = task.Rows(l.at.ring_v, l.W) + 8 * c;
+  const int taken = task.Taken(l);
+  const bool has_new = static_cast<unsigned>(taken - first) < kTile;
+  if (AllThere(l, task) && first + kTile <= l.W && !has_new) {
+    const int64_t at = int64_t{first + row0} * D;
 #pragma unroll
-  for (int i = 0; i < kWarpTiles; ++i) {
-    const int tile = warp + i * kWarps, first = FirstKey(p, tile);
-#pragma unroll
-    for (int c = 0; c < 4; ++c) x[i][c] = -INFINITY;
-    if (first >= p.keys) continue;
-    WaitCopies<kWarpTiles - 1>();
-    __syncwarp();
-    CommitCopies();  // an empty group, so that the same wait fits the next tile
-    float s[2][4] = {};
-#pragma unroll
-    for (int k = 0; k < D / 16; ++k) {
-      const int row = lane % 8 + lane / 16 * 8, piece = 2 * k + lane / 8 % 2;
-      uint32_t b[4];
-      LoadMatrix(b,
-                 SharedAddress(tiles + tile * (TileBytes(D) / 16) + Swizzle<kPieces>(row, piece)));
-      const uint32_t a[4] = {q[k][0], 0, q[k][1], 0};
-      Mma(s[0], a, b[0], b[1]);
-      Mma(s[1], a, b[2], b[3]);
+    for (int i = 0; i < kTile / kRows; ++i) {
+      const int place = Swizzle<kPieces>(i * kRows + row0, c);
+      CopyAsync(to + place, ring_k + at + i * kRows * D);
+      CopyAsync(to_v + place, ring_v + at + i * kRows * D);
     }
-    const float scale = rsqrtf(static_cast<float>(D)) * 1.4426950408889634f;
-#pragma unroll
-    for (int c = 0; c < 4; ++c) x[i][c] = s[c / 2][c % 2] * scale;
-    if (!keys.Full() || first + kKeyTile > p.keys) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c)
-        if (!keys.Valid(first + 2 * t + c / 2 * 8 + c % 2)) x[i][c] = -INFINITY;
-    }
-#pragma unroll
-    for (int c = 0; c < 4; ++c) top = fmaxf(top, x[i][c]);
+    return;
   }
-  top = QuadMax(top);
-  const float base = top == -INFINITY ? 0.f : top;  // no key: all weights are 0
-  float sum = 0;
-  uint32_t weight[kWarpTiles][4];  // as A: rows 0 to 7 rounded to bf16, rows 8 to 15 the rest
-#pragma unroll
-  for (int i = 0; i < kWarpTiles; ++i)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float p0 = Exp2(x[i][2 * half] - base), p1 = Exp2(x[i][2 * half + 1] - base);
-      sum += p0 + p1;
-      const uint32_t rounded = Pack(p0, p1);
-      weight[i][2 * half] = rounded;
-      weight[i][2 * half + 1] = Pack(p0 - Low(rounded), p1 - High(rounded));
-    }
-  sum = QuadSum(sum);
-  if (g < G && t == 0) {
-    tops[g] = top;
-    weights[g] = sum;
-  }
-  __syncwarp();  // all lanes are done with the keys
-#pragma unroll
-  for (int c0 = 0; c0 < D / 8; c0 += kColumns) {
-    float acc[kColumns][4] = {};
-#pragma unroll
-    for (int i = 0; i < kWarpTiles; ++i) {
-      const int tile = warp + i * kWarps;
-      if (FirstKey(p, tile) >= p.keys) break;
-#pragma unroll
-      for (int c = 0; c < kColumns; c += 2) {
-        const int row = lane % 16, piece = c0 + c + lane / 16;
-        uint32_t b[4];
-        LoadMatrixTransposed(b, SharedAddress(tiles + tile * (TileBytes(D) / 16) +
-                                              kKeyTile * kPieces + Swizzle<kPieces>(row, piece)));
-        Mma(acc[c], weight[i], b[0], b[1]);
-        Mma(acc[c + 1], weight[i], b[2], b[3]);
-      }
-    }
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c)
-      if (g < G)
-        *reinterpret_cast<float2*>(values + g * D + (c0 + c) * 8 + 2 * t) = {acc[c][0] + acc[c][2],
-                                                                             acc[c][1] + acc[c][3]};
+  // Sinks begin at j = W.
+  const __nv_bfloat16* const sinks_k = task.Rows(l.at.sink_k, l.S) - int64_t{l.W} * D + 8 * c;
+  const __nv_bfloat16* const sinks_v = task.Rows(l.at.sink_v, l.S) - int64_t{l.W} * D + 8 * c;
+#pragma unroll 1
+  for (int row = row0; row < kTile; row += kRows) {
+    const int j = first + row, place = Swizzle<kPieces>(row, c);
+    const int64_t at = int64_t{j} * D;
+    const bool is_new = j == taken, valid = IsThere(l, task, j);
+    CopyAsync(to + place, is_new ? task.NewKey(p) + 8 * c : (j < l.W ? ring_k : sinks_k) + at,
+              valid);
+    CopyAsync(to_v + place, is_new ? task.NewValue(p) + 8 * c : (j < l.W ? ring_v : sinks_v) + at,
+              valid);
   }
 }
+
+// Softmax in base 2 over a step's tiles, one after the other, and over a strand's steps. A lane has
+// the scores of query heads 2 (lane % 4) + {0, 1} of the group, and of the sums of values query
+// head lane / 4, columns 8 c + 2 (lane % 4) + {0, 1}.
+template <int D, int kG>
+struct Window {
+  uint32_t q[D / 16][2];  // as B
+  float acc[D / 8][2], top[2], weights[2];
+  float all_top[2], all_weights[2];  // of the steps that have been added to the strand's sums
+
+  __device__ __forceinline__ void LoadQueries(const DecodeParams& p, const Task<D>& task) {
+    const int lane = Lane(), g = lane / 4, t = lane % 4, G = p.layer.G;
+    const __nv_bfloat16* from = p.q + task.n * p.q_stride + (task.h * G + g) * D + 2 * t;
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        q[k][i] = g < G ? *reinterpret_cast<const uint32_t*>(from + 16 * k + 8 * i) : 0;
+  }
+
+  __device__ __forceinline__ void Begin() {
+    top[0] = top[1] = -INFINITY;
+    weights[0] = weights[1] = 0;
+#pragma unroll
+    for (int c = 0; c < D / 8; ++c) acc[c][0] = acc[c][1] = 0;
+  }
+
+  // A tile with keys from `first` on.
+  __device__ __forceinline__ void Add(const DecodeParams& p, const Task<D>& task, const uint4* tile,
+                                      int first) {
+    constexpr int kPieces = D / 8, kColumns = 4;  // tiles of 8 columns at a time
+    const int lane = Lane(), row = lane % 16, half = lane / 16;
+    float s[2][4] = {};  // of even and odd k
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+      uint32_t a[4];
+      LoadMatrix(a, SharedAddress(tile + Swizzle<kPieces>(row, 2 * k + half)));
+      Mma(s[k % 2], a, q[k][0], q[k][1]);
+    }
+    const float scale = rsqrtf(static_cast<float>(D)) * 1.4426950408889634f;
+    float x[4];  // of keys lane / 4 and that + 8, two queries each
+#pragma unroll
+    for (int c = 0; c < 4; ++c) x[c] = __fmul_rn(s[0][c] + s[1][c], scale);
+    if (!AllThere(p.layer, task) || first + kTile > p.keys) {
+#pragma unroll
+      for (int c = 0; c < 4; c += 2)
+        if (!IsThere(p.layer, task, first + lane / 4 + 4 * c)) x[c] = x[c + 1] = -INFINITY;
+    }
+    float rest[2];  // what the sums so far count for
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float highest = fmaxf(x[i], x[2 + i]);
+#pragma unroll
+      for (int j = 4; j < 32; j *= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, j));
+      const Scales to(top[i], highest);
+      rest[i] = to.a;
+      top[i] = to.top;
+      const float base = top[i] == -INFINITY ? 0.f : top[i];
+      x[i] = Exp2(x[i] - base);
+      x[2 + i] = Exp2(x[2 + i] - base);
+      weights[i] = __fmaf_rn(rest[i], weights[i], x[i] + x[2 + i]);
+    }
+    uint32_t weight[4];  // as A: rows 0 to 7 rounded to bf16, rows 8 to 15 the rest
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const uint32_t rounded = Pack(x[i], x[i + 1]);
+      weight[i] = Transposed(rounded);
+      weight[i + 1] = Transposed(Pack(x[i] - Low(rounded), x[i + 1] - High(rounded)));
+    }
+    const float rest_of_row = OfRow(rest);
+#pragma unroll
+    for (int c0 = 0; c0 < D / 8; c0 += kColumns) {
+      float value[kColumns][4] = {};
+#pragma unroll
+      for (int c = 0; c < kColumns; c += 2) {
+        uint32_t b[4];
+        LoadMatrixTransposed(
+            b, SharedAddress(tile + kTile * kPieces + Swizzle<kPieces>(row, c0 + c + half)));
+        Mma(value[c], weight, b[0], b[1]);
+        Mma(value[c + 1], weight, b[2], b[3]);
+      }
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          acc[c0 + c][i] = __fmaf_rn(rest_of_row, acc[c0 + c][i], value[c][i] + value[c][2 + i]);
+    }
+  }
+
+  // Adds the step's sums to those in `sums`, or begins them. A lane sees what it has written.
+  __device__ __forceinline__ void End(const DecodeParams& p, Sums<D, kG>& sums, bool begins) {
+    const int lane = Lane(), g = lane / 4, t = lane % 4, G = p.layer.G;
+    float a[2], b[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 4; j < 32; j *= 2) weights[i] += __shfl_xor_sync(~0u, weights[i], j);
+      const Scales s(begins ? -INFINITY : all_top[i], top[i]);
+      all_weights[i] = begins ? weights[i] : Blend(s.a, all_weights[i], s.b, weights[i]);
+      all_top[i] = s.top;
+      a[i] = s.a, b[i] = s.b;
+      if (g == 0 && 2 * t + i < G) {
+        sums.top[2 * t + i] = all_top[i];
+        sums.weights[2 * t + i] = all_weights[i];
+      }
+    }
+    const float a_of_row = OfRow(a), b_of_row = OfRow(b);
+    if (g >= G) return;
+#pragma unroll
+    for (int c = 0; c < D / 8; ++c) {
+      float2& at = *reinterpret_cast<float2*>(&sums.window[g][8 * c + 2 * t]);
+      at = begins ? float2{acc[c][0], acc[c][1]}
+                  : float2{Blend(a_of_row, at.x, b_of_row, acc[c][0]),
+                           Blend(a_of_row, at.y, b_of_row, acc[c][1])};
+    }
+  }
+
+ private:
+  // From the lanes that have query head lane / 4.
+  __device__ __forceinline__ static float OfRow(const float (&x)[2]) {
+    const int g = Lane() / 4;
+    const float even = __shfl_sync(~0u, x[0], g / 2), odd = __shfl_sync(~0u, x[1], g / 2);
+    return g % 2 ? odd : even;
+  }
+};
 
 }  // namespace dsla::cuda

@@ -115,6 +115,57 @@ TEST_P(DslaCudaTest, Decode) {
   }
 }
 
+TEST_P(DslaCudaTest, DecodeOfManyRows) {
+  // The same few rows over and over, with padding rows between them, so many that a GPU has no
+  // multiprocessor for each: a row has the bits that it has among few.
+  const DslaShape s = shape();
+  const GpuLayer layer(s, GetParam().gates, 512, 12);
+  const std::vector<int> before{0, 3, 100, s.window + s.sinks};
+  const size_t few = before.size(), many = 200;
+  std::vector<int> lengths;
+  for (int n : before) lengths.push_back(n + 1);
+  const auto tokens = MakeSequences(s, lengths);
+  std::vector<TestPart> past, parts;
+  std::vector<int32_t> slots;
+  for (size_t i = 0; i < many; ++i) {
+    const int slot = static_cast<int>(i);
+    if (i < few) past.push_back({&tokens[i], 0, before[i], slot});
+    parts.push_back({&tokens[i % few], before[i % few], 1, slot});
+    slots.push_back(i % 7 == 5 ? -1 : slot);
+  }
+  TestPool pool(s, static_cast<int>(many));
+  for (size_t i = 0; i < few; ++i) pool.Reset(static_cast<int>(i));
+  TestBatch first(layer.host, pool, past);
+  DslaForwardRef(first.args());
+  for (size_t i = few; i < many; ++i)
+    pool.Write(static_cast<int>(i), pool.Bytes(static_cast<int>(i % few)));
+
+  const auto decode = [&](size_t rows) {
+    TestBatch batch(layer.host, pool, std::span(parts).first(rows));
+    GpuCall gpu(layer, batch, pool, static_cast<int>(many));
+    const DeviceBytes device_slots(std::span<const int32_t>(slots).first(rows));
+    gpu.args.slots = device_slots.as<int32_t>();
+    gpu.Decode();
+    TestPool after(s, static_cast<int>(many));
+    gpu.ReadPool(after);
+    return std::pair(gpu.Out(), std::move(after));
+  };
+  const auto [want, want_pool] = decode(few);
+  const auto [got, got_pool] = decode(many);
+  const auto row = static_cast<size_t>(s.H * s.D);
+  for (size_t i = 0; i < many; ++i) {
+    SCOPED_TRACE("row " + std::to_string(i));
+    const int slot = static_cast<int>(i), like = static_cast<int>(i % few);
+    if (slots[i] < 0) {
+      EXPECT_EQ(got_pool.Bytes(slot), pool.Bytes(slot));
+      continue;
+    }
+    EXPECT_TRUE(std::equal(want.begin() + like * row, want.begin() + (like + 1) * row,
+                           got.begin() + slot * row));
+    EXPECT_EQ(got_pool.Bytes(slot), want_pool.Bytes(like));
+  }
+}
+
 TEST_P(DslaCudaTest, DecodeLeavesPaddingRowsAlone) {
   const DslaShape s = shape();
   const GpuLayer layer(s, GetParam().gates, 64, 9);

@@ -35,6 +35,13 @@ __device__ __forceinline__ void LoadMatrixTransposed(uint32_t (&r)[4], uint32_t 
                : "memory");
 }
 
+// Of 8 x 8 values of bf16: a lane has (g, 2t) and (g, 2t + 1).
+__device__ __forceinline__ uint32_t Transposed(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 // 16 bytes to shared memory; zeros, without reading, if not `valid`.
 __device__ __forceinline__ void CopyAsync(void* to, const void* from, bool valid = true) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(SharedAddress(to)), "l"(from),
