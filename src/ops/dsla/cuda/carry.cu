@@ -2,8 +2,8 @@
 //   S^ = e^R S,  S' = e^{L-R} (S^ + K~^T V)
 // Three kernels of one loop: `summary` finds what a segment adds to states of zero, and its total
 // decay; `carry` leaves e^R S of every chunk for its queries; `fold` wants only the last state.
-// The state is held transposed, so that its accumulators are, once rounded, mma's B operand of the
-// queries' product with it.
+// The state is held transposed, and so is e^R S in memory: its rows are value columns, which the
+// queries' product with it reads as it reads K~.
 #include "ops/dsla/cuda/prefill.cuh"
 
 namespace dsla::cuda {
@@ -13,14 +13,16 @@ constexpr int kThreads = 128, kStages = 3;
 
 enum class Pass { kSummary, kCarry, kFold };
 
-constexpr int kChannels = 32;  // of a block; all value columns
+// Of a block, which has all value columns: V is read once for so many.
+template <int D>
+inline constexpr int kChannels = D == 128 ? 32 : 64;
 
 template <int D>
 struct CarryStage {
   uint4 v[kChunk * D / 8];
-  uint4 key[kChunk * kChannels / 8];
-  float4 decay[kChannels / 2];
-  float4 key_sum[4 * kChannels / 4];
+  uint4 key[kChunk * kChannels<D> / 8];
+  float4 decay[kChannels<D> / 2];
+  float4 key_sum[4 * kChannels<D> / 4];
 };
 
 // V of a chunk whose rows do not lie at one distance. Rows that do not enter have K~ = 0, but 0
@@ -44,11 +46,12 @@ template <int D, bool kFold>
 __device__ __forceinline__ void Fetch(const PrefillParams& p, CarryStage<D>& s, const Chunk& chunk,
                                       int pos, int64_t row_start, int page, int index, int h,
                                       int c0) {
-  constexpr int kC = kChannels, kKeyPieces = kC / 8;
+  constexpr int kC = kChannels<D>, kKeyPieces = kC / 8;
   const Layer& l = p.layer;
   const int64_t part = int64_t{index} * l.Hkv + h;
   const __nv_bfloat16* key = p.key + (part * l.SF + c0 / D * D) * kChunk + c0 % D;
-  for (int i = threadIdx.x; i < kChunk * kKeyPieces; i += kThreads) {
+  const int thread = ThreadIndex();
+  for (int i = thread; i < kChunk * kKeyPieces; i += kThreads) {
     const int row = i / kKeyPieces, c = i % kKeyPieces;
     CopyAsync(s.key + Swizzle<kKeyPieces>(row, c), key + row * D + 8 * c);
   }
@@ -57,7 +60,7 @@ __device__ __forceinline__ void Fetch(const PrefillParams& p, CarryStage<D>& s, 
     if (page >= 0) {
       const int64_t at = page * p.pages.page_stride +
                          (int64_t{h} * p.pages.page_size + chunk.e0 % p.pages.page_size) * D;
-      CopyTile<D, kThreads>(s.v, p.pages.v + at, D, from, chunk.hi);
+      CopyTile<D, kThreads>(s.v, p.pages.v + at, D, from, chunk.hi, thread);
     } else {
       CopyScattered<D>(p, p.pages, s.v, chunk, h);
     }
@@ -65,16 +68,15 @@ __device__ __forceinline__ void Fetch(const PrefillParams& p, CarryStage<D>& s, 
     if (chunk.e0 >= pos) {
       const int64_t row = row_start + (chunk.e0 - pos);
       CopyTile<D, kThreads>(s.v, p.rows.v + row * p.rows.v_stride + h * D, p.rows.v_stride, from,
-                            chunk.hi);
+                            chunk.hi, thread);
     } else {
       CopyScattered<D>(p, p.rows, s.v, chunk, h);
     }
   }
-  if (threadIdx.x < kC / 2)
-    CopyAsync(s.decay + threadIdx.x, p.decay + part * l.SF + c0 + 2 * threadIdx.x);
-  if (threadIdx.x < kC) {
-    const int quarter = threadIdx.x / (kC / 4), c = threadIdx.x % (kC / 4);
-    CopyAsync(s.key_sum + threadIdx.x, p.key_sum + (part * 4 + quarter) * l.SF + c0 + 4 * c);
+  if (thread < kC / 2) CopyAsync(s.decay + thread, p.decay + part * l.SF + c0 + 2 * thread);
+  if (thread < kC) {
+    const int quarter = thread / (kC / 4), c = thread % (kC / 4);
+    CopyAsync(s.key_sum + thread, p.key_sum + (part * 4 + quarter) * l.SF + c0 + 4 * c);
   }
 }
 
@@ -83,7 +85,7 @@ template <int D, Pass kPass>
 __global__ void __launch_bounds__(kThreads, D == 128 ? 3 : 4)
     CarryKernel(const __grid_constant__ PrefillParams p) {
   constexpr bool kFold = kPass == Pass::kFold;
-  constexpr int kC = kChannels, kM = D / 64, kN = kC / 8;
+  constexpr int kC = kChannels<D>, kM = D / 64, kN = kC / 8;
   extern __shared__ __align__(16) std::byte memory[];
   auto* stages = reinterpret_cast<CarryStage<D>*>(memory);
   const Layer& l = p.layer;
@@ -182,16 +184,19 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 3 : 4)
       }
     }
     if constexpr (kPass == Pass::kCarry) {
-      uint4* to = reinterpret_cast<uint4*>(p.state + (part * l.SF + c0 / D * D) * D);
+      auto* to =
+          reinterpret_cast<uint32_t*>(p.state + (part * l.SF + c0 / D * D + v0 + g) * D + c0 % D) +
+          RowWord(t);
 #pragma unroll
       for (int m = 0; m < kM; ++m)
 #pragma unroll
-        for (int j = 0; j < kN / 2; ++j) {
-          const float(&a)[4] = acc[m][2 * j], (&b)[4] = acc[m][2 * j + 1];
-          const int tile = (c0 % D / 16 + j) * (D / 16) + v0 / 16 + m;
-          to[tile * 32 + lane] = {Pack(a[0], a[1]), Pack(b[0], b[1]), Pack(a[2], a[3]),
-                                  Pack(b[2], b[3])};
-        }
+        for (int r = 0; r < 2; ++r)
+#pragma unroll
+          for (int j = 0; j < kN / 2; ++j) {
+            const float(&a)[4] = acc[m][2 * j], (&b)[4] = acc[m][2 * j + 1];
+            *reinterpret_cast<uint2*>(to + (16 * m + 8 * r) * (D / 2) + 8 * j) =
+                RowWords(Pack(a[2 * r], a[2 * r + 1]), Pack(b[2 * r], b[2 * r + 1]), t);
+          }
     }
     if (threadIdx.x < kC) {
       const float2 decay = reinterpret_cast<const float2*>(s.decay)[threadIdx.x];
@@ -202,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 3 : 4)
       if constexpr (kPass != Pass::kCarry) total *= decay.x * decay.y;
     }
     const uint32_t v = SharedAddress(s.v), key = SharedAddress(s.key);
-#pragma unroll
+#pragma unroll 2  // more would load further ahead than there are registers for
     for (int k = 0; k < kChunk / 16; ++k) {
       uint32_t a[kM][4];
 #pragma unroll
@@ -255,7 +260,7 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 3 : 4)
 
 template <int D, Pass kPass>
 void Launch(const char* name, const PrefillParams& p, cudaStream_t stream) {
-  const dim3 grid(p.layer.SF / kChannels, p.layer.Hkv, p.wave_segments);
+  const dim3 grid(p.layer.SF / kChannels<D>, p.layer.Hkv, p.wave_segments);
   Start<CarryKernel<D, kPass>>(name, grid, kThreads, kStages * sizeof(CarryStage<D>), p, stream);
 }
 template <int D>

@@ -57,6 +57,15 @@ __device__ __forceinline__ void WaitCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
+// To write 16 columns of a row of an accumulator, 8 bytes a lane and 32 together: of a lane's words
+// `low` (columns 2t, 2t + 1) and `high` (8 more), and its neighbour's, those that lie side by side.
+// They are the row's words from RowWord(t) on.
+__device__ __forceinline__ uint2 RowWords(uint32_t low, uint32_t high, int t) {
+  const uint32_t other = __shfl_xor_sync(~0u, t % 2 ? low : high, 1);
+  return t % 2 ? make_uint2(other, high) : make_uint2(low, other);
+}
+__device__ __forceinline__ int RowWord(int t) { return t % 2 * 4 + t / 2 * 2; }
+
 // Waits for all of the block's `threads` threads with this `id`, 0 to 2. Barriers are used by name:
 // one that only a register knows would have a kernel hold all 16.
 template <int threads>

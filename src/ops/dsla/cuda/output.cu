@@ -2,7 +2,7 @@
 //   O = Q~ (e^R S) + tril(Q~ K~^T) V,  denominator = Q~ (e^R z) + row sums of tril(Q~ K~^T),
 // merged with the window's result. A warp has 16 rows; all else than Q~ comes through shared
 // memory, one block of D of the SF channels at a time.
-#include "ops/dsla/cuda/prefill.cuh"
+#include "ops/dsla/cuda/output.cuh"
 
 namespace dsla::cuda {
 namespace {
@@ -27,9 +27,10 @@ __device__ __forceinline__ void FetchMatrix(uint4* to, const void* from) {
   for (int i = threadIdx.x; i < D * D / 8; i += kThreads)
     CopyAsync(to + i, static_cast<const uint4*>(from) + i);
 }
-template <int D>
-__device__ __forceinline__ void FetchKeys(uint4* to, const __nv_bfloat16* from) {
-  for (int i = threadIdx.x; i < kChunk * D / 8; i += kThreads)
+// Rows of D.
+template <int D, int kRows>
+__device__ __forceinline__ void FetchRows(uint4* to, const __nv_bfloat16* from) {
+  for (int i = threadIdx.x; i < kRows * D / 8; i += kThreads)
     CopyAsync(to + Swizzle<D / 8>(i / (D / 8), i % (D / 8)), from + 8 * i);
 }
 template <int D>
@@ -79,15 +80,10 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 2 : 3)
                               int64_t{l.H} * D, c.lo, c.hi);
     }
     if (b >= blocks) return;
-    if constexpr (kGrowth) {  // the three have one size, and one offset
-      const int64_t at = (part * blocks + b) * (D * D / 8);
-      FetchMatrix<D>(shared.matrix[b % kStages], reinterpret_cast<const uint4*>(p.state) + at);
-      FetchKeys<D>(shared.key[b % kStages], p.key + at * 8);
-      FetchMatrix<D>(shared.growth[b % kStages], reinterpret_cast<const uint4*>(p.growth) + at);
-    } else {
-      FetchMatrix<D>(shared.matrix[b % kStages], p.state + (part * l.SF + b * D) * D);
-      FetchKeys<D>(shared.key[b % kStages], p.key + (part * l.SF + b * D) * kChunk);
-    }
+    const int64_t at = part * l.SF + b * D;
+    FetchRows<D, D>(shared.matrix[b % kStages], p.state + at * D);
+    FetchRows<D, kChunk>(shared.key[b % kStages], p.key + at * kChunk);
+    if constexpr (kGrowth) FetchMatrix<D>(shared.growth[b % kStages], p.growth + at * (kChunk / 2));
     if (threadIdx.x < D / 4)
       CopyAsync(shared.norm[b % kStages] + threadIdx.x,
                 p.norm + part * l.SF + b * D + 4 * threadIdx.x);
@@ -127,41 +123,14 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 2 : 3)
       }
     __syncthreads();  // phi_q's place is free
   }
-  // phi = e^{y - log(sum e^y)}, in base 2 from here on; so are phi(-y) and the mix of the states.
-  float log_sum[2][2];  // [sign][row]
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float high = -INFINITY, low = -INFINITY, sum = 0, sum_negative = 0;
-#pragma unroll
-    for (int j = 0; j < D / 8; ++j)
-#pragma unroll
-      for (int c = 2 * r; c < 2 * r + 2; ++c) {
-        y[j][c] *= 1.4426950408889634f;
-        high = fmaxf(high, y[j][c]);
-        low = fmaxf(low, -y[j][c]);
-      }
-    high = QuadMax(high);
-    low = QuadMax(low);
-#pragma unroll
-    for (int j = 0; j < D / 8; ++j)
-#pragma unroll
-      for (int c = 2 * r; c < 2 * r + 2; ++c) {
-        sum += Exp2(y[j][c] - high);
-        if (l.F > D) sum_negative += Exp2(-y[j][c] - low);
-      }
-    log_sum[0][r] = high + Log2(QuadSum(sum));
-    log_sum[1][r] = low + Log2(QuadSum(sum_negative));
-  }
+  float log_sum[2][2];
+  LogSums<D>(y, l.F > D, log_sum);
 
   float acc[D / 8][4] = {}, score[8][4] = {}, norm[2] = {};
   for (int b = 0; b < blocks; ++b) {
     fetch(b + kStages - 1);
     CommitCopies();
-    const bool negative = b % (l.F / D) == 1;
-    const float sign = negative ? -1.f : 1.f;
-    const float mix = __log2f(l.mix[head * l.states + b * D / l.F]);  // a mix may be 0
-    const float base[2] = {mix - (negative ? log_sum[1][0] : log_sum[0][0]),
-                           mix - (negative ? log_sum[1][1] : log_sum[0][1])};
+    const BlockOfFeatures features(l, head, b, D, log_sum);
     const uint4* growth;
     if constexpr (kGrowth)
       growth = shared.growth[b % kStages] + warp * (D * 2) + lane;
@@ -173,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 2 : 3)
     if (!kGrowth) ahead = growth[0];
     WaitCopies<kStages - 1>();
     __syncthreads();
-    const uint4* state = shared.matrix[b % kStages];
+    const uint32_t state = SharedAddress(shared.matrix[b % kStages]);
     const uint32_t key = SharedAddress(shared.key[b % kStages]);
 #pragma unroll
     for (int c = 0; c < D / 16; ++c) {
@@ -182,17 +151,8 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 2 : 3)
         grown = growth[c * 32];
       else if (c + 1 < D / 16)
         ahead = growth[(c + 1) * 32];
-      const uint32_t e[4] = {grown.x, grown.y, grown.z, grown.w};
       uint32_t a[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int r = i % 2;
-        const float(&from)[4] = y[2 * c + i / 2];
-        a[i] = Pack(Exp2(sign * from[2 * r] + base[r]) * Low(e[i]),
-                    Exp2(sign * from[2 * r + 1] + base[r]) * High(e[i]));
-        const float2 state_norm = z[8 * c + 4 * (i / 2)];
-        norm[r] += Low(a[i]) * state_norm.x + High(a[i]) * state_norm.y;
-      }
+      MakeQueries<D>(a, y, c, features, grown, z, norm);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         if (j > warp) continue;  // later than all of this warp's rows
@@ -204,9 +164,11 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 2 : 3)
       }
 #pragma unroll
       for (int j = 0; j < D / 16; ++j) {
-        const uint4 s = state[(c * (D / 16) + j) * 32 + lane];
-        Mma(acc[2 * j], a, s.x, s.y);
-        Mma(acc[2 * j + 1], a, s.z, s.w);
+        uint32_t s[4];
+        LoadMatrix(s, state + 16 * Swizzle<D / 8>(16 * j + lane % 8 + lane / 16 * 8,
+                                                  2 * c + lane / 8 % 2));
+        Mma(acc[2 * j], a, s[0], s[1]);
+        Mma(acc[2 * j + 1], a, s[2], s[3]);
       }
     }
     __syncthreads();  // the other half's copies of the next round may overwrite this block
@@ -228,14 +190,7 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 2 : 3)
 #pragma unroll
   for (int c = 0; c < kChunk / 16; ++c) {
     uint32_t a[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int r = i % 2, row = 16 * warp + g + 8 * r, s = 16 * c + 2 * t + 8 * (i / 2);
-      const float(&from)[4] = score[2 * c + i / 2];
-      // Selected, not multiplied: above the diagonal products may be infinite.
-      a[i] = Pack(s <= row ? from[2 * r] : 0.f, s + 1 <= row ? from[2 * r + 1] : 0.f);
-      norm[r] += Low(a[i]) + High(a[i]);
-    }
+    MaskScores(a, score, c, warp, lane, norm);
     if (16 * c > 16 * warp + 15) continue;  // all zeros
 #pragma unroll
     for (int j = 0; j < D / 16; ++j) {
@@ -253,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 2 : 3)
     const float scaled = 1 / (denominator + kDslaEpsilon);
     uint32_t* out = reinterpret_cast<uint32_t*>(p.out + ((row0 + j) * l.H + head) * D) + t;
     float w = 1;
-    if (l.W > 0) w = denominator < kDslaEpsilon ? 0.f : 1 / (1 + Exp(lse[r] - claim[r]));
+    if (l.W > 0) w = StatesShare(denominator, lse[r], claim[r]);
 #pragma unroll
     for (int c = 0; c < D / 8; ++c) {
       float x0 = w * (acc[c][2 * r] * scaled), x1 = w * (acc[c][2 * r + 1] * scaled);

@@ -17,53 +17,94 @@ __device__ __forceinline__ int2 Range(const PrefillParams& p, int n) {
 __device__ __forceinline__ int FloorChunk(int e) { return e >> 6; }  // of 64, rounds down
 static_assert(kChunk == 64);
 
-// Where the next segment goes. One thread lays out all of them: a segment is a few instructions.
+// Where the next segment goes.
 struct Layout {
   int wave = 0, chunks = 0, stores = 0;  // of the wave: chunks and parts of `start` so far
-  int segments = 0;                      // in all
+  int segments = 0, runs = 0;            // in all
 };
 
 __device__ __forceinline__ void NextWave(const PrefillParams& p, Layout& to) {
-  p.wave_first[++to.wave] = to.segments;
+  ++to.wave;
+  if (threadIdx.x == 0) p.wave_first[to.wave] = to.segments;
   to.chunks = to.stores = 0;
 }
 
+// The segments of a sequence that are in one wave, and their chunks.
+struct Run {
+  int n, done, count;         // chunks of the sequence before, chunks
+  int segments, length;       // segments, of so many chunks; the last may have fewer
+  int first, chunks, lo, hi;  // the sequence's: first chunk of the stream, how many there are,
+  bool whole;                 // rows of the first and of the last; one segment has all
+};
+
+__device__ __forceinline__ void Write(const PrefillParams& p, const Run& r, const Layout& to) {
+  const int lane = threadIdx.x % 32;
+  for (int i = lane; i < r.segments; i += 32) {
+    const int at = i * r.length, begin = r.done + at, count = min(r.length, r.count - at);
+    const bool first = begin == 0, last = begin + count == r.chunks;
+    int flags = (first ? kFirst : 0) | (last ? kLast : 0);
+    if (i == 0) flags |= r.segments << kRunShift | (r.done + r.count == r.chunks ? kRunEnds : 0);
+    p.segments[to.segments + i] = {r.n,
+                                   (r.first + begin) * kChunk,
+                                   to.chunks + at,
+                                   count,
+                                   first ? r.lo : 0,
+                                   last ? r.hi : kChunk,
+                                   to.stores + (r.whole ? 0 : i),
+                                   flags};
+  }
+  Chunk* chunks = p.chunks + int64_t{to.wave} * p.wave_chunks + to.chunks;
+  for (int c = lane; c < r.count; c += 32) {
+    const int i = r.done + c;
+    chunks[c] = {r.n, (r.first + i) * kChunk, i == 0 ? r.lo : 0, i == r.chunks - 1 ? r.hi : kChunk};
+  }
+}
+
+// All warps lay out all runs, and take turns to write one: a run is a few instructions, but not its
+// segments and chunks.
 __device__ void Place(const PrefillParams& p, int n, int2 range, Layout& to) {
-  const int first = FloorChunk(range.x);
-  const int chunks = range.x < range.y ? FloorChunk(range.y - 1) - first + 1 : 0;
-  if (chunks == 0) {  // a fold still resets the slot
-    if (p.fold) p.segments[to.segments++] = {n, 0, 0, 0, 0, 0, 0, kFirst | kLast | 1 << kRunShift};
+  Run run{n};
+  run.first = FloorChunk(range.x);
+  run.chunks = range.x < range.y ? FloorChunk(range.y - 1) - run.first + 1 : 0;
+  if (run.chunks == 0) {  // a fold still resets the slot
+    if (!p.fold) return;
+    if (threadIdx.x == 0)
+      p.segments[to.segments] = {n, 0, 0, 0, 0, 0, 0, kFirst | kLast | 1 << kRunShift};
+    ++to.segments;
     return;
   }
-  const bool whole = p.segment == 0 || chunks <= p.segment;
-  int head = to.segments;  // first of this wave
-  for (int done = 0; done < chunks;) {
-    int count = chunks - done;
-    const int room = p.wave_chunks - to.chunks;
-    if (p.segment > 0 ? min(count, p.segment) > room : room == 0) {
-      if (head < to.segments) p.segments[head].flags |= (to.segments - head) << kRunShift;
+  run.lo = range.x - run.first * kChunk;
+  run.hi = range.y - (run.first + run.chunks - 1) * kChunk;
+  const int segment = p.segment > 0 ? p.cut.Chunks(range.y - range.x) : run.chunks;
+  run.whole = run.chunks <= segment;
+  while (run.done < run.chunks) {
+    const int rest = run.chunks - run.done, room = p.wave_chunks - to.chunks;
+    // Without segments a run is as long as there is room.
+    run.length = p.segment > 0 ? min(segment, rest) : min(rest, room);
+    run.segments = run.length > 0 ? min(rest, room) / run.length : 0;
+    run.count = run.segments * run.length;
+    if (run.segments > 0 && rest - run.count < run.length &&
+        rest <= room) {  // the last, shorter one
+      run.segments += rest > run.count;
+      run.count = rest;
+    }
+    if (run.segments == 0) {
       NextWave(p, to);
-      head = to.segments;
       continue;
     }
-    count = min(count, p.segment > 0 ? p.segment : room);
-    const int e0 = (first + done) * kChunk, last = done + count == chunks;
-    const int lo = done == 0 ? max(range.x - e0, 0) : 0;
-    const int hi = last ? min(range.y - (e0 + (count - 1) * kChunk), kChunk) : kChunk;
-    p.segments[to.segments++] = {n,  e0, to.chunks, count,
-                                 lo, hi, to.stores, (done == 0 ? kFirst : 0) | (last ? kLast : 0)};
-    to.chunks += count;
-    to.stores += !whole;
-    done += count;
+    if (to.runs++ % (kPlanThreads / 32) == threadIdx.x / 32) Write(p, run, to);
+    to.chunks += run.count;
+    to.segments += run.segments;
+    if (!run.whole) to.stores += run.segments;
+    run.done += run.count;
   }
-  p.segments[head].flags |= (to.segments - head) << kRunShift | kRunEnds;
 }
 
 // One block.
 __global__ void __launch_bounds__(kPlanThreads)
     PlanKernel(const __grid_constant__ PrefillParams p) {
   __shared__ int2 ranges[kPlanThreads];
-  const int N = p.layer.N, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int N = p.layer.N;
   AwaitPrevious();
   AllowNext();
   for (int64_t i = threadIdx.x; i < int64_t{p.waves} * p.wave_chunks; i += kPlanThreads)
@@ -74,24 +115,10 @@ __global__ void __launch_bounds__(kPlanThreads)
     if (base + static_cast<int>(threadIdx.x) < N)
       ranges[threadIdx.x] = Range(p, base + threadIdx.x);
     __syncthreads();
-    if (threadIdx.x == 0)
-      for (int n = base; n < min(N, base + kPlanThreads); ++n)
-        Place(p, n, ranges[n - base], layout);
+    for (int n = base; n < min(N, base + kPlanThreads); ++n) Place(p, n, ranges[n - base], layout);
   }
-  if (threadIdx.x == 0) {
-    p.wave_first[0] = 0;
-    while (layout.wave < p.waves) NextWave(p, layout);
-  }
-  __syncthreads();
-  for (int wave = 0; wave < p.waves; ++wave) {
-    const int end = p.wave_first[wave + 1];
-    for (int i = p.wave_first[wave] + warp; i < end; i += kPlanThreads / 32) {
-      const Segment s = p.segments[i];
-      Chunk* to = p.chunks + int64_t{wave} * p.wave_chunks + s.at;
-      for (int c = lane; c < s.count; c += 32)
-        to[c] = {s.n, s.e0 + c * kChunk, c == 0 ? s.lo : 0, c == s.count - 1 ? s.hi : kChunk};
-    }
-  }
+  if (threadIdx.x == 0) p.wave_first[0] = 0;
+  while (layout.wave < p.waves) NextWave(p, layout);
 }
 
 }  // namespace

@@ -70,48 +70,62 @@ struct Carver {
   }
 };
 
-// Whether the states stay on the chip from chunk to chunk, with their outputs: what `chunks` is
-// written for. D 64 has states small enough for `carry`, and 512 channels do not fit.
-bool KeepsStates(const DslaShape& s) {
+// What is written for compute capability 9.0: with D and F 128 the states stay on the chip from
+// chunk to chunk; those of D 64 are small enough for `carry`, and 512 channels do not fit.
+Form FormOf(const DslaShape& s) {
   int device = 0, major = 0, minor = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return major == 9 && minor == 0 && s.D == 128 && s.F == s.D;
+  if (major != 9 || minor != 0) return Form::kAnywhere;
+  if (s.D == 64) return Form::kQueries;
+  return s.F == s.D ? Form::kKeepsStates : Form::kAnywhere;
 }
 
-// Chunks of a segment; 0 where the blocks that a sequence has fill a GPU by themselves, or none of
-// the call's sequences has so many chunks. A sequence has the same results in both cases. Only the
-// shape decides, so results do not depend on the other sequences of a call.
-int SegmentChunks(const DslaShape& s, int64_t T, bool keeps_states) {
-  int segment;
+// Of a wave, not counting one for each sequence that is shorter than the others: their chunks and
+// the number that a sequence should have bound it.
+int MostSegments(const PrefillParams& p, int N) {
+  return static_cast<int>(std::min<int64_t>(
+      p.wave_chunks / p.cut.least, p.wave_chunks / p.cut.most + int64_t{N} * p.cut.wanted));
+}
+
+// How sequences are cut into segments; not at all where the blocks that a sequence has fill a GPU
+// by themselves, or none of the call's sequences has so many chunks. A sequence has the same
+// results in both cases. Only the shape and the sequence's rows decide, so results do not depend on
+// the other sequences of a call.
+Cut CutOf(const DslaShape& s, int64_t T, bool keeps_states) {
+  Cut cut;
   if (keeps_states) {  // 8192 tokens are some 128 blocks
-    segment = s.Hkv >= 96 ? 0 : s.Hkv >= 24 ? 32 : s.Hkv >= 12 ? 16 : 8;
+    cut.least = cut.most = s.Hkv >= 96 ? 0 : s.Hkv >= 24 ? 32 : s.Hkv >= 12 ? 16 : 8;
   } else {
-    const int blocks = s.Hkv * s.SF() / 32;
-    segment = blocks >= 192 ? 0 : blocks >= 48 ? 16 : 8;
+    // As many as a GPU of 132 multiprocessors has room for at once, of those that `carry` has.
+    const int blocks = s.Hkv * s.SF() / (s.D == 128 ? 32 : 64);
+    if (s.Hkv * s.SF() / 32 < 192) cut = {4, 24, std::clamp(4 * 132 / blocks, 1, 44)};
   }
-  const int64_t most = T < 2 ? T : (T - 2) / kChunk + 2;  // chunks of one sequence
-  return most > segment ? segment : 0;
+  return MostChunks(T) > cut.least ? cut : Cut{};
 }
 
 // The waves of a call, at most `chunks` chunks each but no fewer than two segments.
 void PlanWaves(const DslaShape& s, int N, int64_t T, int chunks, bool fold, PrefillParams* p) {
-  p->keeps_states = !fold && KeepsStates(s);
-  const int most = MaxChunks(N, T), segment = SegmentChunks(s, T, p->keeps_states);
-  p->segment = segment;
+  p->form = fold ? Form::kAnywhere : FormOf(s);
+  const int most = MaxChunks(N, T);
+  p->cut = CutOf(s, T, p->form == Form::kKeepsStates);
+  p->segment = p->cut.least;
   p->fold = fold;
-  p->wave_chunks = std::min(std::max(chunks, std::max(2 * segment, 1)), most);
+  const int longest = p->segment > 0 ? p->cut.Chunks(T) : 0;
+  p->wave_chunks = std::min(std::max(chunks, std::max(2 * longest, 1)), most);
   p->waves = (most + p->wave_chunks - 1) / std::max(p->wave_chunks, 1);
   p->wave_segments = N;
-  if (segment == 0) return;
+  if (p->segment == 0) return;
   if (p->wave_chunks < most) {
-    // A segment that does not fit leaves chunks of a wave unused, but not if there is one sequence.
-    p->wave_chunks = p->wave_chunks / segment * segment;
-    const int used = N == 1 ? p->wave_chunks : p->wave_chunks - segment + 1;
+    // A segment that does not fit leaves chunks of a wave unused, but not if there is one sequence,
+    // whose segments' length is known.
+    const bool known = N == 1 && !fold;
+    if (known) p->wave_chunks = p->wave_chunks / longest * longest;
+    const int used = known ? p->wave_chunks : p->wave_chunks - longest + 1;
     p->waves = (most + used - 1) / used;
   }
-  p->wave_segments += p->wave_chunks / segment;
+  p->wave_segments += MostSegments(*p, N);
 }
 
 // Of a fold in one kernel: what segments add is all that goes through memory. A wave has so many of
@@ -139,7 +153,7 @@ int64_t Carve(const DslaShape& s, int N, int64_t T, int wave, bool fold, std::by
   PlanWaves(s, N, T, wave, fold, p);
   // The plan's part is as large for any wave, so that a larger wave never takes less.
   const int64_t most = MaxChunks(N, T), chunks = p->wave_chunks, parts = chunks * s.Hkv;
-  const int64_t slots = p->segment > 0 ? 3 * most + 2 * p->segment : 2 * most;
+  const int64_t slots = p->segment > 0 ? 3 * most + 2 * p->cut.most : 2 * most;
   DSLA_CHECK(p->waves <= most && p->waves * chunks <= slots);
   p->chunks = c.Take<Chunk>(slots);
   p->wave_first = c.Take<int>(most + 1);
@@ -148,16 +162,16 @@ int64_t Carve(const DslaShape& s, int N, int64_t T, int wave, bool fold, std::by
   p->key_sum = c.Take<float>(parts * s.SF() * 4);
   p->key = c.Take<__nv_bfloat16>(parts * s.SF() * kChunk);
   if (!fold) {
-    p->lse = c.Take<float>(chunks * s.H * kChunk);
+    if (p->form != Form::kQueries) p->lse = c.Take<float>(chunks * s.H * kChunk);
     p->growth = c.Take<uint32_t>(parts * s.SF() * kChunk / 2);
   }
-  if (!fold && !p->keeps_states) {
+  if (!fold && p->form != Form::kKeepsStates) {
     p->norm = c.Take<float>(parts * s.SF());
     p->state = c.Take<__nv_bfloat16>(parts * s.SF() * s.D);
   }
   if (p->segment > 0) {
     // One for each whole segment, and for a last one that is not, if its sequence has others.
-    const int64_t stores = chunks / p->segment + std::min<int64_t>(N, most / (p->segment + 1));
+    const int64_t stores = MostSegments(*p, N) + std::min<int64_t>(N, most / (p->segment + 1));
     p->start = c.Take<float>(stores * s.Hkv * s.SF() * s.D);
     p->start_norm = c.Take<float>(stores * s.Hkv * s.SF());
     p->start_decay = c.Take<float>(stores * s.Hkv * s.SF());
@@ -187,14 +201,19 @@ int Run(PrefillParams& p, const DslaShape& s, cudaStream_t stream) {
   if (!in_one) LaunchPlan(p, stream);
   for (p.wave = 0; !in_one && p.wave < p.waves; ++p.wave) {
     LaunchPrepare(p, s.D, stream);
+    const bool keeps_states = p.form == Form::kKeepsStates;
     if (p.fold || p.segment > 0)
-      p.keeps_states ? LaunchChunksSummary(p, stream) : LaunchSummary(p, s.D, stream);
+      keeps_states ? LaunchChunksSummary(p, stream) : LaunchSummary(p, s.D, stream);
     if (p.segment > 0) LaunchScan(p, s.D, stream);
     if (p.fold) continue;
-    if (!p.keeps_states) LaunchCarry(p, s.D, stream);
+    if (!keeps_states) LaunchCarry(p, s.D, stream);
+    if (p.form == Form::kQueries) {
+      LaunchQueries(p, stream);
+      continue;
+    }
     // Needs nothing of the kernel before it, and runs beside that.
     if (s.window > 0) LaunchWindow(p, s.D, stream);
-    p.keeps_states ? LaunchChunks(p, stream) : LaunchOutput(p, s.D, stream);
+    keeps_states ? LaunchChunks(p, stream) : LaunchOutput(p, s.D, stream);
   }
   if (p.fold || s.window > 0) s.D == 64 ? LaunchRing<64>(p, stream) : LaunchRing<128>(p, stream);
   return cudaGetLastError();

@@ -2,8 +2,9 @@
 //
 // A chunk is 64 places in the stream of entering tokens, [64 c, 64 c + 64) of token positions e;
 // row j of it also is the query of time e + W. The anchor lies between rows 31 and 32: R = G_31.
-// A segment is up to a fixed number of consecutive chunks of one sequence, counted from the call's
-// first; a wave is what is done at a time: whole segments, or any chunks where there are none.
+// A segment is up to a number of consecutive chunks of one sequence, counted from the call's first;
+// the sequence's rows in the call decide how many. A wave is what is done at a time: whole
+// segments, or any chunks where there are none.
 #pragma once
 
 #include <atomic>
@@ -32,6 +33,28 @@ inline constexpr int kFirst = 1, kLast = 2;
 // The first of its sequence in this wave: flags >> kRunShift tells how many there are.
 inline constexpr int kRunShift = 3, kRunEnds = 4;  // the run reaches the sequence's last
 
+// What does the work after the segments' states are known.
+enum class Form {
+  kAnywhere,     // `carry`, then `window` and `output`
+  kQueries,      // `carry`, then `queries`: D 64 on compute capability 9.0
+  kKeepsStates,  // `window`, then `chunks`: D and F 128 there
+};
+
+// The most chunks that rows of one sequence are parts of.
+__host__ __device__ __forceinline__ int MostChunks(int64_t rows) {
+  return static_cast<int>(rows < 2 ? rows : (rows - 2) / kChunk + 2);
+}
+
+// Chunks of a segment: so many that a sequence has `wanted` segments, but no fewer than `least` and
+// no more than `most`. All 0: no segments.
+struct Cut {
+  int least = 0, most = 0, wanted = 1;
+  __host__ __device__ __forceinline__ int Chunks(int64_t rows) const {
+    const int chunks = (MostChunks(rows) + wanted - 1) / wanted;
+    return chunks < least ? least : chunks > most ? most : chunks;
+  }
+};
+
 struct PrefillParams {
   Layer layer;
   NewRows rows;
@@ -41,7 +64,7 @@ struct PrefillParams {
   const float* claim;
   __nv_bfloat16* out;
   bool fold;
-  bool keeps_states;  // by `chunks`, in place of `carry` and `output`
+  Form form;
 
   // Workspace: the plan of the whole call, then what one wave of chunks needs, [chunk, Hkv, ..].
   Chunk* chunks;       // [waves, wave_chunks]
@@ -58,10 +81,11 @@ struct PrefillParams {
   float* start;        // [SF / 32], each 32 x D as the accumulators of `carry` lie
   float* start_norm;   // [SF]
   float* start_decay;  // [SF]
-  int segment;         // chunks of a segment; 0: none
-  int most_segments;   // of a sequence, where `fold` does all but the rings; 0 elsewhere
-  int wave_chunks;     // chunks that the wave's part has room for
-  int wave_segments;   // the most segments of a wave
+  int segment;         // chunks of a segment, at least; 0: none
+  Cut cut;
+  int most_segments;  // of a sequence, where `fold` does all but the rings; 0 elsewhere
+  int wave_chunks;    // chunks that the wave's part has room for
+  int wave_segments;  // the most segments of a wave
   int waves, wave;
 };
 
@@ -123,6 +147,7 @@ void LaunchScan(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchCarry(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchWindow(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchOutput(const PrefillParams& p, int D, cudaStream_t stream);
+void LaunchQueries(const PrefillParams& p, cudaStream_t stream);  // both at once, where it works
 // Where the states stay on the chip.
 void LaunchChunksSummary(const PrefillParams& p, cudaStream_t stream);
 void LaunchChunks(const PrefillParams& p, cudaStream_t stream);

@@ -8,24 +8,32 @@ namespace {
 constexpr int kThreads = 128, kChannels = 32, kAhead = 8;
 
 // Goes over `count` segments `stride` apart. Of them `adds` add something; at `keep`, what is there
-// is replaced by the state before the segment.
+// is replaced by the state before the segment. While some are added, as many are on their way.
 template <typename T, typename Load, typename Update>
 __device__ __forceinline__ T Scan(T state, T* at, int64_t stride, int count, int adds, bool keep,
                                   const Load& decay_of, const Update& update) {
   using Decay = decltype(decay_of(0));
-  for (int base = 0; base < count; base += kAhead) {
-    T added[kAhead];
-    Decay decay[kAhead];
+  T added[2][kAhead];
+  Decay decay[2][kAhead];
+  const auto load = [&](int half, int base) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (base + i >= adds) continue;
-      added[i] = at[(base + i) * stride];
-      decay[i] = decay_of(base + i);
+      added[half][i] = at[(base + i) * stride];
+      decay[half][i] = decay_of(base + i);
     }
+  };
+  load(0, 0);
+  for (int base = 0; base < count; base += 2 * kAhead) {
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (keep && base + i < count) at[(base + i) * stride] = state;
-      if (base + i < adds) state = update(state, decay[i], added[i]);
+    for (int half = 0; half < 2; ++half) {
+      const int begin = base + half * kAhead;
+      load(1 - half, begin + kAhead);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (keep && begin + i < count) at[(begin + i) * stride] = state;
+        if (begin + i < adds) state = update(state, decay[half][i], added[half][i]);
+      }
     }
   }
   return state;

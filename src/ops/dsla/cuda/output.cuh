@@ -1,0 +1,88 @@
+// Queries of the chunked form, in registers of a warp that has 16 of them: features, Q~, and scores
+// within the chunk. Fragments as mma.cuh has them.
+#pragma once
+
+#include "ops/dsla/cuda/prefill.cuh"
+
+namespace dsla::cuda {
+
+// From q phi_q: phi = e^{y - log(sum e^y)}, in base 2 from here on, and so phi(-y) if there is one.
+template <int D>
+__device__ __forceinline__ void LogSums(float (&y)[D / 8][4], bool both_signs,
+                                        float (&log_sum)[2][2]) {  // [sign][row]
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float high = -INFINITY, low = -INFINITY, sum = 0, sum_negative = 0;
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+      for (int c = 2 * r; c < 2 * r + 2; ++c) {
+        y[j][c] *= 1.4426950408889634f;
+        high = fmaxf(high, y[j][c]);
+        low = fmaxf(low, -y[j][c]);
+      }
+    high = QuadMax(high);
+    low = QuadMax(low);
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+      for (int c = 2 * r; c < 2 * r + 2; ++c) {
+        sum += Exp2(y[j][c] - high);
+        if (both_signs) sum_negative += Exp2(-y[j][c] - low);
+      }
+    log_sum[0][r] = high + Log2(QuadSum(sum));
+    log_sum[1][r] = low + Log2(QuadSum(sum_negative));
+  }
+}
+
+// What turns y into the features of a block of D channels, mixed: 2^{sign y + base}, by row.
+struct BlockOfFeatures {
+  float sign, base[2];
+  __device__ __forceinline__ BlockOfFeatures(const Layer& l, int head, int b, int D,
+                                             const float (&log_sum)[2][2]) {
+    const bool negative = b % (l.F / D) == 1;
+    sign = negative ? -1.f : 1.f;
+    const float mix = __log2f(l.mix[head * l.states + b * D / l.F]);  // a mix may be 0
+    base[0] = mix - (negative ? log_sum[1][0] : log_sum[0][0]);
+    base[1] = mix - (negative ? log_sum[1][1] : log_sum[0][1]);
+  }
+};
+
+// Q~ of channels [16 c, 16 c + 16) of a block as A operand, from e^{G-R} in the same order, and its
+// products with e^R z (from the lane's t on).
+template <int D>
+__device__ __forceinline__ void MakeQueries(uint32_t (&a)[4], const float (&y)[D / 8][4], int c,
+                                            const BlockOfFeatures& of, const uint4& growth,
+                                            const float2* z, float (&norm)[2]) {
+  const uint32_t e[4] = {growth.x, growth.y, growth.z, growth.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int r = i % 2;
+    const float(&from)[4] = y[2 * c + i / 2];
+    a[i] = Pack(Exp2(of.sign * from[2 * r] + of.base[r]) * Low(e[i]),
+                Exp2(of.sign * from[2 * r + 1] + of.base[r]) * High(e[i]));
+    const float2 state_norm = z[8 * c + 4 * (i / 2)];
+    norm[r] += Low(a[i]) * state_norm.x + High(a[i]) * state_norm.y;
+  }
+}
+
+// tril(Q~ K~^T) of rows 16 warp .. and columns [16 c, 16 c + 16) as A operand, and its rows' sums.
+__device__ __forceinline__ void MaskScores(uint32_t (&a)[4], const float (&score)[kChunk / 8][4],
+                                           int c, int warp, int lane, float (&norm)[2]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int r = i % 2, row = 16 * warp + lane / 4 + 8 * r;
+    const int s = 16 * c + 2 * (lane % 4) + 8 * (i / 2);
+    const float(&from)[4] = score[2 * c + i / 2];
+    // Selected, not multiplied: above the diagonal products may be infinite.
+    a[i] = Pack(s <= row ? from[2 * r] : 0.f, s + 1 <= row ? from[2 * r + 1] : 0.f);
+    norm[r] += Low(a[i]) + High(a[i]);
+  }
+}
+
+// The states' share of a row's output; `lse` is the log-sum-exp of the window, which has the rest.
+__device__ __forceinline__ float StatesShare(float denominator, float lse, float claim) {
+  return denominator < kDslaEpsilon ? 0.f : 1 / (1 + Exp(lse - claim));
+}
+
+}  // namespace dsla::cuda
