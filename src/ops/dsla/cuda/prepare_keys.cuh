@@ -218,9 +218,6 @@ struct KeyFetcher {
         Copy(s.team[next_team].key, next, h);
       }
       CommitCopies();
-      // The second team begins when the first is in the midst of its chunk, so that one's waits for
-      // products fall into the other's arithmetic.
-      if (k == 1 && ends == 0) Await(s.plain_free[0], 0);
       if (of_team > 0) Await(s.plain_free[team], of_team - 1);
       if (threadIdx.x % kFetchThreads == 0) s.entering[team] = EnteringRows(p.layer, chunk);
       WaitCopies<1>();
