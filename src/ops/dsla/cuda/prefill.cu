@@ -35,8 +35,8 @@ __global__ void __launch_bounds__(kRingThreads)
       from = RowOf<D>(l, p.pages, n, h, s);
     else
       from = RowOf<D>(l, p.rows, n, h, s);
-    k = *reinterpret_cast<const uint4*>(from.k + 8 * c);
-    v = *reinterpret_cast<const uint4*>(from.v + 8 * c);
+    k = __ldcg(reinterpret_cast<const uint4*>(from.k + 8 * c));
+    v = __ldcg(reinterpret_cast<const uint4*>(from.v + 8 * c));
   }
   AwaitPrevious();
   AllowNext();
