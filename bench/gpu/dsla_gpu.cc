@@ -6,8 +6,8 @@
 //   dsla_gpu [--tflops 780] [--only "prefill H32"] [--wave 128] [--kernels]
 //
 // --tflops is the rate of a large bf16 matrix product on this card (bench/gpu/rivals.py measures
-// it). --wave does only waves of so many chunks. --kernels also prints the time of each kernel,
-// between events, so that none overlaps another.
+// it). --wave does only waves of so many chunks, not those that the operator chooses. --kernels
+// also prints the time of each kernel, between events, so that none overlaps another.
 #include <cuda_runtime.h>
 
 #include <algorithm>
