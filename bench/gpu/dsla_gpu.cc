@@ -6,8 +6,8 @@
 //   dsla_gpu [--tflops 780] [--only "prefill H32"] [--wave 128] [--kernels]
 //
 // --tflops is the rate of a large bf16 matrix product on this card (bench/gpu/rivals.py measures
-// it). --wave does only waves of so many chunks. --kernels also prints the time of each kernel,
-// between events, so that none overlaps another.
+// it). --wave does only waves of so many chunks, not those that the operator chooses. --kernels
+// also prints the time of each kernel, between events, so that none overlaps another.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -183,10 +183,15 @@ void BenchDecode(const Setup& setup, int N, cudaStream_t stream, const Machine& 
   Report(name.c_str(), seconds, N * (states + window + rows) + weights, flops, m);
 }
 
+// What is printed of waves of so many chunks, of which 0 leaves the choice to the operator.
+std::string NameOfWave(int chunks) {
+  return chunks > 0 ? " wave " + std::to_string(chunks) : std::string();
+}
+
 void BenchPrefill(const Setup& setup, int T, int wave, cudaStream_t stream, const Machine& m) {
   const int chunks = std::min(wave, cuda::MaxChunks(1, T));
-  const std::string name = std::string("prefill ") + setup.name + " T " + std::to_string(T) +
-                           " wave " + std::to_string(chunks);
+  const std::string name =
+      std::string("prefill ") + setup.name + " T " + std::to_string(T) + NameOfWave(chunks);
   if (name.find(m.only) == std::string::npos) return;
   const DslaShape s = Shape(setup);
   const GpuLayer layer(s, TestGates::kTrained, T, 1);
@@ -210,8 +215,8 @@ void BenchPrefill(const Setup& setup, int T, int wave, cudaStream_t stream, cons
 
 void BenchFold(const Setup& setup, int T, int wave, cudaStream_t stream, const Machine& m) {
   const int chunks = std::min(wave, cuda::MaxChunks(1, T));
-  const std::string name = std::string("fold ") + setup.name + " T " + std::to_string(T) +
-                           " wave " + std::to_string(chunks);
+  const std::string name =
+      std::string("fold ") + setup.name + " T " + std::to_string(T) + NameOfWave(chunks);
   if (name.find(m.only) == std::string::npos) return;
   const DslaShape s = Shape(setup);
   const GpuLayer layer(s, TestGates::kTrained, T, 1);
@@ -281,12 +286,11 @@ int Main(int argc, char** argv) {
     for (int N : {1, 8, 32, 128}) BenchDecode(s, N, stream, m);
   for (const Setup& s : {wide, bare, grouped, small, shipped})
     for (int T : {2048, 8192, 65536})
-      for (int wave :
-           m.wave > 0 ? std::vector<int>{m.wave} : std::vector<int>{32, T > 8192 ? 128 : 136})
-        if (m.wave > 0 || wave <= T / 64 + 8) BenchPrefill(s, T, wave, stream, m);
+      for (int wave : m.wave > 0 ? std::vector<int>{m.wave} : std::vector<int>{32, 0})
+        BenchPrefill(s, T, wave, stream, m);
   for (const Setup& s : {wide, grouped, small, shipped})
     for (int T : {8192, 65536})
-      for (int wave : m.wave > 0 ? std::vector<int>{m.wave} : std::vector<int>{16, 136})
+      for (int wave : m.wave > 0 ? std::vector<int>{m.wave} : std::vector<int>{16, 0})
         BenchFold(s, T, wave, stream, m);
   return 0;
 }

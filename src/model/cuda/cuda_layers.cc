@@ -8,34 +8,6 @@
 #include "ops/norm_rope/cuda/norm_rope_cuda.h"
 
 namespace dsla::cuda {
-namespace {
-
-// The chunked form works in waves of chunks. The longer, the better it fills the card, as far as a
-// workspace of this size goes: few heads gain up to 1000 chunks, 32 heads nothing beyond the least.
-// Multiples of that are whole rounds of the multiprocessors.
-constexpr int64_t kWaveBytes = int64_t{512} << 20;
-constexpr int kLeastWaveChunks = 128;
-
-// bytes_of(chunks): what a wave of so many takes.
-template <typename F>
-int WaveChunks(int most, F&& bytes_of) {
-  int fits = std::min(kLeastWaveChunks, most);
-  for (int too_many = most + 1; fits + 1 < too_many;) {
-    const int chunks = fits + (too_many - fits) / 2;
-    (bytes_of(chunks) <= kWaveBytes ? fits : too_many) = chunks;
-  }
-  return fits == most ? most : fits / kLeastWaveChunks * kLeastWaveChunks;
-}
-int64_t PrefillBytes(const DslaShape& shape, int N, int64_t T) {
-  const auto bytes = [&](int chunks) { return PrefillWorkspaceBytes(shape, N, T, chunks); };
-  return bytes(WaveChunks(MaxChunks(N, T), bytes));
-}
-int64_t FoldBytes(const DslaShape& shape, int64_t T) {
-  const auto bytes = [&](int chunks) { return FoldWorkspaceBytes(shape, 1, T, chunks); };
-  return bytes(WaveChunks(MaxChunks(1, T), bytes));
-}
-
-}  // namespace
 
 void CudaModel::RunLayers(const Step& step) {
   const ModelConfig& c = spec_.config;
@@ -274,7 +246,7 @@ void CudaModel::DslaRows(const Step& step, int l) {
                       .out = a.attention + 2 * group.first_row * q};
     if (!step.padded) {
       step.scratch->Grow(group.single ? DecodeWorkspaceBytes(shape, group.count)
-                                      : PrefillBytes(shape, group.count, group.rows));
+                                      : PrefillWorkspaceBytes(shape, group.count, group.rows));
     }
     args.workspace = step.scratch->as();
     args.workspace_bytes = step.scratch->bytes();
@@ -313,7 +285,7 @@ void CudaModel::Fold(const CacheViews& cache, const SequenceCache& sequence, int
         "sending a page table");
   Check(cudaEventRecord(tables_sent_, stream_), "marking a copy");
   const auto* const device = tables_.as<int32_t>();
-  scratch_.Grow(FoldBytes(shape, sequence.length()));
+  scratch_.Grow(FoldWorkspaceBytes(shape, 1, sequence.length()));
   Check(cuda::Fold({.shape = shape,
                     .layout = adapter_->layouts[layer],
                     .weights = {.packed = dsla.packed.as(),

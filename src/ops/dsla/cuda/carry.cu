@@ -91,11 +91,6 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 3 : 4)
   const Layer& l = p.layer;
   const int h = blockIdx.y, c0 = blockIdx.x * kC;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  // With segments all but the scan before `carry` has ended when it starts.
-  if (kPass != Pass::kCarry || p.segment == 0) {
-    AwaitPrevious();
-    AllowNext();
-  }
   const Segment segment = SegmentOf(p, blockIdx.z);
   const int n = segment.n;
   if (segment.count < 0 || (kPass == Pass::kSummary && (segment.flags & kLast))) {
@@ -121,6 +116,11 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 3 : 4)
                       c0);
     CommitCopies();
   };
+  // With segments all but the scan before `carry` has ended when it starts.
+  if (kPass != Pass::kCarry || p.segment == 0) {
+    AwaitPrevious();
+    AllowNext();
+  }
   for (int i = 0; i < kStages - 1; ++i) fetch(i, page_at(i));
   int page = page_at(kStages - 1);
   if (kPass == Pass::kCarry && p.segment > 0) {

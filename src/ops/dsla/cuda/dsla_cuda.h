@@ -64,11 +64,11 @@ DSLA_CUDA_EXPORT int Decode(const DslaCudaArgs& args, Stream stream);
 // Any number of new rows per sequence. The chunks of 64 entering tokens are done in waves that fit
 // the workspace; results do not depend on its size. PrefillWorkspaceBytes tells what `chunks`
 // chunks per wave take on the current device (at least 1; where sequences are cut into segments, no
-// fewer than two of these, 16 to 64 chunks, are done at a time); MaxChunks what all of a call's
-// need.
+// fewer than two of these, 8 to 64 chunks, are done at a time), or with 0 as many as fill a GPU, in
+// 512 MiB at most or what 128 chunks take; MaxChunks what all of a call's need.
 DSLA_CUDA_EXPORT int MaxChunks(int N, int64_t T);
 DSLA_CUDA_EXPORT int64_t PrefillWorkspaceBytes(const DslaShape& shape, int N, int64_t T,
-                                               int chunks);
+                                               int chunks = 0);
 DSLA_CUDA_EXPORT int Prefill(const DslaCudaArgs& args, Stream stream);
 
 // Builds slots from the first pos[n] tokens of paged caches (DslaFoldArgs says what a slot holds
@@ -87,7 +87,8 @@ struct DslaCudaFoldArgs {
   void* workspace = nullptr;
   int64_t workspace_bytes = 0;
 };
-DSLA_CUDA_EXPORT int64_t FoldWorkspaceBytes(const DslaShape& shape, int N, int64_t T, int chunks);
+DSLA_CUDA_EXPORT int64_t FoldWorkspaceBytes(const DslaShape& shape, int N, int64_t T,
+                                            int chunks = 0);
 DSLA_CUDA_EXPORT int Fold(const DslaCudaFoldArgs& args, Stream stream);
 
 }  // namespace dsla::cuda

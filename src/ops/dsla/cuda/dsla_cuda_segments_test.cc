@@ -203,12 +203,17 @@ INSTANTIATE_TEST_SUITE_P(
                     {1300, 40, 600},
                     {700, 0, 900},
                     {1, 20}},
-        // In a prefill six KV heads have segments of 16 chunks, 24 have none; a fold has more
-        // segments than a wave has room for.
-        SegmentCase{{"longer", 6, 6, 64, 128, 2, 64, 4, TestGates::kTrained},
+        // A block of `queries` has several chunks here.
+        SegmentCase{{"longer", 18, 6, 64, 128, 2, 64, 4, TestGates::kTrained},
                     {1500, 90, 1024},
                     {1100, 1025, 0},
                     {1, 40}},
+        // 2600 rows of sixteen KV heads are segments of 6 chunks, 1500 of 4.
+        SegmentCase{{"long_segments", 16, 16, 64, 128, 2, 64, 4, TestGates::kTrained},
+                    {2600, 70, 1500},
+                    {130, 2400, 1},
+                    {1, 25}},
+        // 24 have no segments in a prefill; a fold has more than a wave has room for.
         SegmentCase{{"none", 24, 24, 64, 128, 2, 64, 4, TestGates::kTrained},
                     {650, 63, 200, 1100, 70, 129, 0, 65, 64, 300},
                     {130, 1, 65, 0, 0, 0, 40, 0, 0, 0},

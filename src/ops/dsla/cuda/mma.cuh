@@ -93,7 +93,8 @@ __device__ __forceinline__ float Exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-__device__ __forceinline__ float Exp(float x) { return Exp2(x * 1.4426950408889634f); }
+inline constexpr float kLog2e = 1.4426950408889634f;
+__device__ __forceinline__ float Exp(float x) { return Exp2(x * kLog2e); }
 // Of a normal number.
 __device__ __forceinline__ float Log2(float x) {
   float y;

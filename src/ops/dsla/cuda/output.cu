@@ -126,11 +126,12 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 2 : 3)
   float log_sum[2][2];
   LogSums<D>(y, l.F > D, log_sum);
 
+  const LogMix log_mix(l, head);
   float acc[D / 8][4] = {}, score[8][4] = {}, norm[2] = {};
   for (int b = 0; b < blocks; ++b) {
     fetch(b + kStages - 1);
     CommitCopies();
-    const BlockOfFeatures features(l, head, b, D, log_sum);
+    const BlockOfFeatures features(b, l.F > D, log_mix, log_sum);
     const uint4* growth;
     if constexpr (kGrowth)
       growth = shared.growth[b % kStages] + warp * (D * 2) + lane;
@@ -189,9 +190,9 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 2 : 3)
   const uint32_t v = SharedAddress(shared.key[blocks % kStages]);
 #pragma unroll
   for (int c = 0; c < kChunk / 16; ++c) {
+    if (c > warp) continue;  // all zeros
     uint32_t a[4];
     MaskScores(a, score, c, warp, lane, norm);
-    if (16 * c > 16 * warp + 15) continue;  // all zeros
 #pragma unroll
     for (int j = 0; j < D / 16; ++j) {
       uint32_t b[4];

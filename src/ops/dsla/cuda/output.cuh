@@ -6,9 +6,10 @@
 
 namespace dsla::cuda {
 
-// From q phi_q: phi = e^{y - log(sum e^y)}, in base 2 from here on, and so phi(-y) if there is one.
+// From q phi_q, whose features are phi = e^{y - log(sum e^y)}, and phi(-y) if there are both: the
+// logarithms of the sums, in base 2.
 template <int D>
-__device__ __forceinline__ void LogSums(float (&y)[D / 8][4], bool both_signs,
+__device__ __forceinline__ void LogSums(const float (&y)[D / 8][4], bool both_signs,
                                         float (&log_sum)[2][2]) {  // [sign][row]
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -17,32 +18,41 @@ __device__ __forceinline__ void LogSums(float (&y)[D / 8][4], bool both_signs,
     for (int j = 0; j < D / 8; ++j)
 #pragma unroll
       for (int c = 2 * r; c < 2 * r + 2; ++c) {
-        y[j][c] *= 1.4426950408889634f;
         high = fmaxf(high, y[j][c]);
         low = fmaxf(low, -y[j][c]);
       }
-    high = QuadMax(high);
-    low = QuadMax(low);
+    high = QuadMax(high) * kLog2e;
+    low = QuadMax(low) * kLog2e;
 #pragma unroll
     for (int j = 0; j < D / 8; ++j)
 #pragma unroll
       for (int c = 2 * r; c < 2 * r + 2; ++c) {
-        sum += Exp2(y[j][c] - high);
-        if (both_signs) sum_negative += Exp2(-y[j][c] - low);
+        sum += Exp2(y[j][c] * kLog2e - high);
+        if (both_signs) sum_negative += Exp2(y[j][c] * -kLog2e - low);
       }
     log_sum[0][r] = high + Log2(QuadSum(sum));
     log_sum[1][r] = low + Log2(QuadSum(sum_negative));
   }
 }
 
-// What turns y into the features of a block of D channels, mixed: 2^{sign y + base}, by row.
+// The logarithms of a head's mix, of two states at most.
+struct LogMix {
+  float of[2];
+  __device__ __forceinline__ LogMix(const Layer& l, int head) {
+#pragma unroll
+    for (int s = 0; s < 2; ++s)  // a mix may be 0
+      of[s] = s < l.states ? __log2f(l.mix[head * l.states + s]) : 0.f;
+  }
+};
+
+// What turns y into the features of a block of D channels, mixed: 2^{scale y + base}, by row.
 struct BlockOfFeatures {
-  float sign, base[2];
-  __device__ __forceinline__ BlockOfFeatures(const Layer& l, int head, int b, int D,
+  float scale, base[2];
+  __device__ __forceinline__ BlockOfFeatures(int b, bool both_signs, const LogMix& log_mix,
                                              const float (&log_sum)[2][2]) {
-    const bool negative = b % (l.F / D) == 1;
-    sign = negative ? -1.f : 1.f;
-    const float mix = __log2f(l.mix[head * l.states + b * D / l.F]);  // a mix may be 0
+    const bool negative = both_signs && b % 2 == 1;
+    const float mix = (both_signs ? b / 2 : b) == 0 ? log_mix.of[0] : log_mix.of[1];
+    scale = negative ? -kLog2e : kLog2e;
     base[0] = mix - (negative ? log_sum[1][0] : log_sum[0][0]);
     base[1] = mix - (negative ? log_sum[1][1] : log_sum[0][1]);
   }
@@ -59,16 +69,20 @@ __device__ __forceinline__ void MakeQueries(uint32_t (&a)[4], const float (&y)[D
   for (int i = 0; i < 4; ++i) {
     const int r = i % 2;
     const float(&from)[4] = y[2 * c + i / 2];
-    a[i] = Pack(Exp2(of.sign * from[2 * r] + of.base[r]) * Low(e[i]),
-                Exp2(of.sign * from[2 * r + 1] + of.base[r]) * High(e[i]));
+    a[i] = Pack(Exp2(of.scale * from[2 * r] + of.base[r]) * Low(e[i]),
+                Exp2(of.scale * from[2 * r + 1] + of.base[r]) * High(e[i]));
     const float2 state_norm = z[8 * c + 4 * (i / 2)];
-    norm[r] += Low(a[i]) * state_norm.x + High(a[i]) * state_norm.y;
+    norm[r] = fmaf(High(a[i]), state_norm.y, fmaf(Low(a[i]), state_norm.x, norm[r]));
   }
 }
 
 // tril(Q~ K~^T) of rows 16 warp .. and columns [16 c, 16 c + 16) as A operand, and its rows' sums.
 __device__ __forceinline__ void MaskScores(uint32_t (&a)[4], const float (&score)[kChunk / 8][4],
                                            int c, int warp, int lane, float (&norm)[2]) {
+  if (c > warp) {
+    a[0] = a[1] = a[2] = a[3] = 0;
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int r = i % 2, row = 16 * warp + lane / 4 + 8 * r;
@@ -82,7 +96,7 @@ __device__ __forceinline__ void MaskScores(uint32_t (&a)[4], const float (&score
 
 // The states' share of a row's output; `lse` is the log-sum-exp of the window, which has the rest.
 __device__ __forceinline__ float StatesShare(float denominator, float lse, float claim) {
-  return denominator < kDslaEpsilon ? 0.f : 1 / (1 + Exp(lse - claim));
+  return denominator < kDslaEpsilon ? 0.f : Reciprocal(1 + Exp(lse - claim));
 }
 
 }  // namespace dsla::cuda

@@ -10,52 +10,52 @@ namespace {
 thread_local LaunchTrace trace = nullptr;
 thread_local void* trace_context = nullptr;
 
-// grid (Hkv, N). After the queries: the last W tokens to the ring, the first S to the sinks.
+constexpr int kRingThreads = 256;
+
+// grid (Hkv, N, pieces of the ring's and the sinks' rows). After the queries: the last W tokens to
+// the ring, the first S to the sinks.
 template <int D, bool kFold>
-__global__ void RingKernel(const __grid_constant__ PrefillParams p) {
+__global__ void __launch_bounds__(kRingThreads)
+    RingKernel(const __grid_constant__ PrefillParams p) {
   constexpr int kPieces = D / 8;
-  AwaitPrevious();
-  AllowNext();
   const Layer& l = p.layer;
   const int n = blockIdx.y, h = blockIdx.x, pos = l.pos[n];
   const int count = kFold ? pos : l.row_start[n + 1] - l.row_start[n];
-  const int begin = kFold ? 0 : pos, end = begin + count;
-  if (!kFold && count == 0) return;
-  std::byte* slot = SlotBase(l, n);
-  const auto copy = [&](int64_t to_k, int64_t to_v, int rows, int place, int c, int s) {
-    const int64_t at = ((int64_t{h} * rows + place) * D + 8 * c) * 2;
-    uint4 k{}, v{};
-    if (s >= begin && s < end) {
-      KvRow from;
-      if constexpr (kFold)
-        from = RowOf<D>(l, p.pages, n, h, s);
-      else
-        from = RowOf<D>(l, p.rows, n, h, s);
-      k = *reinterpret_cast<const uint4*>(from.k + 8 * c);
-      v = *reinterpret_cast<const uint4*>(from.v + 8 * c);
-    } else if (!kFold) {
-      return;  // keeps what is there
-    }
-    *reinterpret_cast<uint4*>(slot + to_k + at) = k;
-    *reinterpret_cast<uint4*>(slot + to_v + at) = v;
-  };
-  for (int i = threadIdx.x; i < l.W * kPieces; i += blockDim.x) {
-    const int place = i / kPieces, last = end - 1;
-    // The newest token at this place; negative if there is none.
-    const int s = last < 0 ? -1 : last - (last - place + l.W) % l.W;
-    copy(l.at.ring_k, l.at.ring_v, l.W, place, i % kPieces, s);
+  const int begin = kFold ? 0 : pos, last = begin + count - 1;
+  const int i = blockIdx.z * kRingThreads + threadIdx.x, c = i % kPieces;
+  const bool to_ring = i / kPieces < l.W, valid = i / kPieces < l.W + l.S;
+  const int place = i / kPieces - (to_ring ? 0 : l.W);
+  // The newest token at this place; negative if there is none.
+  const int s = !to_ring ? place : last < 0 ? -1 : last - (last - place + l.W) % l.W;
+  const bool comes = valid && s >= begin && s <= last;
+  uint4 k{}, v{};
+  if (comes) {  // new rows and pages, which nothing before this writes
+    KvRow from;
+    if constexpr (kFold)
+      from = RowOf<D>(l, p.pages, n, h, s);
+    else
+      from = RowOf<D>(l, p.rows, n, h, s);
+    k = __ldcg(reinterpret_cast<const uint4*>(from.k + 8 * c));
+    v = __ldcg(reinterpret_cast<const uint4*>(from.v + 8 * c));
   }
-  for (int i = threadIdx.x; i < l.S * kPieces; i += blockDim.x)
-    copy(l.at.sink_k, l.at.sink_v, l.S, i / kPieces, i % kPieces, i / kPieces);
+  AwaitPrevious();
+  AllowNext();
+  if (!valid || (!kFold && !comes)) return;  // keeps what is there
+  const int64_t at = ((int64_t{h} * (to_ring ? l.W : l.S) + place) * D + 8 * c) * 2;
+  std::byte* slot = SlotBase(l, n);
+  *reinterpret_cast<uint4*>(slot + (to_ring ? l.at.ring_k : l.at.sink_k) + at) = k;
+  *reinterpret_cast<uint4*>(slot + (to_ring ? l.at.ring_v : l.at.sink_v) + at) = v;
 }
 
 template <int D>
 void LaunchRing(const PrefillParams& p, cudaStream_t stream) {
-  const dim3 grid(p.layer.Hkv, p.layer.N);
+  const int pieces = (p.layer.W + p.layer.S) * (D / 8);
+  if (pieces == 0) return;  // a fold without a window
+  const dim3 grid(p.layer.Hkv, p.layer.N, (pieces + kRingThreads - 1) / kRingThreads);
   if (p.fold)
-    Start<RingKernel<D, true>>("ring", grid, 256, 0, p, stream);
+    Start<RingKernel<D, true>>("ring", grid, kRingThreads, 0, p, stream);
   else
-    Start<RingKernel<D, false>>("ring", grid, 256, 0, p, stream);
+    Start<RingKernel<D, false>>("ring", grid, kRingThreads, 0, p, stream);
 }
 
 // Takes parts of the workspace, 256-byte aligned; only counts them while there is none.
@@ -179,16 +179,38 @@ int64_t Carve(const DslaShape& s, int N, int64_t T, int wave, bool fold, std::by
   return c.used;
 }
 
-// The most chunks per wave that fit, and the addresses.
+// The most chunks per wave, at least `least`, that fit into so many bytes.
+int FittingChunks(const DslaShape& s, int N, int64_t T, bool fold, int least, int64_t bytes) {
+  PrefillParams unused;
+  int fits = least;
+  for (int too_many = MaxChunks(N, T) + 1; fits + 1 < too_many;) {
+    const int chunks = fits + (too_many - fits) / 2;
+    (Carve(s, N, T, chunks, fold, nullptr, &unused) <= bytes ? fits : too_many) = chunks;
+  }
+  return fits;
+}
+
+// The longer a wave, the better it fills a GPU, as far as a workspace of this size goes: few heads
+// gain up to 1000 chunks, 32 heads nothing beyond the least. Multiples of that are whole rounds of
+// the multiprocessors.
+int64_t WorkspaceBytes(const DslaShape& s, int N, int64_t T, int chunks, bool fold) {
+  constexpr int64_t kBytes = int64_t{512} << 20;
+  constexpr int kLeast = 128;
+  const int most = MaxChunks(N, T);
+  if (chunks == 0) {
+    chunks = FittingChunks(s, N, T, fold, std::min(kLeast, most), kBytes);
+    if (chunks < most) chunks = chunks / kLeast * kLeast;
+  }
+  PrefillParams unused;
+  return Carve(s, N, T, chunks, fold, nullptr, &unused);
+}
+
+// The addresses, with as many chunks per wave as fit.
 void CarveAll(const DslaShape& s, int N, int64_t T, bool fold, void* workspace, int64_t bytes,
               PrefillParams* p) {
   DSLA_CHECK(workspace && reinterpret_cast<uintptr_t>(workspace) % 256 == 0);
   DSLA_CHECK(bytes >= Carve(s, N, T, 1, fold, nullptr, p));
-  int fits = 1;
-  for (int too_many = MaxChunks(N, T) + 1; fits + 1 < too_many;) {
-    const int chunks = fits + (too_many - fits) / 2;
-    (Carve(s, N, T, chunks, fold, nullptr, p) <= bytes ? fits : too_many) = chunks;
-  }
+  const int fits = FittingChunks(s, N, T, fold, 1, bytes);
   Carve(s, N, T, fits, fold, static_cast<std::byte*>(workspace), p);
 }
 
@@ -215,7 +237,7 @@ int Run(PrefillParams& p, const DslaShape& s, cudaStream_t stream) {
     if (s.window > 0) LaunchWindow(p, s.D, stream);
     keeps_states ? LaunchChunks(p, stream) : LaunchOutput(p, s.D, stream);
   }
-  if (p.fold || s.window > 0) s.D == 64 ? LaunchRing<64>(p, stream) : LaunchRing<128>(p, stream);
+  s.D == 64 ? LaunchRing<64>(p, stream) : LaunchRing<128>(p, stream);
   return cudaGetLastError();
 }
 
@@ -239,13 +261,11 @@ void Trace(const char* kernel, Stream stream) {
 }
 
 int64_t PrefillWorkspaceBytes(const DslaShape& shape, int N, int64_t T, int chunks) {
-  PrefillParams unused;
-  return Carve(shape, N, T, chunks, false, nullptr, &unused);
+  return WorkspaceBytes(shape, N, T, chunks, false);
 }
 
 int64_t FoldWorkspaceBytes(const DslaShape& shape, int N, int64_t T, int chunks) {
-  PrefillParams unused;
-  return Carve(shape, N, T, chunks, true, nullptr, &unused);
+  return WorkspaceBytes(shape, N, T, chunks, true);
 }
 
 int Prefill(const DslaCudaArgs& a, Stream stream) {

@@ -7,7 +7,6 @@
 
 namespace dsla::cuda {
 
-inline constexpr float kLog2e = 1.4426950408889634f;
 // Teams of a block: each has its own chunk, all have the same weights. Smaller weights are shared
 // by none: blocks of one team spread more evenly.
 template <int D>

@@ -43,12 +43,13 @@ __device__ __forceinline__ T Scan(T state, T* at, int64_t stride, int count, int
 template <int D>
 __global__ void __launch_bounds__(kThreads) ScanKernel(const __grid_constant__ PrefillParams p) {
   constexpr int kQuads = D / 16;
-  AwaitPrevious();
-  AllowNext();
   const Layer& l = p.layer;
   const Segment s = SegmentOf(p, blockIdx.z);
   const int count = s.flags >> kRunShift;
-  if (s.count < 0 || count == 0 || IsWhole(s)) return;
+  if (s.count < 0 || count == 0 || IsWhole(s)) {
+    AwaitPrevious();
+    return;
+  }
   const bool ends = s.flags & kRunEnds;
   const int adds = ends && !p.fold ? count - 1 : count;
   const bool zero = p.fold && (s.flags & kFirst), keep = !p.fold, write = p.fold || !ends;
@@ -58,36 +59,42 @@ __global__ void __launch_bounds__(kThreads) ScanKernel(const __grid_constant__ P
   const int64_t stride = int64_t{l.Hkv} * l.SF;  // of channels between segments
   const int64_t part = (int64_t{s.store} * l.Hkv + h) * l.SF + c0;
   std::byte* slot = SlotBase(l, s.n);
-  {
-    // Accumulator quad (m, j) of `carry`: channels 8 j + 2 t + {0, 1}, columns g + {0, 8}.
-    const int m = quad / 4, c = 8 * (quad % 4) + 2 * t, column = warp * (D / 4) + 16 * m + g;
-    float* to =
-        reinterpret_cast<float*>(slot + l.at.state) + (int64_t{h} * l.SF + c0 + c) * D + column;
-    float4 state{};
-    if (!zero) state = {to[0], to[D], to[8], to[D + 8]};
-    state = Scan(
-        state, reinterpret_cast<float4*>(p.start) + part * (D / 4) + quad * kThreads + threadIdx.x,
-        stride * (D / 4), count, adds, keep,
-        [&](int i) {
-          return *reinterpret_cast<const float2*>(p.start_decay + part + i * stride + c);
-        },
-        [](float4 x, float2 d, float4 y) -> float4 {
-          return {d.x * x.x + y.x, d.y * x.y + y.y, d.x * x.z + y.z, d.y * x.w + y.w};
-        });
-    if (write) {
-      to[0] = state.x;
-      to[D] = state.y;
-      to[8] = state.z;
-      to[D + 8] = state.w;
-    }
+  // Accumulator quad (m, j) of `carry`: channels 8 j + 2 t + {0, 1}, columns g + {0, 8}.
+  const int m = quad / 4, c = 8 * (quad % 4) + 2 * t, column = warp * (D / 4) + 16 * m + g;
+  float* to =
+      reinterpret_cast<float*>(slot + l.at.state) + (int64_t{h} * l.SF + c0 + c) * D + column;
+  float* to_norm =
+      reinterpret_cast<float*>(slot + l.at.norm) + int64_t{h} * l.SF + c0 + threadIdx.x;
+  const bool has_norm = quad == 0 && threadIdx.x < kChannels;
+  float4 state{};
+  float norm = 0;
+  if (!zero) {  // the slot is as kernels before the summary left it
+    state = {__ldcg(to), __ldcg(to + D), __ldcg(to + 8), __ldcg(to + D + 8)};
+    if (has_norm) norm = __ldcg(to_norm);
   }
-  if (quad > 0 || threadIdx.x >= kChannels) return;
-  float* to = reinterpret_cast<float*>(slot + l.at.norm) + int64_t{h} * l.SF + c0 + threadIdx.x;
-  const float norm = Scan(
-      zero ? 0.f : *to, p.start_norm + part + threadIdx.x, stride, count, adds, keep,
+  AwaitPrevious();
+  AllowNext();
+  state = Scan(
+      state, reinterpret_cast<float4*>(p.start) + part * (D / 4) + quad * kThreads + threadIdx.x,
+      stride * (D / 4), count, adds, keep,
+      [&](int i) {
+        return *reinterpret_cast<const float2*>(p.start_decay + part + i * stride + c);
+      },
+      [](float4 x, float2 d, float4 y) -> float4 {
+        return {d.x * x.x + y.x, d.y * x.y + y.y, d.x * x.z + y.z, d.y * x.w + y.w};
+      });
+  if (write) {
+    to[0] = state.x;
+    to[D] = state.y;
+    to[8] = state.z;
+    to[D + 8] = state.w;
+  }
+  if (!has_norm) return;
+  norm = Scan(
+      norm, p.start_norm + part + threadIdx.x, stride, count, adds, keep,
       [&](int i) { return p.start_decay[part + i * stride + threadIdx.x]; },
       [](float x, float d, float y) { return d * x + y; });
-  if (write) *to = norm;
+  if (write) *to_norm = norm;
 }
 
 template <int D>

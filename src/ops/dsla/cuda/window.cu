@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D>)
   const int early = part[group].chunk.e0 + l.W + 16 * warp, late = early + 15;
   const auto of_window = [&](int r) { return SeenOfWindow(l, early + r); };
   const auto of_sinks = [&](int r) { return SeenOfSinks(l, early + r); };
-  const float scale = rsqrtf(static_cast<float>(D)) * 1.4426950408889634f;
+  const float scale = rsqrtf(static_cast<float>(D)) * kLog2e;
   const uint32_t q = SharedAddress(shared.q + group);
   Rows<D> rows;
   WaitCopies<kStages - 1>();

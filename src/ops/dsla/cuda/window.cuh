@@ -129,24 +129,36 @@ struct Rows {
 constexpr float kFar = 8;
 
 // Takes in keys [first, first + kKeys), at `k` and `v` in tiles of kRows rows. Unless all of them
-// are seen, row r of the warp's sees `range(r)`: from which on, and how many (0 at least).
+// are seen, row r of the warp's sees `range(r)`: from which on, and how many (0 at least); later
+// rows see from later keys on, and later ones. Of 16 keys that no row sees nothing is worked out.
 template <int D, int kKeys, int kRows, typename Range>
 __device__ __forceinline__ void Attend(Rows<D>& rows, uint32_t q, uint32_t k, uint32_t v,
                                        float scale, int first, bool all_seen, const Range& range) {
   float score[kKeys / 8][4];
   ScoreKeys<D, kKeys, kRows>(score, q, k);
+  bool unseen[kKeys / 16] = {};
   if (!all_seen) {
     const int thread = ThreadIndex();
+    const int2 early = range(0), late = range(15);
+    int2 seen[2];
+    int place[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int2 seen = range(thread / 4 % 8 + 8 * r);
-      const int place = first + thread % 4 * 2 - seen.x;
+      seen[r] = range(thread / 4 % 8 + 8 * r);
+      place[r] = first + thread % 4 * 2 - seen[r].x;
+    }
 #pragma unroll
-      for (int j = 0; j < kKeys / 8; ++j)
+    for (int c = 0; c < kKeys / 16; ++c) {
+      const int at = first + 16 * c;
+      unseen[c] = at + 16 <= early.x || at >= late.x + late.y;
+      if (at >= late.x && at + 16 <= early.x + early.y) continue;
 #pragma unroll
-        for (int c = 0; c < 2; ++c)
-          if (static_cast<unsigned>(place + 8 * j + c) >= static_cast<unsigned>(seen.y))
-            score[j][2 * r + c] = -INFINITY;
+      for (int i = 0; i < 8; ++i) {
+        const int r = i / 2 % 2;
+        if (static_cast<unsigned>(place[r] + 16 * c + i / 4 * 8 + i % 2) >=
+            static_cast<unsigned>(seen[r].y))
+          score[2 * c + i / 4][i % 4] = -INFINITY;
+      }
     }
   }
   float shrink[2] = {1, 1};
@@ -174,13 +186,17 @@ __device__ __forceinline__ void Attend(Rows<D>& rows, uint32_t q, uint32_t k, ui
   }
   uint32_t weights[kKeys / 16][4];
 #pragma unroll
-  for (int j = 0; j < kKeys / 8; ++j)
+  for (int c = 0; c < kKeys / 16; ++c)
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float a = Exp2(score[j][2 * r] * scale - rows.base[r]);
-      const float b = Exp2(score[j][2 * r + 1] * scale - rows.base[r]);
+    for (int i = 0; i < 4; ++i) {
+      weights[c][i] = 0;
+      if (unseen[c]) continue;
+      const int r = i % 2;
+      const float(&of)[4] = score[2 * c + i / 2];
+      const float a = Exp2(of[2 * r] * scale - rows.base[r]);
+      const float b = Exp2(of[2 * r + 1] * scale - rows.base[r]);
       rows.sum[r] += a + b;
-      weights[j / 2][j % 2 * 2 + r] = Pack(a, b);
+      weights[c][i] = Pack(a, b);
     }
   AddValues<D, kKeys, kRows>(rows.acc, weights, v);
 }
