@@ -21,7 +21,6 @@ constexpr int kRun = 16;              // keys of a warp's step
 constexpr int kLongPart = 512;        // parts beyond one wave of blocks are not shorter
 constexpr int kMaxParts = 128;        // of a row
 constexpr int kRingBytes = 24 << 10;  // per warp: two blocks fit into a multiprocessor of 9.0
-constexpr float kLog2e = 1.4426950408889634f;
 
 struct Params {
   int H, Hkv, G, groups;  // groups of up to kHeads query heads per KV head
