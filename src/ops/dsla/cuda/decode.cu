@@ -2,11 +2,13 @@
 //   project  products with the adapter's matrices, 16 rows at a time: phi_q, phi_k, e^a - 1
 //   update   states (read and written once) and window, the merge of both, and the row into ring
 //            and sinks
-// `update` has two forms, which give the same bits. Where there are tasks for all multiprocessors,
-// as many blocks as these hold go from task to task, with a warp for each strand, and fetch ahead:
-// memory always has something to do. Where there are few (compute capability 9.0), each has a
-// cluster: a block for each strand, with a warp for each step.
+// `update` has two forms, which give the same bits. Where there are several tasks for each
+// multiprocessor, as many blocks as these hold go from task to task, with a warp for each strand,
+// and fetch ahead: memory always has something to do. Where there are fewer, a task is split: it
+// has a warp for each step of each strand, in one block or (compute capability 9.0) in a cluster of
+// two or four.
 #include <algorithm>
+#include <type_traits>
 
 #include "base/check.h"
 #include "ops/dsla/cuda/decode_merge.cuh"
@@ -16,13 +18,16 @@
 namespace dsla::cuda {
 namespace {
 
-// Places for tiles that each warp has: 16 KB.
+// Places for tiles that each warp has: 16 KB, or, where a split task needs no more of them, two.
 constexpr int Places(int D) { return 256 / D; }
 
-template <int D, int kG, bool kSplit>
-constexpr int SharedBytes(int warps) {
-  return warps * (Places(D) * TileBytes(D) + sizeof(typename States<D, kG>::Shared)) +
-         (kStrands + (kSplit ? warps : 0)) * sizeof(Sums<D, kG>);
+// Most warps of a block whose tasks are split: what there are registers for.
+constexpr int MaxSplitWarps(int D, int G) { return D == 128 ? 8 : G > 4 ? 12 : 16; }
+
+template <int D, int kG>
+constexpr int SharedBytes(int warps, int places, int sums) {
+  return warps * (places * TileBytes(D) + int{sizeof(typename States<D, kG>::Shared)}) +
+         sums * int{sizeof(Sums<D, kG>)};
 }
 
 // What a warp fetches: the tiles of steps [first, last) of a strand, task by task, in the order of
@@ -31,13 +36,13 @@ template <int D>
 struct Ahead {
   int strand, first, last, step, window_tile;
 
-  __device__ __forceinline__ Ahead(int strand, int first, int last)
+  __device__ __forceinline__ Ahead(const DecodeParams& p, int strand, int first, int last)
       : strand(strand), first(first), last(last) {
-    Begin();
+    Begin(p);
   }
-  __device__ __forceinline__ void Begin() {
+  __device__ __forceinline__ void Begin(const DecodeParams& p) {
     step = first;
-    window_tile = kStrands * step + strand;
+    window_tile = FirstWindowTile(p, strand, step);
   }
   // The next tile; returns whether it was the task's last.
   __device__ __forceinline__ bool Fetch(const DecodeParams& p, const Task<D>& task, uint4* to) {
@@ -48,26 +53,31 @@ struct Ahead {
     } else {
       FetchStates(p.layer, task, to, kStrands * step + strand);
     }
-    window_tile = kStrands * ++step + strand;
+    window_tile = FirstWindowTile(p, strand, ++step);
     return step == last;
   }
 };
 
-// Whole tasks: grid (blocks), kStrands warps. Split: grid (tasks, 1, kStrands), a cluster along z,
-// `steps` warps.
+// Whole tasks: grid (blocks), kStrands warps. Split: grid (blocks, 1, kStrands / own_strands), a
+// cluster along z, own_strands * steps warps; where there is a cluster, it has one task.
 template <int D, int kG, bool kSplit>
-__global__ void __launch_bounds__(32 * (kSplit ? kMaxSteps : kStrands), kSplit    ? 1
-                                                                        : D == 64 ? 3
-                                                                                  : 2)
+__global__ void __launch_bounds__(32 * (kSplit ? MaxSplitWarps(D, kG) : kStrands), kSplit    ? 1
+                                                                                   : D == 64 ? 3
+                                                                                             : 2)
     UpdateKernel(const __grid_constant__ DecodeParams p) {
-  constexpr int kPlaces = Places(D), kPlaceUnits = TileBytes(D) / 16;
+  constexpr int kPlaces = Places(D), kJoint = JointTiles(D), kPlaceUnits = TileBytes(D) / 16;
   extern __shared__ __align__(256) uint4 shared[];
   __shared__ float claims[kG];
   __shared__ uint64_t mailbox;
   const Layer& l = p.layer;
-  const int lane = threadIdx.x % 32, warp = Warp(), warps = kSplit ? p.steps : kStrands;
-  const int strand = kSplit ? blockIdx.z : warp;
-  const int first = kSplit ? warp : 0, last = kSplit ? warp + 1 : p.steps;
+  const int lane = threadIdx.x % 32, warp = Warp();
+  const int places = kSplit && kPlaces > 2 ? p.places : kPlaces;
+  const int own_strands = kSplit ? p.own_strands : kStrands, sums_of_strand = kSplit ? p.steps : 1;
+  const int warps = own_strands * sums_of_strand;
+  const bool in_cluster = kSplit && own_strands < kStrands;
+  const int first = kSplit ? warp / own_strands : 0, last = kSplit ? first + 1 : p.steps;
+  const int own = warp - first * own_strands;
+  const int strand = (in_cluster ? blockIdx.z * own_strands : 0) + own;
 
   // Lane i has slot and position of the block's i-th task.
   const int mine = blockIdx.x + lane * gridDim.x;
@@ -83,90 +93,107 @@ __global__ void __launch_bounds__(32 * (kSplit ? kMaxSteps : kStrands), kSplit  
     return Task<D>(l, blockIdx.x + i * gridDim.x, __shfl_sync(~0u, slot, i),
                    __shfl_sync(~0u, pos, i));
   };
-  if (kSplit) OpenMailbox(mailbox, MailBytes<D>(l.G));
+  if (in_cluster) OpenMailbox(mailbox, MailBytes<D>(l.G));
 
-  uint4* const places = shared + warp * kPlaces * kPlaceUnits;
-  auto* const strands = reinterpret_cast<Sums<D, kG>*>(shared + warps * kPlaces * kPlaceUnits);
-  auto* const steps = strands + kStrands;  // of this strand, if split
-  Sums<D, kG>& sums = kSplit ? steps[warp] : strands[warp];
-  auto& states_shared = reinterpret_cast<typename States<D, kG>::Shared*>(
-      strands + kStrands + (kSplit ? warps : 0))[warp];
+  uint4* const tiles = shared + warp * places * kPlaceUnits;
+  auto* const all_sums = reinterpret_cast<Sums<D, kG>*>(shared + warps * places * kPlaceUnits);
+  Sums<D, kG>& sums = all_sums[own * sums_of_strand + (kSplit ? first : 0)];
+  auto* const states_shared = reinterpret_cast<typename States<D, kG>::Shared*>(all_sums + warps);
+  auto* const mail = reinterpret_cast<Sums<D, kG>*>(states_shared + warps);  // of all strands
 
   // A tile's copies are a group; past the last tile groups are empty, so that the same wait fits.
-  Ahead<D> ahead(strand, first, last);
+  Ahead<D> ahead(p, strand, first, last);
   unsigned ahead_tasks = tasks;
   Task<D> ahead_task = task_of(tasks);
-  const auto fetch = [&](int place) {
-    if (ahead_tasks && ahead.Fetch(p, ahead_task, places + place * kPlaceUnits)) {
-      ahead.Begin();
+  int place = 0;
+  const auto fetch = [&] {
+    if (ahead_tasks && ahead.Fetch(p, ahead_task, tiles + place * kPlaceUnits)) {
+      ahead.Begin(p);
       ahead_tasks &= ahead_tasks - 1;
       if (ahead_tasks) ahead_task = task_of(ahead_tasks);
     }
     CommitCopies();
+    place = (place + 1) & (places - 1);
   };
-#pragma unroll 1
-  for (int i = 0; i < kPlaces; ++i) fetch(i);
-  int place = 0;
-  const auto await_tile = [&] {
-    WaitCopies<kPlaces - 1>();
+  const auto await_tiles = [&]<int kTiles>(std::integral_constant<int, kTiles>) {
+    places == 2 ? WaitCopies<2 - kTiles>() : WaitCopies<kPlaces - kTiles>();
     __syncwarp();
   };
-  const auto next_tile = [&] {
-    __syncwarp();  // all lanes are done with this one
-    fetch(place);
-    place = (place + 1) % kPlaces;
-  };
 
+  Task<D> task = task_of(tasks);
+  Window<D, kG> window;
+  States<D, kG> states;
+  bool awaited = false;
+  constexpr int kNone = -1;
+  int step = first, tile = kNone;  // tile: the window's next one in this step, once that has begun
+  for (int used = places;;) {      // in each turn tiles of the window or of states
 #pragma unroll 1
-  for (bool awaited = false; tasks; tasks &= tasks - 1) {
-    const Task<D> task = task_of(tasks);
-    const int64_t query = int64_t{task.n} * l.H + task.h * l.G;
-    Window<D, kG> window;
-    if (l.W > 0) {
-      window.LoadQueries(p, task);
-      if (threadIdx.x < l.G) claims[threadIdx.x] = p.claim[query + threadIdx.x];
-    }
-#pragma unroll 1
-    for (int step = first; step < last; ++step) {
-      const bool has_states = step < p.state_steps;
-      const int state_tile = kStrands * step + strand;
-      States<D, kG> states;
-      if (awaited && has_states) states.Load(p, task, state_tile);
-      if (l.W > 0 && (step == first || state_tile < p.tiles)) {
-        window.Begin();
-#pragma unroll 1
-        for (int tile = state_tile; tile < p.tiles; tile += kStrands * p.steps) {
-          await_tile();
-          window.Add(p, task, places + place * kPlaceUnits, tile * kTile);
-          next_tile();
-        }
-        window.End(p, sums, step == first);
+    for (; used > 0; --used) fetch();  // into places that are free, by code that is there once
+    if (step == last) {
+      const int64_t query = int64_t{task.n} * l.H + task.h * l.G;
+      NewRow<D> new_row;
+      new_row.Load(p, task);
+      __syncthreads();
+      if (in_cluster) {
+        AwaitOpenMailbox();
+        SendStrands(p, all_sums, mail, mailbox);
+        if (blockIdx.z > 0) return;
+        AwaitMail(mailbox);
       }
-      if (!awaited) {
-        AwaitPrevious();  // from here on `project` has ended
-        AllowNext();
-        awaited = true;
-        if (has_states) states.Load(p, task, state_tile);
-      }
-      if (has_states) {
-        await_tile();
-        states.Update(l, task, state_tile, places + place * kPlaceUnits, states_shared, sums,
-                      step == first);
-        next_tile();
-      }
+      const auto* const merged = in_cluster ? mail : all_sums;
+      for (int i = threadIdx.x; i < l.G * D; i += 32 * warps)
+        p.out[query * D + i] = __float2bfloat16_rn(
+            Merge(p, merged, in_cluster ? 1 : sums_of_strand, i / D, i % D, claims[i / D]));
+      new_row.Store(p, task);
+      tasks &= tasks - 1;
+      if (tasks == 0) return;
+      __syncthreads();  // the next task's sums take the place of these
+      task = task_of(tasks);
+      step = first;
     }
-    __syncthreads();
-    if (kSplit) {
-      AwaitOpenMailbox();
-      SendStrand(p, steps, strand, strands[strand], mailbox);
-      if (strand > 0) return;
-      AwaitMail(mailbox);
+    const bool has_states = step < p.state_steps, begins = kSplit || step == first;
+    const int state_tile = kStrands * step + strand;
+    if (tile == kNone) {
+      if (begins && l.W > 0) {
+        window.LoadQueries(p, task);
+        const int64_t query = int64_t{task.n} * l.H + task.h * l.G;
+        if (threadIdx.x < l.G) claims[threadIdx.x] = p.claim[query + threadIdx.x];
+      }
+      tile = FirstWindowTile(p, strand, step);
+      window.Begin();
+      if (has_states) states.LoadSlot(p, task, state_tile);
+      if (has_states && awaited) states.LoadProjected(p, task, state_tile);
     }
-    for (int i = threadIdx.x; i < l.G * D; i += 32 * warps)
-      p.out[query * D + i] =
-          __float2bfloat16_rn(Merge(strands, i / D, i % D, l.W > 0, claims[i / D]));
-    StoreRow(p, task);
-    if (!kSplit) __syncthreads();  // the next task's sums take the place of these
+    if (tile < p.tiles) {
+      await_tiles(std::integral_constant<int, kJoint>());
+      const int stride = kStrands * p.steps;
+      used = kJoint > 1 && tile + stride < p.tiles ? kJoint : 1;
+      const uint4* joint[kJoint];  // in place of a tile that is not there the one before it
+#pragma unroll
+      for (int j = 0; j < kJoint; ++j)
+        joint[j] = tiles + ((place + (j < used ? j : 0)) & (places - 1)) * kPlaceUnits;
+      window.Add(p, task, joint, tile * kTile, stride * kTile);
+      tile += kJoint * stride;
+      __syncwarp();  // all lanes are done with the places
+      continue;
+    }
+    if (l.W > 0 && (begins || FirstWindowTile(p, strand, step) < p.tiles))
+      window.End(p, sums, begins);
+    if (!awaited) {
+      AwaitPrevious();  // from here on `project` has ended
+      AllowNext();
+      awaited = true;
+      if (has_states) states.LoadProjected(p, task, state_tile);
+    }
+    if (has_states) {
+      await_tiles(std::integral_constant<int, 1>());
+      states.Update(l, task, state_tile, tiles + place * kPlaceUnits, states_shared[warp], sums,
+                    begins);
+      used = 1;
+      __syncwarp();
+    }
+    ++step;
+    tile = kNone;
   }
 }
 
@@ -177,26 +204,57 @@ void SetShared(int bytes) {
   PreferShared(kernel);
 }
 
+// Blocks that go from task to task: as many as the GPU holds, but a block has 32 tasks at most.
+template <int D, int kG, bool kSplit>
+int Blocks(int tasks, int multiprocessors, int threads, int bytes) {
+  int blocks = 0;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, UpdateKernel<D, kG, kSplit>, threads,
+                                                bytes);
+  return std::max(std::min(tasks, blocks * multiprocessors), (tasks + 31) / 32);
+}
+
+// Blocks for a task that is split, or 0 where it had better not be.
 template <int D, int kG>
-int LaunchUpdate(const DecodeParams& p, cudaStream_t stream) {
-  int device = 0, major = 0, multiprocessors = 0, most_shared = 0, blocks = 0;
+int SplitBlocks(const DecodeParams& p, int major, int multiprocessors, const auto& fits) {
+  const Layer& l = p.layer;
+  const int tasks = l.N * l.Hkv, bytes = (2 * l.SF + p.keys) * D * 4;  // read and written
+  // Where a task is small, a cluster's start and its messages cost more than they save.
+  if (major >= 9 && bytes >= 128 * 1024)
+    for (int blocks = kStrands; blocks > 1; blocks /= 2)
+      if (tasks * blocks <= multiprocessors && fits(blocks)) return blocks;
+  return tasks <= 2 * multiprocessors && fits(1) ? 1 : 0;
+}
+
+template <int D, int kG>
+int LaunchUpdate(DecodeParams p, cudaStream_t stream) {
+  int device = 0, major = 0, multiprocessors = 0, most_shared = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  const int tasks = p.layer.N * p.layer.Hkv, split_bytes = SharedBytes<D, kG, true>(p.steps);
-  if (major >= 9 && tasks <= multiprocessors && split_bytes <= most_shared) {
-    SetShared<D, kG, true>(split_bytes);
-    StartEarly(UpdateKernel<D, kG, true>, dim3(tasks, 1, kStrands), 32 * p.steps, p, stream,
-               static_cast<size_t>(split_bytes), kStrands);
+  const int tasks = p.layer.N * p.layer.Hkv;
+  int warps = 0, bytes = 0;
+  const auto fits = [&](int blocks) {
+    p.own_strands = kStrands / blocks;
+    warps = p.own_strands * p.steps;
+    for (p.places = Places(D); p.places >= 2; p.places /= 2) {
+      bytes = SharedBytes<D, kG>(warps, p.places, warps + (blocks > 1 ? kStrands : 0));
+      if (bytes <= most_shared) return warps <= MaxSplitWarps(D, kG);
+    }
+    return false;
+  };
+  const int split = SplitBlocks<D, kG>(p, major, multiprocessors, fits);
+  if (split > 0) {
+    SetShared<D, kG, true>(bytes);
+    const int blocks =
+        split > 1 ? tasks : Blocks<D, kG, true>(tasks, multiprocessors, 32 * warps, bytes);
+    StartEarly(UpdateKernel<D, kG, true>, dim3(blocks, 1, split), 32 * warps, p, stream,
+               static_cast<size_t>(bytes), split);
     return cudaGetLastError();
   }
-  constexpr int kBytes = SharedBytes<D, kG, false>(kStrands);
+  constexpr int kBytes = SharedBytes<D, kG>(kStrands, Places(D), kStrands);
   SetShared<D, kG, false>(kBytes);
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, UpdateKernel<D, kG, false>, 32 * kStrands,
-                                                kBytes);
-  // A block has 32 tasks at most.
-  blocks = std::max(std::min(tasks, blocks * multiprocessors), (tasks + 31) / 32);
+  const int blocks = Blocks<D, kG, false>(tasks, multiprocessors, 32 * kStrands, kBytes);
   StartEarly(UpdateKernel<D, kG, false>, dim3(blocks), 32 * kStrands, p, stream,
              static_cast<size_t>(kBytes));
   return cudaGetLastError();

@@ -4,10 +4,10 @@
 // channels of the states; both are TileBytes(D). Tiles are dealt to kStrands strands, and a
 // strand's to `steps` steps, by the shape alone:
 //   state tile kStrands * j + s      is strand s's in step j < state_steps
-//   window tile kStrands * i + s     is strand s's in step i % steps
-// Sums are made for each step from zero, then added up over the steps of a strand, in their order,
-// and over strands. So it does not matter to the bits who does a step: one warp all of a strand's,
-// or a warp each.
+//   window tile kStrands * i + s     is strand s's in step steps - 1 - i % steps
+// so that the steps with states have the fewest tiles of the window. Sums are made for each step
+// from zero, then added up over the steps of a strand, in their order, and over strands. So it does
+// not matter to the bits who does a step: one warp all of a strand's, or a warp each.
 #pragma once
 
 #include "ops/dsla/cuda/common.cuh"
@@ -25,14 +25,23 @@ struct DecodeParams {
   const float* claim;
   __nv_bfloat16* out;
   int keys, tiles;  // of the window, sinks included
-  // Each strand has something to do in each step: there are no more steps than state_steps, or two
-  // tiles of the window or more for all strands in each but the last.
+  // Each strand has something to do in each step: there are no more steps than state_steps, or more
+  // than 8 tiles of the window for each step but the last.
   int steps, state_steps;
+  // How `update` is launched, if it has a warp for each step: strands of a block, and places for
+  // tiles of a warp.
+  int own_strands, places;
   // Workspace, fp32.
   float* phi_q;  // [N, H, F]
   float* phi_k;  // [N, Hkv, F]
   float* gate;   // [N, Hkv, SF]: e^a - 1, 0 where no token enters
 };
+
+// The first of the window's tiles that a strand has in a step; the next one is kStrands * p.steps
+// away.
+__device__ __forceinline__ int FirstWindowTile(const DecodeParams& p, int strand, int step) {
+  return kStrands * (p.steps - 1 - step) + strand;
+}
 
 // The token that enters the states at time t, or -1.
 __device__ __forceinline__ int Entering(const Layer& l, int t) {

@@ -6,25 +6,59 @@
 
 namespace dsla::cuda {
 
-// The strands' sums of one output, merged.
+// A strand's sums of one output.
+struct StrandSums {
+  float linear, norm, window, top, weights;
+};
+// Of kCount strands, from the sums of their first `steps` steps, added up as one warp would have.
+template <int kCount, int D, int kG>
+__device__ __forceinline__ void AddSteps(StrandSums (&strands)[kCount], const DecodeParams& p,
+                                         const Sums<D, kG>* sums, int steps, int g, int column) {
+#pragma unroll
+  for (int s = 0; s < kCount; ++s) {
+    const Sums<D, kG>& of = sums[s * steps];
+    strands[s] = {of.linear[g][column], of.norm[g], of.window[g][column], of.top[g], of.weights[g]};
+  }
+#pragma unroll 1
+  for (int j = 1; j < steps; ++j)
+#pragma unroll
+    for (int s = 0; s < kCount; ++s) {
+      const Sums<D, kG>& of = sums[s * steps + j];
+      StrandSums& to = strands[s];
+      if (p.layer.W > 0) {
+        const Scales scales(to.top, of.top[g]);
+        to.window = Blend(scales.a, to.window, scales.b, of.window[g][column]);
+        to.weights = Blend(scales.a, to.weights, scales.b, of.weights[g]);
+        to.top = scales.top;
+      }
+      if (j < p.state_steps) {
+        to.linear += of.linear[g][column];
+        to.norm += of.norm[g];
+      }
+    }
+}
+
+// The sums of one output, merged.
 template <int D, int kG>
-__device__ __forceinline__ float Merge(const Sums<D, kG>* strands, int g, int column,
-                                       bool has_window, float claim) {
+__device__ __forceinline__ float Merge(const DecodeParams& p, const Sums<D, kG>* sums, int steps,
+                                       int g, int column, float claim) {
+  StrandSums strands[kStrands];
+  AddSteps(strands, p, sums, steps, g, column);
   float linear = 0, norm = 0, top = -INFINITY, window = 0, weights = 0;
 #pragma unroll
   for (int s = 0; s < kStrands; ++s) {
-    linear += strands[s].linear[g][column];
-    norm += strands[s].norm[g];
+    linear += strands[s].linear;
+    norm += strands[s].norm;
   }
   linear /= norm + kDslaEpsilon;
-  if (!has_window) return linear;
+  if (p.layer.W == 0) return linear;
 #pragma unroll
-  for (int s = 0; s < kStrands; ++s) top = fmaxf(top, strands[s].top[g]);
+  for (int s = 0; s < kStrands; ++s) top = fmaxf(top, strands[s].top);
 #pragma unroll
   for (int s = 0; s < kStrands; ++s) {
-    const float scale = Exp2(strands[s].top[g] - top);  // the new token is in the window
-    window = __fmaf_rn(scale, strands[s].window[g][column], window);
-    weights = __fmaf_rn(scale, strands[s].weights[g], weights);
+    const float scale = Exp2(strands[s].top - top);  // the new token is in the window
+    window = __fmaf_rn(scale, strands[s].window, window);
+    weights = __fmaf_rn(scale, strands[s].weights, weights);
   }
   const float lse = __fmaf_rn(top, 0.6931471805599453f, logf(weights));
   const float share = norm < kDslaEpsilon ? 0.f : 1 / (1 + Exp(lse - claim));
@@ -41,7 +75,7 @@ __device__ __forceinline__ void OpenMailbox(uint64_t& mailbox, int bytes) {
         "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(&mailbox)),
         "r"(bytes)
         : "memory");
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ void AwaitOpenMailbox() {
@@ -77,32 +111,22 @@ __device__ __forceinline__ void AwaitMail(uint64_t& mailbox) {
 #endif
 }
 
-// Adds up the steps of a strand as one warp would have, and sends the sums to the first block.
+// Sends the sums of this block's strands to the first block.
 template <int D, int kG>
-__device__ __forceinline__ void SendStrand(const DecodeParams& p, const Sums<D, kG>* steps,
-                                           int strand, Sums<D, kG>& to, uint64_t& mailbox) {
-  for (int i = threadIdx.x; i < p.layer.G * D; i += blockDim.x) {
-    const int g = i / D, column = i % D;
-    float linear = steps[0].linear[g][column], norm = steps[0].norm[g];
-    float window = steps[0].window[g][column], top = steps[0].top[g], weights = steps[0].weights[g];
-    for (int j = 1; j < p.steps; ++j) {
-      if (kStrands * j + strand < p.tiles) {
-        const Scales s(top, steps[j].top[g]);
-        window = Blend(s.a, window, s.b, steps[j].window[g][column]);
-        weights = Blend(s.a, weights, s.b, steps[j].weights[g]);
-        top = s.top;
-      }
-      if (j < p.state_steps) {
-        linear += steps[j].linear[g][column];
-        norm += steps[j].norm[g];
-      }
-    }
-    Send(mailbox, to.linear[g][column], linear);
-    Send(mailbox, to.window[g][column], window);
+__device__ __forceinline__ void SendStrands(const DecodeParams& p, const Sums<D, kG>* sums,
+                                            Sums<D, kG>* to, uint64_t& mailbox) {
+  const int outputs = p.layer.G * D;
+  for (int i = threadIdx.x; i < p.own_strands * outputs; i += blockDim.x) {
+    const int own = i / outputs, g = i % outputs / D, column = i % D;
+    StrandSums strand[1];
+    AddSteps(strand, p, sums + own * p.steps, p.steps, g, column);
+    Sums<D, kG>& at = to[blockIdx.z * p.own_strands + own];
+    Send(mailbox, at.linear[g][column], strand[0].linear);
+    Send(mailbox, at.window[g][column], strand[0].window);
     if (column > 0) continue;
-    Send(mailbox, to.norm[g], norm);
-    Send(mailbox, to.top[g], top);
-    Send(mailbox, to.weights[g], weights);
+    Send(mailbox, at.norm[g], strand[0].norm);
+    Send(mailbox, at.top[g], strand[0].top);
+    Send(mailbox, at.weights[g], strand[0].weights);
   }
 }
 template <int D>
@@ -110,22 +134,34 @@ constexpr int MailBytes(int G) {
   return kStrands * G * (2 * D + 3) * 4;
 }
 
-// Token t into ring and sinks.
+// Token t on its way into ring and sinks, by the block's last threads: they have the least to do.
 template <int D>
-__device__ __forceinline__ void StoreRow(const DecodeParams& p, const Task<D>& task) {
-  constexpr int kPieces = D / 8;
-  const Layer& l = p.layer;
-  const int i = threadIdx.x;
-  if (l.W == 0 || i >= 2 * kPieces) return;
-  const bool is_k = i < kPieces;
-  const int column = i % kPieces * 8;
-  const uint4 x =
-      *reinterpret_cast<const uint4*>((is_k ? task.NewKey(p) : task.NewValue(p)) + column);
-  const auto store = [&](int64_t part, int rows, int row) {
-    *reinterpret_cast<uint4*>(task.Rows(part, rows) + int64_t{row} * D + column) = x;
-  };
-  store(is_k ? l.at.ring_k : l.at.ring_v, l.W, task.newest);
-  if (task.t < l.S) store(is_k ? l.at.sink_k : l.at.sink_v, l.S, task.t);
-}
+struct NewRow {
+  static constexpr int kPieces = D / 8;
+  uint4 piece;
+
+  __device__ __forceinline__ void Load(const DecodeParams& p, const Task<D>& task) {
+    if (IsMine(p))
+      piece =
+          *reinterpret_cast<const uint4*>((IsKey() ? task.NewKey(p) : task.NewValue(p)) + Column());
+  }
+  __device__ __forceinline__ void Store(const DecodeParams& p, const Task<D>& task) const {
+    if (!IsMine(p)) return;
+    const Layer& l = p.layer;
+    const auto store = [&](int64_t part, int rows, int row) {
+      *reinterpret_cast<uint4*>(task.Rows(part, rows) + int64_t{row} * D + Column()) = piece;
+    };
+    store(IsKey() ? l.at.ring_k : l.at.ring_v, l.W, task.newest);
+    if (task.t < l.S) store(IsKey() ? l.at.sink_k : l.at.sink_v, l.S, task.t);
+  }
+
+ private:
+  __device__ __forceinline__ static int FromLast() { return blockDim.x - 1 - ThreadIndex(); }
+  __device__ __forceinline__ static bool IsMine(const DecodeParams& p) {
+    return p.layer.W > 0 && FromLast() < 2 * kPieces;
+  }
+  __device__ __forceinline__ static bool IsKey() { return FromLast() < kPieces; }
+  __device__ __forceinline__ static int Column() { return FromLast() % kPieces * 8; }
+};
 
 }  // namespace dsla::cuda

@@ -34,7 +34,19 @@ struct States {
   float gate, phi_k, z, q[kG];
   uint2 entering;  // value of the token that enters, in this lane's columns
 
-  __device__ __forceinline__ void Load(const DecodeParams& p, const Task<D>& task, int tile) {
+  // What does not wait for `project`.
+  __device__ __forceinline__ void LoadSlot(const DecodeParams& p, const Task<D>& task, int tile) {
+    const Layer& l = p.layer;
+    z = *Norm(l, task, tile);
+    entering = {};
+    if (Entering(l, task.t) >= 0) {  // from the ring's place that token t is going to take
+      const __nv_bfloat16* from =
+          l.W > 0 ? task.Rows(l.at.ring_v, l.W) + int64_t{task.newest} * D : task.NewValue(p);
+      entering = *reinterpret_cast<const uint2*>(from + Column());
+    }
+  }
+  __device__ __forceinline__ void LoadProjected(const DecodeParams& p, const Task<D>& task,
+                                                int tile) {
     const Layer& l = p.layer;
     const int c = tile * kTile + Lane() % kTile, second = c >= l.F, f = c - second * l.F;
     const int head = task.n * l.Hkv + task.h;
@@ -44,13 +56,6 @@ struct States {
     for (int g = 0; g < kG; ++g) {  // without a branch, so that no load waits for another
       const int qh = task.h * l.G + min(g, l.G - 1);
       q[g] = l.mix[qh * l.states + second] * p.phi_q[(task.n * l.H + qh) * l.F + f];
-    }
-    z = *Norm(l, task, tile);
-    entering = {};
-    if (Entering(l, task.t) >= 0) {  // from the ring's place that token t is going to take
-      const __nv_bfloat16* from =
-          l.W > 0 ? task.Rows(l.at.ring_v, l.W) + int64_t{task.newest} * D : task.NewValue(p);
-      entering = *reinterpret_cast<const uint2*>(from + Column());
     }
   }
 

@@ -1,8 +1,8 @@
-// The window's part of a decode step: a warp has a tile of 16 keys of one (row, KV head) at a time
-// and all query heads of the group at once, on the tensor cores. q k^T has the queries as the rows
-// of A, so its accumulators are, as they lie, the A operand of the product with V. Of the 16 rows
-// that `mma` has, a group fills 8 at most: the other 8 take what the rounding of the weights to
-// bf16 left, so that a weight has 17 bits and the product costs no more for it.
+// The window's part of a decode step: a warp has one or two tiles of 16 keys of one (row, KV head)
+// at a time and all query heads of the group at once, on the tensor cores. q k^T has the queries as
+// the rows of A, so its accumulators are, as they lie, the A operand of the product with V. Of the
+// 16 rows that `mma` has, a group fills 8 at most: the other 8 take what the rounding of the
+// weights to bf16 left, so that a weight has 17 bits and the product costs no more for it.
 #pragma once
 
 #include "ops/dsla/cuda/decode.cuh"
@@ -59,11 +59,16 @@ __device__ __forceinline__ void FetchKeys(const DecodeParams& p, const Task<D>& 
   }
 }
 
-// Softmax in base 2 over a step's tiles, one after the other, and over a strand's steps. A lane has
+// Tiles that a warp has at a time: 8 KB, where places for them are 16 KB or nothing would be on its
+// way meanwhile. Two together make a chain of latencies that is hardly longer than one's.
+constexpr int JointTiles(int D) { return D == 64 ? 2 : 1; }
+
+// Softmax in base 2 over a step's tiles, some after others, and over a strand's steps. A lane has
 // the scores of query heads 2 (lane % 4) + {0, 1} of the group, and of the sums of values query
 // head lane / 4, columns 8 c + 2 (lane % 4) + {0, 1}.
 template <int D, int kG>
 struct Window {
+  static constexpr int kJoint = JointTiles(D);
   uint32_t q[D / 16][2];  // as B
   float acc[D / 8][2], top[2], weights[2];
   float all_top[2], all_weights[2];  // of the steps that have been added to the strand's sums
@@ -85,60 +90,77 @@ struct Window {
     for (int c = 0; c < D / 8; ++c) acc[c][0] = acc[c][1] = 0;
   }
 
-  // A tile with keys from `first` on.
-  __device__ __forceinline__ void Add(const DecodeParams& p, const Task<D>& task, const uint4* tile,
-                                      int first) {
-    constexpr int kPieces = D / 8, kColumns = 4;  // tiles of 8 columns at a time
+  // Tiles whose keys begin at `first` and `stride` keys further on. One that lies past the last key
+  // counts for nothing, whatever finite numbers its place has.
+  __device__ __forceinline__ void Add(const DecodeParams& p, const Task<D>& task,
+                                      const uint4* const (&tiles)[kJoint], int first, int stride) {
+    constexpr int kPieces = D / 8, kColumns = 4 / kJoint;  // tiles of 8 columns at a time
     const int lane = Lane(), row = lane % 16, half = lane / 16;
-    float s[2][4] = {};  // of even and odd k
-#pragma unroll
-    for (int k = 0; k < D / 16; ++k) {
-      uint32_t a[4];
-      LoadMatrix(a, SharedAddress(tile + Swizzle<kPieces>(row, 2 * k + half)));
-      Mma(s[k % 2], a, q[k][0], q[k][1]);
-    }
     const float scale = rsqrtf(static_cast<float>(D)) * 1.4426950408889634f;
-    float x[4];  // of keys lane / 4 and that + 8, two queries each
+    float s[kJoint][2][4] = {};  // of even and odd k
 #pragma unroll
-    for (int c = 0; c < 4; ++c) x[c] = __fmul_rn(s[0][c] + s[1][c], scale);
-    if (!AllThere(p.layer, task) || first + kTile > p.keys) {
+    for (int k = 0; k < D / 16; ++k)
+#pragma unroll
+      for (int j = 0; j < kJoint; ++j) {
+        uint32_t a[4];
+        LoadMatrix(a, SharedAddress(tiles[j] + Swizzle<kPieces>(row, 2 * k + half)));
+        Mma(s[j][k % 2], a, q[k][0], q[k][1]);
+      }
+    float x[kJoint][4];  // of keys lane / 4 and that + 8, two queries each
+#pragma unroll
+    for (int j = 0; j < kJoint; ++j) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) x[j][c] = __fmul_rn(s[j][0][c] + s[j][1][c], scale);
+      const int key = first + j * stride;
+      if (AllThere(p.layer, task) && key + kTile <= p.keys) continue;
 #pragma unroll
       for (int c = 0; c < 4; c += 2)
-        if (!IsThere(p.layer, task, first + lane / 4 + 4 * c)) x[c] = x[c + 1] = -INFINITY;
+        if (!IsThere(p.layer, task, key + lane / 4 + 4 * c)) x[j][c] = x[j][c + 1] = -INFINITY;
     }
     float rest[2];  // what the sums so far count for
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float highest = fmaxf(x[i], x[2 + i]);
+      float highest = -INFINITY;
+#pragma unroll
+      for (int j = 0; j < kJoint; ++j) highest = fmaxf(highest, fmaxf(x[j][i], x[j][2 + i]));
 #pragma unroll
       for (int j = 4; j < 32; j *= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, j));
       const Scales to(top[i], highest);
       rest[i] = to.a;
       top[i] = to.top;
       const float base = top[i] == -INFINITY ? 0.f : top[i];
-      x[i] = Exp2(x[i] - base);
-      x[2 + i] = Exp2(x[2 + i] - base);
-      weights[i] = __fmaf_rn(rest[i], weights[i], x[i] + x[2 + i]);
-    }
-    uint32_t weight[4];  // as A: rows 0 to 7 rounded to bf16, rows 8 to 15 the rest
+      float sum = 0;
 #pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-      const uint32_t rounded = Pack(x[i], x[i + 1]);
-      weight[i] = Transposed(rounded);
-      weight[i + 1] = Transposed(Pack(x[i] - Low(rounded), x[i + 1] - High(rounded)));
+      for (int j = 0; j < kJoint; ++j) {
+        x[j][i] = Exp2(x[j][i] - base);
+        x[j][2 + i] = Exp2(x[j][2 + i] - base);
+        sum += x[j][i] + x[j][2 + i];
+      }
+      weights[i] = __fmaf_rn(rest[i], weights[i], sum);
     }
+    uint32_t weight[kJoint][4];  // as A: rows 0 to 7 rounded to bf16, rows 8 to 15 the rest
+#pragma unroll
+    for (int j = 0; j < kJoint; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const uint32_t rounded = Pack(x[j][i], x[j][i + 1]);
+        weight[j][i] = Transposed(rounded);
+        weight[j][i + 1] = Transposed(Pack(x[j][i] - Low(rounded), x[j][i + 1] - High(rounded)));
+      }
     const float rest_of_row = OfRow(rest);
 #pragma unroll
     for (int c0 = 0; c0 < D / 8; c0 += kColumns) {
       float value[kColumns][4] = {};
 #pragma unroll
-      for (int c = 0; c < kColumns; c += 2) {
-        uint32_t b[4];
-        LoadMatrixTransposed(
-            b, SharedAddress(tile + kTile * kPieces + Swizzle<kPieces>(row, c0 + c + half)));
-        Mma(value[c], weight, b[0], b[1]);
-        Mma(value[c + 1], weight, b[2], b[3]);
-      }
+      for (int j = 0; j < kJoint; ++j)
+#pragma unroll
+        for (int c = 0; c < kColumns; c += 2) {
+          uint32_t b[4];
+          LoadMatrixTransposed(
+              b, SharedAddress(tiles[j] + kTile * kPieces + Swizzle<kPieces>(row, c0 + c + half)));
+          Mma(value[c], weight[j], b[0], b[1]);
+          Mma(value[c + 1], weight[j], b[2], b[3]);
+        }
 #pragma unroll
       for (int c = 0; c < kColumns; ++c)
 #pragma unroll
