@@ -79,19 +79,20 @@ __global__ void __launch_bounds__(32 * (kSplit ? MaxSplitWarps(D, kG) : kStrands
   const int own = warp - first * own_strands;
   const int strand = (in_cluster ? blockIdx.z * own_strands : 0) + own;
 
-  // Lane i has slot and position of the block's i-th task.
-  const int mine = blockIdx.x + lane * gridDim.x;
+  // Lane i has what there is to know of the block's i-th task: divisions are made once.
+  const int mine = blockIdx.x + lane * gridDim.x, row = mine / l.Hkv;
   int slot = -1, pos = -1;
-  if (mine < l.N * l.Hkv) {
-    slot = l.slots[mine / l.Hkv];
-    pos = l.pos[mine / l.Hkv];
+  if (row < l.N) {
+    slot = l.slots[row];
+    pos = l.pos[row];
   }
+  const int newest = l.W > 0 ? pos % l.W : 0;
   unsigned tasks = __ballot_sync(~0u, (slot | pos) >= 0);
   if (tasks == 0) return;
   const auto task_of = [&](unsigned mask) {
-    const int i = __ffs(mask) - 1;
-    return Task<D>(l, blockIdx.x + i * gridDim.x, __shfl_sync(~0u, slot, i),
-                   __shfl_sync(~0u, pos, i));
+    const int i = __ffs(mask) - 1, n = __shfl_sync(~0u, row, i);
+    return Task<D>(l, n, blockIdx.x + i * gridDim.x - n * l.Hkv, __shfl_sync(~0u, slot, i),
+                   __shfl_sync(~0u, pos, i), __shfl_sync(~0u, newest, i));
   };
   if (in_cluster) OpenMailbox(mailbox, MailBytes<D>(l.G));
 
@@ -104,13 +105,11 @@ __global__ void __launch_bounds__(32 * (kSplit ? MaxSplitWarps(D, kG) : kStrands
   // A tile's copies are a group; past the last tile groups are empty, so that the same wait fits.
   Ahead<D> ahead(p, strand, first, last);
   unsigned ahead_tasks = tasks;
-  Task<D> ahead_task = task_of(tasks);
   int place = 0;
   const auto fetch = [&] {
-    if (ahead_tasks && ahead.Fetch(p, ahead_task, tiles + place * kPlaceUnits)) {
+    if (ahead_tasks && ahead.Fetch(p, task_of(ahead_tasks), tiles + place * kPlaceUnits)) {
       ahead.Begin(p);
       ahead_tasks &= ahead_tasks - 1;
-      if (ahead_tasks) ahead_task = task_of(ahead_tasks);
     }
     CommitCopies();
     place = (place + 1) & (places - 1);

@@ -56,11 +56,9 @@ struct Task {
   int n, h, t;
   int newest;  // the ring's place that token t takes
 
-  // Task `index` of N * Hkv, whose row has `slot_index` and the position t.
-  __device__ __forceinline__ Task(const Layer& l, int index, int slot_index, int t)
-      : slot(l.pool + slot_index * l.slot_bytes), n(index / l.Hkv), h(index - n * l.Hkv), t(t) {
-    newest = l.W > 0 ? t % l.W : 0;
-  }
+  // Of the row n, which has `slot_index` and the position t.
+  __device__ __forceinline__ Task(const Layer& l, int n, int h, int slot_index, int t, int newest)
+      : slot(l.pool + slot_index * l.slot_bytes), n(n), h(h), t(t), newest(newest) {}
   // Where token t counts in ring and sinks as one list: a young sink is in both.
   __device__ __forceinline__ int Taken(const Layer& l) const { return t < l.S ? l.W + t : newest; }
   __device__ __forceinline__ const __nv_bfloat16* NewKey(const DecodeParams& p) const {

@@ -20,22 +20,26 @@ __device__ __forceinline__ void AddSteps(StrandSums (&strands)[kCount], const De
     strands[s] = {of.linear[g][column], of.norm[g], of.window[g][column], of.top[g], of.weights[g]};
   }
 #pragma unroll 1
-  for (int j = 1; j < steps; ++j)
+  for (int j = 1; j < steps; ++j) {
+    if (p.layer.W > 0) {
 #pragma unroll
-    for (int s = 0; s < kCount; ++s) {
-      const Sums<D, kG>& of = sums[s * steps + j];
-      StrandSums& to = strands[s];
-      if (p.layer.W > 0) {
+      for (int s = 0; s < kCount; ++s) {
+        const Sums<D, kG>& of = sums[s * steps + j];
+        StrandSums& to = strands[s];
         const Scales scales(to.top, of.top[g]);
         to.window = Blend(scales.a, to.window, scales.b, of.window[g][column]);
         to.weights = Blend(scales.a, to.weights, scales.b, of.weights[g]);
         to.top = scales.top;
       }
-      if (j < p.state_steps) {
-        to.linear += of.linear[g][column];
-        to.norm += of.norm[g];
+    }
+    if (j < p.state_steps) {
+#pragma unroll
+      for (int s = 0; s < kCount; ++s) {
+        strands[s].linear += sums[s * steps + j].linear[g][column];
+        strands[s].norm += sums[s * steps + j].norm[g];
       }
     }
+  }
 }
 
 // The sums of one output, merged.
