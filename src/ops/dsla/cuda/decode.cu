@@ -221,7 +221,7 @@ int SplitBlocks(const DecodeParams& p, int major, int multiprocessors, const aut
   if (major >= 9 && bytes >= 128 * 1024)
     for (int blocks = kStrands; blocks > 1; blocks /= 2)
       if (tasks * blocks <= multiprocessors && fits(blocks)) return blocks;
-  return tasks <= 2 * multiprocessors && fits(1) ? 1 : 0;
+  return tasks <= multiprocessors && fits(1) ? 1 : 0;
 }
 
 template <int D, int kG>
