@@ -4,14 +4,16 @@
 //   S' = e^L S + K^T V,  K_t = e^{L - G_t} (1 - e^{a_t}) phi_k(k_t),
 // so weights are products of e^a backwards from the end, all at most 1.
 //
-// A block folds a segment of a sequence for one KV head, with one set of weights. Of its
-// warpgroups one fetches chunks and undoes RoPE, the others each have 64 channels of every block of
-// D: logits as [channels, d] x [d, tokens] by wgmma, so that a lane has 16 tokens of
-// its two channels and products over time stay in registers; K^T, rounded, is in these registers
-// the A operand of its product with V, and the states are accumulators from the first chunk to the
-// last. One warpgroup's products run under the other's exponentials.
+// A block folds a segment of a sequence for one KV head, with one set of weights. One of its
+// warpgroups has the keys: it fetches chunks, makes phi_k, undoes RoPE. The others each have 64
+// channels of a block of D of every state: gates' logits as [channels, d] x [d, tokens] by wgmma,
+// so that a lane has 16 tokens of its two channels and products over time stay in registers; K^T,
+// rounded, is in these registers the A operand of its product with V, and the states are
+// accumulators from the first chunk to the last. One warpgroup's products run under the others'
+// arithmetic.
 #include <algorithm>
 
+#include "ops/dsla/cuda/fold_keys.cuh"
 #include "ops/dsla/cuda/fold_states.cuh"
 
 namespace dsla::cuda {
@@ -21,19 +23,15 @@ namespace {
 // many segments, so results depend on the number; any will do.
 template <int D>
 constexpr int kBlocksAtOnce = D == 128 ? 132 : 264;
-constexpr int BlocksOfPart(const DslaShape& s) { return s.states == 1 && s.F == s.D ? 1 : 2; }
 
 template <int D>
 constexpr int kThreads = 2 * D + 128;
-// Registers of a thread of the warps that fetch, which need few, and of the others.
-template <int D, int kSigns>
-constexpr int kFetchRegisters = D == 64       ? 72
-                                : kSigns == 2 ? 40
-                                              : 56;
-template <int D, int kSigns>
-constexpr int kFoldRegisters = D == 64       ? 184
-                               : kSigns == 2 ? 232
-                                             : 224;
+// Registers of a thread of the warpgroup that has the keys, and of the others. Both are as few as
+// their accumulators leave, and with D 128 all that there are.
+template <int D>
+constexpr int kKeysRegisters = D == 64 ? 104 : 104;
+template <int D>
+constexpr int kFoldRegisters = D == 64 ? 152 : 200;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -62,20 +60,17 @@ __device__ __forceinline__ FoldPart PartOf(const PrefillParams& p, int index) {
   return {-1, 0, 0, 0, 0};
 }
 
-template <int D, int kBlocks, int kSigns>
-__device__ __forceinline__ void FoldSegment(FoldShared<D, kBlocks, kSigns>& s,
-                                            const PrefillParams& p) {
+template <int D, int kBlocks>
+__device__ __forceinline__ void FoldSegment(FoldShared<D, kBlocks>& s, const PrefillParams& p) {
   constexpr int kFoldWarps = D / 16;
   const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-  LoadFoldWeights(s, p.layer, blockIdx.x, blockIdx.z * kBlocks);
+  LoadFoldWeights(s, p.layer);
   if (threadIdx.x == 0) {
-    InitBarrier(s.key_full, 4);
-    InitBarrier(s.key_free, kFoldWarps);
     for (int i = 0; i < 2; ++i) {
-      InitBarrier(s.stage_full[i], 4);
-      InitBarrier(s.stage_free[i], kFoldWarps);
+      InitBarrier(s.plain_full[i], 4);
+      InitBarrier(s.plain_free[i], kFoldWarps);
+      InitBarrier(s.value_free[i], kFoldWarps);
     }
-    InitBarrier(s.sums_full, kFoldWarps);
   }
   AwaitPrevious();
   AllowNext();
@@ -87,11 +82,11 @@ __device__ __forceinline__ void FoldSegment(FoldShared<D, kBlocks, kSigns>& s,
   __syncthreads();
   if (s.part.n < 0) return;
   if (warp < 4) {
-    GiveUpRegisters<kFetchRegisters<D, kSigns>>();
-    Fetch(s, p);
+    GiveUpRegisters<kKeysRegisters<D>>();
+    FoldKeys(s, p);
   } else {
-    TakeRegisters<kFoldRegisters<D, kSigns>>();
-    Folder<D, kBlocks, kSigns> folder{s, p};
+    TakeRegisters<kFoldRegisters<D>>();
+    Folder<D, kBlocks> folder{s, p};
     folder.Run();
     folder.Write();
   }
@@ -99,32 +94,27 @@ __device__ __forceinline__ void FoldSegment(FoldShared<D, kBlocks, kSigns>& s,
 
 #endif
 
-// grid (Hkv, segments of a wave, SF / D / kBlocks)
-template <int D, int kBlocks, int kSigns>
+// grid (Hkv, segments of a wave, F / D)
+template <int D, int kBlocks>
 __global__ void __launch_bounds__(kThreads<D>, D == 128 ? 1 : 2)
     FoldKernel(const __grid_constant__ PrefillParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) std::byte memory[];
-  FoldSegment(*reinterpret_cast<FoldShared<D, kBlocks, kSigns>*>(memory), p);
+  FoldSegment(*reinterpret_cast<FoldShared<D, kBlocks>*>(memory), p);
 #else
   __trap();  // FoldsInOne says where it may be called
 #endif
 }
 
-template <int D, int kBlocks, int kSigns>
+template <int D, int kBlocks>
 void Launch(const PrefillParams& p, cudaStream_t stream) {
-  const dim3 grid(p.layer.Hkv, p.wave_segments, p.layer.SF / D / kBlocks);
-  Start<FoldKernel<D, kBlocks, kSigns>>("fold", grid, kThreads<D>,
-                                        sizeof(FoldShared<D, kBlocks, kSigns>), p, stream);
+  const dim3 grid(p.layer.Hkv, p.wave_segments, p.layer.F / D);
+  Start<FoldKernel<D, kBlocks>>("fold", grid, kThreads<D>, sizeof(FoldShared<D, kBlocks>), p,
+                                stream);
 }
 template <int D>
 void Launch(const PrefillParams& p, cudaStream_t stream) {
-  if (p.layer.F > D)
-    Launch<D, 2, 2>(p, stream);
-  else if (p.layer.states == 2)
-    Launch<D, 2, 1>(p, stream);
-  else
-    Launch<D, 1, 1>(p, stream);
+  p.layer.states == 2 ? Launch<D, 2>(p, stream) : Launch<D, 1>(p, stream);
 }
 
 }  // namespace
@@ -137,7 +127,7 @@ bool FoldsInOne() {
 }
 
 int MostFoldSegments(const DslaShape& s) {
-  const int blocks = s.Hkv * s.SF() / s.D / BlocksOfPart(s);
+  const int blocks = s.Hkv * s.F / s.D;
   return std::max((s.D == 64 ? kBlocksAtOnce<64> : kBlocksAtOnce<128>) / blocks, 1);
 }
 

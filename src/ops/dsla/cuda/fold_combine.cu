@@ -5,8 +5,8 @@ namespace dsla::cuda {
 namespace {
 
 // S' = e^{decay} S + what a segment adds, over those of a wave.
-// grid (threads for 4 columns of the states or 4 norms each, Hkv, N)
-constexpr int kThreads = 256, kAhead = 8;
+// grid (threads for 4 columns of the states or a norm each, Hkv, N)
+constexpr int kThreads = 128, kAhead = 16;
 template <int D>
 __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant__ PrefillParams p) {
   AwaitPrevious();
@@ -20,44 +20,47 @@ __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant_
   first = __reduce_add_sync(~0u, first) - p.wave * p.wave_segments;
   const int begin = max(first, 0), end = min(first + segments, p.wave_segments);
   const int index = blockIdx.x * kThreads + threadIdx.x, states = l.SF * D / 4;
-  if (begin >= end || index >= states + l.SF / 4) return;
+  if (begin >= end || index >= states + l.SF) return;
 
   const bool is_norm = index >= states;
   const int at = is_norm ? index - states : index;
   const int64_t stride = int64_t{l.Hkv} * l.SF, head = int64_t{h} * l.SF;
-  const float* decays = p.start_decay + begin * stride + head + (is_norm ? 4 * at : 4 * at / D);
-  const float* adds = is_norm ? p.start_norm + begin * stride + head + 4 * at
+  const float* decays = p.start_decay + begin * stride + head + (is_norm ? at : 4 * at / D);
+  const float* adds = is_norm ? p.start_norm + begin * stride + head + at
                               : p.start + (begin * stride + head) * D + int64_t{4} * at;
-  float4* to = reinterpret_cast<float4*>(SlotBase(l, n) + (is_norm ? l.at.norm : l.at.state)) +
-               head * (is_norm ? 1 : D) / 4 + at;
-  float4 x = first >= 0 ? float4{} : *to;
+  float* to = reinterpret_cast<float*>(SlotBase(l, n) + (is_norm ? l.at.norm : l.at.state)) +
+              head * (is_norm ? 1 : D) + at * (is_norm ? 1 : 4);
+  const auto load = [&](const float* from) {
+    return is_norm ? float4{*from} : *reinterpret_cast<const float4*>(from);
+  };
+  float4 x = first >= 0 ? float4{} : load(to);
   for (int base = begin; base < end; base += kAhead) {
-    float4 add[kAhead], decay[kAhead];
+    float4 add[kAhead];
+    float decay[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (base + i >= end) continue;
-      add[i] = *reinterpret_cast<const float4*>(adds);
-      if (is_norm) {
-        decay[i] = *reinterpret_cast<const float4*>(decays);
-      } else {
-        decay[i].x = decay[i].y = decay[i].z = decay[i].w = *decays;
-      }
+      add[i] = load(adds);
+      decay[i] = *decays;
       adds += stride * (is_norm ? 1 : D);
       decays += stride;
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (base + i >= end) continue;
-      x = {decay[i].x * x.x + add[i].x, decay[i].y * x.y + add[i].y, decay[i].z * x.z + add[i].z,
-           decay[i].w * x.w + add[i].w};
+      x = {decay[i] * x.x + add[i].x, decay[i] * x.y + add[i].y, decay[i] * x.z + add[i].z,
+           decay[i] * x.w + add[i].w};
     }
   }
-  *to = x;
+  if (is_norm)
+    *to = x.x;
+  else
+    *reinterpret_cast<float4*>(to) = x;
 }
 
 template <int D>
 void Launch(const PrefillParams& p, cudaStream_t stream) {
-  const int parts = p.layer.SF * (D + 1) / 4;
+  const int parts = p.layer.SF * (D / 4 + 1);
   const dim3 grid((parts + kThreads - 1) / kThreads, p.layer.Hkv, p.layer.N);
   Start<CombineKernel<D>>("combine", grid, kThreads, 0, p, stream);
 }

@@ -21,13 +21,15 @@ __device__ __forceinline__ void Pin(float (&x)[n][4]) {
     asm volatile("" : "+f"(x[i][0]), "+f"(x[i][1]), "+f"(x[i][2]), "+f"(x[i][3])::"memory");
 #endif
 }
+__device__ __forceinline__ void Pin(uint32_t (&x)[4]) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("" : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3])::"memory");
+#endif
+}
 template <int n>
 __device__ __forceinline__ void Pin(uint32_t (&x)[n][4]) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #pragma unroll
-  for (int i = 0; i < n; ++i)
-    asm volatile("" : "+r"(x[i][0]), "+r"(x[i][1]), "+r"(x[i][2]), "+r"(x[i][3])::"memory");
-#endif
+  for (int i = 0; i < n; ++i) Pin(x[i]);
 }
 
 // Products between Begin and Commit are one group; Wait leaves at most `pending` groups under way.
