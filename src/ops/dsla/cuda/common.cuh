@@ -131,11 +131,15 @@ __device__ __forceinline__ KvRow RowOf(const Layer& l, const NewRows& rows, int 
   return {reinterpret_cast<const __nv_bfloat16*>(slot + l.at.ring_k) + at,
           reinterpret_cast<const __nv_bfloat16*>(slot + l.at.ring_v) + at};
 }
+// Where a page has a row, in elements.
 template <int D>
-__device__ __forceinline__ KvRow RowOf(const Layer& l, const PagedRows& rows, int n, int h, int s) {
-  const int64_t page = rows.pages[rows.page_start[n] + s / rows.page_size];
-  const int64_t at =
-      page * rows.page_stride + (static_cast<int64_t>(h) * rows.page_size + s % rows.page_size) * D;
+__device__ __forceinline__ int64_t PlaceIn(const PagedRows& rows, int page, int h, int row) {
+  return page * rows.page_stride + (static_cast<int64_t>(h) * rows.page_size + row) * D;
+}
+template <int D>
+__device__ __forceinline__ KvRow RowOf(const Layer&, const PagedRows& rows, int n, int h, int s) {
+  const int page = rows.pages[rows.page_start[n] + s / rows.page_size];
+  const int64_t at = PlaceIn<D>(rows, page, h, s % rows.page_size);
   return {rows.k + at, rows.v + at};
 }
 
@@ -224,10 +228,6 @@ __device__ __forceinline__ void GatesMinusOne(float (&x)[n][4], float2 bias, flo
 #pragma unroll
     for (int i = 0; i < 4 * n; ++i) x[i / 4][i % 4] = GateMinusOneOf(x[i / 4][i % 4], least);
   }
-}
-template <int n>
-__device__ __forceinline__ void GatesMinusOne(float (&x)[n][4], float least) {
-  GatesMinusOne(x, {0.f, 0.f}, least);
 }
 
 }  // namespace dsla::cuda

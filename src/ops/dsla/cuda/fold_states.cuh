@@ -31,12 +31,12 @@ __device__ __forceinline__ void AddToState(float (&state)[D / 64][8][4], const u
 struct FoldThread {
   int lane, warp, group, g, t;
   __device__ __forceinline__ FoldThread() {
-    const auto i = ThreadIndex() - 128;
+    const uint32_t i = Fresh(threadIdx.x);
     lane = i % 32;
-    warp = i / 32;
-    group = i / 128;
-    g = lane / 4;
-    t = lane % 4;
+    warp = i / 32 - 4;
+    group = i / 128 - 1;
+    g = i / 4 % 8;
+    t = i % 4;
   }
 };
 
@@ -48,10 +48,12 @@ struct Folder {
 
   Shared& s;
   const PrefillParams& p;
+  // States and norms of the segment with their signs turned, as e^a - 1 has it: a weight takes one
+  // instruction less. Norms and decays are those of the channel of IsMine.
   float state[kBlocks][kPanels][8][4] = {};
-  float z = 0, decay = 1;  // of the segment, for the channel of IsMine
-  float gate[8][4];        // logits, then e^a - 1
-  uint32_t key[4][4];      // K^T, of 16 rows of a tile each
+  float z = 0, decay = 1;
+  float gate[8][4];    // logits without their bias, then e^a - 1
+  uint32_t key[4][4];  // -K^T, of 16 rows of a tile each
 
   // One for all of a warp.
   __device__ __forceinline__ int Group() const { return __shfl_sync(~0u, FoldThread().group, 0); }
@@ -66,13 +68,10 @@ struct Folder {
   __device__ __forceinline__ void StartGates(int i, int b) {
     // Behind the last chunk the same is done with whatever is there, for nobody.
     if (b == 0 && i < s.part.chunks) Await(s.plain_full[i % 2], i / 2);
-    const FoldThread at;
-    const float* bias = s.bias + b * D + 16 * at.warp + at.g;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      gate[j][0] = gate[j][1] = bias[0];
-      gate[j][2] = gate[j][3] = bias[8];
-    }
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) gate[j][c] = 0;
     Pin(gate);
     BeginProducts();
     const uint32_t weight = SharedAddress(s.gates[b][Group()]);
@@ -121,8 +120,9 @@ struct Folder {
   // Block b of chunk i from its gates' logits to K, and what comes before it to the chunk's end.
   __device__ __forceinline__ void Weigh(int i, int b) {
     const Layer& l = p.layer;
-    GatesMinusOne(gate, l.least_gate);
     const auto [lane, warp, group, g, t] = FoldThread();
+    const float* bias = s.bias + b * D + 16 * warp + g;
+    GatesMinusOne(gate, {bias[0], bias[8]}, l.least_gate);
     const int first = s.part.e0 + i * kChunk, from = l.S, until = s.part.until;
     if (first < from || first + kChunk > until) {
 #pragma unroll
@@ -171,8 +171,8 @@ struct Folder {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const float x = gate[2 * four + k / 2][2 * r + k % 2];
-          weight[k] = -(x * run[r]) * feature[k];
-          run[r] += run[r] * x;
+          weight[k] = x * run[r] * feature[k];
+          run[r] = fmaf(run[r], x, run[r]);  // does not wait for the weight
           sum[r] += weight[k];
         }
         key[four][r] = Pack(weight[0], weight[1]);
@@ -227,9 +227,9 @@ struct Folder {
 #pragma unroll
           for (int j = 0; j < 8; ++j)
             *reinterpret_cast<float2*>(states + channel * D + 64 * panel + 8 * j + 2 * t) = {
-                state[b][panel][j][2 * r], state[b][panel][j][2 * r + 1]};
+                0 - state[b][panel][j][2 * r], 0 - state[b][panel][j][2 * r + 1]};
         if (!IsMine(b, r)) continue;
-        norms[channel] = z;
+        norms[channel] = 0 - z;
         if (decays) decays[channel] = decay;
       }
   }
