@@ -48,6 +48,10 @@ __device__ __forceinline__ void CopyAsync(void* to, const void* from, bool valid
                "r"(valid ? 16 : 0)
                : "memory");
 }
+// The line is on its way to the L2 cache.
+__device__ __forceinline__ void PrefetchToL2(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
 __device__ __forceinline__ void CommitCopies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
