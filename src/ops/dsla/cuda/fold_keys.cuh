@@ -69,6 +69,9 @@ __device__ __forceinline__ void FetchRows(uint4* to, const __nv_bfloat16* rows, 
   }
 }
 
+// The last position whose angles are read; where nothing enters any row of the tables does.
+__device__ __forceinline__ int LastAngle(const FoldPart& part) { return max(part.until - 1, 0); }
+
 // Where the tables have the angles of a lane's rows of a chunk.
 template <int D>
 struct AnglePlace {
@@ -76,7 +79,7 @@ struct AnglePlace {
   __device__ __forceinline__ AnglePlace(const FoldPart& part, int i) {
     const FetchPlace<D> at;
     first = part.e0 + i * kChunk + 16 * at.warp + at.first;
-    last = part.until - 1;
+    last = LastAngle(part);
   }
   __device__ __forceinline__ const float4* In(const float* table, int u) const {
     const FetchPlace<D> at;
@@ -104,7 +107,7 @@ __device__ __forceinline__ void PrefetchSines(const float* sin, const FoldPart& 
   constexpr int kLines = D / 64;  // of 128 bytes, in a row of the table
   const FetchPlace<D> at;
   const int token = part.e0 + i * kChunk + 16 * at.warp + at.lane / kLines % 16;
-  PrefetchToL2(sin + min(token, part.until - 1) * (D / 2) + at.lane % kLines * 32);
+  PrefetchToL2(sin + min(token, LastAngle(part)) * (D / 2) + at.lane % kLines * 32);
 }
 template <int D>
 struct Sines {
