@@ -120,7 +120,7 @@ void AddEngine(CLI::App& command, ServeArgs& args) {
       ->capture_default_str()
       ->group(group);
   count("--max-preemptions", engine.max_preemptions, 0,
-        "of one reply, after which it is left alone");
+        "of one reply, after which it has room to its end");
   count("--max-in-flight", args.max_in_flight, 1, "HTTP requests being worked on");
   command.add_flag("--no-prefix-cache", args.no_prefix_cache, "do not reuse prompts' beginnings")
       ->group(group);

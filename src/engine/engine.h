@@ -28,7 +28,7 @@ struct EngineOptions {
   int max_running = 256;          // sequences in the batch
   int max_queued = 1024;          // requests waiting
   int64_t max_queued_tokens = 0;  // prompt tokens waiting; 0 = no bound of its own
-  int max_preemptions = 4;        // of one request, after which it is not pre-empted again
+  int max_preemptions = 4;        // of one request, after which it waits for room to its end
   bool prefix_cache = true;
   int snapshot_stride = 512;  // tokens between state snapshots; a multiple of the page size
   // Replies do not depend on batch, chunking, pre-emption or prefix-cache hits, bit for bit.
