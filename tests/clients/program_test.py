@@ -234,6 +234,7 @@ def check_preemption(program, model):
         crowd = together(running, 6, max_tokens=450, stream=True)
         ends = [events(reply.body)[-1] for reply in crowd]
         check(ends == ["[DONE]"] * 6, f"past the cap: all six have their replies: {set(ends)}")
+        check(all(reply.status == 200 for reply in crowd), "in their streams")
         check(preemptions(running) == 0, "and nobody was pre-empted")
         check(completions(running, prompt="x", max_tokens=4).status == 200, "the server goes on")
 

@@ -375,20 +375,25 @@ TEST(Errors, BeforeTheFirstByteHaveAStatus) {
 }
 
 TEST(Errors, AfterTheFirstByteAreAnEvent) {
-  TestApi api;
-  const auto responder =
-      api.Chat(R"({"messages":[{"role":"user","content":"x"}],"stream":true,"n":2})");
-  api.engine.job(0).sink->OnToken(Token(97, "a"));
-  api.engine.job(1).sink->OnFinish(Failed(Status(StatusCode::kDeadlineExceeded, "late")));
-  EXPECT_EQ(responder->head().status, 200);
-  EXPECT_THAT(responder->body(), HasSubstr("]}\n\ndata: {\"error\":{\"message\":\""));
-  EXPECT_THAT(responder->body(), ::testing::EndsWith("}}\n\n"));
-  EXPECT_EQ(responder->body().find("[DONE]"), std::string::npos);
-  EXPECT_TRUE(responder->gone());
-  // The other reply is ended, and what it still says does no harm.
-  EXPECT_EQ(api.engine.WaitForCancelled(1)[0], api.engine.job(0).request.id);
-  api.engine.job(0).sink->OnToken(Token(98, "b"));
-  api.engine.job(0).sink->OnFinish(Failed(Status(StatusCode::kCancelled, "cancelled")));
+  for (const auto& [status, code] : std::vector<std::pair<StatusCode, std::string>>{
+           {StatusCode::kDeadlineExceeded, "timeout"},
+           {StatusCode::kResourceExhausted, "out_of_memory"}}) {
+    TestApi api;
+    const auto responder =
+        api.Chat(R"({"messages":[{"role":"user","content":"x"}],"stream":true,"n":2})");
+    api.engine.job(0).sink->OnToken(Token(97, "a"));
+    api.engine.job(1).sink->OnFinish(Failed(Status(status, "why")));
+    EXPECT_EQ(responder->head().status, 200);
+    EXPECT_THAT(responder->body(), HasSubstr("]}\n\ndata: {\"error\":{\"message\":\""));
+    EXPECT_THAT(responder->body(), HasSubstr(fmt::format("\"code\":\"{}\"", code)));
+    EXPECT_THAT(responder->body(), ::testing::EndsWith("}}\n\n"));
+    EXPECT_EQ(responder->body().find("[DONE]"), std::string::npos);
+    EXPECT_TRUE(responder->gone());
+    // The other reply is ended, and what it still says does no harm.
+    EXPECT_EQ(api.engine.WaitForCancelled(1)[0], api.engine.job(0).request.id);
+    api.engine.job(0).sink->OnToken(Token(98, "b"));
+    api.engine.job(0).sink->OnFinish(Failed(Status(StatusCode::kCancelled, "cancelled")));
+  }
 }
 
 TEST(Deadline, ComesFromFieldHeaderOrServer) {

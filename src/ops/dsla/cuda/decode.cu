@@ -58,8 +58,8 @@ struct Ahead {
   }
 };
 
-// Whole tasks: grid (blocks), kStrands warps. Split: grid (blocks, 1, kStrands / own_strands), a
-// cluster along z, own_strands * steps warps; where there is a cluster, it has one task.
+// Whole tasks: grid (blocks), kStrands warps. Split: grid (tasks, 1, kStrands / own_strands), a
+// cluster along z, own_strands * steps warps.
 template <int D, int kG, bool kSplit>
 __global__ void __launch_bounds__(32 * (kSplit ? MaxSplitWarps(D, kG) : kStrands), kSplit    ? 1
                                                                                    : D == 64 ? 3
@@ -204,10 +204,10 @@ void SetShared(int bytes) {
 }
 
 // Blocks that go from task to task: as many as the GPU holds, but a block has 32 tasks at most.
-template <int D, int kG, bool kSplit>
-int Blocks(int tasks, int multiprocessors, int threads, int bytes) {
+template <int D, int kG>
+int Blocks(int tasks, int multiprocessors, int bytes) {
   int blocks = 0;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, UpdateKernel<D, kG, kSplit>, threads,
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, UpdateKernel<D, kG, false>, 32 * kStrands,
                                                 bytes);
   return std::max(std::min(tasks, blocks * multiprocessors), (tasks + 31) / 32);
 }
@@ -245,15 +245,13 @@ int LaunchUpdate(DecodeParams p, cudaStream_t stream) {
   const int split = SplitBlocks<D, kG>(p, major, multiprocessors, fits);
   if (split > 0) {
     SetShared<D, kG, true>(bytes);
-    const int blocks =
-        split > 1 ? tasks : Blocks<D, kG, true>(tasks, multiprocessors, 32 * warps, bytes);
-    StartEarly(UpdateKernel<D, kG, true>, dim3(blocks, 1, split), 32 * warps, p, stream,
+    StartEarly(UpdateKernel<D, kG, true>, dim3(tasks, 1, split), 32 * warps, p, stream,
                static_cast<size_t>(bytes), split);
     return cudaGetLastError();
   }
   constexpr int kBytes = SharedBytes<D, kG>(kStrands, Places(D), kStrands);
   SetShared<D, kG, false>(kBytes);
-  const int blocks = Blocks<D, kG, false>(tasks, multiprocessors, 32 * kStrands, kBytes);
+  const int blocks = Blocks<D, kG>(tasks, multiprocessors, kBytes);
   StartEarly(UpdateKernel<D, kG, false>, dim3(blocks), 32 * kStrands, p, stream,
              static_cast<size_t>(kBytes));
   return cudaGetLastError();
