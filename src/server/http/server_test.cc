@@ -376,14 +376,16 @@ TEST(HttpServerTest, ManyThreads) {
   std::vector<std::thread> clients;
   for (int c = 0; c < kClients; ++c) {
     clients.emplace_back([&, c] {
-      auto client = std::make_unique<RawClient>(server.port());
+      RawClient client(server.port());
       for (int i = 0; i < kRequests; ++i) {
-        client->Send(PostJson("/hold", "{}"));
-        if ((i + c) % 5 == 0) {  // leaves in the middle
-          client = std::make_unique<RawClient>(server.port());
+        // Leaves in the middle, and on a connection of its own: of a request that was sent behind an
+        // answer, the server may see the client's end first, and then nobody is asked.
+        if ((i + c) % 5 == 0) {
+          RawClient(server.port()).Send(PostJson("/hold", "{}"));
           continue;
         }
-        if (client->Read(60).complete) ++answered;
+        client.Send(PostJson("/hold", "{}"));
+        if (client.Read(60).complete) ++answered;
       }
     });
   }
