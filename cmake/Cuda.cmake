@@ -43,6 +43,9 @@ endif()
 
 # Real code for each of these compute capabilities; 90a also knows Hopper's own instructions. 8.0 code runs on 8.6 and 8.9.
 set(DSLA_CUDA_ARCHS 80 90a CACHE STRING "Compute capabilities to build GPU code for")
+if("90" IN_LIST DSLA_CUDA_ARCHS)
+  message(FATAL_ERROR "DSLA_CUDA_ARCHS has 90: say 90a, as compute capability 9.0 gets kernels of Hopper's own instructions")
+endif()
 
 # dsla_cuda_library(NAME <name> SRCS <files.cu>): the shared library dsla_<name>, with a runtime of its own linked in, so
 # that nothing of CUDA is needed to link against it or to start. No CUDA language is enabled: nvcc runs by plain commands, so

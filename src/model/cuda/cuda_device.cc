@@ -4,7 +4,8 @@
 
 #include "model/cuda/cuda_memory.h"
 #include "model/cuda/cuda_model.h"
-#include "ops/dsla/cuda/dsla_cuda.h"
+#include "ops/norm_rope/cuda/norm_rope_cuda.h"
+#include "ops/sampling/cuda/sampling_cuda.h"
 
 namespace dsla::cuda {
 namespace {
@@ -71,10 +72,12 @@ class CudaDevice : public Device {
       return Unsupported("{}: model width {} and MLP width {}: have multiples of 8", name_, c.C,
                          c.ffn);
     }
-    if (spec.adapter != nullptr && c.G() > kMaxGroup) {
-      return Unsupported("{}: {} query heads per KV head: with an adapter at most {}", name_, c.G(),
-                         kMaxGroup);
+    if (c.C > kMaxNormWidth || c.V >= kMaxVocabulary) {
+      return Unsupported("{}: model width {} and vocabulary {}: have up to {} and below {}", name_,
+                         c.C, c.V, kMaxNormWidth, kMaxVocabulary);
     }
+    cudaSetDevice(index_);
+    if (spec.adapter != nullptr) DSLA_RETURN_IF_ERROR(CheckAdapter(spec));
     if (WeightBytes(c) > free_bytes()) {
       return ResourceExhausted("{}: the weights take {} bytes in bf16, and {} are free", name_,
                                WeightBytes(c), free_bytes());

@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <new>
+#include <utility>
 
 namespace dsla::cuda {
 namespace {
@@ -97,11 +98,21 @@ void CudaBlockMemory::Map(std::byte* at, Unit& unit) {
     spares_.pop_back();
   }
   const auto address = reinterpret_cast<CUdeviceptr>(at);
-  CheckDriver(driver_.map(address, bytes, 0, unit.handle, 0), "mapping cache memory");
+  try {
+    CheckDriver(driver_.map(address, bytes, 0, unit.handle, 0), "mapping cache memory");
+  } catch (...) {
+    spares_.push_back(std::exchange(unit.handle, {}));
+    throw;
+  }
   CUmemAccessDesc access = {};
   access.location = property_.location;
   access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
-  CheckDriver(driver_.set_access(address, bytes, &access, 1), "opening cache memory");
+  try {
+    CheckDriver(driver_.set_access(address, bytes, &access, 1), "opening cache memory");
+  } catch (...) {
+    Unmap(at, unit);
+    throw;
+  }
 }
 
 void CudaBlockMemory::Unmap(std::byte* at, Unit& unit) {
@@ -131,6 +142,7 @@ void CudaBlockMemory::Back(std::byte* block, int64_t bytes) {
 }
 
 void CudaBlockMemory::GiveBack(std::byte* block, int64_t bytes) {
+  cudaSetDevice(device_);
   const Range range = UnitsOf(block, bytes);
   bool waited = false;
   for (int64_t i = range.first; i <= range.last; ++i) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <span>
+#include <utility>
 
 #include "ops/attention/cuda/attention_cuda.h"
 #include "ops/norm_rope/cuda/norm_rope_cuda.h"
@@ -62,11 +63,14 @@ CudaModel::~CudaModel() {
 
 Expected<std::unique_ptr<DeviceModel>> CudaModel::WithAdapter(const DeviceModelSpec& spec) const {
   cudaSetDevice(device_);
+  DSLA_RETURN_IF_ERROR(CheckAdapter(spec));
   try {
     return std::unique_ptr<DeviceModel>(new CudaModel(device_, stream_, gemm_, spec, weights_,
                                                       UploadAdapter(spec, *weights_, stream_)));
   } catch (const std::bad_alloc&) {
     return ResourceExhausted("out of GPU memory while an adapter was copied");
+  } catch (const DeviceError& error) {
+    return Error(StatusCode::kInternal, "{}", error.what());
   }
 }
 
@@ -81,6 +85,27 @@ void CudaModel::DropGraphs() {
   for (auto& [key, graph] : graphs_)
     if (graph.exec != nullptr) cudaGraphExecDestroy(graph.exec);
   graphs_.clear();
+}
+
+// The graph of a bucket and level, in place of the one that was used longest ago if there are many.
+CudaModel::Graph& CudaModel::GraphOf(int bucket, int level) {
+  if (graphs_.size() >= kMostGraphs && !graphs_.contains({bucket, level})) {
+    const auto oldest = std::min_element(
+        graphs_.begin(), graphs_.end(),
+        [](const auto& a, const auto& b) { return a.second.last_step < b.second.last_step; });
+    DropGraph(oldest->second);
+    graphs_.erase(oldest);
+  }
+  Graph& graph = graphs_[{bucket, level}];
+  graph.last_step = ++graph_steps_;
+  return graph;
+}
+
+void CudaModel::DropGraph(Graph& graph) {
+  if (graph.exec == nullptr) return;
+  Check(cudaStreamSynchronize(stream_), "waiting for a step");
+  cudaGraphExecDestroy(std::exchange(graph.exec, nullptr));
+  graph.runs = 0;
 }
 
 void CudaModel::Carve(Activations& a, int64_t T, int64_t tile) const {
@@ -201,11 +226,7 @@ void CudaModel::RunGraph(const CacheViews& cache, const PlacedRows& rows,
   }
   SendTables(tables, rows, row_before, fixed.host_tables, fixed.tables);
 
-  if (graphs_.size() >= kMostGraphs && !graphs_.contains({bucket, level})) {
-    Check(cudaStreamSynchronize(stream_), "waiting for a step");
-    DropGraphs();
-  }
-  Graph& graph = graphs_[{bucket, level}];
+  Graph& graph = GraphOf(bucket, level);
   const auto launch = [&] {
     RunLayers({.tables = &tables,
                .host = fixed.host_tables.as<int32_t>(),
@@ -219,10 +240,7 @@ void CudaModel::RunGraph(const CacheViews& cache, const PlacedRows& rows,
     FinishTile(fixed.activations, nullptr, fixed.tables.as<RowSampling>(4 * tables.sampling),
                fixed.tables.as<LogitEdit>(), bucket, fixed.scratch);
   };
-  if (graph.exec != nullptr && !SameViews(graph.cache, cache)) {
-    cudaGraphExecDestroy(graph.exec);
-    graph = {};
-  }
+  if (!SameViews(graph.cache, cache)) DropGraph(graph);
   if (graph.exec == nullptr && graph.runs > 0) {
     // Everything was launched once by itself: no library loads or allocates while it is captured.
     Check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "capturing a step");
@@ -240,12 +258,12 @@ void CudaModel::RunGraph(const CacheViews& cache, const PlacedRows& rows,
     Check(error, "building a step's graph");
     graph.cache = cache;
   }
-  ++graph.runs;
   if (graph.exec != nullptr) {
     Check(cudaGraphLaunch(graph.exec, stream_), "replaying a step");
   } else {
     launch();
   }
+  ++graph.runs;
 }
 
 void CudaModel::ForwardGraph(const CacheViews& cache, const PlacedRows& rows,

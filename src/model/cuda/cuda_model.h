@@ -21,7 +21,7 @@ class CudaModel : public DeviceModel {
  public:
   // The largest step that is replayed from a graph; larger ones are launched.
   static constexpr int kMostGraphRows = 256;
-  static constexpr size_t kMostGraphs = 128;  // all are made anew when there are more
+  static constexpr size_t kMostGraphs = 128;
 
   CudaModel(int device, cudaStream_t stream, std::shared_ptr<Gemm> gemm, DeviceModelSpec spec,
             std::shared_ptr<const CudaWeights> weights, std::shared_ptr<const CudaAdapter> adapter);
@@ -86,6 +86,7 @@ class CudaModel : public DeviceModel {
     int runs = 0;  // before it is captured, its launches are done one by one
     cudaGraphExec_t exec = nullptr;
     CacheViews cache;  // that it was captured for
+    int64_t last_step = 0;
   };
 
   void Carve(Activations& a, int64_t T, int64_t tile) const;
@@ -111,6 +112,8 @@ class CudaModel : public DeviceModel {
                  std::span<const int64_t> tile_row, const Activations& a, const RowChoice* choices,
                  const DeviceLogitsVisitor& visit);
   void FetchLogits(const Activations& a, std::span<const int64_t> tile_rows);
+  Graph& GraphOf(int bucket, int level);
+  void DropGraph(Graph& graph);
   void DropGraphs();
   Fixed& FixedMemory();
 
@@ -123,7 +126,8 @@ class CudaModel : public DeviceModel {
 
   std::unique_ptr<Fixed> fixed_;
   std::map<std::pair<int, int>, Graph> graphs_;  // by rows and their level, or kMixed
-  Begun steps_[2];                               // by turns
+  int64_t graph_steps_ = 0;
+  Begun steps_[2];  // by turns
   int64_t begun_ = 0, ended_ = 0;
 
   // Of steps that are launched.

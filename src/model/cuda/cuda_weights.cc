@@ -19,6 +19,9 @@ DeviceBuffer UploadBytes(const void* from, int64_t bytes) {
   return buffer;
 }
 
+// What was copied may still be on its way, and kernels of other streams do not wait for it.
+void AwaitUploads() { Check(cudaStreamSynchronize(cudaStreamLegacy), "copying weights"); }
+
 DeviceBuffer UploadVector(std::span<const float> from) {
   return UploadBytes(from.data(), static_cast<int64_t>(from.size_bytes()));
 }
@@ -151,7 +154,16 @@ Expected<std::shared_ptr<const CudaWeights>> UploadWeights(int device, const Dev
   const int64_t angles = spec.positions * (config.D / 2);
   weights->rope_cos = UploadBytes(spec.rope_cos, 4 * angles);
   weights->rope_sin = UploadBytes(spec.rope_sin, 4 * angles);
+  AwaitUploads();
   return std::shared_ptr<const CudaWeights>(std::move(weights));
+}
+
+Status CheckAdapter(const DeviceModelSpec& spec) {
+  for (size_t l = 0; l < spec.shapes.size(); ++l) {
+    if (const char* const what = Limitation(spec.shapes[l]))
+      return Unsupported("the adapter's layer {} cannot run on a GPU: {}", l, what);
+  }
+  return Status::Ok();
 }
 
 std::shared_ptr<const CudaAdapter> UploadAdapter(const DeviceModelSpec& spec,
@@ -196,6 +208,7 @@ std::shared_ptr<const CudaAdapter> UploadAdapter(const DeviceModelSpec& spec,
     params.rope_cos = weights.rope_cos.as<float>();
     params.rope_sin = weights.rope_sin.as<float>();
     layer.packed.Grow(PackedWeightBytes(spec.shapes[l]));
+    AwaitUploads();
     Check(PackWeights(spec.shapes[l], params, layer.packed.as(), stream), "packing the adapter");
     Check(cudaStreamSynchronize(stream), "packing the adapter");
     adapter->most_rank = std::max(adapter->most_rank, layer.r);

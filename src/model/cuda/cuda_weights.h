@@ -64,6 +64,8 @@ int64_t WeightBytes(const ModelConfig& config);  // of the model's weights on th
 Expected<std::shared_ptr<const CudaWeights>> UploadWeights(int device, const DeviceModelSpec& spec,
                                                            const TensorReader& read,
                                                            const ParallelRunner& parallel);
+// kUnsupported where the operator's kernels cannot do a layer of it on the current device.
+Status CheckAdapter(const DeviceModelSpec& spec);
 std::shared_ptr<const CudaAdapter> UploadAdapter(const DeviceModelSpec& spec,
                                                  const CudaWeights& weights, cudaStream_t stream);
 

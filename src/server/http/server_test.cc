@@ -378,8 +378,8 @@ TEST(HttpServerTest, ManyThreads) {
     clients.emplace_back([&, c] {
       RawClient client(server.port());
       for (int i = 0; i < kRequests; ++i) {
-        // Leaves in the middle, and on a connection of its own: of a request that was sent behind an
-        // answer, the server may see the client's end first, and then nobody is asked.
+        // Leaves in the middle, and on a connection of its own: of a request that was sent behind
+        // an answer, the server may see the client's end first, and then nobody is asked.
         if ((i + c) % 5 == 0) {
           RawClient(server.port()).Send(PostJson("/hold", "{}"));
           continue;

@@ -28,7 +28,7 @@ struct DecodeAttentionArgs {
   void* workspace = nullptr;
   int64_t workspace_bytes = 0;
 };
-// Does not depend on the lengths, so that a graph's launches fit any.
+// Does not depend on the lengths, so that a graph's launches fit any, and does for fewer rows, too.
 DSLA_CUDA_EXPORT int64_t DecodeAttentionWorkspaceBytes(int N, int H, int Hkv, int D);
 DSLA_CUDA_EXPORT int DecodeAttention(const DecodeAttentionArgs& args, Stream stream);
 

@@ -272,16 +272,22 @@ __global__ void __launch_bounds__(kThreads) MergeKernel(const __grid_constant__ 
                                                        Pack(x.z * inverse, x.w * inverse)};
 }
 
+int Groups(int H, int Hkv) { return (H / Hkv + kHeads - 1) / kHeads; }
+
+// Two for each multiprocessor.
+int WaveBlocks() {
+  int device = 0, multiprocessors = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  return 2 * multiprocessors;
+}
+
 // Parts that a row has at most, and those of one wave of two blocks per multiprocessor.
 struct Parts {
   int most, wave;
 };
 Parts PartsFor(int N, int H, int Hkv) {
-  int device = 0, multiprocessors = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  const int groups = (H / Hkv + kHeads - 1) / kHeads, blocks = 2 * multiprocessors;
-  const int rows = N * Hkv * groups;
+  const int rows = N * Hkv * Groups(H, Hkv), blocks = WaveBlocks();
   // Four waves even out what blocks need; a long row among short ones is cut in any case.
   return {std::clamp(4 * blocks / rows, 4, kMaxParts), std::clamp(blocks / rows, 1, kMaxParts)};
 }
@@ -303,7 +309,11 @@ int Launch(const Params& p, int N, cudaStream_t stream) {
 
 int64_t DecodeAttentionWorkspaceBytes(int N, int H, int Hkv, int D) {
   if (N == 0) return 0;
-  const int64_t rows = int64_t{N} * H * PartsFor(N, H, Hkv).most;
+  // At least N times PartsFor's, and that for every smaller N, too: fewer rows have more parts
+  // each.
+  const int64_t wave_parts = 4 * WaveBlocks() / (Hkv * Groups(H, Hkv));
+  const int64_t rows =
+      H * std::min<int64_t>(int64_t{N} * kMaxParts, std::max<int64_t>(int64_t{4} * N, wave_parts));
   return (AlignedFloats(rows * D) + AlignedFloats(rows * 2)) * 4;
 }
 
@@ -320,7 +330,7 @@ int DecodeAttention(const DecodeAttentionArgs& a, Stream stream) {
   p.H = a.H;
   p.Hkv = a.kv.Hkv;
   p.G = a.H / a.kv.Hkv;
-  p.groups = (p.G + kHeads - 1) / kHeads;
+  p.groups = Groups(a.H, a.kv.Hkv);
   p.parts = parts.most;
   p.wave_parts = parts.wave;
   p.page_size = a.kv.page_size;

@@ -263,6 +263,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     TakeRegisters<kStateRegisters>();
     States<kChannels>(p, s).Run();
   }
+#else
+  __trap();  // OnHopper says where it may be called
 #endif
 }
 

@@ -127,7 +127,7 @@ struct Queries {
       for (int j = 0; j < kWidth / 8; ++j)
 #pragma unroll
         for (int c = 2 * r; c < 2 * r + 2; ++c) {
-          y[j][c] *= 1.4426950408889634f;  // here, or registers do not suffice
+          y[j][c] *= kLog2e;  // here, or registers do not suffice
           high = fmaxf(high, y[j][c]);
         }
       high = QuadMax(high);

@@ -9,6 +9,7 @@
 #include <cuda_runtime.h>
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 
 #include "ops/dsla/cuda/dsla_cuda.h"
@@ -73,7 +74,26 @@ Layer MakeLayer(const Args& a) {
 }
 
 // Aborts unless the kernels are written for the shape and the slots.
+constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Takes parts of a workspace, 256-byte aligned; only counts them while there is none.
+struct Carver {
+  std::byte* base = nullptr;
+  int64_t used = 0;
+  template <typename T>
+  T* Take(int64_t n) {
+    std::byte* at = base + used;
+    used += CeilDiv(n * static_cast<int64_t>(sizeof(T)), 256) * 256;
+    return reinterpret_cast<T*>(at);
+  }
+};
+
+inline constexpr int kMaxGroup = 8;       // query heads per KV head up to which decode works
+inline constexpr int kMaxSinks = kChunk;  // one tile of keys
 void CheckShape(const DslaShape& shape, const DslaSlotLayout& layout, const DslaStateView& states);
+
+// Whether the current device has the shared memory that `prepare` needs.
+bool PrepareFits(const DslaShape& shape);
 
 // Launches a kernel that may start while the one before it ends, since it says itself where it must
 // wait. `cluster` blocks along z make a cluster: 1 below compute capability 9.0. An error stays for
@@ -206,18 +226,17 @@ __device__ __forceinline__ float GateMinusOneOf(float t, float least) {
   return fmaxf(fast * root + (fast - 1), least);
 }
 __device__ __forceinline__ float GateMinusOne(float x, float least) {
-  return GateMinusOneOf(x * -1.4426950408889634f, least);
+  return GateMinusOneOf(x * -kLog2e, least);
 }
 // Of logits without their bias, which is one for x[.][0, 1] and another for x[.][2, 3].
 template <int n>
 __device__ __forceinline__ void GatesMinusOne(float (&x)[n][4], float2 bias, float least) {
-  constexpr float kScale = -1.4426950408889634f;
-  const float offset[2] = {bias.x * kScale, bias.y * kScale};
+  const float offset[2] = {bias.x * -kLog2e, bias.y * -kLog2e};
   uint32_t signs = ~0u;
 #pragma unroll
   for (int i = 0; i < 4 * n; ++i) {
     float& t = x[i / 4][i % 4];
-    t = t * kScale + offset[i % 4 / 2];
+    t = t * -kLog2e + offset[i % 4 / 2];
     signs &= __float_as_uint(t);
   }
   // Where all logits are positive, as slow gates' are, the other factor is 1 and the floor far.

@@ -88,7 +88,10 @@ __global__ void __launch_bounds__(32 * (kSplit ? MaxSplitWarps(D, kG) : kStrands
   }
   const int newest = l.W > 0 ? pos % l.W : 0;
   unsigned tasks = __ballot_sync(~0u, (slot | pos) >= 0);
-  if (tasks == 0) return;
+  if (tasks == 0) {  // who waits for this grid also relies on what it would have waited for
+    AwaitPrevious();
+    return;
+  }
   const auto task_of = [&](unsigned mask) {
     const int i = __ffs(mask) - 1, n = __shfl_sync(~0u, row, i);
     return Task<D>(l, n, blockIdx.x + i * gridDim.x - n * l.Hkv, __shfl_sync(~0u, slot, i),
@@ -272,25 +275,12 @@ int LaunchUpdate(const DecodeParams& p, cudaStream_t stream) {
   }
 }
 
-int Ceil(int a, int b) { return (a + b - 1) / b; }
-
-// Counts floats, or hands out addresses when `base` is set; each part 256-byte aligned.
-struct Carver {
-  float* base = nullptr;
-  int64_t used = 0;
-  float* Take(int64_t n) {
-    float* at = base + used;
-    used += (n + 63) / 64 * 64;
-    return at;
-  }
-};
-
-int64_t Carve(const DslaShape& s, int N, float* base, DecodeParams* p) {
-  Carver c{base};
-  p->phi_q = c.Take(int64_t{N} * s.H * s.F);
-  p->phi_k = c.Take(int64_t{N} * s.Hkv * s.F);
-  p->gate = c.Take(int64_t{N} * s.Hkv * s.SF());
-  return c.used * 4;
+int64_t Carve(const DslaShape& s, int N, void* base, DecodeParams* p) {
+  Carver c{static_cast<std::byte*>(base)};
+  p->phi_q = c.Take<float>(int64_t{N} * s.H * s.F);
+  p->phi_k = c.Take<float>(int64_t{N} * s.Hkv * s.F);
+  p->gate = c.Take<float>(int64_t{N} * s.Hkv * s.SF());
+  return c.used;
 }
 
 }  // namespace
@@ -317,11 +307,12 @@ int Decode(const DslaCudaArgs& a, Stream stream) {
   p.claim = a.claim;
   p.out = static_cast<__nv_bfloat16*>(a.out);
   p.keys = a.shape.window + a.shape.sinks;
-  p.tiles = Ceil(p.keys, kTile);
+  p.tiles = static_cast<int>(CeilDiv(p.keys, kTile));
   p.state_steps = a.shape.SF() / (kStrands * kTile);
-  p.steps = std::max(p.state_steps, std::min(kMaxSteps, Ceil(p.tiles, 2 * kStrands)));
+  const auto window_steps = static_cast<int>(CeilDiv(p.tiles, 2 * kStrands));
+  p.steps = std::max(p.state_steps, std::min(kMaxSteps, window_steps));
   DSLA_CHECK(p.steps <= kMaxSteps);
-  DSLA_CHECK(Carve(a.shape, a.rows.N, static_cast<float*>(a.workspace), &p) <= a.workspace_bytes);
+  DSLA_CHECK(Carve(a.shape, a.rows.N, a.workspace, &p) <= a.workspace_bytes);
   LaunchProject(p, a.shape.D, stream);
   return a.shape.D == 128 ? LaunchUpdate<128>(p, stream) : LaunchUpdate<64>(p, stream);
 }

@@ -64,7 +64,7 @@ __device__ __forceinline__ float Merge(const DecodeParams& p, const Sums<D, kG>*
     window = __fmaf_rn(scale, strands[s].window, window);
     weights = __fmaf_rn(scale, strands[s].weights, weights);
   }
-  const float lse = __fmaf_rn(top, 0.6931471805599453f, logf(weights));
+  const float lse = __fmaf_rn(top, kLn2, logf(weights));
   const float share = norm < kDslaEpsilon ? 0.f : 1 / (1 + Exp(lse - claim));
   return Blend(share, linear, 1 - share, window / weights);
 }

@@ -96,7 +96,7 @@ struct Window {
                                       const uint4* const (&tiles)[kJoint], int first, int stride) {
     constexpr int kPieces = D / 8, kColumns = 4 / kJoint;  // tiles of 8 columns at a time
     const int lane = Lane(), row = lane % 16, half = lane / 16;
-    const float scale = rsqrtf(static_cast<float>(D)) * 1.4426950408889634f;
+    const float scale = rsqrtf(static_cast<float>(D)) * kLog2e;
     float s[kJoint][2][4] = {};  // of even and odd k
 #pragma unroll
     for (int k = 0; k < D / 16; ++k)

@@ -21,8 +21,9 @@
 
 namespace dsla::cuda {
 
-// Query heads per KV head up to which decode works.
-inline constexpr int kMaxGroup = 8;
+// What the kernels cannot do of a shape that an adapter may have, on the current device, in a few
+// words; null where they can do it all.
+DSLA_CUDA_EXPORT const char* Limitation(const DslaShape& shape);
 
 // One layer's adapter in the form that the kernels read.
 struct DslaWeights {

@@ -26,14 +26,14 @@ constexpr int kBlocksAtOnce = D == 128 ? 132 : 264;
 
 template <int D>
 constexpr int kThreads = 2 * D + 128;
-// Registers of a thread of the warpgroup that has the keys, and of the others. Both are as few as
-// their accumulators leave, and with D 128 all that there are.
-template <int D>
-constexpr int kKeysRegisters = D == 64 ? 104 : 104;
-template <int D>
-constexpr int kFoldRegisters = D == 64 ? 152 : 200;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// Registers of a thread of the warpgroup that has the keys, and of the others. Both are as few as
+// their accumulators leave, and with D 128 all that there are.
+constexpr int kKeysRegisters = 104;
+template <int D>
+constexpr int kFoldRegisters = D == 64 ? 152 : 200;
 
 // Segment `index` of the call's, by a warp.
 __device__ __forceinline__ FoldPart PartOf(const PrefillParams& p, int index) {
@@ -82,7 +82,7 @@ __device__ __forceinline__ void FoldSegment(FoldShared<D, kBlocks>& s, const Pre
   __syncthreads();
   if (s.part.n < 0) return;
   if (warp < 4) {
-    GiveUpRegisters<kKeysRegisters<D>>();
+    GiveUpRegisters<kKeysRegisters>();
     FoldKeys(s, p);
   } else {
     TakeRegisters<kFoldRegisters<D>>();
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads<D>, D == 128 ? 1 : 2)
   extern __shared__ __align__(1024) std::byte memory[];
   FoldSegment(*reinterpret_cast<FoldShared<D, kBlocks>*>(memory), p);
 #else
-  __trap();  // FoldsInOne says where it may be called
+  __trap();  // OnHopper says where it may be called
 #endif
 }
 
@@ -118,13 +118,6 @@ void Launch(const PrefillParams& p, cudaStream_t stream) {
 }
 
 }  // namespace
-
-bool FoldsInOne() {
-  int device = 0, major = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  return major == 9;
-}
 
 int MostFoldSegments(const DslaShape& s) {
   const int blocks = s.Hkv * s.F / s.D;

@@ -97,7 +97,7 @@ __device__ __forceinline__ float Exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-inline constexpr float kLog2e = 1.4426950408889634f;
+inline constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 __device__ __forceinline__ float Exp(float x) { return Exp2(x * kLog2e); }
 // Of a normal number.
 __device__ __forceinline__ float Log2(float x) {

@@ -58,26 +58,10 @@ void LaunchRing(const PrefillParams& p, cudaStream_t stream) {
     Start<RingKernel<D, false>>("ring", grid, kRingThreads, 0, p, stream);
 }
 
-// Takes parts of the workspace, 256-byte aligned; only counts them while there is none.
-struct Carver {
-  std::byte* base = nullptr;
-  int64_t used = 0;
-  template <typename T>
-  T* Take(int64_t n) {
-    std::byte* at = base + used;
-    used += (n * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
-    return reinterpret_cast<T*>(at);
-  }
-};
-
 // What is written for compute capability 9.0: with D and F 128 the states stay on the chip from
 // chunk to chunk; those of D 64 are small enough for `carry`, and 512 channels do not fit.
 Form FormOf(const DslaShape& s) {
-  int device = 0, major = 0, minor = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  if (major != 9 || minor != 0) return Form::kAnywhere;
+  if (!OnHopper()) return Form::kAnywhere;
   if (s.D == 64) return Form::kQueries;
   return s.F == s.D ? Form::kKeepsStates : Form::kAnywhere;
 }
@@ -148,7 +132,7 @@ int64_t CarveFold(const DslaShape& s, int N, int64_t T, int wave, std::byte* bas
 
 int64_t Carve(const DslaShape& s, int N, int64_t T, int wave, bool fold, std::byte* base,
               PrefillParams* p) {
-  if (fold && FoldsInOne()) return CarveFold(s, N, T, wave, base, p);
+  if (fold && OnHopper()) return CarveFold(s, N, T, wave, base, p);
   Carver c{base};
   PlanWaves(s, N, T, wave, fold, p);
   // The plan's part is as large for any wave, so that a larger wave never takes less.
@@ -249,6 +233,14 @@ void CheckCommon(const Args& a) {
 }
 
 }  // namespace
+
+bool OnHopper() {
+  int device = 0, major = 0, minor = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return major == 9 && minor == 0;
+}
 
 int MaxChunks(int N, int64_t T) { return static_cast<int>(T / kChunk) + 2 * N; }
 

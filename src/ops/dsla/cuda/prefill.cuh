@@ -147,13 +147,14 @@ void LaunchScan(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchCarry(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchWindow(const PrefillParams& p, int D, cudaStream_t stream);
 void LaunchOutput(const PrefillParams& p, int D, cudaStream_t stream);
-void LaunchQueries(const PrefillParams& p, cudaStream_t stream);  // both at once, where it works
+// Whether the current device is of compute capability 9.0: what is below runs nowhere else.
+bool OnHopper();
+void LaunchQueries(const PrefillParams& p, cudaStream_t stream);  // window and output at once
 // Where the states stay on the chip.
 void LaunchChunksSummary(const PrefillParams& p, cudaStream_t stream);
 void LaunchChunks(const PrefillParams& p, cudaStream_t stream);
 
-// A fold in one kernel, where the device is of compute capability 9.0.
-bool FoldsInOne();
+// A fold in one kernel, where OnHopper.
 inline constexpr int kLeastFoldSegment = 8;  // chunks: weights are loaded once for all of them
 int MostFoldSegments(const DslaShape& s);    // of a sequence
 void LaunchFold(const PrefillParams& p, int D, cudaStream_t stream);

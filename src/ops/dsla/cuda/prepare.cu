@@ -5,10 +5,8 @@
 namespace dsla::cuda {
 namespace {
 
-constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Blocks of a multiprocessor, as far as shared memory goes. Before compute capability 9.0 that has
-// room for one team of D = 128, or three blocks of D = 64.
+// Blocks of a multiprocessor, as far as shared memory goes. On compute capability 8.0 that has room
+// for one team of D = 128, or three blocks of D = 64; on 8.6 and 8.9 for none of D = 128.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 template <int D>
 constexpr int kBlocksPerProcessor = D == 128 ? 1 : 3;
@@ -71,19 +69,28 @@ __global__ void __launch_bounds__(kMaxThreads<D, kFold>, kBlocksPerProcessor<D>)
   worker.RunAll(blockDim.x / (2 * D));
 }
 
-template <int D, int kBlocks, int kSigns, bool kFold>
-void Launch(const PrefillParams& p, cudaStream_t stream) {
-  using Shared = PrepareShared<D, kBlocks, kSigns>;
-  int device = 0, most = 0, processors = 0;
+template <int D, int kBlocks, int kSigns>
+constexpr int SharedBytes(int teams) {
+  return sizeof(PrepareShared<D, kBlocks, kSigns>) -
+         (kTeams<D> - teams) * sizeof(TeamShared<D, kSigns>);
+}
+
+// Of a block, in bytes.
+int MostShared() {
+  int device = 0, most = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return most;
+}
+
+template <int D, int kBlocks, int kSigns, bool kFold>
+void Launch(const PrefillParams& p, cudaStream_t stream) {
+  int device = 0, processors = 0;
+  cudaGetDevice(&device);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  int teams = kTeams<D>, bytes = sizeof(Shared);
-  if (bytes > most) {
-    teams = 1;
-    bytes = sizeof(Shared) - (kTeams<D> - 1) * sizeof(TeamShared<D, kSigns>);
-  }
-  const int threads = teams * 2 * D + (kHasFetchers<D, kFold> && FoldsInOne() ? kFetchThreads : 0);
+  const int teams = SharedBytes<D, kBlocks, kSigns>(kTeams<D>) <= MostShared() ? kTeams<D> : 1;
+  const int bytes = SharedBytes<D, kBlocks, kSigns>(teams);
+  const int threads = teams * 2 * D + (kHasFetchers<D, kFold> && OnHopper() ? kFetchThreads : 0);
   // How many chunks each team takes: weights are loaded once per block, at the cost of a quarter of
   // a chunk, but all that run at once should end together. Results do not depend on it.
   const int64_t pairs = p.layer.SF / D / kBlocks;
@@ -109,6 +116,14 @@ void Launch(const PrefillParams& p, cudaStream_t stream) {
 }
 
 }  // namespace
+
+bool PrepareFits(const DslaShape& s) {
+  if (s.D == 64) return true;
+  const int bytes = s.F > s.D       ? SharedBytes<128, 2, 2>(1)
+                    : s.states == 2 ? SharedBytes<128, 2, 1>(1)
+                                    : SharedBytes<128, 1, 1>(1);
+  return bytes <= MostShared();
+}
 
 void LaunchPrepare(const PrefillParams& p, int D, cudaStream_t stream) {
   if (D == 64)

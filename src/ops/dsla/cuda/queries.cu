@@ -185,7 +185,7 @@ struct Queries {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const float all = QuadSum(rows.sum[r]);
-          const float lse = (rows.base[r] + Log2(all)) * 0.6931471805599453f;
+          const float lse = (rows.base[r] + Log2(all)) * kLn2;
           const float states = StatesShare(denominator[r], lse, claim[r]);
           const float window = (1 - states) * Reciprocal(all);
           share[r] *= states;
@@ -251,6 +251,8 @@ __global__ void __launch_bounds__((kHeads + 1) * kTeam, kHeads == 1 ? 2 : 1)
     TakeRegisters<kQueryRegisters>();
     Queries(p, team).Run();
   }
+#else
+  __trap();  // OnHopper says where it may be called
 #endif
 }
 
@@ -260,11 +262,11 @@ void Launch(const PrefillParams& p, int parts, int heads, cudaStream_t stream) {
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   // As few rounds of the multiprocessors as kMostChunks allows, all of one length.
-  const auto divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t blocks = processors * (kHeads == 1 ? 2 : 1);
   const int64_t work = int64_t{p.wave_chunks} * p.layer.Hkv * parts;
-  const int64_t rounds = divide(work, blocks * kMostChunks), chunks = divide(work, blocks * rounds);
-  const dim3 grid(p.layer.Hkv * parts, static_cast<unsigned>(divide(p.wave_chunks, chunks)));
+  const int64_t rounds = CeilDiv(work, blocks * kMostChunks),
+                chunks = CeilDiv(work, blocks * rounds);
+  const dim3 grid(p.layer.Hkv * parts, static_cast<unsigned>(CeilDiv(p.wave_chunks, chunks)));
   Start<QueriesKernel<kHeads>>("queries", grid, (heads + 1) * kTeam,
                                sizeof(Control) + kPlaces<kHeads> * sizeof(Stage), p, stream);
 }

@@ -41,13 +41,21 @@ __global__ void PackKernel(PackParams p) {
 
 }  // namespace
 
+const char* Limitation(const DslaShape& s) {
+  if (s.D != 64 && s.D != 128) return "a head dim that is neither 64 nor 128";
+  if (s.G() > kMaxGroup) return "more than 8 query heads per KV head";
+  if (s.sinks > kMaxSinks) return "more than 64 sinks";
+  if (!PrepareFits(s)) return "head dim 128 with prompts, in the shared memory of this GPU";
+  return nullptr;
+}
+
 void CheckShape(const DslaShape& s, const DslaSlotLayout& layout, const DslaStateView& states) {
   DSLA_CHECK(s.D == 64 || s.D == 128);
   DSLA_CHECK(s.H > 0 && s.Hkv > 0 && s.H % s.Hkv == 0);
   DSLA_CHECK(s.F == s.D || s.F == 2 * s.D);
   DSLA_CHECK(s.states == 1 || s.states == 2);
   DSLA_CHECK(s.window >= 0 && s.sinks >= 0 && (s.window > 0 || s.sinks == 0));
-  DSLA_CHECK(s.sinks <= kChunk);  // one tile of keys
+  DSLA_CHECK(s.sinks <= kMaxSinks);
   DSLA_CHECK(s.kv_dtype == DType::kBF16);
   DSLA_CHECK(s.gate_floor < 0 && s.gate_floor * (kChunk / 2) >= -80.f);
   DSLA_CHECK(layout.bytes > 0 && states.slot_bytes >= layout.bytes && states.slot_bytes % 64 == 0);

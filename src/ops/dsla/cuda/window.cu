@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D>)
     const int j = 16 * warp + g + 8 * r;
     if (t == 0 && j >= own.chunk.lo && j < own.chunk.hi)
       p.lse[(int64_t{ChunksOfBlock(l) * blockIdx.y + group} * l.H + head) * kChunk + j] =
-          rows.base[r] * 0.6931471805599453f + logf(all);
+          rows.base[r] * kLn2 + logf(all);
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {

@@ -285,7 +285,8 @@ __global__ void __launch_bounds__(C::kThreads, 2) TiledKernel(TiledParams params
     for (int i = 0; i < C::kOwn; ++i) {
       const Place at = PlaceOf<C>(p, i);
       if (at.row >= p.T || at.result >= p.results()) continue;
-      const float4 quad = Results<C>(p, sums, at);
+      // Only what is stored is read of a neighbour, which may leave once it has nothing to read.
+      const float4 quad = at.row >= first_row ? Results<C>(p, sums, at) : float4{};
       const float values[] = {quad.x, quad.y, quad.z, quad.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {

@@ -151,7 +151,7 @@ int EmbedRows(const EmbedRowsArgs& a, Stream stream) {
 
 int AddRmsNorm(const AddRmsNormArgs& a, Stream stream) {
   DSLA_CHECK(a.T >= 0 && a.C > 0 && a.C % 8 == 0);
-  DSLA_CHECK(a.C <= 16384);  // 4 quads of each of 1024 threads
+  DSLA_CHECK(a.C <= kMaxNormWidth);  // 4 quads of each of 1024 threads
   if (a.T == 0) return cudaSuccess;
   DSLA_CHECK(a.hidden && a.weight && a.normed);
   for (const void* p :

@@ -26,6 +26,8 @@ struct EmbedRowsArgs {
 };
 DSLA_CUDA_EXPORT int EmbedRows(const EmbedRowsArgs& args, Stream stream);
 
+inline constexpr int kMaxNormWidth = 16384;  // C of AddRmsNorm, at most
+
 // hidden[t] += delta[t] + bias, then normed[t] = hidden[t] / rms(hidden[t]) * weight.
 struct AddRmsNormArgs {
   float* hidden = nullptr;        // [T, C] the residual stream

@@ -41,8 +41,7 @@ class BlockRow {
   __device__ float inverse_temperature() const { return inverse_; }
 
   __device__ uint32_t Weight(float logit, int exponent) const {
-    constexpr float kLog2E = 1.4426950408889634f;
-    const float power = __fmaf_rn(logit - max_, inverse_ * kLog2E, static_cast<float>(exponent));
+    const float power = __fmaf_rn(logit - max_, inverse_ * kLog2e, static_cast<float>(exponent));
     return __float2uint_rn(Exp2(power) * (1 << kWeightBits));
   }
 

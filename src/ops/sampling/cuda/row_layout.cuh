@@ -14,7 +14,7 @@ inline constexpr float kInfinity = __builtin_huge_valf();
 inline constexpr int kHeld = 16, kSlice = 32 * kHeld, kSlicesPerPart = 8;
 inline constexpr int kPart = kSlicesPerPart * kSlice;
 inline constexpr int kPartThreads = 32 * kSlicesPerPart;
-inline constexpr int kMaxVocabulary = 1 << 19, kMaxSlices = kMaxVocabulary / kSlice;
+inline constexpr int kMaxSlices = kMaxVocabulary / kSlice;
 
 // Of a part's logits: the largest, its lowest id, the sum of e^(l - largest) (0 if that is -inf),
 // and whether one is NaN or +inf.

@@ -13,6 +13,8 @@
 
 namespace dsla::cuda {
 
+inline constexpr int kMaxVocabulary = 1 << 19;  // vocabularies are below it
+
 // The most of the likeliest tokens that are told of a row.
 inline constexpr int kMostTop = 20;
 
@@ -75,7 +77,8 @@ struct RowChoice {
 };
 
 struct ChooseArgs {
-  float* logits = nullptr;  // [T, V] fp32, V below 2^19; those of rows with edits are changed
+  float* logits =
+      nullptr;  // [T, V] fp32, V below kMaxVocabulary; those of rows with edits are changed
   int T = 0, V = 0;
   const RowSampling* rows = nullptr;  // [T]
   LogitEdit* edits = nullptr;         // all rows'; null if none has any. `given` is written
