@@ -49,7 +49,7 @@ struct HttpRequest {
   std::string request_id;      // the client's X-Request-Id where it is sound, else made here
   std::string remote_address;  // "127.0.0.1:51234"
   bool admin = false;          // the admin key was given
-  double arrival = 0;          // NowSeconds() when its head had been read
+  double arrival = 0;          // NowSeconds() when its first byte had come
   std::vector<std::pair<std::string, std::string>> path_params;  // {name} of the route's pattern
 
   std::string_view PathParam(std::string_view name) const;
