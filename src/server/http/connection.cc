@@ -49,25 +49,42 @@ Connection::Connection(ConnectionHost* host, std::unique_ptr<Stream> stream,
       timer_(stream_->socket().get_executor()),
       reader_(host->options().limits) {}
 
-void Connection::Start() {
-  asio::post(timer_.get_executor(), [self = shared_from_this()] {
+template <typename Work>
+bool Connection::Attempt(const Work& work) {
+  try {
+    work();
+    return true;
+  } catch (const std::exception& error) {
+    host_->OnFailure(error);
+    return false;
+  }
+}
+
+template <typename Work>
+auto Connection::Guarded(Work work) {
+  return [self = shared_from_this(), work = std::move(work)](auto... results) {
     if (self->closed_) return;
-    self->SetDeadline(Waiting::kHandshake, self->host_->options().read_timeout);
-    self->stream_->Handshake([self](error_code code) {
-      if (self->closed_) return;
-      if (code) return self->Close();
-      self->SetDeadline(Waiting::kIdle, self->host_->options().idle_timeout);
-      self->ReadMore();
-    });
-  });
+    if (!self->Attempt([&] { work(results...); })) self->Close();
+  };
+}
+
+void Connection::Start() {
+  asio::post(timer_.get_executor(), Guarded([this] {
+               SetDeadline(Waiting::kHandshake, host_->options().read_timeout);
+               stream_->Handshake(Guarded([this](error_code code) {
+                 if (code) return Close();
+                 SetDeadline(Waiting::kIdle, host_->options().idle_timeout);
+                 ReadMore();
+               }));
+             }));
 }
 
 void Connection::Stop() {
-  asio::post(timer_.get_executor(), [self = shared_from_this()] { self->Close(); });
+  asio::post(timer_.get_executor(), Guarded([this] { Close(); }));
 }
 
 void Connection::Wake() {
-  asio::post(timer_.get_executor(), [self = shared_from_this()] { self->Send(); });
+  asio::post(timer_.get_executor(), Guarded([this] { Send(); }));
 }
 
 void Connection::Drop() { Stop(); }
@@ -79,14 +96,12 @@ void Connection::Drop() { Stop(); }
 void Connection::ReadMore() {
   if (reading_ || closed_ || saw_end_ || in_.size() >= kMaxReadAhead) return;
   reading_ = true;
-  stream_->ReadSome(
-      asio::buffer(chunk_),
-      [self = shared_from_this()](error_code code, size_t bytes) { self->OnRead(code, bytes); });
+  stream_->ReadSome(asio::buffer(chunk_),
+                    Guarded([this](error_code code, size_t bytes) { OnRead(code, bytes); }));
 }
 
 void Connection::OnRead(error_code code, size_t bytes) {
   reading_ = false;
-  if (closed_) return;
   if (code) return OnReadEnd(code);
   if (waiting_ == Waiting::kLinger) {
     lingered_ += static_cast<int64_t>(bytes);
@@ -193,11 +208,20 @@ std::shared_ptr<Exchange> Connection::NewExchange(bool keep_alive) {
   HttpRequest request = std::move(reader_.request());
   request.admin = dispatched_.admin;
   request.path_params = std::move(dispatched_.params);
-  host_->RequestStarted();
+  BeginRequest();
   SetDeadline(Waiting::kHandler, 0);
   exchange_ = std::make_shared<Exchange>(std::make_shared<const HttpRequest>(std::move(request)),
                                          weak_from_this(), host_->closing(), std::move(options));
+  host_->observer().OnRequestStarted();
   return exchange_;
+}
+
+void Connection::BeginRequest() {
+  if (!std::exchange(counted_, true)) host_->RequestStarted();
+}
+
+void Connection::EndRequest() {
+  if (std::exchange(counted_, false)) host_->RequestFinished();
 }
 
 void Connection::Refuse(HttpResponse response, bool close) {
@@ -225,7 +249,7 @@ void Connection::OnRequest() {
 // --- Writing -------------------------------------------------------------------------------------
 
 void Connection::Send() {
-  if (writing_ || closed_) return;
+  if (writing_) return;
   if (!continue_.empty()) {
     write_.swap(continue_);
     continue_.clear();
@@ -245,13 +269,11 @@ void Connection::Send() {
 
 void Connection::WriteSome() {
   if (exchange_) SetDeadline(Waiting::kHandler, host_->options().write_timeout);
-  stream_->WriteSome(
-      asio::buffer(write_) + written_,
-      [self = shared_from_this()](error_code code, size_t bytes) { self->OnWritten(code, bytes); });
+  stream_->WriteSome(asio::buffer(write_) + written_,
+                     Guarded([this](error_code code, size_t bytes) { OnWritten(code, bytes); }));
 }
 
 void Connection::OnWritten(error_code code, size_t bytes) {
-  if (closed_) return;
   if (code) {
     writing_ = false;
     return Close();
@@ -268,9 +290,10 @@ void Connection::OnWritten(error_code code, size_t bytes) {
 }
 
 void Connection::FinishExchange() {
-  host_->RequestFinished(exchange_->Record());
+  host_->observer().OnRequestFinished(exchange_->Record());
   const bool keep = exchange_->keep_alive() && !saw_end_;
   exchange_.reset();
+  EndRequest();
   dispatched_ = Dispatched();
   reader_.Reset();
   ReleaseBody();
@@ -293,9 +316,9 @@ void Connection::ArmTimer() {
   armed_for_ = deadline_;
   timer_.expires_after(std::chrono::duration_cast<std::chrono::steady_clock::duration>(
       std::chrono::duration<double>(std::max(0.0, deadline_ - NowSeconds()))));
-  timer_.async_wait([self = shared_from_this()](error_code code) {
-    if (!code && !self->closed_) self->OnTimer();
-  });
+  timer_.async_wait(Guarded([this](error_code code) {
+    if (!code) OnTimer();
+  }));
 }
 
 void Connection::OnTimer() {
@@ -317,9 +340,9 @@ void Connection::Linger() {
   SetDeadline(Waiting::kLinger, kLingerSeconds);
   in_.clear();
   const bool client_done = saw_end_;
-  stream_->ShutdownSend([self = shared_from_this(), client_done](error_code) {
-    if (client_done && !self->closed_) self->Close();
-  });
+  stream_->ShutdownSend(Guarded([this, client_done](error_code) {
+    if (client_done) Close();
+  }));
   ReadMore();
 }
 
@@ -327,10 +350,11 @@ void Connection::Close() {
   if (closed_) return;
   closed_ = true;
   if (exchange_) {
-    exchange_->Disconnect();
-    host_->RequestFinished(exchange_->Record());
+    Attempt([this] { exchange_->Disconnect(); });
+    Attempt([this] { host_->observer().OnRequestFinished(exchange_->Record()); });
     exchange_.reset();
   }
+  EndRequest();
   ReleaseBody();
   error_code ignored;
   stream_->socket().close(ignored);

@@ -8,6 +8,7 @@
 #include <array>
 #include <atomic>
 #include <boost/asio/steady_timer.hpp>
+#include <exception>
 #include <memory>
 #include <string>
 
@@ -28,7 +29,9 @@ class ConnectionHost {
   virtual HttpObserver& observer() const = 0;
   virtual std::shared_ptr<const std::atomic<bool>> closing() const = 0;
   virtual void RequestStarted() = 0;
-  virtual void RequestFinished(const AccessRecord& record) = 0;
+  virtual void RequestFinished() = 0;
+  // Tells the observer of what went wrong outside of a request's handler.
+  virtual void OnFailure(const std::exception& error) = 0;
   // Takes so many more bytes of the bound on bodies; false: they are not to be had.
   virtual bool HoldBodyBytes(int64_t bytes) = 0;
   virtual void ReleaseBodyBytes(int64_t bytes) = 0;
@@ -48,6 +51,13 @@ class Connection : public ConnectionLink, public std::enable_shared_from_this<Co
   // What is waited for; each has its own time limit.
   enum class Waiting { kHandshake, kIdle, kHead, kBody, kHandler, kLinger };
 
+  // A completion handler that does `work` unless the connection is closed. Memory that runs out in
+  // it costs this connection and no other.
+  template <typename Work>
+  auto Guarded(Work work);
+  template <typename Work>
+  bool Attempt(const Work& work);  // false: it threw, and the observer was told
+
   void ReadMore();
   void OnRead(boost::system::error_code code, size_t bytes);
   void OnReadEnd(boost::system::error_code code);
@@ -59,6 +69,8 @@ class Connection : public ConnectionLink, public std::enable_shared_from_this<Co
   void OnRequest();
   void Refuse(HttpResponse response, bool close);
   std::shared_ptr<Exchange> NewExchange(bool keep_alive);
+  void BeginRequest();  // counts it, once
+  void EndRequest();
   void FillRequest();
 
   void Send();
@@ -83,6 +95,7 @@ class Connection : public ConnectionLink, public std::enable_shared_from_this<Co
   Dispatched dispatched_;  // of the request being read
   double arrival_ = 0;     // of its first byte
   int64_t held_ = 0;       // bytes of its body that the server's bound counts
+  bool counted_ = false;   // among the server's requests
   std::shared_ptr<Exchange> exchange_;
   std::string continue_;  // an interim response that waits to be sent
   std::string write_;     // being sent

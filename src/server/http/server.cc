@@ -61,8 +61,10 @@ struct HttpServer::Impl : public ConnectionHost {
   Status Listen();
   void Run();
   void Stop();
+  void RunIo();
   void Accept();
   void OnAccept(error_code code, tcp::socket socket);
+  void Admit(tcp::socket socket);
   void RefuseConnection(tcp::socket socket);
   bool Full() const {
     const std::lock_guard lock(mutex_);
@@ -74,7 +76,8 @@ struct HttpServer::Impl : public ConnectionHost {
   HttpObserver& observer() const override { return *observer_; }
   std::shared_ptr<const std::atomic<bool>> closing() const override { return closing_; }
   void RequestStarted() override;
-  void RequestFinished(const AccessRecord& record) override;
+  void RequestFinished() override;
+  void OnFailure(const std::exception& error) override;
   bool HoldBodyBytes(int64_t bytes) override;
   void ReleaseBodyBytes(int64_t bytes) override { body_bytes_ -= bytes; }
   void Remove(const std::shared_ptr<ConnectionLink>& connection) override;
@@ -129,7 +132,18 @@ Status HttpServer::Impl::Listen() {
 void HttpServer::Impl::Run() {
   asio::post(acceptor_.get_executor(), [this] { Accept(); });
   for (int i = 0; i < options_.io_threads; ++i) {
-    threads_.emplace_back([this] { io_.run(); });
+    threads_.emplace_back([this] { RunIo(); });
+  }
+}
+
+void HttpServer::Impl::RunIo() {
+  while (true) {
+    try {
+      io_.run();
+      return;
+    } catch (const std::exception& error) {
+      OnFailure(error);
+    }
   }
 }
 
@@ -141,8 +155,7 @@ void HttpServer::Impl::Accept() {
 
 void HttpServer::Impl::OnAccept(error_code code, tcp::socket socket) {
   if (!acceptor_.is_open()) return;
-  if (code == asio::error::connection_aborted) return Accept();
-  if (code) {
+  if (code && code != asio::error::connection_aborted) {
     // Out of descriptors or memory: the waiting clients stay in the backlog until there is room.
     if (!accept_troubled_) observer_->OnTrouble("cannot accept connections: " + code.message());
     accept_troubled_ = true;
@@ -153,17 +166,23 @@ void HttpServer::Impl::OnAccept(error_code code, tcp::socket socket) {
     return;
   }
   accept_troubled_ = false;
+  try {
+    if (!code) Admit(std::move(socket));
+  } catch (const std::exception& error) {
+    OnFailure(error);
+  }
+  Accept();
+}
+
+void HttpServer::Impl::Admit(tcp::socket socket) {
   error_code ignored;
   const tcp::endpoint remote = socket.remote_endpoint(ignored);
-  if (ignored) return Accept();  // gone already
+  if (ignored) return;  // gone already
   socket.set_option(tcp::no_delay(true), ignored);
   socket.set_option(asio::socket_base::keep_alive(true), ignored);
   socket.set_option(asio::socket_base::send_buffer_size(static_cast<int>(options_.socket_buffer)),
                     ignored);
-  if (Full()) {
-    RefuseConnection(std::move(socket));
-    return Accept();
-  }
+  if (Full()) return RefuseConnection(std::move(socket));
   std::unique_ptr<Stream> stream =
       tls_ ? NewTlsStream(std::move(socket), *tls_) : NewPlainStream(std::move(socket));
   const auto connection = std::make_shared<Connection>(this, std::move(stream), HostPort(remote));
@@ -174,7 +193,6 @@ void HttpServer::Impl::OnAccept(error_code code, tcp::socket socket) {
   }
   observer_->OnConnections(1);
   connection->Start();
-  Accept();
 }
 
 // Without a place among the connections: one attempt to say why.
@@ -191,17 +209,21 @@ void HttpServer::Impl::RefuseConnection(tcp::socket socket) {
 }
 
 void HttpServer::Impl::RequestStarted() {
-  {
-    const std::lock_guard lock(mutex_);
-    ++requests_;
-  }
-  observer_->OnRequestStarted();
+  const std::lock_guard lock(mutex_);
+  ++requests_;
 }
 
-void HttpServer::Impl::RequestFinished(const AccessRecord& record) {
-  observer_->OnRequestFinished(record);
+void HttpServer::Impl::RequestFinished() {
   const std::lock_guard lock(mutex_);
   if (--requests_ == 0) idle_.notify_all();
+}
+
+void HttpServer::Impl::OnFailure(const std::exception& error) {
+  try {
+    observer_->OnTrouble(std::string("HTTP failed outside of a request's handler: ") +
+                         error.what());
+  } catch (const std::exception&) {  // not even memory to say so
+  }
 }
 
 bool HttpServer::Impl::HoldBodyBytes(int64_t bytes) {

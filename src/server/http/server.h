@@ -48,7 +48,7 @@ class HttpObserver {
   virtual void OnConnections(int delta) = 0;
   virtual void OnRequestStarted() = 0;
   virtual void OnRequestFinished(const AccessRecord& record) = 0;
-  // Something is wrong with the machine or with us: accept failed, a handler threw.
+  // Something is wrong with the machine or with us: accept failed, a handler threw, memory ran out.
   virtual void OnTrouble(const std::string& message) = 0;
 };
 

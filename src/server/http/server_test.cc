@@ -180,6 +180,47 @@ TEST(HttpServerTest, HandlerThatThrowsOrForgets) {
   EXPECT_EQ(client.Call(Get("/open")).status, 200);
 }
 
+// Fails where the observer is told, which is outside of any request's handler.
+class FailingServer : public TestServer {
+ public:
+  void OnConnections(int delta) override {
+    if (delta > 0 && fail_connection.exchange(false)) throw std::bad_alloc();
+  }
+  void OnRequestFinished(const AccessRecord& record) override {
+    if (fail_request.exchange(false)) throw std::bad_alloc();
+    TestServer::OnRequestFinished(record);
+  }
+
+  static inline std::atomic<bool> fail_connection{false}, fail_request{false};
+};
+
+TEST(HttpServerTest, MemoryThatRunsOutCostsOneConnection) {
+  FailingServer server;
+  FailingServer::fail_request = true;
+  RawClient client(server.port());
+  EXPECT_EQ(client.Call(Get("/open")).status, 200);
+  EXPECT_TRUE(client.ClosedWithin(10));
+  EXPECT_THAT(server.WaitTrouble(), HasSubstr("bad_alloc"));
+  EXPECT_TRUE(server.server().WaitIdle(10));
+  FailingServer::fail_connection = true;
+  RawClient never_read(server.port());
+  RawClient other(server.port());
+  EXPECT_EQ(other.Call(Get("/open")).status, 200);
+}
+
+TEST(HttpServerTest, DisconnectCallbackThatThrows) {
+  TestServer server;
+  RawClient client(server.port());
+  client.Send(PostJson("/hold", "{}"));
+  const TestServer::Held held = server.TakeHeld();
+  held.responder->OnDisconnect([] { throw std::bad_alloc(); });
+  client.Reset();
+  EXPECT_THAT(server.WaitTrouble(), HasSubstr("bad_alloc"));
+  EXPECT_EQ(server.WaitFinished(1)[0].status, 499);
+  EXPECT_TRUE(server.server().WaitIdle(10));
+  EXPECT_EQ(RawClient(server.port()).Call(Get("/open")).status, 200);
+}
+
 TEST(HttpServerTest, StreamsEventByEvent) {
   TestServer server;
   RawClient client(server.port());
@@ -378,8 +419,8 @@ TEST(HttpServerTest, ManyThreads) {
     clients.emplace_back([&, c] {
       RawClient client(server.port());
       for (int i = 0; i < kRequests; ++i) {
-        // Leaves in the middle, and on a connection of its own: of a request that was sent behind an
-        // answer, the server may see the client's end first, and then nobody is asked.
+        // Leaves in the middle, and on a connection of its own: of a request that was sent behind
+        // an answer, the server may see the client's end first, and then nobody is asked.
         if ((i + c) % 5 == 0) {
           RawClient(server.port()).Send(PostJson("/hold", "{}"));
           continue;
