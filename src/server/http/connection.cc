@@ -210,7 +210,7 @@ std::shared_ptr<Exchange> Connection::NewExchange(bool keep_alive) {
   request.path_params = std::move(dispatched_.params);
   BeginRequest();
   SetDeadline(Waiting::kHandler, 0);
-  exchange_ = std::make_shared<Exchange>(std::make_shared<const HttpRequest>(std::move(request)),
+  exchange_ = std::make_shared<Exchange>(std::make_shared<HttpRequest>(std::move(request)),
                                          weak_from_this(), host_->closing(), std::move(options));
   host_->observer().OnRequestStarted();
   return exchange_;
@@ -243,6 +243,8 @@ void Connection::OnRequest() {
     host_->observer().OnTrouble(std::string("a request's handler failed: ") + error.what());
     responder->Respond(ErrorResponse(InternalError()));
   }
+  exchange->ReleaseBody();
+  ReleaseBody();
   ReadMore();
 }
 

@@ -26,9 +26,10 @@ class Exchange::Handle : public Responder {
   const std::shared_ptr<Exchange> exchange_;
 };
 
-Exchange::Exchange(std::shared_ptr<const HttpRequest> request, std::weak_ptr<ConnectionLink> link,
+Exchange::Exchange(std::shared_ptr<HttpRequest> request, std::weak_ptr<ConnectionLink> link,
                    std::shared_ptr<const std::atomic<bool>> closing, ExchangeOptions options)
     : request_(std::move(request)),
+      body_bytes_(static_cast<int64_t>(request_->body.size())),
       link_(std::move(link)),
       closing_(std::move(closing)),
       options_(std::move(options)),
@@ -37,6 +38,8 @@ Exchange::Exchange(std::shared_ptr<const HttpRequest> request, std::weak_ptr<Con
 std::shared_ptr<Responder> Exchange::NewResponder(std::shared_ptr<Exchange> exchange) {
   return std::make_shared<Handle>(std::move(exchange));
 }
+
+void Exchange::ReleaseBody() { std::string().swap(request_->body); }
 
 void Exchange::BeginHead(const HttpResponse& response, bool stream, std::string& bytes) {
   status_ = response.status;
@@ -226,6 +229,7 @@ AccessRecord Exchange::Record() const {
   record.request = request_;
   record.route = options_.route;
   record.status = status_;
+  record.body_bytes = body_bytes_;
   record.bytes = bytes_;
   record.seconds = NowSeconds() - request_->arrival;
   record.notes = notes_;

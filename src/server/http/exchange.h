@@ -28,9 +28,10 @@ class ConnectionLink {
 // What a finished request looked like, for the log and the metrics.
 struct AccessRecord {
   std::shared_ptr<const HttpRequest> request;
-  std::string route;  // the pattern that matched; empty: none
-  int status = 0;     // as sent; 499: the client was gone first
-  int64_t bytes = 0;  // of the response, head included
+  std::string route;       // the pattern that matched; empty: none
+  int status = 0;          // as sent; 499: the client was gone first
+  int64_t body_bytes = 0;  // of the request
+  int64_t bytes = 0;       // of the response, head included
   double seconds = 0;
   std::vector<std::pair<std::string, std::string>> notes;
 };
@@ -46,7 +47,7 @@ struct ExchangeOptions {
 class Exchange : public std::enable_shared_from_this<Exchange> {
  public:
   // closing: once true, the answer says Connection: close.
-  Exchange(std::shared_ptr<const HttpRequest> request, std::weak_ptr<ConnectionLink> link,
+  Exchange(std::shared_ptr<HttpRequest> request, std::weak_ptr<ConnectionLink> link,
            std::shared_ptr<const std::atomic<bool>> closing, ExchangeOptions options);
 
   // For the handler; when it is dropped without an answer, 500 goes out (or a begun stream breaks
@@ -54,7 +55,8 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
   static std::shared_ptr<Responder> NewResponder(std::shared_ptr<Exchange> exchange);
 
   // --- The connection's side.
-  const std::shared_ptr<const HttpRequest>& request() const { return request_; }
+  std::shared_ptr<const HttpRequest> request() const { return request_; }
+  void ReleaseBody();  // the request's; the handler has returned
   // What is to be sent now; empty: nothing. Before the next Take, Sent says that it is gone.
   std::string Take();
   void Sent();
@@ -84,7 +86,8 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
   void BeginHead(const HttpResponse& response, bool stream, std::string& bytes);
   void WakeLocked();
 
-  const std::shared_ptr<const HttpRequest> request_;
+  const std::shared_ptr<HttpRequest> request_;
+  const int64_t body_bytes_;  // of its body as it came
   const std::weak_ptr<ConnectionLink> link_;
   const std::shared_ptr<const std::atomic<bool>> closing_;
   const ExchangeOptions options_;

@@ -45,7 +45,7 @@ struct HttpRequest {
   std::string path;    // percent-decoded, without the query; one trailing slash is dropped
   std::string query;   // after '?', as sent
   HttpHeaders headers;
-  std::string body;
+  std::string body;            // there until the handler returns
   std::string request_id;      // the client's X-Request-Id where it is sound, else made here
   std::string remote_address;  // "127.0.0.1:51234"
   bool admin = false;          // the admin key was given

@@ -30,7 +30,8 @@ struct HttpServerOptions {
   RequestLimits limits;
   int max_connections = 1024;
   // Bytes of request bodies that all connections together may hold, from the first byte that comes
-  // until the request is answered. A request that would exceed it gets 503 and its connection ends.
+  // until the request's handler returns. A request that would exceed it gets 503 and its connection
+  // ends.
   int64_t max_body_total = 256 << 20;
   // Seconds. A head must be there in `read_timeout`; a body gets as long again, and a second for
   // each 16 KiB that has come. A write may stand still for `write_timeout`.
@@ -70,7 +71,7 @@ class HttpServer {
 
   int connections() const;
   int requests() const;        // being handled
-  int64_t body_bytes() const;  // of requests that are being read or handled
+  int64_t body_bytes() const;  // of requests that are being read or whose handler runs
   // Waits until no request is being handled, or for so long; whether there is none.
   bool WaitIdle(double seconds);
 

@@ -1,6 +1,6 @@
 // Canceller: cancels requests from where the engine must not be called, its own thread (a sink
-// that finds one of several replies failed has the others to end). One thread, there from the start,
-// as starting it may fail; what is not done at the end is dropped.
+// that finds one of several replies failed has the others to end). One thread, there from the
+// start, as starting it may fail; what is not done at the end is dropped.
 #pragma once
 
 #include <condition_variable>
