@@ -166,6 +166,7 @@ void Connection::FillRequest() {
 
 bool Connection::OnHead() {
   FillRequest();
+  BeginRequest();
   dispatched_ = host_->dispatcher().Dispatch(reader_.request(), reader_.has_body());
   if (dispatched_.refusal) {
     HttpResponse refusal = std::move(*dispatched_.refusal);

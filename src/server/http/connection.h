@@ -28,6 +28,7 @@ class ConnectionHost {
   virtual const Dispatcher& dispatcher() const = 0;
   virtual HttpObserver& observer() const = 0;
   virtual std::shared_ptr<const std::atomic<bool>> closing() const = 0;
+  // From a request's head on, until its answer is sent.
   virtual void RequestStarted() = 0;
   virtual void RequestFinished() = 0;
   // Tells the observer of what went wrong outside of a request's handler.
@@ -69,7 +70,7 @@ class Connection : public ConnectionLink, public std::enable_shared_from_this<Co
   void OnRequest();
   void Refuse(HttpResponse response, bool close);
   std::shared_ptr<Exchange> NewExchange(bool keep_alive);
-  void BeginRequest();  // counts it, once
+  void BeginRequest();  // counts it, once, when its head has come
   void EndRequest();
   void FillRequest();
 

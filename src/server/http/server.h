@@ -70,9 +70,9 @@ class HttpServer {
   void SetPhase(Phase phase);
 
   int connections() const;
-  int requests() const;        // being handled
+  int requests() const;        // whose head has come and whose answer has not been sent
   int64_t body_bytes() const;  // of requests that are being read or whose handler runs
-  // Waits until no request is being handled, or for so long; whether there is none.
+  // Waits until there is none of these requests, or for so long; whether there is none.
   bool WaitIdle(double seconds);
 
  private:

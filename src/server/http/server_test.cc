@@ -369,6 +369,30 @@ TEST(HttpServerTest, LoadingAndDraining) {
   EXPECT_TRUE(client.ClosedWithin(10));
 }
 
+// Who is sending a body when draining begins is waited for, unless the client gives up.
+TEST(HttpServerTest, DrainingWaitsForBodies) {
+  TestServer server;
+  const std::string request = PostJson("/echo", "[1,2]");
+  RawClient client(server.port());
+  RawClient leaver(server.port());
+  for (RawClient* sender : {&client, &leaver}) sender->Send(request.substr(0, request.size() - 2));
+  const auto wait_for = [&](int64_t bytes) {
+    const double deadline = NowSeconds() + 30;
+    while (server.server().body_bytes() != bytes && NowSeconds() < deadline)
+      std::this_thread::yield();
+    EXPECT_EQ(server.server().body_bytes(), bytes);
+  };
+  wait_for(6);
+  EXPECT_EQ(server.server().requests(), 2);
+  server.server().SetPhase(Phase::kDraining);
+  EXPECT_FALSE(server.server().WaitIdle(0));
+  leaver.Reset();
+  wait_for(3);
+  EXPECT_FALSE(server.server().WaitIdle(0));
+  EXPECT_EQ(client.Call(request.substr(request.size() - 2)).body, "[1,2]");
+  EXPECT_TRUE(server.server().WaitIdle(30));
+}
+
 TEST(HttpServerTest, ConnectionsAreCounted) {
   HttpServerOptions options = TestServer::DefaultOptions();
   options.max_connections = 2;
