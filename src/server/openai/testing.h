@@ -35,6 +35,7 @@ class FakeEngine : public Engine {
     cancelled_.push_back(id);
     changed_.notify_all();
   }
+  void CancelAll() override {}
   EngineState state() const override { return {}; }
   void SetFinishObserver(FinishObserver) override {}
   void SetPolicy(std::unique_ptr<LevelPolicy>) override {}
