@@ -92,9 +92,13 @@ void Connection::Drop() { Stop(); }
 // --- Reading -------------------------------------------------------------------------------------
 
 // Also while a request is being handled: an end of the stream then means that nobody waits for the
-// answer.
+// answer. A client that sends so far ahead that its end could not be seen is not served.
 void Connection::ReadMore() {
-  if (reading_ || closed_ || saw_end_ || in_.size() >= kMaxReadAhead) return;
+  if (reading_ || closed_ || saw_end_) return;
+  if (in_.size() >= kMaxReadAhead) {
+    if (exchange_ && !exchange_->answered()) Close();
+    return;
+  }
   reading_ = true;
   stream_->ReadSome(asio::buffer(chunk_),
                     Guarded([this](error_code code, size_t bytes) { OnRead(code, bytes); }));

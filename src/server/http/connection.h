@@ -2,7 +2,8 @@
 // the client's leaving meanwhile. Internal to server/http: it includes Asio.
 //
 // Everything but Wake, Drop and Stop runs on the socket's strand. Requests that a client sends
-// ahead (pipelining) wait in the read buffer, which is bounded, until the one before is answered.
+// ahead (pipelining) wait in the read buffer until the one before is answered; one that fills it
+// while an answer is being made is closed.
 #pragma once
 
 #include <array>

@@ -281,6 +281,20 @@ TEST(HttpServerTest, DisconnectIsSeenWhileTheAnswerIsMade) {
   EXPECT_EQ(other.Call(Get("/open")).status, 200);
 }
 
+// However much it has sent behind its request, no client keeps its answer running by leaving.
+TEST(HttpServerTest, ClientTooFarAheadIsClosed) {
+  TestServer server;
+  RawClient client(server.port());
+  client.Send(PostJson("/hold", "{}"));
+  TestServer::Held held = server.TakeHeld();
+  std::promise<void> left;
+  held.responder->OnDisconnect([&left] { left.set_value(); });
+  client.Send(std::string(1 << 20, 'x'));
+  client.Close();
+  ASSERT_EQ(left.get_future().wait_for(std::chrono::seconds(30)), std::future_status::ready);
+  EXPECT_EQ(server.WaitFinished(1)[0].status, 499);
+}
+
 TEST(HttpServerTest, DisconnectCallbackRunsEvenWhenSetTooLate) {
   TestServer server;
   TestServer::Held held;
