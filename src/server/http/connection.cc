@@ -119,8 +119,8 @@ void Connection::OnRead(error_code code, size_t bytes) {
 
 void Connection::OnReadEnd(error_code code) {
   saw_end_ = true;
-  // One that has shut down its sending side may still read an answer that is on its way, but nobody
-  // waits for one that is being made.
+  // One that has shut down its sending side may still read the answers that are ready, also to
+  // requests that it has sent ahead; but nobody is taken to wait for one that is being made.
   const bool orderly = code == asio::error::eof;
   if (orderly && exchange_ && exchange_->answered()) return;
   Close();
@@ -139,13 +139,13 @@ void Connection::Parse() {
     if (event != RequestReader::Event::kError && !HoldBody()) return;
     switch (event) {
       case RequestReader::Event::kNeedMore:
+        if (saw_end_) return Linger();
         if (reader_.head_done()) {
           const double allowance =
               static_cast<double>(reader_.body_received()) / kBodyBytesPerSecond;
           SetDeadline(Waiting::kBody,
                       arrival_ + 2 * host_->options().read_timeout + allowance - NowSeconds());
         }
-        if (saw_end_) return Close();
         return ReadMore();
       case RequestReader::Event::kHead:
         if (!OnHead()) return;
@@ -250,6 +250,7 @@ void Connection::OnRequest() {
   }
   exchange->ReleaseBody();
   ReleaseBody();
+  if (saw_end_ && !exchange->answered()) return Close();
   ReadMore();
 }
 
@@ -298,7 +299,7 @@ void Connection::OnWritten(error_code code, size_t bytes) {
 
 void Connection::FinishExchange() {
   host_->observer().OnRequestFinished(exchange_->Record());
-  const bool keep = exchange_->keep_alive() && !saw_end_;
+  const bool keep = exchange_->keep_alive();
   exchange_.reset();
   EndRequest();
   dispatched_ = Dispatched();
