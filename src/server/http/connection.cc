@@ -42,10 +42,11 @@ std::string NewRequestId() {
 }  // namespace
 
 Connection::Connection(ConnectionHost* host, std::unique_ptr<Stream> stream,
-                       std::string remote_address)
+                       std::string remote_address, bool beyond_limit)
     : host_(host),
       stream_(std::move(stream)),
       remote_address_(std::move(remote_address)),
+      beyond_limit_(beyond_limit),
       timer_(stream_->socket().get_executor()),
       reader_(host->options().limits) {}
 
@@ -171,7 +172,7 @@ void Connection::FillRequest() {
 bool Connection::OnHead() {
   FillRequest();
   BeginRequest();
-  dispatched_ = host_->dispatcher().Dispatch(reader_.request(), reader_.has_body());
+  dispatched_ = host_->dispatcher().Dispatch(reader_.request(), reader_.has_body(), beyond_limit_);
   if (dispatched_.refusal) {
     HttpResponse refusal = std::move(*dispatched_.refusal);
     Refuse(std::move(refusal), /*close=*/reader_.has_body());
@@ -206,7 +207,7 @@ void Connection::SendContinue() {
 std::shared_ptr<Exchange> Connection::NewExchange(bool keep_alive) {
   ExchangeOptions options;
   options.stream_buffer = host_->options().stream_buffer;
-  options.keep_alive = keep_alive && reader_.keep_alive();
+  options.keep_alive = keep_alive && reader_.keep_alive() && !beyond_limit_;
   options.http10 = reader_.http10();
   options.extra = std::move(dispatched_.extra);
   if (dispatched_.route) options.route = dispatched_.route->pattern;

@@ -42,7 +42,9 @@ class ConnectionHost {
 
 class Connection : public ConnectionLink, public std::enable_shared_from_this<Connection> {
  public:
-  Connection(ConnectionHost* host, std::unique_ptr<Stream> stream, std::string remote_address);
+  // beyond_limit: for one request, and the dispatcher serves few.
+  Connection(ConnectionHost* host, std::unique_ptr<Stream> stream, std::string remote_address,
+             bool beyond_limit);
 
   void Start();
   void Stop();  // closes at once; thread-safe
@@ -90,6 +92,7 @@ class Connection : public ConnectionLink, public std::enable_shared_from_this<Co
   ConnectionHost* const host_;
   const std::unique_ptr<Stream> stream_;
   const std::string remote_address_;
+  const bool beyond_limit_;
   boost::asio::steady_timer timer_;
   std::array<char, 16384> chunk_;  // one read
   std::string in_;                 // read, not used yet

@@ -20,6 +20,10 @@ bool TakesBody(std::string_view method) {
   return method == "POST" || method == "PUT" || method == "PATCH";
 }
 
+bool ServedToEverybody(const Route* route) {
+  return route && route->options.access == Access::kOpen && route->options.while_draining;
+}
+
 }  // namespace
 
 Dispatcher::Dispatcher(std::shared_ptr<const Router> router, KeyRing keys,
@@ -57,7 +61,7 @@ HttpHeaders Dispatcher::CorsHeaders(const HttpRequest& head) const {
   return headers;
 }
 
-Dispatched Dispatcher::Dispatch(const HttpRequest& head, bool has_body) const {
+Dispatched Dispatcher::Dispatch(const HttpRequest& head, bool has_body, bool beyond_limit) const {
   Dispatched dispatched;
   Phase phase;
   {
@@ -69,7 +73,11 @@ Dispatched Dispatcher::Dispatch(const HttpRequest& head, bool has_body) const {
   Router::Match match = dispatched.router->Find(head.method, head.path);
   dispatched.route = match.route;
   dispatched.params = std::move(match.params);
-  dispatched.refusal = Refusal(head, has_body, match, phase, dispatched);
+  if (beyond_limit && !ServedToEverybody(match.route)) {
+    dispatched.refusal = ErrorResponse(TooManyConnectionsError());
+  } else {
+    dispatched.refusal = Refusal(head, has_body, match, phase, dispatched);
+  }
   return dispatched;
 }
 

@@ -36,7 +36,9 @@ class Dispatcher {
   Dispatcher(std::shared_ptr<const Router> router, KeyRing keys,
              std::vector<std::string> cors_origins);
 
-  Dispatched Dispatch(const HttpRequest& head, bool has_body) const;
+  // beyond_limit: of a connection beyond the server's limit, on which only routes that are open and
+  // served while draining, such as probes, are.
+  Dispatched Dispatch(const HttpRequest& head, bool has_body, bool beyond_limit) const;
 
   void SetRouter(std::shared_ptr<const Router> router);
   void SetPhase(Phase phase);

@@ -13,8 +13,6 @@
 #include <unordered_set>
 
 #include "server/http/connection.h"
-#include "server/http/errors.h"
-#include "server/http/wire.h"
 
 namespace dsla {
 namespace {
@@ -24,6 +22,7 @@ using asio::ip::tcp;
 using boost::system::error_code;
 
 constexpr auto kAcceptBackOff = std::chrono::milliseconds(100);
+constexpr int kConnectionsBeyondLimit = 64;
 
 std::string HostPort(const tcp::endpoint& endpoint) {
   const std::string address = endpoint.address().to_string();
@@ -65,11 +64,6 @@ struct HttpServer::Impl : public ConnectionHost {
   void Accept();
   void OnAccept(error_code code, tcp::socket socket);
   void Admit(tcp::socket socket);
-  void RefuseConnection(tcp::socket socket);
-  bool Full() const {
-    const std::lock_guard lock(mutex_);
-    return static_cast<int>(connections_.size()) >= options_.max_connections;
-  }
 
   const HttpServerOptions& options() const override { return options_; }
   const Dispatcher& dispatcher() const override { return dispatcher_; }
@@ -182,30 +176,19 @@ void HttpServer::Impl::Admit(tcp::socket socket) {
   socket.set_option(asio::socket_base::keep_alive(true), ignored);
   socket.set_option(asio::socket_base::send_buffer_size(static_cast<int>(options_.socket_buffer)),
                     ignored);
-  if (Full()) return RefuseConnection(std::move(socket));
   std::unique_ptr<Stream> stream =
       tls_ ? NewTlsStream(std::move(socket), *tls_) : NewPlainStream(std::move(socket));
-  const auto connection = std::make_shared<Connection>(this, std::move(stream), HostPort(remote));
+  std::shared_ptr<Connection> connection;
   {
     const std::lock_guard lock(mutex_);
-    if (stopping_) return;
+    const int beyond = static_cast<int>(connections_.size()) - options_.max_connections;
+    if (stopping_ || beyond >= kConnectionsBeyondLimit) return;
+    connection = std::make_shared<Connection>(this, std::move(stream), HostPort(remote),
+                                              /*beyond_limit=*/beyond >= 0);
     connections_.insert(connection);
   }
   observer_->OnConnections(1);
   connection->Start();
-}
-
-// Without a place among the connections: one attempt to say why.
-void HttpServer::Impl::RefuseConnection(tcp::socket socket) {
-  if (tls_) return;
-  const HttpResponse response = ErrorResponse(TooManyConnectionsError());
-  std::string bytes = ResponseHeadBytes(response.status, response.headers, {}, BodyFraming::kLength,
-                                        static_cast<int64_t>(response.body.size()), false);
-  bytes += response.body;
-  error_code ignored;
-  socket.non_blocking(true, ignored);
-  socket.send(asio::buffer(bytes), 0, ignored);
-  socket.shutdown(tcp::socket::shutdown_send, ignored);
 }
 
 void HttpServer::Impl::RequestStarted() {

@@ -439,10 +439,34 @@ TEST(HttpServerTest, ConnectionsAreCounted) {
   RawClient second(server.port());
   EXPECT_EQ(first.Call(Get("/open")).status, 200);
   EXPECT_EQ(second.Call(Get("/open")).status, 200);
-  RawClient third(server.port());
-  const RawResponse refused = third.Read();
-  EXPECT_EQ(refused.status, 503);
-  EXPECT_THAT(refused.body, HasSubstr("too_many_connections"));
+  {
+    RawClient third(server.port());
+    const RawResponse refused = third.Call(PostJson("/echo", std::string(1 << 20, ' ')));
+    EXPECT_EQ(refused.status, 503);
+    EXPECT_THAT(refused.body, HasSubstr("too_many_connections"));
+    EXPECT_NE(refused.headers.Find("Retry-After"), nullptr);
+    EXPECT_TRUE(third.ClosedWithin(10));
+    RawClient probe(server.port());
+    const RawResponse well = probe.Call(Get("/probe"));
+    EXPECT_EQ(well.body, "well");
+    EXPECT_EQ(well.headers.Get("Connection"), "close");
+    EXPECT_TRUE(probe.ClosedWithin(10));
+  }
+  const auto wait_for = [&](int connections) {
+    const double deadline = NowSeconds() + 30;
+    while (server.server().connections() != connections && NowSeconds() < deadline)
+      std::this_thread::yield();
+    EXPECT_EQ(server.server().connections(), connections);
+  };
+  wait_for(2);
+  std::vector<std::unique_ptr<RawClient>> more;
+  for (int i = 0; i < 64; ++i) more.push_back(std::make_unique<RawClient>(server.port()));
+  wait_for(66);
+  EXPECT_TRUE(RawClient(server.port()).ClosedWithin(5));
+  more.clear();
+  first.Close();
+  wait_for(1);
+  EXPECT_EQ(RawClient(server.port()).Call(Get("/open")).status, 200);
 }
 
 TEST(HttpServerTest, StopEndsWhatIsOpen) {

@@ -22,6 +22,7 @@ TestServer::TestServer(HttpServerOptions options, KeyRing keys) {
     return [text](auto, auto responder) { responder->Respond(TextResponse(200, text)); };
   };
   router->Add("GET", "/open", say("open"), {.access = Access::kOpen});
+  router->Add("GET", "/probe", say("well"), {.access = Access::kOpen, .while_draining = true});
   router->Add("GET", "/again", say("again"), {.while_draining = true});
   router->Add("GET", "/items/{id}", [](auto request, auto responder) {
     responder->Respond(TextResponse(200, std::string(request->PathParam("id"))));

@@ -1,5 +1,6 @@
 // A server with small routes, for tests of the transport:
 //   GET  /open       "open", needs no key
+//   GET  /probe      "well", needs no key, while draining too
 //   GET  /again      "again" while draining too
 //   GET  /items/{id} the id
 //   POST /echo       the body, as application/json
