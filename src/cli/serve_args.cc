@@ -6,7 +6,7 @@ namespace {
 void AddAddress(CLI::App& command, ServeArgs& args) {
   const auto group = "Address and access";
   HttpServerOptions& http = args.http;
-  command.add_option("--host", http.host, "address to listen on")
+  command.add_option("--host", http.host, "address or name to listen on")
       ->type_name("ADDRESS")
       ->capture_default_str()
       ->group(group);

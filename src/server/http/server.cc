@@ -1,8 +1,10 @@
 #include "server/http/server.h"
 
+#include <algorithm>
 #include <atomic>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/ip/tcp.hpp>
+#include <boost/asio/ip/v6_only.hpp>
 #include <boost/asio/post.hpp>
 #include <boost/asio/ssl/context.hpp>
 #include <boost/asio/steady_timer.hpp>
@@ -45,6 +47,43 @@ Status SetUpTls(const HttpServerOptions& options, asio::ssl::context& context) {
   return Status::Ok();
 }
 
+// One address that is listened on.
+struct Listener {
+  explicit Listener(asio::io_context& io)
+      : acceptor(asio::make_strand(io)), back_off(acceptor.get_executor()) {}
+
+  tcp::acceptor acceptor;
+  asio::steady_timer back_off;
+  bool troubled = false;
+};
+
+// Each address once, however often the name's file or server has it.
+std::vector<tcp::endpoint> Endpoints(const tcp::resolver::results_type& found) {
+  std::vector<tcp::endpoint> endpoints;
+  for (const auto& entry : found) {
+    if (std::find(endpoints.begin(), endpoints.end(), entry.endpoint()) == endpoints.end())
+      endpoints.push_back(entry.endpoint());
+  }
+  return endpoints;
+}
+
+// A name may stand for addresses of a protocol, too, that this machine does not have.
+bool IsNotOurs(error_code code) {
+  return code == boost::system::errc::address_not_available ||
+         code == boost::system::errc::address_family_not_supported;
+}
+
+error_code Open(const tcp::endpoint& endpoint, bool v6_only, tcp::acceptor& acceptor) {
+  error_code code;
+  acceptor.open(endpoint.protocol(), code);
+  if (!code) acceptor.set_option(asio::socket_base::reuse_address(true), code);
+  if (!code && v6_only && endpoint.address().is_v6())
+    acceptor.set_option(asio::ip::v6_only(true), code);
+  if (!code) acceptor.bind(endpoint, code);
+  if (!code) acceptor.listen(asio::socket_base::max_listen_connections, code);
+  return code;
+}
+
 }  // namespace
 
 struct HttpServer::Impl : public ConnectionHost {
@@ -53,16 +92,14 @@ struct HttpServer::Impl : public ConnectionHost {
       : options_(o),
         dispatcher_(std::move(router), std::move(keys), o.cors_origins),
         observer_(obs),
-        io_(o.io_threads),
-        acceptor_(asio::make_strand(io_)),
-        back_off_(acceptor_.get_executor()) {}
+        io_(o.io_threads) {}
 
   Status Listen();
   void Run();
   void Stop();
   void RunIo();
-  void Accept();
-  void OnAccept(error_code code, tcp::socket socket);
+  void Accept(Listener& listener);
+  void OnAccept(Listener& listener, error_code code, tcp::socket socket);
   void Admit(tcp::socket socket);
 
   const HttpServerOptions& options() const override { return options_; }
@@ -82,9 +119,7 @@ struct HttpServer::Impl : public ConnectionHost {
   const std::shared_ptr<std::atomic<bool>> closing_ = std::make_shared<std::atomic<bool>>(false);
   std::unique_ptr<asio::ssl::context> tls_;
   asio::io_context io_;
-  tcp::acceptor acceptor_;
-  asio::steady_timer back_off_;
-  bool accept_troubled_ = false;
+  std::vector<std::unique_ptr<Listener>> listeners_;
   std::atomic<int64_t> body_bytes_{0};
   int port_ = 0;
   std::vector<std::thread> threads_;
@@ -111,20 +146,29 @@ Status HttpServer::Impl::Listen() {
   if (code || found.empty())
     return InvalidArgument("--host: '{}' is not an address of this machine: {}", options_.host,
                            code.message());
-  const tcp::endpoint endpoint = found.begin()->endpoint();
-  acceptor_.open(endpoint.protocol(), code);
-  if (!code) acceptor_.set_option(asio::socket_base::reuse_address(true), code);
-  if (!code) acceptor_.bind(endpoint, code);
-  if (!code) acceptor_.listen(asio::socket_base::max_listen_connections, code);
-  if (code)
-    return InvalidArgument("cannot listen on {}: {} (see --host and --port)", HostPort(endpoint),
-                           code.message());
-  port_ = acceptor_.local_endpoint(code).port();
-  return Status::Ok();
+  port_ = options_.port;
+  Status unavailable;
+  const std::vector<tcp::endpoint> endpoints = Endpoints(found);
+  for (tcp::endpoint endpoint : endpoints) {
+    endpoint.port(static_cast<asio::ip::port_type>(port_));  // where it is 0, the first one's
+    auto listener = std::make_unique<Listener>(io_);
+    code = Open(endpoint, /*v6_only=*/endpoints.size() > 1, listener->acceptor);
+    if (code) {
+      const Status status = InvalidArgument("cannot listen on {}: {} (see --host and --port)",
+                                            HostPort(endpoint), code.message());
+      if (!IsNotOurs(code)) return status;
+      unavailable = status;
+      continue;
+    }
+    port_ = listener->acceptor.local_endpoint(code).port();
+    listeners_.push_back(std::move(listener));
+  }
+  return listeners_.empty() ? unavailable : Status::Ok();
 }
 
 void HttpServer::Impl::Run() {
-  asio::post(acceptor_.get_executor(), [this] { Accept(); });
+  for (const auto& listener : listeners_)
+    asio::post(listener->acceptor.get_executor(), [this, l = listener.get()] { Accept(*l); });
   for (int i = 0; i < options_.io_threads; ++i) {
     threads_.emplace_back([this] { RunIo(); });
   }
@@ -141,31 +185,32 @@ void HttpServer::Impl::RunIo() {
   }
 }
 
-void HttpServer::Impl::Accept() {
-  acceptor_.async_accept(asio::make_strand(io_), [this](error_code code, tcp::socket socket) {
-    OnAccept(code, std::move(socket));
-  });
+void HttpServer::Impl::Accept(Listener& listener) {
+  listener.acceptor.async_accept(asio::make_strand(io_),
+                                 [this, &listener](error_code code, tcp::socket socket) {
+                                   OnAccept(listener, code, std::move(socket));
+                                 });
 }
 
-void HttpServer::Impl::OnAccept(error_code code, tcp::socket socket) {
-  if (!acceptor_.is_open()) return;
+void HttpServer::Impl::OnAccept(Listener& listener, error_code code, tcp::socket socket) {
+  if (!listener.acceptor.is_open()) return;
   if (code && code != asio::error::connection_aborted) {
     // Out of descriptors or memory: the waiting clients stay in the backlog until there is room.
-    if (!accept_troubled_) observer_->OnTrouble("cannot accept connections: " + code.message());
-    accept_troubled_ = true;
-    back_off_.expires_after(kAcceptBackOff);
-    back_off_.async_wait([this](error_code cancelled) {
-      if (!cancelled && acceptor_.is_open()) Accept();
+    if (!listener.troubled) observer_->OnTrouble("cannot accept connections: " + code.message());
+    listener.troubled = true;
+    listener.back_off.expires_after(kAcceptBackOff);
+    listener.back_off.async_wait([this, &listener](error_code cancelled) {
+      if (!cancelled && listener.acceptor.is_open()) Accept(listener);
     });
     return;
   }
-  accept_troubled_ = false;
+  listener.troubled = false;
   try {
     if (!code) Admit(std::move(socket));
   } catch (const std::exception& error) {
     OnFailure(error);
   }
-  Accept();
+  Accept(listener);
 }
 
 void HttpServer::Impl::Admit(tcp::socket socket) {
@@ -224,11 +269,13 @@ void HttpServer::Impl::Remove(const std::shared_ptr<ConnectionLink>& connection)
 }
 
 void HttpServer::Impl::Stop() {
-  asio::post(acceptor_.get_executor(), [this] {
-    error_code ignored;
-    acceptor_.close(ignored);
-    back_off_.cancel();
-  });
+  for (const auto& listener : listeners_) {
+    asio::post(listener->acceptor.get_executor(), [l = listener.get()] {
+      error_code ignored;
+      l->acceptor.close(ignored);
+      l->back_off.cancel();
+    });
+  }
   std::vector<std::shared_ptr<ConnectionLink>> open;
   {
     const std::lock_guard lock(mutex_);

@@ -22,7 +22,7 @@
 namespace dsla {
 
 struct HttpServerOptions {
-  std::string host = "127.0.0.1";  // a name or an address
+  std::string host = "127.0.0.1";  // an address, or a name, which may stand for several
   int port = 8080;                 // 0: any free one
   int io_threads = 2;
   std::string tls_cert, tls_key;  // PEM files, both or none

@@ -533,6 +533,25 @@ TEST(HttpServerTest, AddressInUseIsNamed) {
   EXPECT_THAT(third.status().message(), HasSubstr("no-such-host.invalid"));
 }
 
+// The empty name stands for all addresses, of which there are two kinds.
+TEST(HttpServerTest, EveryAddressOfANameIsListenedOn) {
+  HttpServerOptions options = TestServer::DefaultOptions();
+  options.host = "";
+  TestServer server(options);
+  EXPECT_EQ(RawClient(server.port()).Call(Get("/open")).status, 200);
+  const int client = socket(AF_INET6, SOCK_STREAM, 0);
+  if (client < 0) GTEST_SKIP() << "no IPv6 here";
+  sockaddr_in6 address{};
+  address.sin6_family = AF_INET6;
+  address.sin6_port = htons(static_cast<uint16_t>(server.port()));
+  address.sin6_addr = in6addr_loopback;
+  const int connected = connect(client, reinterpret_cast<sockaddr*>(&address), sizeof(address));
+  const bool no_address = connected != 0 && errno == EADDRNOTAVAIL;
+  close(client);
+  if (no_address) GTEST_SKIP() << "no IPv6 here";
+  EXPECT_EQ(connected, 0);
+}
+
 // With no descriptor left, clients wait in the backlog and are served once there is one.
 TEST(HttpServerTest, AcceptBacksOffWithoutDescriptors) {
   TestServer server;
