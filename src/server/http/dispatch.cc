@@ -20,6 +20,17 @@ bool TakesBody(std::string_view method) {
   return method == "POST" || method == "PUT" || method == "PATCH";
 }
 
+constexpr std::string_view kUsualHeaders =
+    "Authorization, Content-Type, X-Request-Id, X-Request-Timeout";
+
+// Names of headers (RFC 9110, "token") between commas.
+bool IsNameList(std::string_view list) {
+  return !list.empty() && std::all_of(list.begin(), list.end(), [](char c) {
+    return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') ||
+           std::string_view("!#$%&'*+-.^_`|~, \t").find(c) != std::string_view::npos;
+  });
+}
+
 bool ServedToEverybody(const Route* route) {
   return route && route->options.access == Access::kOpen && route->options.while_draining;
 }
@@ -57,7 +68,9 @@ HttpHeaders Dispatcher::CorsHeaders(const HttpRequest& head) const {
       return headers;
   }
   headers.Add("Access-Control-Allow-Origin", any ? "*" : std::string(origin));
-  headers.Add("Access-Control-Expose-Headers", "X-Request-Id, Retry-After");
+  headers.Add("Access-Control-Expose-Headers",
+              "X-Request-Id, X-Dsla-Tier, X-Dsla-Level, Retry-After, retry-after-ms, "
+              "x-should-retry");
   return headers;
 }
 
@@ -91,8 +104,12 @@ std::optional<HttpResponse> Dispatcher::Refusal(const HttpRequest& head, bool ha
     response.headers.Add("Allow", match.allow.empty() ? "GET, HEAD, POST, OPTIONS" : match.allow);
     if (dispatched.extra.Find("Access-Control-Allow-Origin")) {
       response.headers.Add("Access-Control-Allow-Methods", match.allow);
+      // Clients send headers of their own, such as x-stainless-os: whatever an allowed page asks
+      // for.
+      const std::string_view asked = head.headers.Get("Access-Control-Request-Headers");
       response.headers.Add("Access-Control-Allow-Headers",
-                           "Authorization, Content-Type, X-Request-Id");
+                           IsNameList(asked) ? std::string(asked) : std::string(kUsualHeaders));
+      response.headers.Add("Vary", "Access-Control-Request-Headers");
       response.headers.Add("Access-Control-Max-Age", "600");
     }
     return response;

@@ -109,8 +109,22 @@ TEST(HttpServerTest, CrossOriginIsOffUnlessAsked) {
   EXPECT_EQ(preflight.status, 204);
   EXPECT_THAT(std::string(preflight.headers.Get("Access-Control-Allow-Methods")),
               HasSubstr("POST"));
-  EXPECT_THAT(std::string(preflight.headers.Get("Access-Control-Allow-Headers")),
-              HasSubstr("Authorization"));
+  const auto allowed = [&](const std::string& asked) {
+    const RawResponse response =
+        client.Call("OPTIONS /echo HTTP/1.1\r\nHost: t\r\nAccess-Control-Request-Method: POST\r\n" +
+                    origin + asked + "\r\n");
+    EXPECT_EQ(response.headers.Count("Vary"), 2u);  // by Origin and by what was asked for
+    return std::string(response.headers.Get("Access-Control-Allow-Headers"));
+  };
+  const std::string usual = "Authorization, Content-Type, X-Request-Id, X-Request-Timeout";
+  const std::string ask = "Access-Control-Request-Headers: ";
+  EXPECT_EQ(allowed(""), usual);
+  EXPECT_EQ(allowed(ask + "authorization,content-type,x-stainless-os\r\n"),
+            "authorization,content-type,x-stainless-os");
+  EXPECT_EQ(allowed(ask + "x-a; <b>\r\n"), usual);
+  EXPECT_THAT(
+      std::string(client.Call(Get("/open", origin)).headers.Get("Access-Control-Expose-Headers")),
+      HasSubstr("X-Dsla-Level"));
 }
 
 TEST(HttpServerTest, RequestIds) {
