@@ -1,5 +1,7 @@
 #include "server/http/dispatch.h"
 
+#include <arpa/inet.h>
+
 #include <algorithm>
 
 #include "server/http/errors.h"
@@ -18,6 +20,18 @@ bool IsJson(std::string_view content_type) {
 
 bool TakesBody(std::string_view method) {
   return method == "POST" || method == "PUT" || method == "PATCH";
+}
+
+// "box:80" -> "box", "[::1]:80" -> "::1".
+std::string_view WithoutPort(std::string_view host) {
+  if (host.starts_with('[')) return host.substr(1, std::min(host.find(']'), host.size()) - 1);
+  return host.substr(0, host.rfind(':'));
+}
+
+bool IsIpAddress(const std::string& name) {
+  in6_addr address;  // large enough for either
+  return inet_pton(AF_INET, name.c_str(), &address) == 1 ||
+         inet_pton(AF_INET6, name.c_str(), &address) == 1;
 }
 
 constexpr std::string_view kUsualHeaders =
@@ -40,6 +54,16 @@ bool ServedToEverybody(const Route* route) {
 Dispatcher::Dispatcher(std::shared_ptr<const Router> router, KeyRing keys,
                        std::vector<std::string> cors_origins)
     : keys_(std::move(keys)), cors_origins_(std::move(cors_origins)), router_(std::move(router)) {}
+
+void Dispatcher::SetLocal(std::string name) { local_name_ = std::move(name); }
+
+// HTTP/1.0 knows requests without a host; no browser sends such.
+bool Dispatcher::ServesHost(std::string_view host) const {
+  if (!local_name_ || keys_.needs_key() || host.empty()) return true;
+  const std::string name(WithoutPort(host));
+  return EqualsIgnoreCase(name, "localhost") || EqualsIgnoreCase(name, *local_name_) ||
+         IsIpAddress(name);
+}
 
 void Dispatcher::SetRouter(std::shared_ptr<const Router> router) {
   const std::lock_guard lock(mutex_);
@@ -86,7 +110,10 @@ Dispatched Dispatcher::Dispatch(const HttpRequest& head, bool has_body, bool bey
   Router::Match match = dispatched.router->Find(head.method, head.path);
   dispatched.route = match.route;
   dispatched.params = std::move(match.params);
-  if (beyond_limit && !ServedToEverybody(match.route)) {
+  const std::string_view host = head.headers.Get("Host");
+  if (!ServesHost(host)) {
+    dispatched.refusal = ErrorResponse(ForeignHostError(host));
+  } else if (beyond_limit && !ServedToEverybody(match.route)) {
     dispatched.refusal = ErrorResponse(TooManyConnectionsError());
   } else {
     dispatched.refusal = Refusal(head, has_body, match, phase, dispatched);

@@ -148,6 +148,7 @@ Status HttpServer::Impl::Listen() {
                            code.message());
   port_ = options_.port;
   Status unavailable;
+  bool local = true;
   const std::vector<tcp::endpoint> endpoints = Endpoints(found);
   for (tcp::endpoint endpoint : endpoints) {
     endpoint.port(static_cast<asio::ip::port_type>(port_));  // where it is 0, the first one's
@@ -161,8 +162,10 @@ Status HttpServer::Impl::Listen() {
       continue;
     }
     port_ = listener->acceptor.local_endpoint(code).port();
+    local = local && endpoint.address().is_loopback();
     listeners_.push_back(std::move(listener));
   }
+  if (local) dispatcher_.SetLocal(options_.host);
   return listeners_.empty() ? unavailable : Status::Ok();
 }
 

@@ -62,7 +62,7 @@ TEST(HttpServerTest, ChunkedBody) {
   TestServer server;
   RawClient client(server.port());
   const RawResponse response = client.Call(
-      "POST /echo HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n"
+      "POST /echo HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
       "Transfer-Encoding: chunked\r\n\r\n3;x=y\r\n[1,\r\n2\r\n2]\r\n0\r\nTrailer: v\r\n\r\n");
   EXPECT_EQ(response.status, 200);
   EXPECT_EQ(response.body, "[1,2]");
@@ -71,11 +71,11 @@ TEST(HttpServerTest, ChunkedBody) {
 TEST(HttpServerTest, HeadOptionsAndHttp10) {
   TestServer server;
   RawClient client(server.port());
-  client.Send("HEAD /open HTTP/1.1\r\nHost: t\r\n\r\n");
+  client.Send("HEAD /open HTTP/1.1\r\nHost: localhost\r\n\r\n");
   const RawResponse head = client.Read(20, /*head=*/true);
   EXPECT_EQ(head.status, 200);
   EXPECT_EQ(head.headers.Get("Content-Length"), "4");
-  const RawResponse options = client.Call("OPTIONS /echo HTTP/1.1\r\nHost: t\r\n\r\n");
+  const RawResponse options = client.Call("OPTIONS /echo HTTP/1.1\r\nHost: localhost\r\n\r\n");
   EXPECT_EQ(options.status, 204);
   EXPECT_EQ(options.headers.Get("Allow"), "POST, OPTIONS");
   EXPECT_EQ(options.headers.Find("Access-Control-Allow-Origin"), nullptr);
@@ -103,16 +103,16 @@ TEST(HttpServerTest, CrossOriginIsOffUnlessAsked) {
   EXPECT_EQ(client.Call(Get("/open", "Origin: https://b.example\r\n"))
                 .headers.Find("Access-Control-Allow-Origin"),
             nullptr);
-  const RawResponse preflight =
-      client.Call("OPTIONS /echo HTTP/1.1\r\nHost: t\r\nAccess-Control-Request-Method: POST\r\n" +
-                  origin + "\r\n");
+  const RawResponse preflight = client.Call(
+      "OPTIONS /echo HTTP/1.1\r\nHost: localhost\r\nAccess-Control-Request-Method: POST\r\n" +
+      origin + "\r\n");
   EXPECT_EQ(preflight.status, 204);
   EXPECT_THAT(std::string(preflight.headers.Get("Access-Control-Allow-Methods")),
               HasSubstr("POST"));
   const auto allowed = [&](const std::string& asked) {
-    const RawResponse response =
-        client.Call("OPTIONS /echo HTTP/1.1\r\nHost: t\r\nAccess-Control-Request-Method: POST\r\n" +
-                    origin + asked + "\r\n");
+    const RawResponse response = client.Call(
+        "OPTIONS /echo HTTP/1.1\r\nHost: localhost\r\nAccess-Control-Request-Method: POST\r\n" +
+        origin + asked + "\r\n");
     EXPECT_EQ(response.headers.Count("Vary"), 2u);  // by Origin and by what was asked for
     return std::string(response.headers.Get("Access-Control-Allow-Headers"));
   };
@@ -147,7 +147,7 @@ TEST(HttpServerTest, Keys) {
   const auto status = [&](const std::string& method_path, const std::string& authorization) {
     RawClient client(server.port());
     return client
-        .Call(method_path + " HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n" +
+        .Call(method_path + " HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" +
               (authorization.empty() ? "" : "Authorization: " + authorization + "\r\n") + "\r\n")
         .status;
   };
