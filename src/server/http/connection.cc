@@ -252,7 +252,17 @@ void Connection::OnRequest() {
   exchange->ReleaseBody();
   ReleaseBody();
   if (saw_end_ && !exchange->answered()) return Close();
+  AwaitAnswer();
   ReadMore();
+}
+
+// Without a time limit, but a stream's next comment may be due.
+void Connection::AwaitAnswer() {
+  if (exchange_->takes_comments()) {
+    SetDeadline(Waiting::kComment, host_->options().comment_seconds);
+  } else {
+    SetDeadline(Waiting::kHandler, 0);
+  }
 }
 
 // --- Writing -------------------------------------------------------------------------------------
@@ -293,7 +303,7 @@ void Connection::OnWritten(error_code code, size_t bytes) {
   write_.clear();
   if (exchange_) {
     exchange_->Sent();
-    SetDeadline(Waiting::kHandler, 0);
+    AwaitAnswer();
   }
   Send();
 }
@@ -338,6 +348,7 @@ void Connection::OnTimer() {
 }
 
 void Connection::OnTimeout() {
+  if (waiting_ == Waiting::kComment) return exchange_->Comment();
   if (exchange_ || (waiting_ != Waiting::kHead && waiting_ != Waiting::kBody)) return Close();
   FillRequest();
   Refuse(ErrorResponse(RequestTimeoutError()), /*close=*/true);

@@ -53,7 +53,7 @@ class Connection : public ConnectionLink, public std::enable_shared_from_this<Co
 
  private:
   // What is waited for; each has its own time limit.
-  enum class Waiting { kHandshake, kIdle, kHead, kBody, kHandler, kLinger };
+  enum class Waiting { kHandshake, kIdle, kHead, kBody, kHandler, kComment, kLinger };
 
   // A completion handler that does `work` unless the connection is closed. Memory that runs out in
   // it costs this connection and no other.
@@ -76,6 +76,7 @@ class Connection : public ConnectionLink, public std::enable_shared_from_this<Co
   void BeginRequest();  // counts it, once, when its head has come
   void EndRequest();
   void FillRequest();
+  void AwaitAnswer();
 
   void Send();
   void WriteSome();

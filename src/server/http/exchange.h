@@ -7,6 +7,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -63,6 +64,8 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
   bool complete() const;    // answered and all of it sent
   bool answered() const;    // nothing will be added any more
   bool keep_alive() const;  // after it is complete
+  bool takes_comments() const;
+  void Comment();  // in a stream that stands still
   // The client is gone or given up on. Runs the callback.
   void Disconnect();
   AccessRecord Record() const;
@@ -72,6 +75,7 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
   enum class State { kPending, kStreaming, kEnded, kGone };
 
   bool Respond(HttpResponse response);
+  void ExpectStream(HttpResponse head);
   bool StartStream(HttpResponse head);
   bool Write(std::string_view chunk);
   void End();
@@ -100,6 +104,8 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
   bool keep_alive_;
   bool chunked_ = false;
   bool dropped_ = false;
+  std::optional<HttpResponse> early_head_;  // of the stream that is expected
+  bool opened_early_ = false;               // with it, before StartStream
   int status_ = 0;
   int64_t bytes_ = 0;
   std::function<void()> on_disconnect_;

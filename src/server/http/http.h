@@ -75,6 +75,11 @@ class Responder {
   // The whole answer at once.
   virtual bool Respond(HttpResponse response) = 0;
 
+  // Called by the handler before it returns: a stream of events may follow. When nothing has gone
+  // out for a while (HttpServerOptions::comment_seconds), a comment does, at first behind `head`,
+  // so that proxies keep the connection. From then on StartStream adds only its body, and Respond
+  // returns false: an error has to be an event.
+  virtual void ExpectStream(HttpResponse head) = 0;
   // Status and headers of a streamed answer, sent chunked; each Write is flushed. A body in `head`
   // is the first chunk.
   virtual bool StartStream(HttpResponse head) = 0;
@@ -101,5 +106,6 @@ using Handler = std::function<void(std::shared_ptr<const HttpRequest> request,
 // hold no line break).
 HttpResponse SseHead();
 std::string SseEvent(std::string_view data);
+inline constexpr std::string_view kSseComment = ": waiting\n\n";  // which clients skip
 
 }  // namespace dsla

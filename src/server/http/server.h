@@ -39,6 +39,7 @@ struct HttpServerOptions {
   double read_timeout = 10;
   double idle_timeout = 10;  // between two requests of a connection
   double write_timeout = 20;
+  double comment_seconds = 15;        // between the comments of a stream that stands still
   int64_t stream_buffer = 1 << 20;    // bytes that may wait for a slow reader of a stream
   int64_t socket_buffer = 256 << 10;  // SO_SNDBUF, so that the kernel's share is bounded too
 };
