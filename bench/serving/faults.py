@@ -49,25 +49,25 @@ BAD_REQUESTS = (
 # (name, bytes sent, statuses that are right; 0: the connection is closed without an answer)
 BAD_BYTES = (
     ("no HTTP", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", {0, 400}),
-    ("large header", b"GET /health HTTP/1.1\r\nHost: a\r\nX-Large: " + b"a" * 100000 + b"\r\n\r\n", {0, 431}),
-    ("long address", b"GET /" + b"a" * 20000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", {0, 414, 431}),
+    ("large header", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Large: " + b"a" * 100000 + b"\r\n\r\n", {0, 431}),
+    ("long address", b"GET /" + b"a" * 20000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", {0, 414, 431}),
     (
         "two lengths",
-        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 5\r\n"
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 5\r\n"
         b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         {0, 400},
     ),
     (
         "negative chunk",
-        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n-2\r\nab\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n-2\r\nab\r\n",
         {0, 400},
     ),
     (
         "endless body",
-        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 99999999999\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99999999999\r\n\r\n",
         {0, 413},
     ),
-    ("wrong type", b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\n{}", {415}),
+    ("wrong type", b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\n{}", {415}),
 )
 
 GONE = (OSError, load_client.HttpError, asyncio.IncompleteReadError, ValueError)
@@ -142,7 +142,7 @@ async def slow_reader(client, rng, model):
         data = json.dumps(body).encode()
         await loop.sock_sendall(
             raw,
-            f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data,
+            f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data,
         )
         for _ in range(rng.randrange(5, 30)):
             if not await asyncio.wait_for(loop.sock_recv(raw, 64), 120):

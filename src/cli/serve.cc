@@ -28,6 +28,7 @@ namespace {
 
 constexpr const char* kVersion = "0.1.0";
 constexpr int kDefaultSequences = 8;  // full contexts that the default cache memory is for
+constexpr double kLastAnswers = 2;    // seconds in which clients are told that theirs have failed
 
 // What the machine, or the container, lets this process have.
 int64_t MemoryLimit() {
@@ -70,8 +71,9 @@ class Program {
   const Status& load_status() const { return load_status_; }  // after loaded()
   void Watch();         // to be called about once a second: logs what changed
   bool DeviceFailed();  // likewise; only a new process helps
-  bool Idle() { return server_->WaitIdle(0); }
-  bool Drain(SignalQueue& signals);  // false: a second signal came
+  // Until no request is left, for so many seconds at most; false: a signal came to end at once.
+  bool WaitIdle(SignalQueue& signals, double seconds);
+  bool Drain(SignalQueue& signals);  // likewise
 
  private:
   Status LoadAll();
@@ -295,25 +297,29 @@ void Program::LogLevels(const EngineState& state) {
   }
 }
 
+bool Program::WaitIdle(SignalQueue& signals, double seconds) {
+  const double deadline = NowSeconds() + seconds;
+  while (!server_->WaitIdle(0.05) && NowSeconds() < deadline) {
+    const int signal = signals.Wait(0.05);
+    if (signal == SIGHUP) log_->Reopen();
+    if (signal == SIGTERM || signal == SIGINT) return false;
+  }
+  return true;
+}
+
 bool Program::Drain(SignalQueue& signals) {
   log_->Write(LogLevel::kInfo, "draining",
               {{"requests", int64_t{server_->requests()}}, {"timeout", args_.drain_timeout}});
   health_.SetPhase(Phase::kDraining);
   server_->SetPhase(Phase::kDraining);
   if (loaded() && engine_) engine_->Drain();
-  const double deadline = NowSeconds() + args_.drain_timeout;
   // Probes count as requests too, but they come and go.
-  while (!server_->WaitIdle(0.05)) {
-    if (NowSeconds() > deadline) {
-      log_->Write(LogLevel::kWarning, "drain_timeout",
-                  {{"cancelled", int64_t{server_->requests()}}});
-      return true;
-    }
-    const int signal = signals.Wait(0.05);
-    if (signal == SIGHUP) log_->Reopen();
-    if (signal == SIGTERM || signal == SIGINT) return false;
-  }
-  return true;
+  if (!WaitIdle(signals, args_.drain_timeout)) return false;
+  const int left = server_->requests();
+  if (left == 0) return true;
+  log_->Write(LogLevel::kWarning, "drain_timeout", {{"cancelled", int64_t{left}}});
+  if (engine_) engine_->CancelAll();
+  return WaitIdle(signals, kLastAnswers);
 }
 
 void LogConfig(Log& log, const std::vector<ConfigValue>& config) {
@@ -373,9 +379,7 @@ int Serve(CLI::App& command, ServeArgs& args) {
     if (program.DeviceFailed()) {
       // Every request fails from now on; a moment for their answers, then whoever watches restarts
       // the program.
-      constexpr double kLastAnswers = 2;
-      const double deadline = NowSeconds() + kLastAnswers;
-      while (!program.Idle() && NowSeconds() < deadline) signals.Wait(0.05);
+      program.WaitIdle(signals, kLastAnswers);
       Leave(*log, 1);
     }
   }

@@ -6,7 +6,7 @@ namespace {
 void AddAddress(CLI::App& command, ServeArgs& args) {
   const auto group = "Address and access";
   HttpServerOptions& http = args.http;
-  command.add_option("--host", http.host, "address to listen on")
+  command.add_option("--host", http.host, "address or name to listen on")
       ->type_name("ADDRESS")
       ->capture_default_str()
       ->group(group);
@@ -79,7 +79,9 @@ void AddHttpLimits(CLI::App& command, ServeArgs& args) {
       ->type_name("SIZE")
       ->capture_default_str()
       ->group(group);
-  command.add_option("--max-connections", http.max_connections, "connections at once")
+  command
+      .add_option("--max-connections", http.max_connections,
+                  "connections at once; probes are answered on 64 more")
       ->type_name("N")
       ->check(CLI::Range(1, 1000000))
       ->capture_default_str()

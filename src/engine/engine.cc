@@ -56,6 +56,7 @@ class EngineImpl : public Engine {
   }
 
   void Cancel(const std::string& id) override { inbox_.Cancel(id); }
+  void CancelAll() override { inbox_.CancelAll(); }
   EngineState state() const override { return worker_->state(); }
   void SetFinishObserver(FinishObserver observer) override {
     worker_->SetFinishObserver(std::move(observer));

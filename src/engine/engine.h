@@ -118,6 +118,7 @@ class Engine {
 
   // Ends the request within one step; nothing if there is none of that id.
   virtual void Cancel(const std::string& id) = 0;
+  virtual void CancelAll() = 0;  // likewise, whatever is accepted
 
   virtual EngineState state() const = 0;
   virtual void SetFinishObserver(FinishObserver observer) = 0;  // before the first Submit

@@ -79,6 +79,14 @@ void Inbox::Cancel(const std::string& id) {
   arrived_.notify_one();
 }
 
+void Inbox::CancelAll() {
+  {
+    const std::lock_guard lock(mutex_);
+    mail_.cancels.insert(mail_.cancels.end(), ids_.begin(), ids_.end());
+  }
+  arrived_.notify_one();
+}
+
 void Inbox::SetPolicy(std::unique_ptr<LevelPolicy> policy) {
   {
     const std::lock_guard lock(mutex_);

@@ -57,6 +57,7 @@ class Inbox {
   // Submitters' side. Put refuses when the queue is full, the id is in use, or after Drain.
   std::optional<Rejection> Put(std::unique_ptr<ActiveRequest> request);
   void Cancel(const std::string& id);  // nothing if no accepted request has that id
+  void CancelAll();
   void SetPolicy(std::unique_ptr<LevelPolicy> policy);
   void SetMaxLevel(int level);
   void Drain();

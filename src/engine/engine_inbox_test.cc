@@ -67,6 +67,17 @@ TEST_F(InboxTest, MailComesOnceAndInOrder) {
   EXPECT_TRUE(mail.empty());
 }
 
+TEST_F(InboxTest, CancelAllNamesWhatIsAcceptedAndNotEnded) {
+  Inbox inbox({});
+  for (const char* id : {"taken", "ended", "in the mail"}) EXPECT_FALSE(inbox.Put(Make(id)));
+  inbox.Release("ended");
+  Inbox::Mail mail;
+  inbox.CancelAll();
+  inbox.Take(mail, kForever);
+  EXPECT_EQ(std::set<std::string>(mail.cancels.begin(), mail.cancels.end()),
+            (std::set<std::string>{"taken", "in the mail"}));
+}
+
 TEST_F(InboxTest, AnIdIsFreeAgainAfterItsEnd) {
   Inbox inbox({});
   EXPECT_FALSE(inbox.Put(Make("a")));

@@ -67,7 +67,7 @@ void AccessLog::OnRequestFinished(const AccessRecord& record) {
                                   {"path", request.path.substr(0, 256)},
                                   {"status", int64_t{record.status}},
                                   {"seconds", record.seconds},
-                                  {"bytes_in", static_cast<int64_t>(request.body.size())},
+                                  {"bytes_in", record.body_bytes},
                                   {"bytes_out", record.bytes},
                                   {"remote", request.remote_address}};
   for (const auto& [name, value] : record.notes) fields.push_back({name, value});

@@ -33,6 +33,7 @@ TEST(AccessLogTest, OneLineWithoutTheText) {
   record.request = std::make_shared<const HttpRequest>(request);
   record.route = "/v1/completions";
   record.status = 200;
+  record.body_bytes = 13;
   record.notes = {{"tokens", "5"}};
   access.OnRequestStarted();
   access.OnRequestFinished(record);

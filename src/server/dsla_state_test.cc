@@ -13,6 +13,7 @@ class FakeEngine final : public Engine {
  public:
   std::optional<Rejection> Submit(Request, std::shared_ptr<RequestSink>) override { return {}; }
   void Cancel(const std::string&) override {}
+  void CancelAll() override {}
   EngineState state() const override { return state_; }
   void SetFinishObserver(FinishObserver) override {}
   void SetPolicy(std::unique_ptr<LevelPolicy> policy) override { policy_ = std::move(policy); }

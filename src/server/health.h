@@ -31,8 +31,8 @@ class Health {
   std::string DeviceFailure() const;
 
   // GET, open to everybody and while draining. Each answers 200 {"status":"ok"}, or 503:
-  //   /live                 stalled, or the device failed: only a restart helps. Not while loading
-  //   or draining /health /ready /ping  stalled, loading or draining
+  //   /live                  when the engine is stalled or the device failed: a restart helps
+  //   /health /ready /ping   then, and while loading and draining
   // GET /version: {"version": ...}; needs a key where keys are set.
   void AddRoutes(Router& router, std::string version) const;
 

@@ -18,6 +18,7 @@ class StillEngine : public Engine {
  public:
   std::optional<Rejection> Submit(Request, std::shared_ptr<RequestSink>) override { return {}; }
   void Cancel(const std::string&) override {}
+  void CancelAll() override {}
   EngineState state() const override { return state_; }
   void SetFinishObserver(FinishObserver) override {}
   void SetPolicy(std::unique_ptr<LevelPolicy>) override {}

@@ -83,12 +83,22 @@ def check_refusals(program, folder, model):
         print(f"      (weights {name})", flush=True)
 
 
-def long_stream(running, tokens=14000, replies=8):
-    """A connection on which a reply of seconds has begun."""
-    body = json.dumps({"prompt": "Once", "max_tokens": tokens, "n": replies, "ignore_eos": True, "stream": True})
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+def long_request(running, tokens=14000, replies=8, stream=True):
+    """A connection with a request that takes seconds."""
     connection = socket.create_connection(("127.0.0.1", running.port), 60)
-    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+    connection.sendall(request_bytes(prompt="Once", max_tokens=tokens, n=replies, ignore_eos=True, stream=stream))
+    return connection
+
+
+def request_bytes(**fields):
+    body = json.dumps(fields)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+def long_stream(running):
+    """A connection on which a reply of seconds has begun."""
+    connection = long_request(running)
     check(b"200 OK" in connection.recv(1 << 12), "a long stream begins")
     return connection
 
@@ -129,13 +139,29 @@ def check_second_signal(program, model):
 def check_drain_limit(program, model):
     with serving(program, "--model", model, *ONE, "--drain-timeout", "0.3") as running:
         reader, received = read_all(long_stream(running))
+        whole_reader, whole = read_all(long_request(running, replies=1, stream=False))
+        check(wait_for(lambda: call(running, "GET", "/v1/dsla").json["running"]["count"] == 9), "and a long reply without a stream")
         started = time.monotonic()
         code = running.terminate(30)
         seconds = time.monotonic() - started
         check(code == 0 and 0.2 < seconds < 10, f"SIGTERM with a drain limit of 0.3 s: exit code {code} after {seconds:.1f} s")
         reader.join(20)
-        check(received and b"[DONE]" not in received[0], "the stream was cut off")
+        whole_reader.join(20)
+        end = received[0][-300:] if received else b""
+        check(b'"code":"shutting_down"' in end and end.endswith(b"\r\n0\r\n\r\n"), f"the stream ends with an error event: {end}")
+        head, _, body = whole[0].partition(b"\r\n\r\n") if whole else (b"", b"", b"")
+        check(b" 503 " in head[:16] and b"shutting_down" in body, f"the other gets 503: {head[:40]} {body}")
         check("drain_timeout" in running.log_end(20), "and the log says so")
+    with serving(program, "--model", model, *ONE) as running:
+        request = request_bytes(prompt="x", max_tokens=1)
+        upload = socket.create_connection(("127.0.0.1", running.port), 60)
+        upload.sendall(request[:-5])
+        running.process.send_signal(signal.SIGTERM)
+        check(wait_for(lambda: call(running, "GET", "/ready").status == 503), "SIGTERM while a body is being sent")
+        upload.sendall(request[-5:])
+        answer = upload.recv(1 << 12)
+        check(b" 503 " in answer[:16], f"gives it a status: {answer[:40]}")
+        check(running.process.wait(20) == 0, "and then ends the program, exit code 0")
     with serving(program, "--model", model, *ONE) as running:
         check(running.terminate(20) == 0, "SIGTERM with nothing to do: exit code 0")
     with serving(program, "--model", model, *ONE) as running:
@@ -173,7 +199,7 @@ def check_descriptors(program, model, folder):
         idle = [socket.create_connection(("127.0.0.1", running.port), 20) for _ in range(DESCRIPTORS + 20)]
         check(wait_for(lambda: "cannot accept" in running.log.read_text()), "out of descriptors: the log says so")
         time_before = process_seconds(running.pid)
-        idle[0].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        idle[0].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         check(b"200" in idle[0].recv(1 << 12), "those who are in are served")
         check(running.log.read_text().count("cannot accept") == 1, "it is said once")
         check(process_seconds(running.pid) - time_before < 1, "and it does not spin")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The table of bad inputs and faults in README.md: 40 rows, each with tests, and every test it names is there."""
+"""The table of bad inputs and faults in README.md: 43 rows, each with tests, and every test it names is there."""
 
 import pathlib
 import re
@@ -7,7 +7,7 @@ import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-ROWS = 40
+ROWS = 43
 WITHOUT_TESTS = {37}  # as its row says
 
 

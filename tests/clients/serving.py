@@ -105,8 +105,9 @@ def chat(running, content="Say hi.", **fields):
 
 
 def events(body):
-    """The data of each event of a stream, the last one "[DONE]" where it ended well."""
+    """The data of each event of a stream, the last one "[DONE]" where it ended well. Comments may stand between them."""
     blocks = body.decode().split("\n\n")
     assert blocks.pop() == "", "a stream ends with an empty line"
+    blocks = [block for block in blocks if not block.startswith(":")]
     assert all(block.startswith("data: ") for block in blocks), "every event is one data line"
     return [block.removeprefix("data: ") for block in blocks]

@@ -42,32 +42,50 @@ std::string NewRequestId() {
 }  // namespace
 
 Connection::Connection(ConnectionHost* host, std::unique_ptr<Stream> stream,
-                       std::string remote_address)
+                       std::string remote_address, bool beyond_limit)
     : host_(host),
       stream_(std::move(stream)),
       remote_address_(std::move(remote_address)),
+      beyond_limit_(beyond_limit),
       timer_(stream_->socket().get_executor()),
       reader_(host->options().limits) {}
 
-void Connection::Start() {
-  asio::post(timer_.get_executor(), [self = shared_from_this()] {
+template <typename Work>
+bool Connection::Attempt(const Work& work) {
+  try {
+    work();
+    return true;
+  } catch (const std::exception& error) {
+    host_->OnFailure(error);
+    return false;
+  }
+}
+
+template <typename Work>
+auto Connection::Guarded(Work work) {
+  return [self = shared_from_this(), work = std::move(work)](auto... results) {
     if (self->closed_) return;
-    self->SetDeadline(Waiting::kHandshake, self->host_->options().read_timeout);
-    self->stream_->Handshake([self](error_code code) {
-      if (self->closed_) return;
-      if (code) return self->Close();
-      self->SetDeadline(Waiting::kIdle, self->host_->options().idle_timeout);
-      self->ReadMore();
-    });
-  });
+    if (!self->Attempt([&] { work(results...); })) self->Close();
+  };
+}
+
+void Connection::Start() {
+  asio::post(timer_.get_executor(), Guarded([this] {
+               SetDeadline(Waiting::kHandshake, host_->options().read_timeout);
+               stream_->Handshake(Guarded([this](error_code code) {
+                 if (code) return Close();
+                 SetDeadline(Waiting::kIdle, host_->options().idle_timeout);
+                 ReadMore();
+               }));
+             }));
 }
 
 void Connection::Stop() {
-  asio::post(timer_.get_executor(), [self = shared_from_this()] { self->Close(); });
+  asio::post(timer_.get_executor(), Guarded([this] { Close(); }));
 }
 
 void Connection::Wake() {
-  asio::post(timer_.get_executor(), [self = shared_from_this()] { self->Send(); });
+  asio::post(timer_.get_executor(), Guarded([this] { Send(); }));
 }
 
 void Connection::Drop() { Stop(); }
@@ -75,18 +93,20 @@ void Connection::Drop() { Stop(); }
 // --- Reading -------------------------------------------------------------------------------------
 
 // Also while a request is being handled: an end of the stream then means that nobody waits for the
-// answer.
+// answer. A client that sends so far ahead that its end could not be seen is not served.
 void Connection::ReadMore() {
-  if (reading_ || closed_ || saw_end_ || in_.size() >= kMaxReadAhead) return;
+  if (reading_ || closed_ || saw_end_) return;
+  if (in_.size() >= kMaxReadAhead) {
+    if (exchange_ && !exchange_->answered()) Close();
+    return;
+  }
   reading_ = true;
-  stream_->ReadSome(
-      asio::buffer(chunk_),
-      [self = shared_from_this()](error_code code, size_t bytes) { self->OnRead(code, bytes); });
+  stream_->ReadSome(asio::buffer(chunk_),
+                    Guarded([this](error_code code, size_t bytes) { OnRead(code, bytes); }));
 }
 
 void Connection::OnRead(error_code code, size_t bytes) {
   reading_ = false;
-  if (closed_) return;
   if (code) return OnReadEnd(code);
   if (waiting_ == Waiting::kLinger) {
     lingered_ += static_cast<int64_t>(bytes);
@@ -100,8 +120,8 @@ void Connection::OnRead(error_code code, size_t bytes) {
 
 void Connection::OnReadEnd(error_code code) {
   saw_end_ = true;
-  // One that has shut down its sending side may still read an answer that is on its way, but nobody
-  // waits for one that is being made.
+  // One that has shut down its sending side may still read the answers that are ready, also to
+  // requests that it has sent ahead; but nobody is taken to wait for one that is being made.
   const bool orderly = code == asio::error::eof;
   if (orderly && exchange_ && exchange_->answered()) return;
   Close();
@@ -120,13 +140,13 @@ void Connection::Parse() {
     if (event != RequestReader::Event::kError && !HoldBody()) return;
     switch (event) {
       case RequestReader::Event::kNeedMore:
+        if (saw_end_) return Linger();
         if (reader_.head_done()) {
           const double allowance =
               static_cast<double>(reader_.body_received()) / kBodyBytesPerSecond;
           SetDeadline(Waiting::kBody,
                       arrival_ + 2 * host_->options().read_timeout + allowance - NowSeconds());
         }
-        if (saw_end_) return Close();
         return ReadMore();
       case RequestReader::Event::kHead:
         if (!OnHead()) return;
@@ -151,7 +171,8 @@ void Connection::FillRequest() {
 
 bool Connection::OnHead() {
   FillRequest();
-  dispatched_ = host_->dispatcher().Dispatch(reader_.request(), reader_.has_body());
+  BeginRequest();
+  dispatched_ = host_->dispatcher().Dispatch(reader_.request(), reader_.has_body(), beyond_limit_);
   if (dispatched_.refusal) {
     HttpResponse refusal = std::move(*dispatched_.refusal);
     Refuse(std::move(refusal), /*close=*/reader_.has_body());
@@ -186,18 +207,27 @@ void Connection::SendContinue() {
 std::shared_ptr<Exchange> Connection::NewExchange(bool keep_alive) {
   ExchangeOptions options;
   options.stream_buffer = host_->options().stream_buffer;
-  options.keep_alive = keep_alive && reader_.keep_alive();
+  options.keep_alive = keep_alive && reader_.keep_alive() && !beyond_limit_;
   options.http10 = reader_.http10();
   options.extra = std::move(dispatched_.extra);
   if (dispatched_.route) options.route = dispatched_.route->pattern;
   HttpRequest request = std::move(reader_.request());
   request.admin = dispatched_.admin;
   request.path_params = std::move(dispatched_.params);
-  host_->RequestStarted();
+  BeginRequest();
   SetDeadline(Waiting::kHandler, 0);
-  exchange_ = std::make_shared<Exchange>(std::make_shared<const HttpRequest>(std::move(request)),
+  exchange_ = std::make_shared<Exchange>(std::make_shared<HttpRequest>(std::move(request)),
                                          weak_from_this(), host_->closing(), std::move(options));
+  host_->observer().OnRequestStarted();
   return exchange_;
+}
+
+void Connection::BeginRequest() {
+  if (!std::exchange(counted_, true)) host_->RequestStarted();
+}
+
+void Connection::EndRequest() {
+  if (std::exchange(counted_, false)) host_->RequestFinished();
 }
 
 void Connection::Refuse(HttpResponse response, bool close) {
@@ -219,13 +249,26 @@ void Connection::OnRequest() {
     host_->observer().OnTrouble(std::string("a request's handler failed: ") + error.what());
     responder->Respond(ErrorResponse(InternalError()));
   }
+  exchange->ReleaseBody();
+  ReleaseBody();
+  if (saw_end_ && !exchange->answered()) return Close();
+  AwaitAnswer();
   ReadMore();
+}
+
+// Without a time limit, but a stream's next comment may be due.
+void Connection::AwaitAnswer() {
+  if (exchange_->takes_comments()) {
+    SetDeadline(Waiting::kComment, host_->options().comment_seconds);
+  } else {
+    SetDeadline(Waiting::kHandler, 0);
+  }
 }
 
 // --- Writing -------------------------------------------------------------------------------------
 
 void Connection::Send() {
-  if (writing_ || closed_) return;
+  if (writing_) return;
   if (!continue_.empty()) {
     write_.swap(continue_);
     continue_.clear();
@@ -245,13 +288,11 @@ void Connection::Send() {
 
 void Connection::WriteSome() {
   if (exchange_) SetDeadline(Waiting::kHandler, host_->options().write_timeout);
-  stream_->WriteSome(
-      asio::buffer(write_) + written_,
-      [self = shared_from_this()](error_code code, size_t bytes) { self->OnWritten(code, bytes); });
+  stream_->WriteSome(asio::buffer(write_) + written_,
+                     Guarded([this](error_code code, size_t bytes) { OnWritten(code, bytes); }));
 }
 
 void Connection::OnWritten(error_code code, size_t bytes) {
-  if (closed_) return;
   if (code) {
     writing_ = false;
     return Close();
@@ -262,15 +303,16 @@ void Connection::OnWritten(error_code code, size_t bytes) {
   write_.clear();
   if (exchange_) {
     exchange_->Sent();
-    SetDeadline(Waiting::kHandler, 0);
+    AwaitAnswer();
   }
   Send();
 }
 
 void Connection::FinishExchange() {
-  host_->RequestFinished(exchange_->Record());
-  const bool keep = exchange_->keep_alive() && !saw_end_;
+  host_->observer().OnRequestFinished(exchange_->Record());
+  const bool keep = exchange_->keep_alive();
   exchange_.reset();
+  EndRequest();
   dispatched_ = Dispatched();
   reader_.Reset();
   ReleaseBody();
@@ -293,9 +335,9 @@ void Connection::ArmTimer() {
   armed_for_ = deadline_;
   timer_.expires_after(std::chrono::duration_cast<std::chrono::steady_clock::duration>(
       std::chrono::duration<double>(std::max(0.0, deadline_ - NowSeconds()))));
-  timer_.async_wait([self = shared_from_this()](error_code code) {
-    if (!code && !self->closed_) self->OnTimer();
-  });
+  timer_.async_wait(Guarded([this](error_code code) {
+    if (!code) OnTimer();
+  }));
 }
 
 void Connection::OnTimer() {
@@ -306,6 +348,7 @@ void Connection::OnTimer() {
 }
 
 void Connection::OnTimeout() {
+  if (waiting_ == Waiting::kComment) return exchange_->Comment();
   if (exchange_ || (waiting_ != Waiting::kHead && waiting_ != Waiting::kBody)) return Close();
   FillRequest();
   Refuse(ErrorResponse(RequestTimeoutError()), /*close=*/true);
@@ -317,9 +360,9 @@ void Connection::Linger() {
   SetDeadline(Waiting::kLinger, kLingerSeconds);
   in_.clear();
   const bool client_done = saw_end_;
-  stream_->ShutdownSend([self = shared_from_this(), client_done](error_code) {
-    if (client_done && !self->closed_) self->Close();
-  });
+  stream_->ShutdownSend(Guarded([this, client_done](error_code) {
+    if (client_done) Close();
+  }));
   ReadMore();
 }
 
@@ -327,10 +370,11 @@ void Connection::Close() {
   if (closed_) return;
   closed_ = true;
   if (exchange_) {
-    exchange_->Disconnect();
-    host_->RequestFinished(exchange_->Record());
+    Attempt([this] { exchange_->Disconnect(); });
+    Attempt([this] { host_->observer().OnRequestFinished(exchange_->Record()); });
     exchange_.reset();
   }
+  EndRequest();
   ReleaseBody();
   error_code ignored;
   stream_->socket().close(ignored);

@@ -2,12 +2,14 @@
 // the client's leaving meanwhile. Internal to server/http: it includes Asio.
 //
 // Everything but Wake, Drop and Stop runs on the socket's strand. Requests that a client sends
-// ahead (pipelining) wait in the read buffer, which is bounded, until the one before is answered.
+// ahead (pipelining) wait in the read buffer until the one before is answered; one that fills it
+// while an answer is being made is closed.
 #pragma once
 
 #include <array>
 #include <atomic>
 #include <boost/asio/steady_timer.hpp>
+#include <exception>
 #include <memory>
 #include <string>
 
@@ -27,8 +29,11 @@ class ConnectionHost {
   virtual const Dispatcher& dispatcher() const = 0;
   virtual HttpObserver& observer() const = 0;
   virtual std::shared_ptr<const std::atomic<bool>> closing() const = 0;
+  // From a request's head on, until its answer is sent.
   virtual void RequestStarted() = 0;
-  virtual void RequestFinished(const AccessRecord& record) = 0;
+  virtual void RequestFinished() = 0;
+  // Tells the observer of what went wrong outside of a request's handler.
+  virtual void OnFailure(const std::exception& error) = 0;
   // Takes so many more bytes of the bound on bodies; false: they are not to be had.
   virtual bool HoldBodyBytes(int64_t bytes) = 0;
   virtual void ReleaseBodyBytes(int64_t bytes) = 0;
@@ -37,7 +42,9 @@ class ConnectionHost {
 
 class Connection : public ConnectionLink, public std::enable_shared_from_this<Connection> {
  public:
-  Connection(ConnectionHost* host, std::unique_ptr<Stream> stream, std::string remote_address);
+  // beyond_limit: for one request, and the dispatcher serves few.
+  Connection(ConnectionHost* host, std::unique_ptr<Stream> stream, std::string remote_address,
+             bool beyond_limit);
 
   void Start();
   void Stop();  // closes at once; thread-safe
@@ -46,7 +53,14 @@ class Connection : public ConnectionLink, public std::enable_shared_from_this<Co
 
  private:
   // What is waited for; each has its own time limit.
-  enum class Waiting { kHandshake, kIdle, kHead, kBody, kHandler, kLinger };
+  enum class Waiting { kHandshake, kIdle, kHead, kBody, kHandler, kComment, kLinger };
+
+  // A completion handler that does `work` unless the connection is closed. Memory that runs out in
+  // it costs this connection and no other.
+  template <typename Work>
+  auto Guarded(Work work);
+  template <typename Work>
+  bool Attempt(const Work& work);  // false: it threw, and the observer was told
 
   void ReadMore();
   void OnRead(boost::system::error_code code, size_t bytes);
@@ -59,7 +73,10 @@ class Connection : public ConnectionLink, public std::enable_shared_from_this<Co
   void OnRequest();
   void Refuse(HttpResponse response, bool close);
   std::shared_ptr<Exchange> NewExchange(bool keep_alive);
+  void BeginRequest();  // counts it, once, when its head has come
+  void EndRequest();
   void FillRequest();
+  void AwaitAnswer();
 
   void Send();
   void WriteSome();
@@ -76,6 +93,7 @@ class Connection : public ConnectionLink, public std::enable_shared_from_this<Co
   ConnectionHost* const host_;
   const std::unique_ptr<Stream> stream_;
   const std::string remote_address_;
+  const bool beyond_limit_;
   boost::asio::steady_timer timer_;
   std::array<char, 16384> chunk_;  // one read
   std::string in_;                 // read, not used yet
@@ -83,6 +101,7 @@ class Connection : public ConnectionLink, public std::enable_shared_from_this<Co
   Dispatched dispatched_;  // of the request being read
   double arrival_ = 0;     // of its first byte
   int64_t held_ = 0;       // bytes of its body that the server's bound counts
+  bool counted_ = false;   // among the server's requests
   std::shared_ptr<Exchange> exchange_;
   std::string continue_;  // an interim response that waits to be sent
   std::string write_;     // being sent

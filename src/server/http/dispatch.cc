@@ -1,5 +1,7 @@
 #include "server/http/dispatch.h"
 
+#include <arpa/inet.h>
+
 #include <algorithm>
 
 #include "server/http/errors.h"
@@ -20,11 +22,48 @@ bool TakesBody(std::string_view method) {
   return method == "POST" || method == "PUT" || method == "PATCH";
 }
 
+// "box:80" -> "box", "[::1]:80" -> "::1".
+std::string_view WithoutPort(std::string_view host) {
+  if (host.starts_with('[')) return host.substr(1, std::min(host.find(']'), host.size()) - 1);
+  return host.substr(0, host.rfind(':'));
+}
+
+bool IsIpAddress(const std::string& name) {
+  in6_addr address;  // large enough for either
+  return inet_pton(AF_INET, name.c_str(), &address) == 1 ||
+         inet_pton(AF_INET6, name.c_str(), &address) == 1;
+}
+
+constexpr std::string_view kUsualHeaders =
+    "Authorization, Content-Type, X-Request-Id, X-Request-Timeout";
+
+// Names of headers (RFC 9110, "token") between commas.
+bool IsNameList(std::string_view list) {
+  return !list.empty() && std::all_of(list.begin(), list.end(), [](char c) {
+    return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') ||
+           std::string_view("!#$%&'*+-.^_`|~, \t").find(c) != std::string_view::npos;
+  });
+}
+
+bool ServedToEverybody(const Route* route) {
+  return route && route->options.access == Access::kOpen && route->options.while_draining;
+}
+
 }  // namespace
 
 Dispatcher::Dispatcher(std::shared_ptr<const Router> router, KeyRing keys,
                        std::vector<std::string> cors_origins)
     : keys_(std::move(keys)), cors_origins_(std::move(cors_origins)), router_(std::move(router)) {}
+
+void Dispatcher::SetLocal(std::string name) { local_name_ = std::move(name); }
+
+// HTTP/1.0 knows requests without a host; no browser sends such.
+bool Dispatcher::ServesHost(std::string_view host) const {
+  if (!local_name_ || keys_.needs_key() || host.empty()) return true;
+  const std::string name(WithoutPort(host));
+  return EqualsIgnoreCase(name, "localhost") || EqualsIgnoreCase(name, *local_name_) ||
+         IsIpAddress(name);
+}
 
 void Dispatcher::SetRouter(std::shared_ptr<const Router> router) {
   const std::lock_guard lock(mutex_);
@@ -53,11 +92,13 @@ HttpHeaders Dispatcher::CorsHeaders(const HttpRequest& head) const {
       return headers;
   }
   headers.Add("Access-Control-Allow-Origin", any ? "*" : std::string(origin));
-  headers.Add("Access-Control-Expose-Headers", "X-Request-Id, Retry-After");
+  headers.Add("Access-Control-Expose-Headers",
+              "X-Request-Id, X-Dsla-Tier, X-Dsla-Level, Retry-After, retry-after-ms, "
+              "x-should-retry");
   return headers;
 }
 
-Dispatched Dispatcher::Dispatch(const HttpRequest& head, bool has_body) const {
+Dispatched Dispatcher::Dispatch(const HttpRequest& head, bool has_body, bool beyond_limit) const {
   Dispatched dispatched;
   Phase phase;
   {
@@ -69,7 +110,14 @@ Dispatched Dispatcher::Dispatch(const HttpRequest& head, bool has_body) const {
   Router::Match match = dispatched.router->Find(head.method, head.path);
   dispatched.route = match.route;
   dispatched.params = std::move(match.params);
-  dispatched.refusal = Refusal(head, has_body, match, phase, dispatched);
+  const std::string_view host = head.headers.Get("Host");
+  if (!ServesHost(host)) {
+    dispatched.refusal = ErrorResponse(ForeignHostError(host));
+  } else if (beyond_limit && !ServedToEverybody(match.route)) {
+    dispatched.refusal = ErrorResponse(TooManyConnectionsError());
+  } else {
+    dispatched.refusal = Refusal(head, has_body, match, phase, dispatched);
+  }
   return dispatched;
 }
 
@@ -83,8 +131,12 @@ std::optional<HttpResponse> Dispatcher::Refusal(const HttpRequest& head, bool ha
     response.headers.Add("Allow", match.allow.empty() ? "GET, HEAD, POST, OPTIONS" : match.allow);
     if (dispatched.extra.Find("Access-Control-Allow-Origin")) {
       response.headers.Add("Access-Control-Allow-Methods", match.allow);
+      // Clients send headers of their own, such as x-stainless-os: whatever an allowed page asks
+      // for.
+      const std::string_view asked = head.headers.Get("Access-Control-Request-Headers");
       response.headers.Add("Access-Control-Allow-Headers",
-                           "Authorization, Content-Type, X-Request-Id");
+                           IsNameList(asked) ? std::string(asked) : std::string(kUsualHeaders));
+      response.headers.Add("Vary", "Access-Control-Request-Headers");
       response.headers.Add("Access-Control-Max-Age", "600");
     }
     return response;

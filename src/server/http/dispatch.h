@@ -36,13 +36,22 @@ class Dispatcher {
   Dispatcher(std::shared_ptr<const Router> router, KeyRing keys,
              std::vector<std::string> cors_origins);
 
-  Dispatched Dispatch(const HttpRequest& head, bool has_body) const;
+  // beyond_limit: of a connection beyond the server's limit, on which only routes that are open and
+  // served while draining, such as probes, are.
+  Dispatched Dispatch(const HttpRequest& head, bool has_body, bool beyond_limit) const;
+
+  // For a server that only its own machine reaches. Where it asks for no key either, a page from
+  // elsewhere could call it by a name of its own that it makes resolve to this machine (DNS
+  // rebinding), so that hosts other than localhost, IP addresses and `name` are refused. Before the
+  // first Dispatch.
+  void SetLocal(std::string name);
 
   void SetRouter(std::shared_ptr<const Router> router);
   void SetPhase(Phase phase);
   Phase phase() const;
 
  private:
+  bool ServesHost(std::string_view host) const;
   HttpHeaders CorsHeaders(const HttpRequest& head) const;
   std::optional<HttpResponse> Refusal(const HttpRequest& head, bool has_body,
                                       const Router::Match& match, Phase phase,
@@ -50,6 +59,7 @@ class Dispatcher {
 
   const KeyRing keys_;
   const std::vector<std::string> cors_origins_;
+  std::optional<std::string> local_name_;  // of a server that only its own machine reaches
   mutable std::mutex mutex_;
   std::shared_ptr<const Router> router_;  // guarded by mutex_
   Phase phase_ = Phase::kLoading;         // guarded by mutex_

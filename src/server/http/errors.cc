@@ -109,6 +109,15 @@ HttpError AdminKeyError() {
               "this needs the server's admin key (see dsla serve --admin-key-file)");
 }
 
+HttpError ForeignHostError(std::string_view host) {
+  return Make(
+      403, "permission_error", "host_not_allowed",
+      fmt::format("the request is for the host '{}', but without API keys this server, which "
+                  "only its own machine reaches, serves localhost, IP addresses and its "
+                  "--host alone (see dsla serve --api-key-file)",
+                  Shown(host)));
+}
+
 HttpError UnknownPathError(std::string_view method, std::string_view path) {
   return Make(404, "not_found_error", "unknown_path",
               fmt::format("there is no {} {}", Shown(method), Shown(path)));

@@ -41,6 +41,7 @@ HttpError MissingKeyError();
 HttpError InvalidKeyError();
 // 403
 HttpError AdminKeyError();
+HttpError ForeignHostError(std::string_view host);
 // 404, 405
 HttpError UnknownPathError(std::string_view method, std::string_view path);
 HttpError ModelNotFoundError(std::string_view model);

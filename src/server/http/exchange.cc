@@ -11,6 +11,7 @@ class Exchange::Handle : public Responder {
   explicit Handle(std::shared_ptr<Exchange> exchange) : exchange_(std::move(exchange)) {}
   ~Handle() override { exchange_->Abandon(); }
   bool Respond(HttpResponse response) override { return exchange_->Respond(std::move(response)); }
+  void ExpectStream(HttpResponse head) override { exchange_->ExpectStream(std::move(head)); }
   bool StartStream(HttpResponse head) override { return exchange_->StartStream(std::move(head)); }
   bool Write(std::string_view chunk) override { return exchange_->Write(chunk); }
   void End() override { exchange_->End(); }
@@ -26,9 +27,10 @@ class Exchange::Handle : public Responder {
   const std::shared_ptr<Exchange> exchange_;
 };
 
-Exchange::Exchange(std::shared_ptr<const HttpRequest> request, std::weak_ptr<ConnectionLink> link,
+Exchange::Exchange(std::shared_ptr<HttpRequest> request, std::weak_ptr<ConnectionLink> link,
                    std::shared_ptr<const std::atomic<bool>> closing, ExchangeOptions options)
     : request_(std::move(request)),
+      body_bytes_(static_cast<int64_t>(request_->body.size())),
       link_(std::move(link)),
       closing_(std::move(closing)),
       options_(std::move(options)),
@@ -37,6 +39,8 @@ Exchange::Exchange(std::shared_ptr<const HttpRequest> request, std::weak_ptr<Con
 std::shared_ptr<Responder> Exchange::NewResponder(std::shared_ptr<Exchange> exchange) {
   return std::make_shared<Handle>(std::move(exchange));
 }
+
+void Exchange::ReleaseBody() { std::string().swap(request_->body); }
 
 void Exchange::BeginHead(const HttpResponse& response, bool stream, std::string& bytes) {
   status_ = response.status;
@@ -95,15 +99,42 @@ bool Exchange::Respond(HttpResponse response) {
   return true;
 }
 
+void Exchange::ExpectStream(HttpResponse head) {
+  const std::lock_guard lock(mutex_);
+  early_head_ = std::move(head);
+}
+
 bool Exchange::StartStream(HttpResponse head) {
   const std::lock_guard lock(mutex_);
-  if (state_ != State::kPending) return false;
   std::string bytes;
-  BeginHead(head, /*stream=*/true, bytes);
+  if (state_ == State::kPending) {
+    BeginHead(head, /*stream=*/true, bytes);
+    state_ = State::kStreaming;
+  } else if (state_ != State::kStreaming || !std::exchange(opened_early_, false)) {
+    return false;
+  }
   AppendBody(head.body, bytes);
-  state_ = State::kStreaming;
-  Enqueue(std::move(bytes));
+  if (!bytes.empty()) Enqueue(std::move(bytes));
   return true;
+}
+
+bool Exchange::takes_comments() const {
+  const std::lock_guard lock(mutex_);
+  return early_head_ && (state_ == State::kPending || state_ == State::kStreaming);
+}
+
+void Exchange::Comment() {
+  const std::lock_guard lock(mutex_);
+  std::string bytes;
+  if (state_ == State::kPending) {
+    BeginHead(*early_head_, /*stream=*/true, bytes);
+    state_ = State::kStreaming;
+    opened_early_ = true;
+  }
+  // What is due goes out without one.
+  if (state_ != State::kStreaming || !out_.empty()) return;
+  AppendBody(kSseComment, bytes);
+  Enqueue(std::move(bytes));
 }
 
 bool Exchange::Write(std::string_view chunk) {
@@ -226,6 +257,7 @@ AccessRecord Exchange::Record() const {
   record.request = request_;
   record.route = options_.route;
   record.status = status_;
+  record.body_bytes = body_bytes_;
   record.bytes = bytes_;
   record.seconds = NowSeconds() - request_->arrival;
   record.notes = notes_;

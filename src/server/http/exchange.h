@@ -7,6 +7,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -28,9 +29,10 @@ class ConnectionLink {
 // What a finished request looked like, for the log and the metrics.
 struct AccessRecord {
   std::shared_ptr<const HttpRequest> request;
-  std::string route;  // the pattern that matched; empty: none
-  int status = 0;     // as sent; 499: the client was gone first
-  int64_t bytes = 0;  // of the response, head included
+  std::string route;       // the pattern that matched; empty: none
+  int status = 0;          // as sent; 499: the client was gone first
+  int64_t body_bytes = 0;  // of the request
+  int64_t bytes = 0;       // of the response, head included
   double seconds = 0;
   std::vector<std::pair<std::string, std::string>> notes;
 };
@@ -46,7 +48,7 @@ struct ExchangeOptions {
 class Exchange : public std::enable_shared_from_this<Exchange> {
  public:
   // closing: once true, the answer says Connection: close.
-  Exchange(std::shared_ptr<const HttpRequest> request, std::weak_ptr<ConnectionLink> link,
+  Exchange(std::shared_ptr<HttpRequest> request, std::weak_ptr<ConnectionLink> link,
            std::shared_ptr<const std::atomic<bool>> closing, ExchangeOptions options);
 
   // For the handler; when it is dropped without an answer, 500 goes out (or a begun stream breaks
@@ -54,13 +56,16 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
   static std::shared_ptr<Responder> NewResponder(std::shared_ptr<Exchange> exchange);
 
   // --- The connection's side.
-  const std::shared_ptr<const HttpRequest>& request() const { return request_; }
+  std::shared_ptr<const HttpRequest> request() const { return request_; }
+  void ReleaseBody();  // the request's; the handler has returned
   // What is to be sent now; empty: nothing. Before the next Take, Sent says that it is gone.
   std::string Take();
   void Sent();
   bool complete() const;    // answered and all of it sent
   bool answered() const;    // nothing will be added any more
   bool keep_alive() const;  // after it is complete
+  bool takes_comments() const;
+  void Comment();  // in a stream that stands still
   // The client is gone or given up on. Runs the callback.
   void Disconnect();
   AccessRecord Record() const;
@@ -70,6 +75,7 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
   enum class State { kPending, kStreaming, kEnded, kGone };
 
   bool Respond(HttpResponse response);
+  void ExpectStream(HttpResponse head);
   bool StartStream(HttpResponse head);
   bool Write(std::string_view chunk);
   void End();
@@ -84,7 +90,8 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
   void BeginHead(const HttpResponse& response, bool stream, std::string& bytes);
   void WakeLocked();
 
-  const std::shared_ptr<const HttpRequest> request_;
+  const std::shared_ptr<HttpRequest> request_;
+  const int64_t body_bytes_;  // of its body as it came
   const std::weak_ptr<ConnectionLink> link_;
   const std::shared_ptr<const std::atomic<bool>> closing_;
   const ExchangeOptions options_;
@@ -97,6 +104,8 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
   bool keep_alive_;
   bool chunked_ = false;
   bool dropped_ = false;
+  std::optional<HttpResponse> early_head_;  // of the stream that is expected
+  bool opened_early_ = false;               // with it, before StartStream
   int status_ = 0;
   int64_t bytes_ = 0;
   std::function<void()> on_disconnect_;

@@ -45,11 +45,11 @@ struct HttpRequest {
   std::string path;    // percent-decoded, without the query; one trailing slash is dropped
   std::string query;   // after '?', as sent
   HttpHeaders headers;
-  std::string body;
+  std::string body;            // there until the handler returns
   std::string request_id;      // the client's X-Request-Id where it is sound, else made here
   std::string remote_address;  // "127.0.0.1:51234"
   bool admin = false;          // the admin key was given
-  double arrival = 0;          // NowSeconds() when its head had been read
+  double arrival = 0;          // NowSeconds() when its first byte had come
   std::vector<std::pair<std::string, std::string>> path_params;  // {name} of the route's pattern
 
   std::string_view PathParam(std::string_view name) const;
@@ -75,6 +75,11 @@ class Responder {
   // The whole answer at once.
   virtual bool Respond(HttpResponse response) = 0;
 
+  // Called by the handler before it returns: a stream of events may follow. When nothing has gone
+  // out for a while (HttpServerOptions::comment_seconds), a comment does, at first behind `head`,
+  // so that proxies keep the connection. From then on StartStream adds only its body, and Respond
+  // returns false: an error has to be an event.
+  virtual void ExpectStream(HttpResponse head) = 0;
   // Status and headers of a streamed answer, sent chunked; each Write is flushed. A body in `head`
   // is the first chunk.
   virtual bool StartStream(HttpResponse head) = 0;
@@ -101,5 +106,6 @@ using Handler = std::function<void(std::shared_ptr<const HttpRequest> request,
 // hold no line break).
 HttpResponse SseHead();
 std::string SseEvent(std::string_view data);
+inline constexpr std::string_view kSseComment = ": waiting\n\n";  // which clients skip
 
 }  // namespace dsla

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "server/auth.h"
+#include "server/http/dispatch.h"
 #include "server/http/errors.h"
 #include "server/http/request_reader.h"
 #include "server/http/router.h"
@@ -75,6 +76,22 @@ TEST(KeyRingTest, KeysAndFiles) {
   std::ofstream(path) << "# none\n";
   EXPECT_FALSE(ReadKeyFile(path).ok());
   EXPECT_THAT(ReadKeyFile("/no/such/keys").status().message(), HasSubstr("/no/such/keys"));
+}
+
+TEST(DispatcherTest, LocalServersServeTheirOwnName) {
+  auto router = std::make_shared<Router>();
+  AddNamed(*router, "GET", "/x");
+  Dispatcher dispatcher(router, {}, {});
+  dispatcher.SetLocal("box");
+  dispatcher.SetPhase(Phase::kServing);
+  HttpRequest head;
+  head.method = "GET";
+  head.path = "/x";
+  for (const auto& [host, served] : {std::pair("Box:8080", true), std::pair("box2", false)}) {
+    head.headers = {{"Host", host}};
+    const Dispatched dispatched = dispatcher.Dispatch(head, false, false);
+    EXPECT_EQ(!dispatched.refusal.has_value(), served) << host;
+  }
 }
 
 TEST(ErrorsTest, Form) {

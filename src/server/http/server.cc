@@ -1,8 +1,10 @@
 #include "server/http/server.h"
 
+#include <algorithm>
 #include <atomic>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/ip/tcp.hpp>
+#include <boost/asio/ip/v6_only.hpp>
 #include <boost/asio/post.hpp>
 #include <boost/asio/ssl/context.hpp>
 #include <boost/asio/steady_timer.hpp>
@@ -13,8 +15,6 @@
 #include <unordered_set>
 
 #include "server/http/connection.h"
-#include "server/http/errors.h"
-#include "server/http/wire.h"
 
 namespace dsla {
 namespace {
@@ -24,6 +24,7 @@ using asio::ip::tcp;
 using boost::system::error_code;
 
 constexpr auto kAcceptBackOff = std::chrono::milliseconds(100);
+constexpr int kConnectionsBeyondLimit = 64;
 
 std::string HostPort(const tcp::endpoint& endpoint) {
   const std::string address = endpoint.address().to_string();
@@ -46,6 +47,43 @@ Status SetUpTls(const HttpServerOptions& options, asio::ssl::context& context) {
   return Status::Ok();
 }
 
+// One address that is listened on.
+struct Listener {
+  explicit Listener(asio::io_context& io)
+      : acceptor(asio::make_strand(io)), back_off(acceptor.get_executor()) {}
+
+  tcp::acceptor acceptor;
+  asio::steady_timer back_off;
+  bool troubled = false;
+};
+
+// Each address once, however often the name's file or server has it.
+std::vector<tcp::endpoint> Endpoints(const tcp::resolver::results_type& found) {
+  std::vector<tcp::endpoint> endpoints;
+  for (const auto& entry : found) {
+    if (std::find(endpoints.begin(), endpoints.end(), entry.endpoint()) == endpoints.end())
+      endpoints.push_back(entry.endpoint());
+  }
+  return endpoints;
+}
+
+// A name may stand for addresses of a protocol, too, that this machine does not have.
+bool IsNotOurs(error_code code) {
+  return code == boost::system::errc::address_not_available ||
+         code == boost::system::errc::address_family_not_supported;
+}
+
+error_code Open(const tcp::endpoint& endpoint, bool v6_only, tcp::acceptor& acceptor) {
+  error_code code;
+  acceptor.open(endpoint.protocol(), code);
+  if (!code) acceptor.set_option(asio::socket_base::reuse_address(true), code);
+  if (!code && v6_only && endpoint.address().is_v6())
+    acceptor.set_option(asio::ip::v6_only(true), code);
+  if (!code) acceptor.bind(endpoint, code);
+  if (!code) acceptor.listen(asio::socket_base::max_listen_connections, code);
+  return code;
+}
+
 }  // namespace
 
 struct HttpServer::Impl : public ConnectionHost {
@@ -54,27 +92,23 @@ struct HttpServer::Impl : public ConnectionHost {
       : options_(o),
         dispatcher_(std::move(router), std::move(keys), o.cors_origins),
         observer_(obs),
-        io_(o.io_threads),
-        acceptor_(asio::make_strand(io_)),
-        back_off_(acceptor_.get_executor()) {}
+        io_(o.io_threads) {}
 
   Status Listen();
   void Run();
   void Stop();
-  void Accept();
-  void OnAccept(error_code code, tcp::socket socket);
-  void RefuseConnection(tcp::socket socket);
-  bool Full() const {
-    const std::lock_guard lock(mutex_);
-    return static_cast<int>(connections_.size()) >= options_.max_connections;
-  }
+  void RunIo();
+  void Accept(Listener& listener);
+  void OnAccept(Listener& listener, error_code code, tcp::socket socket);
+  void Admit(tcp::socket socket);
 
   const HttpServerOptions& options() const override { return options_; }
   const Dispatcher& dispatcher() const override { return dispatcher_; }
   HttpObserver& observer() const override { return *observer_; }
   std::shared_ptr<const std::atomic<bool>> closing() const override { return closing_; }
   void RequestStarted() override;
-  void RequestFinished(const AccessRecord& record) override;
+  void RequestFinished() override;
+  void OnFailure(const std::exception& error) override;
   bool HoldBodyBytes(int64_t bytes) override;
   void ReleaseBodyBytes(int64_t bytes) override { body_bytes_ -= bytes; }
   void Remove(const std::shared_ptr<ConnectionLink>& connection) override;
@@ -85,9 +119,7 @@ struct HttpServer::Impl : public ConnectionHost {
   const std::shared_ptr<std::atomic<bool>> closing_ = std::make_shared<std::atomic<bool>>(false);
   std::unique_ptr<asio::ssl::context> tls_;
   asio::io_context io_;
-  tcp::acceptor acceptor_;
-  asio::steady_timer back_off_;
-  bool accept_troubled_ = false;
+  std::vector<std::unique_ptr<Listener>> listeners_;
   std::atomic<int64_t> body_bytes_{0};
   int port_ = 0;
   std::vector<std::thread> threads_;
@@ -114,94 +146,115 @@ Status HttpServer::Impl::Listen() {
   if (code || found.empty())
     return InvalidArgument("--host: '{}' is not an address of this machine: {}", options_.host,
                            code.message());
-  const tcp::endpoint endpoint = found.begin()->endpoint();
-  acceptor_.open(endpoint.protocol(), code);
-  if (!code) acceptor_.set_option(asio::socket_base::reuse_address(true), code);
-  if (!code) acceptor_.bind(endpoint, code);
-  if (!code) acceptor_.listen(asio::socket_base::max_listen_connections, code);
-  if (code)
-    return InvalidArgument("cannot listen on {}: {} (see --host and --port)", HostPort(endpoint),
-                           code.message());
-  port_ = acceptor_.local_endpoint(code).port();
-  return Status::Ok();
+  port_ = options_.port;
+  Status unavailable;
+  bool local = true;
+  const std::vector<tcp::endpoint> endpoints = Endpoints(found);
+  for (tcp::endpoint endpoint : endpoints) {
+    endpoint.port(static_cast<asio::ip::port_type>(port_));  // where it is 0, the first one's
+    auto listener = std::make_unique<Listener>(io_);
+    code = Open(endpoint, /*v6_only=*/endpoints.size() > 1, listener->acceptor);
+    if (code) {
+      const Status status = InvalidArgument("cannot listen on {}: {} (see --host and --port)",
+                                            HostPort(endpoint), code.message());
+      if (!IsNotOurs(code)) return status;
+      unavailable = status;
+      continue;
+    }
+    port_ = listener->acceptor.local_endpoint(code).port();
+    local = local && endpoint.address().is_loopback();
+    listeners_.push_back(std::move(listener));
+  }
+  if (local) dispatcher_.SetLocal(options_.host);
+  return listeners_.empty() ? unavailable : Status::Ok();
 }
 
 void HttpServer::Impl::Run() {
-  asio::post(acceptor_.get_executor(), [this] { Accept(); });
+  for (const auto& listener : listeners_)
+    asio::post(listener->acceptor.get_executor(), [this, l = listener.get()] { Accept(*l); });
   for (int i = 0; i < options_.io_threads; ++i) {
-    threads_.emplace_back([this] { io_.run(); });
+    threads_.emplace_back([this] { RunIo(); });
   }
 }
 
-void HttpServer::Impl::Accept() {
-  acceptor_.async_accept(asio::make_strand(io_), [this](error_code code, tcp::socket socket) {
-    OnAccept(code, std::move(socket));
-  });
+void HttpServer::Impl::RunIo() {
+  while (true) {
+    try {
+      io_.run();
+      return;
+    } catch (const std::exception& error) {
+      OnFailure(error);
+    }
+  }
 }
 
-void HttpServer::Impl::OnAccept(error_code code, tcp::socket socket) {
-  if (!acceptor_.is_open()) return;
-  if (code == asio::error::connection_aborted) return Accept();
-  if (code) {
+void HttpServer::Impl::Accept(Listener& listener) {
+  listener.acceptor.async_accept(asio::make_strand(io_),
+                                 [this, &listener](error_code code, tcp::socket socket) {
+                                   OnAccept(listener, code, std::move(socket));
+                                 });
+}
+
+void HttpServer::Impl::OnAccept(Listener& listener, error_code code, tcp::socket socket) {
+  if (!listener.acceptor.is_open()) return;
+  if (code && code != asio::error::connection_aborted) {
     // Out of descriptors or memory: the waiting clients stay in the backlog until there is room.
-    if (!accept_troubled_) observer_->OnTrouble("cannot accept connections: " + code.message());
-    accept_troubled_ = true;
-    back_off_.expires_after(kAcceptBackOff);
-    back_off_.async_wait([this](error_code cancelled) {
-      if (!cancelled && acceptor_.is_open()) Accept();
+    if (!listener.troubled) observer_->OnTrouble("cannot accept connections: " + code.message());
+    listener.troubled = true;
+    listener.back_off.expires_after(kAcceptBackOff);
+    listener.back_off.async_wait([this, &listener](error_code cancelled) {
+      if (!cancelled && listener.acceptor.is_open()) Accept(listener);
     });
     return;
   }
-  accept_troubled_ = false;
+  listener.troubled = false;
+  try {
+    if (!code) Admit(std::move(socket));
+  } catch (const std::exception& error) {
+    OnFailure(error);
+  }
+  Accept(listener);
+}
+
+void HttpServer::Impl::Admit(tcp::socket socket) {
   error_code ignored;
   const tcp::endpoint remote = socket.remote_endpoint(ignored);
-  if (ignored) return Accept();  // gone already
+  if (ignored) return;  // gone already
   socket.set_option(tcp::no_delay(true), ignored);
   socket.set_option(asio::socket_base::keep_alive(true), ignored);
   socket.set_option(asio::socket_base::send_buffer_size(static_cast<int>(options_.socket_buffer)),
                     ignored);
-  if (Full()) {
-    RefuseConnection(std::move(socket));
-    return Accept();
-  }
   std::unique_ptr<Stream> stream =
       tls_ ? NewTlsStream(std::move(socket), *tls_) : NewPlainStream(std::move(socket));
-  const auto connection = std::make_shared<Connection>(this, std::move(stream), HostPort(remote));
+  std::shared_ptr<Connection> connection;
   {
     const std::lock_guard lock(mutex_);
-    if (stopping_) return;
+    const int beyond = static_cast<int>(connections_.size()) - options_.max_connections;
+    if (stopping_ || beyond >= kConnectionsBeyondLimit) return;
+    connection = std::make_shared<Connection>(this, std::move(stream), HostPort(remote),
+                                              /*beyond_limit=*/beyond >= 0);
     connections_.insert(connection);
   }
   observer_->OnConnections(1);
   connection->Start();
-  Accept();
-}
-
-// Without a place among the connections: one attempt to say why.
-void HttpServer::Impl::RefuseConnection(tcp::socket socket) {
-  if (tls_) return;
-  const HttpResponse response = ErrorResponse(TooManyConnectionsError());
-  std::string bytes = ResponseHeadBytes(response.status, response.headers, {}, BodyFraming::kLength,
-                                        static_cast<int64_t>(response.body.size()), false);
-  bytes += response.body;
-  error_code ignored;
-  socket.non_blocking(true, ignored);
-  socket.send(asio::buffer(bytes), 0, ignored);
-  socket.shutdown(tcp::socket::shutdown_send, ignored);
 }
 
 void HttpServer::Impl::RequestStarted() {
-  {
-    const std::lock_guard lock(mutex_);
-    ++requests_;
-  }
-  observer_->OnRequestStarted();
+  const std::lock_guard lock(mutex_);
+  ++requests_;
 }
 
-void HttpServer::Impl::RequestFinished(const AccessRecord& record) {
-  observer_->OnRequestFinished(record);
+void HttpServer::Impl::RequestFinished() {
   const std::lock_guard lock(mutex_);
   if (--requests_ == 0) idle_.notify_all();
+}
+
+void HttpServer::Impl::OnFailure(const std::exception& error) {
+  try {
+    observer_->OnTrouble(std::string("HTTP failed outside of a request's handler: ") +
+                         error.what());
+  } catch (const std::exception&) {  // not even memory to say so
+  }
 }
 
 bool HttpServer::Impl::HoldBodyBytes(int64_t bytes) {
@@ -219,11 +272,13 @@ void HttpServer::Impl::Remove(const std::shared_ptr<ConnectionLink>& connection)
 }
 
 void HttpServer::Impl::Stop() {
-  asio::post(acceptor_.get_executor(), [this] {
-    error_code ignored;
-    acceptor_.close(ignored);
-    back_off_.cancel();
-  });
+  for (const auto& listener : listeners_) {
+    asio::post(listener->acceptor.get_executor(), [l = listener.get()] {
+      error_code ignored;
+      l->acceptor.close(ignored);
+      l->back_off.cancel();
+    });
+  }
   std::vector<std::shared_ptr<ConnectionLink>> open;
   {
     const std::lock_guard lock(mutex_);

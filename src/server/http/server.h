@@ -22,21 +22,24 @@
 namespace dsla {
 
 struct HttpServerOptions {
-  std::string host = "127.0.0.1";  // a name or an address
+  std::string host = "127.0.0.1";  // an address, or a name, which may stand for several
   int port = 8080;                 // 0: any free one
   int io_threads = 2;
   std::string tls_cert, tls_key;  // PEM files, both or none
   std::vector<std::string> cors_origins;
   RequestLimits limits;
+  // 64 more are taken for one request each: a busy server still answers probes, and 503 to others.
   int max_connections = 1024;
   // Bytes of request bodies that all connections together may hold, from the first byte that comes
-  // until the request is answered. A request that would exceed it gets 503 and its connection ends.
+  // until the request's handler returns. A request that would exceed it gets 503 and its connection
+  // ends.
   int64_t max_body_total = 256 << 20;
   // Seconds. A head must be there in `read_timeout`; a body gets as long again, and a second for
   // each 16 KiB that has come. A write may stand still for `write_timeout`.
   double read_timeout = 10;
   double idle_timeout = 10;  // between two requests of a connection
   double write_timeout = 20;
+  double comment_seconds = 15;        // between the comments of a stream that stands still
   int64_t stream_buffer = 1 << 20;    // bytes that may wait for a slow reader of a stream
   int64_t socket_buffer = 256 << 10;  // SO_SNDBUF, so that the kernel's share is bounded too
 };
@@ -48,7 +51,7 @@ class HttpObserver {
   virtual void OnConnections(int delta) = 0;
   virtual void OnRequestStarted() = 0;
   virtual void OnRequestFinished(const AccessRecord& record) = 0;
-  // Something is wrong with the machine or with us: accept failed, a handler threw.
+  // Something is wrong with the machine or with us: accept failed, a handler threw, memory ran out.
   virtual void OnTrouble(const std::string& message) = 0;
 };
 
@@ -69,9 +72,9 @@ class HttpServer {
   void SetPhase(Phase phase);
 
   int connections() const;
-  int requests() const;        // being handled
-  int64_t body_bytes() const;  // of requests that are being read or handled
-  // Waits until no request is being handled, or for so long; whether there is none.
+  int requests() const;        // whose head has come and whose answer has not been sent
+  int64_t body_bytes() const;  // of requests that are being read or whose handler runs
+  // Waits until there is none of these requests, or for so long; whether there is none.
   bool WaitIdle(double seconds);
 
  private:

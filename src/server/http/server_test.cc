@@ -62,7 +62,7 @@ TEST(HttpServerTest, ChunkedBody) {
   TestServer server;
   RawClient client(server.port());
   const RawResponse response = client.Call(
-      "POST /echo HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n"
+      "POST /echo HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
       "Transfer-Encoding: chunked\r\n\r\n3;x=y\r\n[1,\r\n2\r\n2]\r\n0\r\nTrailer: v\r\n\r\n");
   EXPECT_EQ(response.status, 200);
   EXPECT_EQ(response.body, "[1,2]");
@@ -71,11 +71,11 @@ TEST(HttpServerTest, ChunkedBody) {
 TEST(HttpServerTest, HeadOptionsAndHttp10) {
   TestServer server;
   RawClient client(server.port());
-  client.Send("HEAD /open HTTP/1.1\r\nHost: t\r\n\r\n");
+  client.Send("HEAD /open HTTP/1.1\r\nHost: localhost\r\n\r\n");
   const RawResponse head = client.Read(20, /*head=*/true);
   EXPECT_EQ(head.status, 200);
   EXPECT_EQ(head.headers.Get("Content-Length"), "4");
-  const RawResponse options = client.Call("OPTIONS /echo HTTP/1.1\r\nHost: t\r\n\r\n");
+  const RawResponse options = client.Call("OPTIONS /echo HTTP/1.1\r\nHost: localhost\r\n\r\n");
   EXPECT_EQ(options.status, 204);
   EXPECT_EQ(options.headers.Get("Allow"), "POST, OPTIONS");
   EXPECT_EQ(options.headers.Find("Access-Control-Allow-Origin"), nullptr);
@@ -103,14 +103,28 @@ TEST(HttpServerTest, CrossOriginIsOffUnlessAsked) {
   EXPECT_EQ(client.Call(Get("/open", "Origin: https://b.example\r\n"))
                 .headers.Find("Access-Control-Allow-Origin"),
             nullptr);
-  const RawResponse preflight =
-      client.Call("OPTIONS /echo HTTP/1.1\r\nHost: t\r\nAccess-Control-Request-Method: POST\r\n" +
-                  origin + "\r\n");
+  const RawResponse preflight = client.Call(
+      "OPTIONS /echo HTTP/1.1\r\nHost: localhost\r\nAccess-Control-Request-Method: POST\r\n" +
+      origin + "\r\n");
   EXPECT_EQ(preflight.status, 204);
   EXPECT_THAT(std::string(preflight.headers.Get("Access-Control-Allow-Methods")),
               HasSubstr("POST"));
-  EXPECT_THAT(std::string(preflight.headers.Get("Access-Control-Allow-Headers")),
-              HasSubstr("Authorization"));
+  const auto allowed = [&](const std::string& asked) {
+    const RawResponse response = client.Call(
+        "OPTIONS /echo HTTP/1.1\r\nHost: localhost\r\nAccess-Control-Request-Method: POST\r\n" +
+        origin + asked + "\r\n");
+    EXPECT_EQ(response.headers.Count("Vary"), 2u);  // by Origin and by what was asked for
+    return std::string(response.headers.Get("Access-Control-Allow-Headers"));
+  };
+  const std::string usual = "Authorization, Content-Type, X-Request-Id, X-Request-Timeout";
+  const std::string ask = "Access-Control-Request-Headers: ";
+  EXPECT_EQ(allowed(""), usual);
+  EXPECT_EQ(allowed(ask + "authorization,content-type,x-stainless-os\r\n"),
+            "authorization,content-type,x-stainless-os");
+  EXPECT_EQ(allowed(ask + "x-a; <b>\r\n"), usual);
+  EXPECT_THAT(
+      std::string(client.Call(Get("/open", origin)).headers.Get("Access-Control-Expose-Headers")),
+      HasSubstr("X-Dsla-Level"));
 }
 
 TEST(HttpServerTest, RequestIds) {
@@ -133,7 +147,7 @@ TEST(HttpServerTest, Keys) {
   const auto status = [&](const std::string& method_path, const std::string& authorization) {
     RawClient client(server.port());
     return client
-        .Call(method_path + " HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n" +
+        .Call(method_path + " HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" +
               (authorization.empty() ? "" : "Authorization: " + authorization + "\r\n") + "\r\n")
         .status;
   };
@@ -180,6 +194,47 @@ TEST(HttpServerTest, HandlerThatThrowsOrForgets) {
   EXPECT_EQ(client.Call(Get("/open")).status, 200);
 }
 
+// Fails where the observer is told, which is outside of any request's handler.
+class FailingServer : public TestServer {
+ public:
+  void OnConnections(int delta) override {
+    if (delta > 0 && fail_connection.exchange(false)) throw std::bad_alloc();
+  }
+  void OnRequestFinished(const AccessRecord& record) override {
+    if (fail_request.exchange(false)) throw std::bad_alloc();
+    TestServer::OnRequestFinished(record);
+  }
+
+  static inline std::atomic<bool> fail_connection{false}, fail_request{false};
+};
+
+TEST(HttpServerTest, MemoryThatRunsOutCostsOneConnection) {
+  FailingServer server;
+  FailingServer::fail_request = true;
+  RawClient client(server.port());
+  EXPECT_EQ(client.Call(Get("/open")).status, 200);
+  EXPECT_TRUE(client.ClosedWithin(10));
+  EXPECT_THAT(server.WaitTrouble(), HasSubstr("bad_alloc"));
+  EXPECT_TRUE(server.server().WaitIdle(10));
+  FailingServer::fail_connection = true;
+  RawClient never_read(server.port());
+  RawClient other(server.port());
+  EXPECT_EQ(other.Call(Get("/open")).status, 200);
+}
+
+TEST(HttpServerTest, DisconnectCallbackThatThrows) {
+  TestServer server;
+  RawClient client(server.port());
+  client.Send(PostJson("/hold", "{}"));
+  const TestServer::Held held = server.TakeHeld();
+  held.responder->OnDisconnect([] { throw std::bad_alloc(); });
+  client.Reset();
+  EXPECT_THAT(server.WaitTrouble(), HasSubstr("bad_alloc"));
+  EXPECT_EQ(server.WaitFinished(1)[0].status, 499);
+  EXPECT_TRUE(server.server().WaitIdle(10));
+  EXPECT_EQ(RawClient(server.port()).Call(Get("/open")).status, 200);
+}
+
 TEST(HttpServerTest, StreamsEventByEvent) {
   TestServer server;
   RawClient client(server.port());
@@ -204,6 +259,48 @@ TEST(HttpServerTest, StreamsEventByEvent) {
   EXPECT_FALSE(held.responder->Write("late"));
   EXPECT_EQ(client.ReadSome(), "0\r\n\r\n");
   EXPECT_EQ(client.Call(Get("/open")).status, 200);
+}
+
+TEST(HttpServerTest, StreamsThatStandStillGetComments) {
+  HttpServerOptions options = TestServer::DefaultOptions();
+  options.comment_seconds = 0.05;
+  TestServer server(options);
+  const std::string comment(kSseComment);
+  RawClient client(server.port());
+  client.Send(PostJson("/stream", "{}"));
+  TestServer::Held held = server.TakeHeld();
+  std::string seen;
+  const auto see = [&](const std::string& text) {
+    while (seen.find(text) == std::string::npos) {
+      const std::string more = client.ReadSome();
+      ASSERT_FALSE(more.empty()) << seen;
+      seen += more;
+    }
+    seen.erase(0, seen.find(text) + text.size());
+  };
+  see("HTTP/1.1 200 OK\r\n");
+  see("text/event-stream");
+  see(comment);
+  see(comment);
+  EXPECT_FALSE(held.responder->Respond(TextResponse(500, "too late")));
+  HttpResponse head = SseHead();
+  head.body = SseEvent("1");
+  EXPECT_TRUE(held.responder->StartStream(head));
+  EXPECT_FALSE(held.responder->StartStream(head));
+  see(SseEvent("1"));
+  see(comment);  // also in the middle
+  EXPECT_TRUE(held.responder->Write(SseEvent("2")));
+  held.responder->End();
+  see(SseEvent("2"));
+  see("\r\n0\r\n\r\n");
+  EXPECT_EQ(seen, "");
+
+  // Before the first comment, a failure has its own status.
+  TestServer patient;
+  RawClient other(patient.port());
+  other.Send(PostJson("/stream", "{}"));
+  patient.TakeHeld().responder->Respond(TextResponse(504, "late"));
+  EXPECT_EQ(other.Read().status, 504);
 }
 
 // Queued or streaming, by an end or a reset: the callback comes at once, others go on.
@@ -240,6 +337,20 @@ TEST(HttpServerTest, DisconnectIsSeenWhileTheAnswerIsMade) {
   EXPECT_EQ(other.Call(Get("/open")).status, 200);
 }
 
+// However much it has sent behind its request, no client keeps its answer running by leaving.
+TEST(HttpServerTest, ClientTooFarAheadIsClosed) {
+  TestServer server;
+  RawClient client(server.port());
+  client.Send(PostJson("/hold", "{}"));
+  TestServer::Held held = server.TakeHeld();
+  std::promise<void> left;
+  held.responder->OnDisconnect([&left] { left.set_value(); });
+  client.Send(std::string(1 << 20, 'x'));
+  client.Close();
+  ASSERT_EQ(left.get_future().wait_for(std::chrono::seconds(30)), std::future_status::ready);
+  EXPECT_EQ(server.WaitFinished(1)[0].status, 499);
+}
+
 TEST(HttpServerTest, DisconnectCallbackRunsEvenWhenSetTooLate) {
   TestServer server;
   TestServer::Held held;
@@ -261,6 +372,30 @@ TEST(HttpServerTest, HalfClosedClientStillGetsAReadyAnswer) {
   client.ShutdownSend();
   EXPECT_EQ(client.Read().body, "open");
   EXPECT_TRUE(client.ClosedWithin(10));
+}
+
+// Whenever the end is seen: what can be answered at once is, what takes time is given up.
+TEST(HttpServerTest, HalfClosedClientGetsTheAnswersToWhatItSentAhead) {
+  TestServer server;
+  for (int i = 0; i < 20; ++i) {
+    RawClient client(server.port());
+    client.Send(Get("/open") + PostJson("/echo", "[1]") + Get("/items/a") + PostJson("/hold", "1") +
+                Get("/open"));
+    client.ShutdownSend();
+    EXPECT_EQ(client.Read().body, "open");
+    EXPECT_EQ(client.Read().body, "[1]");
+    EXPECT_EQ(client.Read().body, "a");
+    EXPECT_EQ(client.Read().status, 0);
+    EXPECT_TRUE(client.ClosedWithin(10));
+    const TestServer::Held held = server.TakeHeld();
+    held.responder->OnDisconnect([] {});
+    EXPECT_TRUE(held.responder->gone());
+    RawClient cut(server.port());
+    cut.Send(Get("/open") + "GET /op");
+    cut.ShutdownSend();
+    EXPECT_EQ(cut.Read().body, "open");
+    EXPECT_TRUE(cut.ClosedWithin(10));
+  }
 }
 
 TEST(HttpServerTest, SlowReaderIsDroppedAndNeverBlocksTheWriter) {
@@ -328,6 +463,30 @@ TEST(HttpServerTest, LoadingAndDraining) {
   EXPECT_TRUE(client.ClosedWithin(10));
 }
 
+// Who is sending a body when draining begins is waited for, unless the client gives up.
+TEST(HttpServerTest, DrainingWaitsForBodies) {
+  TestServer server;
+  const std::string request = PostJson("/echo", "[1,2]");
+  RawClient client(server.port());
+  RawClient leaver(server.port());
+  for (RawClient* sender : {&client, &leaver}) sender->Send(request.substr(0, request.size() - 2));
+  const auto wait_for = [&](int64_t bytes) {
+    const double deadline = NowSeconds() + 30;
+    while (server.server().body_bytes() != bytes && NowSeconds() < deadline)
+      std::this_thread::yield();
+    EXPECT_EQ(server.server().body_bytes(), bytes);
+  };
+  wait_for(6);
+  EXPECT_EQ(server.server().requests(), 2);
+  server.server().SetPhase(Phase::kDraining);
+  EXPECT_FALSE(server.server().WaitIdle(0));
+  leaver.Reset();
+  wait_for(3);
+  EXPECT_FALSE(server.server().WaitIdle(0));
+  EXPECT_EQ(client.Call(request.substr(request.size() - 2)).body, "[1,2]");
+  EXPECT_TRUE(server.server().WaitIdle(30));
+}
+
 TEST(HttpServerTest, ConnectionsAreCounted) {
   HttpServerOptions options = TestServer::DefaultOptions();
   options.max_connections = 2;
@@ -336,10 +495,34 @@ TEST(HttpServerTest, ConnectionsAreCounted) {
   RawClient second(server.port());
   EXPECT_EQ(first.Call(Get("/open")).status, 200);
   EXPECT_EQ(second.Call(Get("/open")).status, 200);
-  RawClient third(server.port());
-  const RawResponse refused = third.Read();
-  EXPECT_EQ(refused.status, 503);
-  EXPECT_THAT(refused.body, HasSubstr("too_many_connections"));
+  {
+    RawClient third(server.port());
+    const RawResponse refused = third.Call(PostJson("/echo", std::string(1 << 20, ' ')));
+    EXPECT_EQ(refused.status, 503);
+    EXPECT_THAT(refused.body, HasSubstr("too_many_connections"));
+    EXPECT_NE(refused.headers.Find("Retry-After"), nullptr);
+    EXPECT_TRUE(third.ClosedWithin(10));
+    RawClient probe(server.port());
+    const RawResponse well = probe.Call(Get("/probe"));
+    EXPECT_EQ(well.body, "well");
+    EXPECT_EQ(well.headers.Get("Connection"), "close");
+    EXPECT_TRUE(probe.ClosedWithin(10));
+  }
+  const auto wait_for = [&](int connections) {
+    const double deadline = NowSeconds() + 30;
+    while (server.server().connections() != connections && NowSeconds() < deadline)
+      std::this_thread::yield();
+    EXPECT_EQ(server.server().connections(), connections);
+  };
+  wait_for(2);
+  std::vector<std::unique_ptr<RawClient>> more;
+  for (int i = 0; i < 64; ++i) more.push_back(std::make_unique<RawClient>(server.port()));
+  wait_for(66);
+  EXPECT_TRUE(RawClient(server.port()).ClosedWithin(5));
+  more.clear();
+  first.Close();
+  wait_for(1);
+  EXPECT_EQ(RawClient(server.port()).Call(Get("/open")).status, 200);
 }
 
 TEST(HttpServerTest, StopEndsWhatIsOpen) {
@@ -378,8 +561,7 @@ TEST(HttpServerTest, ManyThreads) {
     clients.emplace_back([&, c] {
       RawClient client(server.port());
       for (int i = 0; i < kRequests; ++i) {
-        // Leaves in the middle, and on a connection of its own: of a request that was sent behind
-        // an answer, the server may see the client's end first, and then nobody is asked.
+        // Leaves in the middle, on a connection of its own; the next requests keep the first one.
         if ((i + c) % 5 == 0) {
           RawClient(server.port()).Send(PostJson("/hold", "{}"));
           continue;
@@ -405,6 +587,25 @@ TEST(HttpServerTest, AddressInUseIsNamed) {
   const auto third = HttpServer::Start(options, std::make_shared<Router>(), {}, &server);
   ASSERT_FALSE(third.ok());
   EXPECT_THAT(third.status().message(), HasSubstr("no-such-host.invalid"));
+}
+
+// The empty name stands for all addresses, of which there are two kinds.
+TEST(HttpServerTest, EveryAddressOfANameIsListenedOn) {
+  HttpServerOptions options = TestServer::DefaultOptions();
+  options.host = "";
+  TestServer server(options);
+  EXPECT_EQ(RawClient(server.port()).Call(Get("/open")).status, 200);
+  const int client = socket(AF_INET6, SOCK_STREAM, 0);
+  if (client < 0) GTEST_SKIP() << "no IPv6 here";
+  sockaddr_in6 address{};
+  address.sin6_family = AF_INET6;
+  address.sin6_port = htons(static_cast<uint16_t>(server.port()));
+  address.sin6_addr = in6addr_loopback;
+  const int connected = connect(client, reinterpret_cast<sockaddr*>(&address), sizeof(address));
+  const bool no_address = connected != 0 && errno == EADDRNOTAVAIL;
+  close(client);
+  if (no_address) GTEST_SKIP() << "no IPv6 here";
+  EXPECT_EQ(connected, 0);
 }
 
 // With no descriptor left, clients wait in the backlog and are served once there is one.

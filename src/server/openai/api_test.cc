@@ -396,6 +396,34 @@ TEST(Errors, AfterTheFirstByteAreAnEvent) {
   }
 }
 
+TEST(Errors, AfterACommentAreAnEvent) {
+  for (const bool chat : {false, true}) {
+    TestApi api;
+    const auto responder =
+        chat ? api.Chat(R"({"messages":[{"role":"user","content":"x"}],"stream":true})")
+             : api.Completions(R"({"prompt":"x","stream":true})");
+    responder->Comment();
+    EXPECT_EQ(responder->head().status, 200);
+    EXPECT_EQ(responder->head().headers.Get("X-Dsla-Tier"), "auto");
+    EXPECT_EQ(responder->head().headers.Find("X-Dsla-Level"), nullptr);
+    api.engine.job(0).sink->OnFinish(Failed(Status(StatusCode::kDeadlineExceeded, "late")));
+    EXPECT_THAT(responder->body(),
+                ::testing::StartsWith(std::string(kSseComment) + "data: {\"error\":{"));
+    EXPECT_THAT(responder->body(), HasSubstr("\"code\":\"timeout\""));
+    EXPECT_TRUE(responder->gone());
+  }
+}
+
+TEST(Errors, AnswersAfterACommentAreStreamed) {
+  TestApi api;
+  const auto responder = api.Completions(R"({"prompt":"x","stream":true})");
+  responder->Comment();
+  api.engine.job(0).sink->OnToken(Token(97, "a"));
+  api.engine.job(0).sink->OnFinish(Finished(FinishReason::kLength, 1, 1));
+  EXPECT_THAT(responder->body(), HasSubstr("\"text\":\"a\""));
+  EXPECT_THAT(responder->body(), ::testing::EndsWith("data: [DONE]\n\n"));
+}
+
 TEST(Deadline, ComesFromFieldHeaderOrServer) {
   const auto seconds = [](double default_timeout, const std::string& field, HttpHeaders headers) {
     TestApi api;

@@ -4,13 +4,15 @@
 
 namespace dsla::openai {
 
+Canceller::Canceller(Engine* engine) : engine_(engine), thread_([this] { Run(); }) {}
+
 Canceller::~Canceller() {
   {
     const std::lock_guard lock(mutex_);
     stop_ = true;
   }
   wake_.notify_one();
-  if (thread_.joinable()) thread_.join();
+  thread_.join();
 }
 
 void Canceller::Cancel(std::vector<std::string> ids) {
@@ -18,7 +20,6 @@ void Canceller::Cancel(std::vector<std::string> ids) {
   {
     const std::lock_guard lock(mutex_);
     for (std::string& id : ids) ids_.push_back(std::move(id));
-    if (!thread_.joinable()) thread_ = std::thread([this] { Run(); });
   }
   wake_.notify_one();
 }

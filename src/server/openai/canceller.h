@@ -1,6 +1,6 @@
 // Canceller: cancels requests from where the engine must not be called, its own thread (a sink
-// that finds one of several replies failed has the others to end). One thread, started with the
-// first order; what is not done at the end is dropped.
+// that finds one of several replies failed has the others to end). One thread, there from the
+// start, as starting it may fail; what is not done at the end is dropped.
 #pragma once
 
 #include <condition_variable>
@@ -15,7 +15,7 @@ namespace dsla::openai {
 
 class Canceller {
  public:
-  explicit Canceller(Engine* engine) : engine_(engine) {}
+  explicit Canceller(Engine* engine);
   ~Canceller();
   Canceller(const Canceller&) = delete;
   Canceller& operator=(const Canceller&) = delete;
@@ -30,7 +30,7 @@ class Canceller {
   std::condition_variable wake_;
   std::vector<std::string> ids_;
   bool stop_ = false;
-  std::thread thread_;
+  std::thread thread_;  // after all that it uses
 };
 
 }  // namespace dsla::openai

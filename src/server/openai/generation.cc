@@ -48,6 +48,9 @@ void Generation::Start(std::shared_ptr<Service> service, std::unique_ptr<Service
     generation->disconnected_ = true;
     generation->CancelAll();
   });
+  if (generation->plan_.common.stream) {
+    responder->ExpectStream(generation->WithTier(SseHead()));
+  }
   generation->Submit();
 }
 
@@ -410,10 +413,7 @@ void Generation::Fail(HttpError error) {
     if (!choices_[i].done) running.push_back(ids_[i]);
   }
   service_->canceller().Cancel(std::move(running));
-  if (!started_) {
-    responder_->Respond(ErrorResponse(error));
-    return;
-  }
+  if (!started_ && responder_->Respond(ErrorResponse(error))) return;
   pending_ += SseEvent(ErrorJson(error));
   Flush();
   responder_->End();
@@ -436,8 +436,13 @@ HttpError Generation::ErrorOf(const RequestResult& result) const {
   }
 }
 
-HttpResponse Generation::WithLevel(HttpResponse response, int level) const {
+HttpResponse Generation::WithTier(HttpResponse response) const {
   response.headers.Add("X-Dsla-Tier", Name(plan_.common.tier));
+  return response;
+}
+
+HttpResponse Generation::WithLevel(HttpResponse response, int level) const {
+  response = WithTier(std::move(response));
   response.headers.Add("X-Dsla-Level", fmt::format("{}", level));
   return response;
 }

@@ -2,9 +2,10 @@
 // Every reply ("choice") is a request of its own to the engine; their events come on the engine's
 // thread and become JSON there, a microsecond or so each, and the Responder takes it from there.
 //
-// The status goes out with the first token, so that whatever fails before it keeps its own. Later
-// failures are an event {"error":...}, after which the stream ends. A client that leaves, or reads
-// too slowly, has all of its replies cancelled.
+// The status goes out with the first token, or with the comment that keeps a stream open while it
+// waits long for one; whatever fails before keeps its own. Later failures are an event
+// {"error":...}, after which the stream ends. A client that leaves, or reads too slowly, has all of
+// its replies cancelled.
 #pragma once
 
 #include <atomic>
@@ -80,6 +81,7 @@ class Generation : public std::enable_shared_from_this<Generation> {
   void Complete();
   void Fail(HttpError error);
   void NoteUsage() const;
+  HttpResponse WithTier(HttpResponse response) const;
   HttpResponse WithLevel(HttpResponse response, int level) const;
   HttpError ErrorOf(const RequestResult& result) const;
 
@@ -101,7 +103,7 @@ class Generation : public std::enable_shared_from_this<Generation> {
   std::mutex mutex_;  // of what follows
   std::vector<Choice> choices_;
   bool submitting_ = true;  // nothing goes out before all replies have been accepted
-  bool started_ = false;    // the status is out
+  bool started_ = false;    // the first events are out
   bool ended_ = false;      // nothing more will go out
   int finished_ = 0;
   int first_level_ = 0;

@@ -35,6 +35,7 @@ class FakeEngine : public Engine {
     cancelled_.push_back(id);
     changed_.notify_all();
   }
+  void CancelAll() override {}
   EngineState state() const override { return {}; }
   void SetFinishObserver(FinishObserver) override {}
   void SetPolicy(std::unique_ptr<LevelPolicy>) override {}
@@ -80,12 +81,18 @@ class FakeResponder : public Responder {
     body_ = head_.body;
     return Close();
   }
+  void ExpectStream(HttpResponse head) override {
+    const std::lock_guard lock(mutex_);
+    early_head_ = std::move(head);
+  }
   bool StartStream(HttpResponse head) override {
     const std::lock_guard lock(mutex_);
-    if (ended_ || streaming_) return false;
-    streaming_ = true;
-    head_ = std::move(head);
-    body_ = head_.body;
+    if (ended_ || (streaming_ && !opened_early_)) return false;
+    if (!std::exchange(opened_early_, false)) {
+      streaming_ = true;
+      head_ = head;
+    }
+    body_ += head.body;
     changed_.notify_all();
     return true;
   }
@@ -112,6 +119,14 @@ class FakeResponder : public Responder {
     notes_[std::move(name)] = std::move(value);
   }
 
+  // The stream has stood still for long.
+  void Comment() {
+    const std::lock_guard lock(mutex_);
+    DSLA_CHECK(early_head_ && !ended_ && !streaming_);
+    streaming_ = opened_early_ = true;
+    head_ = *early_head_;
+    body_ += kSseComment;
+  }
   // The client leaves.
   void Disconnect() {
     std::function<void()> callback;
@@ -159,6 +174,8 @@ class FakeResponder : public Responder {
   HttpResponse head_{.status = 0, .headers = {}, .body = {}};
   std::string body_;
   bool streaming_ = false;
+  std::optional<HttpResponse> early_head_;
+  bool opened_early_ = false;
   bool ended_ = false;
   std::function<void()> callback_;
   std::map<std::string, std::string> notes_;

@@ -142,12 +142,13 @@ bool RawClient::ClosedWithin(double seconds) {
 }
 
 std::string Get(std::string_view path, std::string_view extra_headers) {
-  return fmt::format("GET {} HTTP/1.1\r\nHost: test\r\n{}\r\n", path, extra_headers);
+  return fmt::format("GET {} HTTP/1.1\r\nHost: localhost\r\n{}\r\n", path, extra_headers);
 }
 
 std::string PostJson(std::string_view path, std::string_view body, std::string_view extra_headers) {
   return fmt::format(
-      "POST {} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: {}\r\n"
+      "POST {} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+      "{}\r\n"
       "{}\r\n{}",
       path, body.size(), extra_headers, body);
 }

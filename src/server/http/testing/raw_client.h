@@ -17,7 +17,7 @@ struct RawResponse {
 
 class RawClient {
  public:
-  // receive_buffer: SO_RCVBUF in bytes; 0: the system's.
+  // To 127.0.0.1. receive_buffer: SO_RCVBUF in bytes; 0: the system's.
   explicit RawClient(int port, int receive_buffer = 0);
   ~RawClient();
   RawClient(const RawClient&) = delete;

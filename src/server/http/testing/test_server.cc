@@ -22,6 +22,7 @@ TestServer::TestServer(HttpServerOptions options, KeyRing keys) {
     return [text](auto, auto responder) { responder->Respond(TextResponse(200, text)); };
   };
   router->Add("GET", "/open", say("open"), {.access = Access::kOpen});
+  router->Add("GET", "/probe", say("well"), {.access = Access::kOpen, .while_draining = true});
   router->Add("GET", "/again", say("again"), {.while_draining = true});
   router->Add("GET", "/items/{id}", [](auto request, auto responder) {
     responder->Respond(TextResponse(200, std::string(request->PathParam("id"))));
@@ -29,10 +30,15 @@ TestServer::TestServer(HttpServerOptions options, KeyRing keys) {
   router->Add("POST", "/echo", [](auto request, auto responder) {
     responder->Respond(JsonResponse(200, request->body));
   });
-  router->Add("POST", "/hold", [this](auto request, auto responder) {
+  const auto hold = [this](auto request, auto responder) {
     const std::lock_guard lock(mutex_);
     held_.push_back({std::move(request), std::move(responder)});
     changed_.notify_all();
+  };
+  router->Add("POST", "/hold", hold);
+  router->Add("POST", "/stream", [hold](auto request, auto responder) {
+    responder->ExpectStream(SseHead());
+    hold(std::move(request), std::move(responder));
   });
   router->Add("POST", "/throw", [](auto, auto) { throw std::runtime_error("as asked"); });
   router->Add("POST", "/admin", say("{}"), {.access = Access::kAdmin});

@@ -1,9 +1,11 @@
 // A server with small routes, for tests of the transport:
 //   GET  /open       "open", needs no key
+//   GET  /probe      "well", needs no key, while draining too
 //   GET  /again      "again" while draining too
 //   GET  /items/{id} the id
 //   POST /echo       the body, as application/json
 //   POST /hold       nothing: the test answers through Held()
+//   POST /stream     likewise, and a stream is expected
 //   POST /throw      throws
 //   POST /admin      needs the admin key
 #pragma once
@@ -34,7 +36,7 @@ class TestServer : public HttpObserver {
   HttpServer& server() { return *server_; }
   int port() const { return server_->port(); }
 
-  Held TakeHeld();  // waits for the next request to /hold
+  Held TakeHeld();  // waits for the next request to /hold or /stream
   // Waits until `n` requests have finished, and returns their records.
   std::vector<AccessRecord> WaitFinished(size_t n);
   std::string WaitTrouble();  // waits for the first message
