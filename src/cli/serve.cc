@@ -18,6 +18,7 @@
 #include "server/access_log.h"
 #include "server/config.h"
 #include "server/dsla_state.h"
+#include "server/engine_log.h"
 #include "server/health.h"
 #include "server/openai/api.h"
 #include "server/signals.h"
@@ -61,7 +62,7 @@ std::string NameOfPath(const std::string& path) {
 class Program {
  public:
   Program(const ServeArgs& args, Log* log)
-      : args_(args), log_(log), access_log_(log), health_(args.stall_seconds) {}
+      : args_(args), log_(log), access_log_(log), engine_log_(log), health_(args.stall_seconds) {}
   ~Program();
 
   Status Listen();
@@ -78,11 +79,11 @@ class Program {
   Status MakeEngine();
   Status MakeApi();
   std::shared_ptr<Router> NewRouter() const;
-  void LogLevels(const EngineState& state);
 
   const ServeArgs& args_;
   Log* const log_;
   AccessLog access_log_;
+  EngineLog engine_log_;
   Health health_;
   std::string scheme_ = "http";
 
@@ -99,7 +100,6 @@ class Program {
 
   std::atomic<bool> loaded_{false};
   Status load_status_;
-  double last_event_ = 0;  // time of the newest level event in the log
   bool stalled_ = false;
 };
 
@@ -217,8 +217,10 @@ Status Program::MakeEngine() {
 Status Program::MakeApi() {
   metrics_ = std::make_unique<ServerMetrics>(MetricsOptions{
       .model = model_name_, .version = kVersion, .vllm_compat = args_.metrics_compat == "vllm"});
-  engine_->SetFinishObserver(
-      [metrics = metrics_.get()](const RequestResult& result) { metrics->ObserveRequest(result); });
+  engine_->SetFinishObserver([this](const RequestResult& result) {
+    metrics_->ObserveRequest(result);
+    engine_log_.OnFinish(result);
+  });
   control_ = std::make_unique<DslaControl>(engine_.get(), ladder_, policy_);
 
   openai::ApiContext context;
@@ -267,7 +269,7 @@ Status Program::MakeApi() {
 
 void Program::Watch() {
   if (!loaded() || !engine_) return;
-  LogLevels(engine_->state());
+  engine_log_.LogChanges(engine_->state());
   const auto still = health_.Stalled();
   if (still && !stalled_) log_->Write(LogLevel::kError, "stalled", {{"seconds", *still}});
   stalled_ = still.has_value();
@@ -277,22 +279,6 @@ bool Program::DeviceFailed() {
   const std::string failure = loaded() ? health_.DeviceFailure() : "";
   if (!failure.empty()) log_->Write(LogLevel::kError, "device_failed", {{"message", failure}});
   return !failure.empty();
-}
-
-// Each change of level with its reason.
-void Program::LogLevels(const EngineState& state) {
-  for (const LevelEvent& event : state.events) {
-    if (event.time <= last_event_) continue;
-    last_event_ = event.time;
-    std::vector<LogField> fields = {{"from", int64_t{event.from}}, {"to", int64_t{event.to}}};
-    if (!event.request_id.empty()) {
-      fields.push_back({"request", event.request_id});
-      fields.push_back({"position", int64_t{event.position}});
-      fields.push_back({"seconds", event.seconds});
-    }
-    fields.push_back({"reason", event.reason});
-    log_->Write(LogLevel::kInfo, event.request_id.empty() ? "level" : "raise", fields);
-  }
 }
 
 bool Program::Drain(SignalQueue& signals) {
@@ -387,6 +373,7 @@ int Serve(CLI::App& command, ServeArgs& args) {
     log->Write(LogLevel::kWarning, "stopped_at_once");
     Leave(*log, 1);
   }
+  program.Watch();
   log->Write(LogLevel::kInfo, "stopped");
   return 0;
 }

@@ -53,6 +53,7 @@ struct Rejection {
 
 // One change of level, of the target or of a running sequence, newest last.
 struct LevelEvent {
+  int64_t sequence = 0;         // 1, 2, ...: without a gap
   double time = 0;              // NowSeconds()
   std::string request_id = {};  // empty: the target for new sequences
   int position = 0;             // tokens cached when a running sequence was raised

@@ -452,6 +452,8 @@ TEST_F(EngineTest, ThePolicyIsFollowedAndRecorded) {
   EXPECT_EQ(state.events[1].to, 2);
   EXPECT_EQ(state.events[1].position, result.levels[1].position);
   EXPECT_GT(state.events[1].seconds, 0);
+  EXPECT_EQ(state.events[0].sequence, 1);
+  EXPECT_EQ(state.events[1].sequence, 2);
 
   engine->SetMaxLevel(0);
   EXPECT_EQ(engine.Submit(Greedy(4, 4))->Wait().levels, (std::vector<LevelSpan>{{0, 0}}));
@@ -543,7 +545,7 @@ TEST_F(EngineTest, TheObserverSeesEveryEnd) {
   std::atomic<int> seen = 0;
   engine->SetFinishObserver([&](const RequestResult& result) {
     EXPECT_EQ(result.generated_tokens, 3);
-    ++seen;
+    EXPECT_EQ(result.id, fmt::format("r{}", ++seen));
   });
   for (int i = 0; i < 5; ++i) engine.Submit(Greedy(5, 3));
   while (!engine->state().idle) std::this_thread::yield();

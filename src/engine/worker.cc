@@ -228,6 +228,7 @@ Status Worker::NoteDeviceFailure(const std::string& what) {
 void Worker::NoteEvent(LevelEvent event) {
   const std::lock_guard lock(state_mutex_);
   ++(event.request_id.empty() ? state_.target_changes : state_.raises);
+  event.sequence = state_.target_changes + state_.raises;
   if (state_.events.size() == kEventsKept) state_.events.erase(state_.events.begin());
   state_.events.push_back(std::move(event));
 }
@@ -259,6 +260,7 @@ void Worker::Finish(const EndedSequence& ended) {
 void Worker::Deliver(ActiveRequest& active) {
   const double now = NowSeconds();
   RequestResult& result = active.result;
+  result.id = active.request.id;
   result.tier = active.request.tier;
   result.prompt_tokens = static_cast<int>(active.request.prompt.size());
   result.generated_tokens = active.generated;

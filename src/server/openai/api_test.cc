@@ -69,7 +69,7 @@ TEST(Completions, TheWholeAnswer) {
           R"("prompt_tokens_details":{"cached_tokens":1},"dsla":{"tier":"auto","levels":)"
           R"([{"position":0,"level":0},{"position":64,"level":2}]}}})");
   EXPECT_EQ(responder->note("tokens"), "2");
-  EXPECT_EQ(responder->note("level"), "2");
+  EXPECT_EQ(responder->note("dsla_level"), "2");
 }
 
 TEST(Completions, EveryStreamedByte) {
@@ -389,6 +389,11 @@ TEST(Errors, AfterTheFirstByteAreAnEvent) {
     EXPECT_THAT(responder->body(), ::testing::EndsWith("}}\n\n"));
     EXPECT_EQ(responder->body().find("[DONE]"), std::string::npos);
     EXPECT_TRUE(responder->gone());
+    // The log's line says what there was, though the status is 200.
+    EXPECT_EQ(responder->note("error"), code);
+    EXPECT_EQ(responder->note("tokens"), "1");
+    EXPECT_EQ(responder->note("tier"), "auto");
+    EXPECT_EQ(responder->note("dsla_level"), "0");
     // The other reply is ended, and what it still says does no harm.
     EXPECT_EQ(api.engine.WaitForCancelled(1)[0], api.engine.job(0).request.id);
     api.engine.job(0).sink->OnToken(Token(98, "b"));
@@ -426,6 +431,23 @@ TEST(Disconnect, CancelsEveryReply) {
     api.engine.job(i).sink->OnFinish(Failed(Status(StatusCode::kCancelled, "cancelled")));
   }
   EXPECT_EQ(responder->head().status, 0);
+}
+
+TEST(Disconnect, TheLogHasWhatThereWas) {
+  TestApi api;
+  const auto responder = api.Completions(R"({"prompt":[1,2,3],"stream":true,"n":2})");
+  TokenOutput token = Token(97, "a");
+  token.level = 2;
+  api.engine.job(0).sink->OnToken(token);
+  api.engine.job(1).sink->OnToken(Token(98, "b"));
+  responder->Disconnect();
+  EXPECT_EQ(responder->note("prompt_tokens"), "6");
+  EXPECT_EQ(responder->note("tokens"), "2");
+  EXPECT_EQ(responder->note("tier"), "auto");
+  EXPECT_EQ(responder->note("dsla_level"), "2");
+  // The end that the cancelling brings is not the server's doing.
+  api.engine.job(0).sink->OnFinish(Failed(Status(StatusCode::kCancelled, "cancelled")));
+  EXPECT_EQ(responder->note("error"), "");
 }
 
 TEST(Models, ListAndOne) {
