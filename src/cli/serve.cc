@@ -324,7 +324,9 @@ void LogConfig(Log& log, const std::vector<ConfigValue>& config) {
 int Serve(CLI::App& command, ServeArgs& args) {
   SignalQueue signals;  // before any thread
   RaiseFileLimit();
-  const auto config = ResolveConfig(command, ProcessEnvironment(), kServeSecrets);
+  Environment environment = ProcessEnvironment();
+  const std::vector<std::string> dropped = DropServiceVariables(command, environment);
+  const auto config = ResolveConfig(command, environment, kServeSecrets);
   if (!config.ok()) return Fail(config.status());
   const auto log_options = LogOptionsOf(args);
   if (!log_options.ok()) return Fail(log_options.status());
@@ -333,6 +335,10 @@ int Serve(CLI::App& command, ServeArgs& args) {
   const std::unique_ptr<Log> log = std::move(*opened);
   log->Write(LogLevel::kInfo, "start",
              {{"version", std::string(kVersion)}, {"pid", int64_t{getpid()}}});
+  for (const std::string& name : dropped) {
+    log->Write(LogLevel::kWarning, "variable_ignored",
+               {{"name", name}, {"message", "it is what Kubernetes says of a Service"}});
+  }
   LogConfig(*log, *config);
 
   Program program(args, log.get());
