@@ -7,10 +7,10 @@
 #include <csignal>
 #include <cstdio>
 #include <filesystem>
-#include <fstream>
 #include <thread>
 
 #include "base/clock.h"
+#include "base/memory_limit.h"
 #include "cli/commands.h"
 #include "cli/serve_args.h"
 #include "cli/serve_cost.h"
@@ -33,10 +33,8 @@ constexpr int kDefaultSequences = 8;  // full contexts that the default cache me
 // What the machine, or the container, lets this process have.
 int64_t MemoryLimit() {
   const int64_t physical = static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
-  int64_t limit = 0;
-  std::ifstream file("/sys/fs/cgroup/memory.max");  // "max" where there is none
-  if (file >> limit && limit > 0 && limit < physical) return limit;
-  return physical;
+  const int64_t limit = CgroupMemoryLimit();
+  return limit > 0 ? std::min(limit, physical) : physical;
 }
 
 // With less, a server starts that can hold nothing: the least that is of use is a page of every
