@@ -209,6 +209,14 @@ Status Program::MakeEngine() {
   DSLA_ASSIGN_OR_RETURN(std::unique_ptr<LevelPolicy> policy, MakePolicy(policy_));
   DSLA_ASSIGN_OR_RETURN(engine_, Engine::Create(model_.model.get(), model_.tokenizer.get(),
                                                 model_.ctx, options, std::move(policy)));
+  if (const int most = engine_->state().max_running; most < options.max_running) {
+    log_->Write(LogLevel::kWarning, "max_running_lowered",
+                {{"asked", int64_t{options.max_running}},
+                 {"used", int64_t{most}},
+                 {"message", fmt::format("--max-running: a step of {} tokens (--max-batch-tokens) "
+                                         "holds so many replies beside a piece of a prompt",
+                                         options.max_batch_tokens)}});
+  }
   return Status::Ok();
 }
 
@@ -244,6 +252,8 @@ Status Program::MakeApi() {
   context.ladder = ladder_;
   context.limits.max_context = model_.model->max_positions();
   DSLA_ASSIGN_OR_RETURN(context.limits.default_tier, TierOf(args_.default_tier));
+  if (context.limits.default_tier == Tier::kEconomy && ladder_.max_level == 0)
+    return InvalidArgument("--default-tier: economy needs an adapter, and there is none");
   context.default_timeout = args_.request_timeout;
   context.max_in_flight = args_.max_in_flight;
   context.version = kVersion;

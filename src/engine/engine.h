@@ -75,9 +75,10 @@ struct EngineState {
   CostFactors cost_factors;         // measured steps and folds by what the policy's cost model said
   std::vector<int> rows_per_level;  // [L + 1] running sequences by level
   int running = 0;
-  int queued = 0;
-  int64_t queued_tokens = 0;
-  double oldest_wait_seconds = 0;
+  int max_running = 0;  // the most there may be: no more than the option, less for small steps
+  int queued = 0;       // before their first step, and the pre-empted
+  int64_t queued_tokens = 0;       // prompts of those before their first step
+  double oldest_wait_seconds = 0;  // since the Submit of the oldest queued one, as of the last step
   int64_t budget_bytes = 0;
   int64_t page_bytes = 0;          // held by sequences
   int64_t state_bytes = 0;         // held by sequences

@@ -71,6 +71,7 @@ Worker::Worker(const HybridModel* model, const ExecContext& ctx, const EngineOpt
   state_.policy = policy_->name();
   state_.max_level = options.default_max_level;
   state_.rows_per_level = scheduler_.rows_per_level();
+  state_.max_running = scheduler_.max_running();
   state_.budget_bytes = options.memory_bytes;
 }
 
