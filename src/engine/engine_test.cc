@@ -1,5 +1,6 @@
 #include "engine/engine.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -460,7 +461,26 @@ TEST_F(EngineTest, ThePolicyIsFollowedAndRecorded) {
   EXPECT_EQ(engine->state().max_level, 0);
   engine->SetPolicy(TargetPolicy(0));
   EXPECT_TRUE(engine.Submit(Greedy(4, 4))->Wait().status.ok());
-  EXPECT_EQ(WaitIdle(engine).target_level, 0);
+  const EngineState changed = WaitIdle(engine);
+  EXPECT_EQ(changed.target_level, 0);
+  ASSERT_EQ(changed.events.size(), 3u);
+  EXPECT_EQ(changed.events[2].reason, "admin: policy function");
+  engine->SetPolicy(std::make_unique<FunctionPolicy>([](const LoadSnapshot&) {
+    return LevelDecision{.target = 2, .raises = {}, .reason = "queue: test"};
+  }));
+  engine->SetMaxLevel(2);
+  EXPECT_TRUE(engine.Submit(Greedy(4, 4))->Wait().status.ok());
+  EXPECT_THAT(WaitIdle(engine).events.back().reason,
+              ::testing::AnyOf("admin: policy function, max level 2; queue: test",
+                               "admin: policy function; queue: test"))
+      << "in one mail or in two";
+}
+
+TEST_F(EngineTest, TheBatchIsNoLargerThanItsSteps) {
+  EngineOptions options = Options();
+  EXPECT_EQ(TestEngine(model(), *tokenizer_, options)->state().max_running, 16);
+  options.max_running = 100;  // of 64 rows a page of 16 tokens is a prompt's
+  EXPECT_EQ(TestEngine(model(), *tokenizer_, options)->state().max_running, 48);
 }
 
 // Raises at 5 tokens as above, and keeps what it is told of steps and folds.

@@ -132,12 +132,15 @@ void Worker::ReadMail(Inbox::Mail& mail) {
   if (mail.policy != nullptr) {
     policy_ = std::move(mail.policy);
     next_decision_ = 0;
+    admin_change_ = fmt::format("admin: policy {}", policy_->name());
     const std::lock_guard lock(state_mutex_);
     state_.policy = policy_->name();
   }
   if (mail.max_level.has_value()) {
     scheduler_.set_auto_max_level(*mail.max_level);
     next_decision_ = 0;
+    admin_change_ +=
+        fmt::format("{}max level {}", admin_change_.empty() ? "admin: " : ", ", *mail.max_level);
     const std::lock_guard lock(state_mutex_);
     state_.max_level = *mail.max_level;
   }
@@ -179,6 +182,12 @@ void Worker::Decide() {
   load.ttft_p95 = ttft_.Quantile(now, 0.95);
   load.tpot_p95 = tpot_.Quantile(now, 0.95);
   LevelDecision decision = policy_->Decide(load);
+  if (!admin_change_.empty()) {
+    decision.reason = decision.reason.empty()
+                          ? admin_change_
+                          : fmt::format("{}; {}", admin_change_, decision.reason);
+    admin_change_.clear();
+  }
   const double decided = NowSeconds();
   next_decision_ = decided + (decided - now) / kDecisionShare;
 
