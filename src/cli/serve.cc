@@ -29,6 +29,7 @@ namespace {
 
 constexpr const char* kVersion = "0.1.0";
 constexpr int kDefaultSequences = 8;  // full contexts that the default cache memory is for
+constexpr int kTextThreads = 2;       // for large texts
 
 // What the machine, or the container, lets this process have.
 int64_t MemoryLimit() {
@@ -93,6 +94,7 @@ class Program {
   std::unique_ptr<ServerMetrics> metrics_;
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<DslaControl> control_;
+  std::unique_ptr<openai::TextPool> text_pool_;
   std::unique_ptr<HttpServer> server_;
   std::thread loader_;
 
@@ -104,6 +106,7 @@ class Program {
 Program::~Program() {
   if (loader_.joinable()) loader_.join();
   server_.reset();  // every client is gone, and with it what it had running
+  text_pool_.reset();
   access_log_.SetMetrics(nullptr);
   engine_.reset();
 }
@@ -259,6 +262,8 @@ Status Program::MakeApi() {
   context.version = kVersion;
   context.metrics = metrics_.get();
   context.control = control_.get();
+  text_pool_ = std::make_unique<openai::TextPool>(kTextThreads);
+  context.text_pool = text_pool_.get();
 
   const std::shared_ptr<Router> router = NewRouter();
   openai::RegisterApi(*router, std::move(context));

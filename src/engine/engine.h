@@ -118,6 +118,10 @@ class Engine {
   // Takes the request or says why not; takes no work before every check has passed.
   virtual std::optional<Rejection> Submit(Request request, std::shared_ptr<RequestSink> sink) = 0;
 
+  // Why Submit would refuse every request now: the queue is full, or the engine drains. Cheap, for
+  // who would otherwise prepare a request in vain.
+  virtual std::optional<Rejection> RefusesAll() const = 0;
+
   // Ends the request within one step; nothing if there is none of that id.
   virtual void Cancel(const std::string& id) = 0;
 

@@ -271,9 +271,12 @@ TEST_F(EngineTest, TheQueueIsBounded) {
   EXPECT_EQ(engine->state().queued, 3);
   EXPECT_EQ(engine->state().queued_tokens, 15);
   const auto rejected = engine->Submit(Greedy(5, 3), std::make_shared<RecordingSink>());
+  const auto refused = engine->RefusesAll();
   go = true;
   ASSERT_TRUE(rejected);
   EXPECT_EQ(rejected->kind, Rejection::Kind::kQueueFull);
+  ASSERT_TRUE(refused);
+  EXPECT_EQ(refused->message, rejected->message);
   EXPECT_GE(rejected->retry_after_seconds, 1);
   EXPECT_LE(rejected->retry_after_seconds, 60);
   for (const auto& sink : sinks) EXPECT_TRUE(sink->Wait().status.ok());
