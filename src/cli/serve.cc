@@ -7,10 +7,10 @@
 #include <csignal>
 #include <cstdio>
 #include <filesystem>
-#include <fstream>
 #include <thread>
 
 #include "base/clock.h"
+#include "base/memory_limit.h"
 #include "cli/commands.h"
 #include "cli/serve_args.h"
 #include "cli/serve_cost.h"
@@ -18,6 +18,7 @@
 #include "server/access_log.h"
 #include "server/config.h"
 #include "server/dsla_state.h"
+#include "server/engine_log.h"
 #include "server/health.h"
 #include "server/openai/api.h"
 #include "server/signals.h"
@@ -29,14 +30,13 @@ namespace {
 constexpr const char* kVersion = "0.1.0";
 constexpr int kDefaultSequences = 8;  // full contexts that the default cache memory is for
 constexpr double kLastAnswers = 2;    // seconds in which clients are told that theirs have failed
+constexpr int kTextThreads = 2;       // for large texts
 
 // What the machine, or the container, lets this process have.
 int64_t MemoryLimit() {
   const int64_t physical = static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
-  int64_t limit = 0;
-  std::ifstream file("/sys/fs/cgroup/memory.max");  // "max" where there is none
-  if (file >> limit && limit > 0 && limit < physical) return limit;
-  return physical;
+  const int64_t limit = CgroupMemoryLimit();
+  return limit > 0 ? std::min(limit, physical) : physical;
 }
 
 // With less, a server starts that can hold nothing: the least that is of use is a page of every
@@ -62,7 +62,7 @@ std::string NameOfPath(const std::string& path) {
 class Program {
  public:
   Program(const ServeArgs& args, Log* log)
-      : args_(args), log_(log), access_log_(log), health_(args.stall_seconds) {}
+      : args_(args), log_(log), access_log_(log), engine_log_(log), health_(args.stall_seconds) {}
   ~Program();
 
   Status Listen();
@@ -80,11 +80,11 @@ class Program {
   Status MakeEngine();
   Status MakeApi();
   std::shared_ptr<Router> NewRouter() const;
-  void LogLevels(const EngineState& state);
 
   const ServeArgs& args_;
   Log* const log_;
   AccessLog access_log_;
+  EngineLog engine_log_;
   Health health_;
   std::string scheme_ = "http";
 
@@ -96,18 +96,19 @@ class Program {
   std::unique_ptr<ServerMetrics> metrics_;
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<DslaControl> control_;
+  std::unique_ptr<openai::TextPool> text_pool_;
   std::unique_ptr<HttpServer> server_;
   std::thread loader_;
 
   std::atomic<bool> loaded_{false};
   Status load_status_;
-  double last_event_ = 0;  // time of the newest level event in the log
   bool stalled_ = false;
 };
 
 Program::~Program() {
   if (loader_.joinable()) loader_.join();
   server_.reset();  // every client is gone, and with it what it had running
+  text_pool_.reset();
   access_log_.SetMetrics(nullptr);
   engine_.reset();
 }
@@ -213,14 +214,24 @@ Status Program::MakeEngine() {
   DSLA_ASSIGN_OR_RETURN(std::unique_ptr<LevelPolicy> policy, MakePolicy(policy_));
   DSLA_ASSIGN_OR_RETURN(engine_, Engine::Create(model_.model.get(), model_.tokenizer.get(),
                                                 model_.ctx, options, std::move(policy)));
+  if (const int most = engine_->state().max_running; most < options.max_running) {
+    log_->Write(LogLevel::kWarning, "max_running_lowered",
+                {{"asked", int64_t{options.max_running}},
+                 {"used", int64_t{most}},
+                 {"message", fmt::format("--max-running: a step of {} tokens (--max-batch-tokens) "
+                                         "holds so many replies beside a piece of a prompt",
+                                         options.max_batch_tokens)}});
+  }
   return Status::Ok();
 }
 
 Status Program::MakeApi() {
   metrics_ = std::make_unique<ServerMetrics>(MetricsOptions{
       .model = model_name_, .version = kVersion, .vllm_compat = args_.metrics_compat == "vllm"});
-  engine_->SetFinishObserver(
-      [metrics = metrics_.get()](const RequestResult& result) { metrics->ObserveRequest(result); });
+  engine_->SetFinishObserver([this](const RequestResult& result) {
+    metrics_->ObserveRequest(result);
+    engine_log_.OnFinish(result);
+  });
   control_ = std::make_unique<DslaControl>(engine_.get(), ladder_, policy_);
 
   openai::ApiContext context;
@@ -246,11 +257,15 @@ Status Program::MakeApi() {
   context.ladder = ladder_;
   context.limits.max_context = model_.model->max_positions();
   DSLA_ASSIGN_OR_RETURN(context.limits.default_tier, TierOf(args_.default_tier));
+  if (context.limits.default_tier == Tier::kEconomy && ladder_.max_level == 0)
+    return InvalidArgument("--default-tier: economy needs an adapter, and there is none");
   context.default_timeout = args_.request_timeout;
   context.max_in_flight = args_.max_in_flight;
   context.version = kVersion;
   context.metrics = metrics_.get();
   context.control = control_.get();
+  text_pool_ = std::make_unique<openai::TextPool>(kTextThreads);
+  context.text_pool = text_pool_.get();
 
   const std::shared_ptr<Router> router = NewRouter();
   openai::RegisterApi(*router, std::move(context));
@@ -269,7 +284,7 @@ Status Program::MakeApi() {
 
 void Program::Watch() {
   if (!loaded() || !engine_) return;
-  LogLevels(engine_->state());
+  engine_log_.LogChanges(engine_->state());
   const auto still = health_.Stalled();
   if (still && !stalled_) log_->Write(LogLevel::kError, "stalled", {{"seconds", *still}});
   stalled_ = still.has_value();
@@ -279,22 +294,6 @@ bool Program::DeviceFailed() {
   const std::string failure = loaded() ? health_.DeviceFailure() : "";
   if (!failure.empty()) log_->Write(LogLevel::kError, "device_failed", {{"message", failure}});
   return !failure.empty();
-}
-
-// Each change of level with its reason.
-void Program::LogLevels(const EngineState& state) {
-  for (const LevelEvent& event : state.events) {
-    if (event.time <= last_event_) continue;
-    last_event_ = event.time;
-    std::vector<LogField> fields = {{"from", int64_t{event.from}}, {"to", int64_t{event.to}}};
-    if (!event.request_id.empty()) {
-      fields.push_back({"request", event.request_id});
-      fields.push_back({"position", int64_t{event.position}});
-      fields.push_back({"seconds", event.seconds});
-    }
-    fields.push_back({"reason", event.reason});
-    log_->Write(LogLevel::kInfo, event.request_id.empty() ? "level" : "raise", fields);
-  }
 }
 
 bool Program::WaitIdle(SignalQueue& signals, double seconds) {
@@ -344,7 +343,9 @@ void LogConfig(Log& log, const std::vector<ConfigValue>& config) {
 int Serve(CLI::App& command, ServeArgs& args) {
   SignalQueue signals;  // before any thread
   RaiseFileLimit();
-  const auto config = ResolveConfig(command, ProcessEnvironment(), kServeSecrets);
+  Environment environment = ProcessEnvironment();
+  const std::vector<std::string> dropped = DropServiceVariables(command, environment);
+  const auto config = ResolveConfig(command, environment, kServeSecrets);
   if (!config.ok()) return Fail(config.status());
   const auto log_options = LogOptionsOf(args);
   if (!log_options.ok()) return Fail(log_options.status());
@@ -353,6 +354,10 @@ int Serve(CLI::App& command, ServeArgs& args) {
   const std::unique_ptr<Log> log = std::move(*opened);
   log->Write(LogLevel::kInfo, "start",
              {{"version", std::string(kVersion)}, {"pid", int64_t{getpid()}}});
+  for (const std::string& name : dropped) {
+    log->Write(LogLevel::kWarning, "variable_ignored",
+               {{"name", name}, {"message", "it is what Kubernetes says of a Service"}});
+  }
   LogConfig(*log, *config);
 
   Program program(args, log.get());
@@ -391,6 +396,7 @@ int Serve(CLI::App& command, ServeArgs& args) {
     log->Write(LogLevel::kWarning, "stopped_at_once");
     Leave(*log, 1);
   }
+  program.Watch();
   log->Write(LogLevel::kInfo, "stopped");
   return 0;
 }

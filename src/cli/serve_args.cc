@@ -239,7 +239,7 @@ void ServeArgs::AddTo(CLI::App& command) {
   command.get_option("--memory")
       ->description(
           "cache memory, such as 512M or 2G [default: eight whole contexts, at most a quarter of "
-          "the machine's memory]");
+          "the memory that the machine or the container's limit gives]");
   command
       .add_option("--model-name", model_names,
                   "name by which clients ask for the model (may be given again) [default: its own]")

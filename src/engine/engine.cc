@@ -55,6 +55,7 @@ class EngineImpl : public Engine {
     return inbox_.Put(std::move(active));
   }
 
+  std::optional<Rejection> RefusesAll() const override { return inbox_.RefusesAll(); }
   void Cancel(const std::string& id) override { inbox_.Cancel(id); }
   void CancelAll() override { inbox_.CancelAll(); }
   EngineState state() const override { return worker_->state(); }

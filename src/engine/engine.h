@@ -53,6 +53,7 @@ struct Rejection {
 
 // One change of level, of the target or of a running sequence, newest last.
 struct LevelEvent {
+  int64_t sequence = 0;         // 1, 2, ...: without a gap
   double time = 0;              // NowSeconds()
   std::string request_id = {};  // empty: the target for new sequences
   int position = 0;             // tokens cached when a running sequence was raised
@@ -74,9 +75,10 @@ struct EngineState {
   CostFactors cost_factors;         // measured steps and folds by what the policy's cost model said
   std::vector<int> rows_per_level;  // [L + 1] running sequences by level
   int running = 0;
-  int queued = 0;
-  int64_t queued_tokens = 0;
-  double oldest_wait_seconds = 0;
+  int max_running = 0;  // the most there may be: no more than the option, less for small steps
+  int queued = 0;       // before their first step, and the pre-empted
+  int64_t queued_tokens = 0;       // prompts of those before their first step
+  double oldest_wait_seconds = 0;  // since the Submit of the oldest queued one, as of the last step
   int64_t budget_bytes = 0;
   int64_t page_bytes = 0;          // held by sequences
   int64_t state_bytes = 0;         // held by sequences
@@ -115,6 +117,10 @@ class Engine {
 
   // Takes the request or says why not; takes no work before every check has passed.
   virtual std::optional<Rejection> Submit(Request request, std::shared_ptr<RequestSink> sink) = 0;
+
+  // Why Submit would refuse every request now: the queue is full, or the engine drains. Cheap, for
+  // who would otherwise prepare a request in vain.
+  virtual std::optional<Rejection> RefusesAll() const = 0;
 
   // Ends the request within one step; nothing if there is none of that id.
   virtual void Cancel(const std::string& id) = 0;

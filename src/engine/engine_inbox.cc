@@ -26,25 +26,13 @@ std::optional<Rejection> Inbox::Put(std::unique_ptr<ActiveRequest> request) {
   const auto tokens = static_cast<int64_t>(request->request.prompt.size());
   {
     const std::lock_guard lock(mutex_);
-    if (counts_.draining || mail_.stop) {
-      return Rejection{.kind = Rejection::Kind::kUnavailable,
-                       .message = "the server is shutting down and takes no new requests"};
-    }
+    if (auto refusal = RefusesAllLocked()) return refusal;
     // A prompt larger than the bound by itself is let into an empty queue, or it never could be.
-    const bool too_many = counts_.queued >= limits_.max_queued;
-    const bool too_long = limits_.max_queued_tokens > 0 && counts_.queued > 0 &&
-                          counts_.queued_tokens + tokens > limits_.max_queued_tokens;
-    if (too_many || too_long) {
-      return Rejection{
-          .kind = Rejection::Kind::kQueueFull,
-          .message =
-              too_many
-                  ? fmt::format("the queue is full: {} requests wait, {} may", counts_.queued,
-                                limits_.max_queued)
-                  : fmt::format("the queue is full: {} prompt tokens wait and this one has {}, {} "
-                                "may",
-                                counts_.queued_tokens, tokens, limits_.max_queued_tokens),
-          .retry_after_seconds = RetryAfter(NowSeconds())};
+    if (limits_.max_queued_tokens > 0 && counts_.queued > 0 &&
+        counts_.queued_tokens + tokens > limits_.max_queued_tokens) {
+      return QueueFull(
+          fmt::format("the queue is full: {} prompt tokens wait and this one has {}, {} may",
+                      counts_.queued_tokens, tokens, limits_.max_queued_tokens));
     }
     if (!ids_.insert(request->request.id).second) {
       return Rejection{.kind = Rejection::Kind::kInvalid,
@@ -59,6 +47,34 @@ std::optional<Rejection> Inbox::Put(std::unique_ptr<ActiveRequest> request) {
   }
   arrived_.notify_one();
   return std::nullopt;
+}
+
+std::optional<Rejection> Inbox::RefusesAll() const {
+  const std::lock_guard lock(mutex_);
+  return RefusesAllLocked();
+}
+
+std::optional<Rejection> Inbox::RefusesAllLocked() const {
+  if (counts_.draining || mail_.stop) {
+    return Rejection{.kind = Rejection::Kind::kUnavailable,
+                     .message = "the server is shutting down and takes no new requests"};
+  }
+  if (counts_.queued >= limits_.max_queued) {
+    return QueueFull(fmt::format("the queue is full: {} requests wait, {} may", counts_.queued,
+                                 limits_.max_queued));
+  }
+  if (limits_.max_queued_tokens > 0 && counts_.queued > 0 &&
+      counts_.queued_tokens >= limits_.max_queued_tokens) {
+    return QueueFull(fmt::format("the queue is full: {} prompt tokens wait, {} may",
+                                 counts_.queued_tokens, limits_.max_queued_tokens));
+  }
+  return std::nullopt;
+}
+
+Rejection Inbox::QueueFull(std::string message) const {
+  return {.kind = Rejection::Kind::kQueueFull,
+          .message = std::move(message),
+          .retry_after_seconds = RetryAfter(NowSeconds())};
 }
 
 // The time in which half of the queue drains at the rate of late: by then a place is free unless

@@ -56,7 +56,8 @@ class Inbox {
 
   // Submitters' side. Put refuses when the queue is full, the id is in use, or after Drain.
   std::optional<Rejection> Put(std::unique_ptr<ActiveRequest> request);
-  void Cancel(const std::string& id);  // nothing if no accepted request has that id
+  std::optional<Rejection> RefusesAll() const;  // what Put says of any request now
+  void Cancel(const std::string& id);           // nothing if no accepted request has that id
   void CancelAll();
   void SetPolicy(std::unique_ptr<LevelPolicy> policy);
   void SetMaxLevel(int level);
@@ -96,6 +97,8 @@ class Inbox {
 
  private:
   static constexpr double kDrainWindowSeconds = 30;
+  std::optional<Rejection> RefusesAllLocked() const;
+  Rejection QueueFull(std::string message) const;
   double RetryAfter(double now) const;
 
   const InboxLimits limits_;

@@ -99,11 +99,18 @@ TEST_F(InboxTest, BoundsOfTheQueue) {
   auto rejected = inbox.Put(Make("small", 1));
   ASSERT_TRUE(rejected);
   EXPECT_EQ(rejected->kind, Rejection::Kind::kQueueFull);
-  EXPECT_EQ(rejected->message,
-            "the queue is full: 50 prompt tokens wait and this one has 1, 10 may");
+  EXPECT_EQ(rejected->message, "the queue is full: 50 prompt tokens wait, 10 may");
   EXPECT_EQ(rejected->retry_after_seconds, 60) << "nothing has left the queue yet";
+  ASSERT_TRUE(inbox.RefusesAll()) << "without a request to show";
+  EXPECT_EQ(inbox.RefusesAll()->message, rejected->message);
   inbox.Settle(1, 50, 0);
+  EXPECT_FALSE(inbox.RefusesAll());
   EXPECT_FALSE(inbox.Put(Make("b", 4)));
+  rejected = inbox.Put(Make("e", 7));
+  ASSERT_TRUE(rejected);
+  EXPECT_EQ(rejected->message,
+            "the queue is full: 4 prompt tokens wait and this one has 7, 10 may");
+  EXPECT_FALSE(inbox.RefusesAll()) << "a shorter one is welcome";
   EXPECT_FALSE(inbox.Put(Make("c", 4)));
   rejected = inbox.Put(Make("d", 1));
   ASSERT_TRUE(rejected);
@@ -118,6 +125,8 @@ TEST_F(InboxTest, DrainedAndStoppedTakeNothing) {
   inbox.Drain();
   ASSERT_TRUE(inbox.Put(Make("b")));
   EXPECT_EQ(inbox.Put(Make("b"))->kind, Rejection::Kind::kUnavailable);
+  ASSERT_TRUE(inbox.RefusesAll());
+  EXPECT_EQ(inbox.RefusesAll()->kind, Rejection::Kind::kUnavailable);
   EXPECT_TRUE(inbox.counts().draining);
   inbox.Stop();
   Inbox::Mail mail;

@@ -1,5 +1,6 @@
 #include "engine/engine.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -270,9 +271,12 @@ TEST_F(EngineTest, TheQueueIsBounded) {
   EXPECT_EQ(engine->state().queued, 3);
   EXPECT_EQ(engine->state().queued_tokens, 15);
   const auto rejected = engine->Submit(Greedy(5, 3), std::make_shared<RecordingSink>());
+  const auto refused = engine->RefusesAll();
   go = true;
   ASSERT_TRUE(rejected);
   EXPECT_EQ(rejected->kind, Rejection::Kind::kQueueFull);
+  ASSERT_TRUE(refused);
+  EXPECT_EQ(refused->message, rejected->message);
   EXPECT_GE(rejected->retry_after_seconds, 1);
   EXPECT_LE(rejected->retry_after_seconds, 60);
   for (const auto& sink : sinks) EXPECT_TRUE(sink->Wait().status.ok());
@@ -452,13 +456,34 @@ TEST_F(EngineTest, ThePolicyIsFollowedAndRecorded) {
   EXPECT_EQ(state.events[1].to, 2);
   EXPECT_EQ(state.events[1].position, result.levels[1].position);
   EXPECT_GT(state.events[1].seconds, 0);
+  EXPECT_EQ(state.events[0].sequence, 1);
+  EXPECT_EQ(state.events[1].sequence, 2);
 
   engine->SetMaxLevel(0);
   EXPECT_EQ(engine.Submit(Greedy(4, 4))->Wait().levels, (std::vector<LevelSpan>{{0, 0}}));
   EXPECT_EQ(engine->state().max_level, 0);
   engine->SetPolicy(TargetPolicy(0));
   EXPECT_TRUE(engine.Submit(Greedy(4, 4))->Wait().status.ok());
-  EXPECT_EQ(WaitIdle(engine).target_level, 0);
+  const EngineState changed = WaitIdle(engine);
+  EXPECT_EQ(changed.target_level, 0);
+  ASSERT_EQ(changed.events.size(), 3u);
+  EXPECT_EQ(changed.events[2].reason, "admin: policy function");
+  engine->SetPolicy(std::make_unique<FunctionPolicy>([](const LoadSnapshot&) {
+    return LevelDecision{.target = 2, .raises = {}, .reason = "queue: test"};
+  }));
+  engine->SetMaxLevel(2);
+  EXPECT_TRUE(engine.Submit(Greedy(4, 4))->Wait().status.ok());
+  EXPECT_THAT(WaitIdle(engine).events.back().reason,
+              ::testing::AnyOf("admin: policy function, max level 2; queue: test",
+                               "admin: policy function; queue: test"))
+      << "in one mail or in two";
+}
+
+TEST_F(EngineTest, TheBatchIsNoLargerThanItsSteps) {
+  EngineOptions options = Options();
+  EXPECT_EQ(TestEngine(model(), *tokenizer_, options)->state().max_running, 16);
+  options.max_running = 100;  // of 64 rows a page of 16 tokens is a prompt's
+  EXPECT_EQ(TestEngine(model(), *tokenizer_, options)->state().max_running, 48);
 }
 
 // Raises at 5 tokens as above, and keeps what it is told of steps and folds.
@@ -543,7 +568,7 @@ TEST_F(EngineTest, TheObserverSeesEveryEnd) {
   std::atomic<int> seen = 0;
   engine->SetFinishObserver([&](const RequestResult& result) {
     EXPECT_EQ(result.generated_tokens, 3);
-    ++seen;
+    EXPECT_EQ(result.id, fmt::format("r{}", ++seen));
   });
   for (int i = 0; i < 5; ++i) engine.Submit(Greedy(5, 3));
   while (!engine->state().idle) std::this_thread::yield();

@@ -60,6 +60,7 @@ const char* Name(FinishReason reason);
 
 // How a request ended. On an error `status` says why and the tokens sent so far stand.
 struct RequestResult {
+  std::string id;  // the request's
   Status status;
   Tier tier = Tier::kAuto;  // as asked for
   FinishReason finish = FinishReason::kStop;

@@ -188,6 +188,7 @@ class Scheduler {
   LoadSnapshot Snapshot() const;
 
   int running() const { return static_cast<int>(running_.size()); }
+  int max_running() const { return options_.max_running; }  // as clamped
   int waiting() const { return static_cast<int>(waiting_.size()); }
   double oldest_arrival() const;                     // of the waiting ones; 0: there are none
   std::vector<const SequenceCache*> caches() const;  // of all that is in memory, for checks

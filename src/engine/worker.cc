@@ -71,6 +71,7 @@ Worker::Worker(const HybridModel* model, const ExecContext& ctx, const EngineOpt
   state_.policy = policy_->name();
   state_.max_level = options.default_max_level;
   state_.rows_per_level = scheduler_.rows_per_level();
+  state_.max_running = scheduler_.max_running();
   state_.budget_bytes = options.memory_bytes;
 }
 
@@ -131,12 +132,15 @@ void Worker::ReadMail(Inbox::Mail& mail) {
   if (mail.policy != nullptr) {
     policy_ = std::move(mail.policy);
     next_decision_ = 0;
+    admin_change_ = fmt::format("admin: policy {}", policy_->name());
     const std::lock_guard lock(state_mutex_);
     state_.policy = policy_->name();
   }
   if (mail.max_level.has_value()) {
     scheduler_.set_auto_max_level(*mail.max_level);
     next_decision_ = 0;
+    admin_change_ +=
+        fmt::format("{}max level {}", admin_change_.empty() ? "admin: " : ", ", *mail.max_level);
     const std::lock_guard lock(state_mutex_);
     state_.max_level = *mail.max_level;
   }
@@ -178,6 +182,12 @@ void Worker::Decide() {
   load.ttft_p95 = ttft_.Quantile(now, 0.95);
   load.tpot_p95 = tpot_.Quantile(now, 0.95);
   LevelDecision decision = policy_->Decide(load);
+  if (!admin_change_.empty()) {
+    decision.reason = decision.reason.empty()
+                          ? admin_change_
+                          : fmt::format("{}; {}", admin_change_, decision.reason);
+    admin_change_.clear();
+  }
   const double decided = NowSeconds();
   next_decision_ = decided + (decided - now) / kDecisionShare;
 
@@ -228,6 +238,7 @@ Status Worker::NoteDeviceFailure(const std::string& what) {
 void Worker::NoteEvent(LevelEvent event) {
   const std::lock_guard lock(state_mutex_);
   ++(event.request_id.empty() ? state_.target_changes : state_.raises);
+  event.sequence = state_.target_changes + state_.raises;
   if (state_.events.size() == kEventsKept) state_.events.erase(state_.events.begin());
   state_.events.push_back(std::move(event));
 }
@@ -259,6 +270,7 @@ void Worker::Finish(const EndedSequence& ended) {
 void Worker::Deliver(ActiveRequest& active) {
   const double now = NowSeconds();
   RequestResult& result = active.result;
+  result.id = active.request.id;
   result.tier = active.request.tier;
   result.prompt_tokens = static_cast<int>(active.request.prompt.size());
   result.generated_tokens = active.generated;

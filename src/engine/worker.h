@@ -133,7 +133,8 @@ class Worker : private CacheOps {
   Scheduler scheduler_;
   std::unique_ptr<LevelPolicy> policy_;
   double next_decision_ = 0;
-  LevelDecision due_;  // its raises wait until nothing is in flight
+  LevelDecision due_;         // its raises wait until nothing is in flight
+  std::string admin_change_;  // the reason of the next decision; empty: nobody has changed anything
 
   Flight current_, ahead_;  // the step to be committed next, and the one behind it
   int64_t launched_ = 0;

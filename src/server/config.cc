@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <regex>
 
 extern char** environ;
 
@@ -95,9 +96,31 @@ Expected<File> ReadFile(const std::string& path, const std::vector<std::string>&
   return file;
 }
 
+// Of the options that may stand in a file.
+std::vector<std::string> NamesOf(const CLI::App& app) {
+  std::vector<std::string> names;
+  for (const CLI::Option* option : app.get_options()) {
+    if (std::string name = NameOf(*option); !name.empty()) names.push_back(std::move(name));
+  }
+  return names;
+}
+
+std::vector<std::string> EnvironmentNames(const std::vector<std::string>& names) {
+  std::vector<std::string> variables;
+  for (const std::string& name : names) variables.push_back(EnvironmentName(name));
+  return variables;
+}
+
+bool IsServiceVariable(const std::string& name, const std::string& value) {
+  static const std::regex kNames(
+      "DSLA_(.*_)?(SERVICE_(HOST|PORT(_.*)?)|PORT_\\d+_(TCP|UDP|SCTP)(_.*)?)");
+  static const std::regex kLinkNames("DSLA_(.*_)?PORT"), kLinks("(tcp|udp|sctp)://.*");
+  return std::regex_match(name, kNames) ||
+         (std::regex_match(name, kLinkNames) && std::regex_match(value, kLinks));
+}
+
 Status CheckEnvironment(const Environment& environment, const std::vector<std::string>& names) {
-  std::vector<std::string> known;
-  for (const std::string& name : names) known.push_back(EnvironmentName(name));
+  const std::vector<std::string> known = EnvironmentNames(names);
   for (const auto& [name, value] : environment) {
     if (!name.starts_with(kPrefix)) continue;
     if (std::find(known.begin(), known.end(), name) == known.end())
@@ -126,12 +149,23 @@ Environment ProcessEnvironment() {
   return environment;
 }
 
+std::vector<std::string> DropServiceVariables(const CLI::App& app, Environment& environment) {
+  const std::vector<std::string> known = EnvironmentNames(NamesOf(app));
+  std::vector<std::string> dropped;
+  std::erase_if(environment, [&](const auto& variable) {
+    const auto& [name, value] = variable;
+    if (!IsServiceVariable(name, value)) return false;
+    if (std::find(known.begin(), known.end(), name) != known.end()) dropped.push_back(name);
+    return true;
+  });
+  return dropped;
+}
+
 Expected<std::vector<ConfigValue>> ResolveConfig(CLI::App& app, const Environment& environment,
                                                  const std::vector<std::string>& secrets) {
   const std::vector<CLI::Option*> options =
       app.get_options([](const CLI::Option* option) { return !NameOf(*option).empty(); });
-  std::vector<std::string> names;
-  for (const CLI::Option* option : options) names.push_back(NameOf(*option));
+  const std::vector<std::string> names = NamesOf(app);
   DSLA_RETURN_IF_ERROR(CheckEnvironment(environment, names));
 
   std::string config_path;

@@ -23,6 +23,11 @@ struct ConfigValue {
 using Environment = std::map<std::string, std::string>;
 Environment ProcessEnvironment();
 
+// Takes out what Kubernetes tells every pod about a Service whose name begins with "dsla":
+// DSLA_SERVICE_HOST, DSLA_PORT=tcp://10.0.0.1:8080, DSLA_PORT_8080_TCP_ADDR and the like. Returns
+// those that are variables of options, too.
+std::vector<std::string> DropServiceVariables(const CLI::App& app, Environment& environment);
+
 // Gives the options of `app` that the command line left alone their values from `environment` and
 // the file, and runs their conversions and checks. The file's name is the value of --config, from
 // the command line or the environment; without one there is no file. The resolved configuration, in

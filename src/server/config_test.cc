@@ -101,6 +101,32 @@ TEST_F(ConfigTest, UnknownEnvironmentVariablesAreRefused) {
               HasSubstr("DSLA_APIKEY belongs to no option (did you mean 'DSLA_API_KEY'?)"));
 }
 
+TEST_F(ConfigTest, WhatKubernetesSaysOfServicesIsLeftOut) {
+  Environment environment = {
+      // Of a Service named dsla,
+      {"DSLA_SERVICE_HOST", "10.0.0.1"},
+      {"DSLA_SERVICE_PORT", "8080"},
+      {"DSLA_SERVICE_PORT_HTTP", "8080"},
+      {"DSLA_PORT", "tcp://10.0.0.1:8080"},
+      {"DSLA_PORT_8080_TCP", "tcp://10.0.0.1:8080"},
+      {"DSLA_PORT_8080_TCP_PROTO", "tcp"},
+      {"DSLA_PORT_8080_TCP_PORT", "8080"},
+      {"DSLA_PORT_8080_TCP_ADDR", "10.0.0.1"},
+      // and of one named dsla-serve.
+      {"DSLA_SERVE_SERVICE_HOST", "10.0.0.2"},
+      {"DSLA_SERVE_PORT", "udp://10.0.0.2:53"},
+      {"DSLA_SERVE_PORT_53_UDP_ADDR", "10.0.0.2"},
+  };
+  EXPECT_FALSE(Resolve({}, environment).ok());
+  EXPECT_EQ(DropServiceVariables(app, environment), std::vector<std::string>{"DSLA_PORT"});
+  EXPECT_TRUE(environment.empty());
+
+  environment = {{"DSLA_PORT", "7"}, {"DSLA_PROT", "7"}, {"DSLA_HTTP_PORT", "7"}, {"HOME", "x"}};
+  const Environment all = environment;
+  EXPECT_TRUE(DropServiceVariables(app, environment).empty());
+  EXPECT_EQ(environment, all);
+}
+
 TEST_F(ConfigTest, TablesAndUnrelatedKeysAreRefused) {
   EXPECT_THAT(Message({"--config", WriteFile("[server]\nport = 1\n")}), HasSubstr("'server'"));
   EXPECT_THAT(Message({"--config", WriteFile("config = \"other\"\n")}), HasSubstr("'config'"));

@@ -17,6 +17,7 @@ using testing::TestServer;
 class StillEngine : public Engine {
  public:
   std::optional<Rejection> Submit(Request, std::shared_ptr<RequestSink>) override { return {}; }
+  std::optional<Rejection> RefusesAll() const override { return {}; }
   void Cancel(const std::string&) override {}
   void CancelAll() override {}
   EngineState state() const override { return state_; }

@@ -88,6 +88,11 @@ std::string TimeText(double seconds) {
                      static_cast<int>((seconds - std::floor(seconds)) * 1000));
 }
 
+// What a JSON line has beside its fields, which a field of that name must not replace.
+bool IsOfEveryLine(std::string_view name) {
+  return name == "time" || name == "level" || name == "event";
+}
+
 // As it may stand after "name=": quoted where it holds more than plain characters.
 std::string TextValue(const std::string& value) {
   bool plain = !value.empty();
@@ -113,7 +118,8 @@ std::string Log::Format(bool json, double seconds, LogLevel level, std::string_v
     nlohmann::ordered_json line = {
         {"time", TimeText(seconds)}, {"level", level_name}, {"event", event}};
     for (const LogField& field : fields) {
-      std::visit([&](const auto& value) { line[field.name] = value; }, field.value);
+      const std::string name = IsOfEveryLine(field.name) ? "field_" + field.name : field.name;
+      std::visit([&](const auto& value) { line[name] = value; }, field.value);
     }
     return line.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
   }

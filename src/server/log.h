@@ -44,7 +44,8 @@ class Log {
   void Reopen();         // the file by its name, after it was moved away; thread-safe
   int64_t lost() const;  // lines that could not be written
 
-  // One line, without its end. `seconds`: since 1970.
+  // One line, without its end. `seconds`: since 1970. In JSON a field named time, level or event,
+  // as what every line has, becomes field_time and so on.
   static std::string Format(bool json, double seconds, LogLevel level, std::string_view event,
                             const std::vector<LogField>& fields);
 

@@ -50,6 +50,18 @@ TEST(LogTest, TextAndJson) {
       std::string::npos);
 }
 
+TEST(LogTest, AFieldReplacesNothingOfTheLine) {
+  const auto json = nlohmann::json::parse(
+      Log::Format(true, 1700000000.25, LogLevel::kError, "config",
+                  {{"level", "5 (command line)"}, {"time", int64_t{1}}, {"event", "x"}}));
+  EXPECT_EQ(json["level"], "error");
+  EXPECT_EQ(json["time"], "2023-11-14T22:13:20.250Z");
+  EXPECT_EQ(json["event"], "config");
+  EXPECT_EQ(json["field_level"], "5 (command line)");
+  EXPECT_EQ(json["field_time"], 1);
+  EXPECT_EQ(json["field_event"], "x");
+}
+
 TEST(LogTest, LevelsAndOrder) {
   const std::string path = Path("levels");
   std::remove(path.c_str());

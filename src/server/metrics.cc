@@ -156,13 +156,18 @@ constexpr Figure kFigures[] = {
     {"gauge",
      &EngineState::queued,
      "dsla_requests_queued",
-     "Requests that wait for their first step.",
+     "Requests that wait for their first step, or, pre-empted, for their next one.",
      {"vllm:num_requests_waiting"}},
-    {"gauge", &EngineState::queued_tokens, "dsla_queued_tokens", "Prompt tokens that wait.", {}},
+    {"gauge",
+     &EngineState::queued_tokens,
+     "dsla_queued_tokens",
+     "Prompt tokens of the requests that wait for their first step.",
+     {}},
     {"gauge",
      &EngineState::oldest_wait_seconds,
      "dsla_oldest_wait_seconds",
-     "How long the oldest queued request has waited.",
+     "Since the engine accepted the oldest queued request, as of the last step; of a "
+     "pre-empted one that includes the time it ran.",
      {}},
     {"gauge", &EngineState::budget_bytes, "dsla_memory_budget_bytes", "Cache memory there is.", {}},
     {"counter", &EngineState::steps, "dsla_steps_total", "Steps of the engine.", {}},
@@ -369,10 +374,15 @@ void ServerMetrics::RenderRequests(std::string& out) const {
       text.Sample(static_cast<double>(count), {{"reason", KindName(kind)}});
     }
   }
-  text.Histogram("dsla_ttft_seconds", "From the request to its first token.", ttft_);
+  text.Histogram(
+      "dsla_ttft_seconds",
+      "From the engine's acceptance of a request, read and tokenised, to its first token.", ttft_);
   text.Histogram("dsla_tpot_seconds", "Per token after the first, mean of each request.", tpot_);
-  text.Histogram("dsla_e2e_seconds", "From the request to its end.", e2e_);
-  text.Histogram("dsla_queue_seconds", "From the request to its first step.", queue_time_);
+  text.Histogram("dsla_e2e_seconds", "From the engine's acceptance of a request to its end.", e2e_);
+  text.Histogram(
+      "dsla_queue_seconds",
+      "From the engine's acceptance of a request to its first step, or to its end without one.",
+      queue_time_);
   text.Histogram("dsla_request_prompt_tokens", "Prompt tokens of a request.", prompt_tokens_);
   text.Histogram("dsla_request_generated_tokens", "Tokens of a reply.", generated_tokens_);
 }
@@ -381,13 +391,15 @@ void ServerMetrics::RenderHttp(std::string& out) const {
   Text text(out);
   {
     const std::lock_guard lock(mutex_);
-    text.Counter("dsla_http_requests_total", "HTTP requests by route and status.");
+    text.Counter("dsla_http_requests_total", "HTTP requests by route and status code.");
     for (const auto& [key, count] : http_requests_) {
       text.Sample(static_cast<double>(count),
                   {{"route", key.first}, {"code", std::to_string(key.second)}});
     }
   }
-  text.Histogram("dsla_http_seconds", "HTTP requests to their last byte.", http_seconds_);
+  text.Histogram("dsla_http_seconds",
+                 "From the first byte of an HTTP request to the last of its answer.",
+                 http_seconds_);
   text.Gauge("dsla_http_in_flight", "HTTP requests being answered.")
       .Sample(static_cast<double>(http_in_flight_.load(std::memory_order_relaxed)));
   text.Gauge("dsla_http_connections", "Open connections.")

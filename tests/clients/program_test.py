@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import unittest.mock
 
 from serving import KEY, call, check, completions, events, finish, parse_arguments, serving, server
 
@@ -69,6 +70,7 @@ def check_refusals(program, folder, model):
     refused(program, model, ["--api-key-file", folder / "none"], ["none"])
     refused(program, model, ["--log-file", folder / "none" / "log"], ["log"])
     refused(program, model, ["--max-level", "3"], ["--max-level", "no adapter"])
+    refused(program, model, ["--default-tier", "economy"], ["--default-tier", "needs an adapter"])
     refused(program, model, ["--memory", "lots"], ["lots"])
     refused(program, model, ["--memory", "1K"], ["--memory", "1K", str(LEAST_MEMORY)])
     refused(program, model, ["--memory", LEAST_MEMORY - 1], ["--memory", str(LEAST_MEMORY)])
@@ -183,6 +185,19 @@ def check_hangup_and_pipe(program, folder, model):
         check("/v1/completions" not in rotated.read_text(), "and not in the old one")
 
 
+def check_start(program, model):
+    """What the log says at the start of options that cannot be met and of variables that are not meant."""
+    service = {"DSLA_PORT": "tcp://10.0.0.1:8080", "DSLA_SERVICE_HOST": "10.0.0.1", "DSLA_PORT_8080_TCP_ADDR": "10.0.0.1"}
+    with unittest.mock.patch.dict(os.environ, service):
+        with serving(program, "--model", model, *ONE, "--max-running", 500, "--max-batch-tokens", 128, "--log-format", "json") as running:
+            check(call(running, "GET", "/ready").status == 200, "beside a Service named dsla in Kubernetes: serves")
+            lines = [json.loads(line) for line in running.log.read_text().splitlines()]
+    found = {line["event"]: line for line in lines}
+    ignored, lowered = found.get("variable_ignored", {}), found.get("max_running_lowered", {})
+    check(ignored.get("name") == "DSLA_PORT", f"and says that DSLA_PORT is not its port: {ignored}")
+    check((lowered.get("level"), lowered.get("asked"), lowered.get("used")) == ("warning", 500, 64), f"--max-running 500 in steps of 128: {lowered}")
+
+
 def check_full_disk(program, model):
     with serving(program, "--model", model, *ONE, "--log-file", "/dev/full") as running:
         for _ in range(20):
@@ -276,6 +291,7 @@ def main():
             lambda: check_second_signal(arguments.program, model),
             lambda: check_drain_limit(arguments.program, model),
             lambda: check_hangup_and_pipe(arguments.program, folder, model),
+            lambda: check_start(arguments.program, model),
             lambda: check_full_disk(arguments.program, model),
             lambda: check_descriptors(arguments.program, model, folder),
             lambda: check_least_memory(arguments.program, model),

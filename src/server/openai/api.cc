@@ -6,6 +6,44 @@ namespace dsla::openai {
 namespace {
 
 using HandlerOfService = void (*)(const ServicePtr&, RequestPtr, ResponderPtr);
+using HandlerOfText = void (*)(const ServicePtr&, PermitPtr, RequestPtr, ResponderPtr);
+
+// Of a body with a large text.
+constexpr size_t kLargeBytes = 64 << 10;
+
+// What the handler throws becomes the answer, as on an io thread.
+void RunInPool(TextPool& pool, HandlerOfText handler, const ServicePtr& service, PermitPtr permit,
+               RequestPtr request, ResponderPtr responder) {
+  // Tasks can be copied, a permit cannot.
+  pool.Post([=, held = std::make_shared<PermitPtr>(std::move(permit))] {
+    if (responder->gone()) return;
+    try {
+      handler(service, std::move(*held), request, responder);
+    } catch (const std::bad_alloc&) {
+      responder->Note("cause", "out of memory in the request's handler");
+      responder->Respond(ErrorResponse(OutOfMemoryError()));
+    } catch (const std::exception& error) {
+      responder->Note("cause", error.what());
+      responder->Respond(ErrorResponse(InternalError()));
+    }
+  });
+}
+
+void RunOnText(HandlerOfText handler, bool for_engine, const ServicePtr& service,
+               RequestPtr request, ResponderPtr responder) {
+  auto admitted = service->Admit(for_engine);
+  if (const auto* error = std::get_if<HttpError>(&admitted)) {
+    responder->Respond(ErrorResponse(*error));
+    return;
+  }
+  PermitPtr permit = std::get<PermitPtr>(std::move(admitted));
+  TextPool* const pool = service->context().text_pool;
+  if (pool != nullptr && request->body.size() > kLargeBytes) {
+    RunInPool(*pool, handler, service, std::move(permit), std::move(request), std::move(responder));
+  } else {
+    handler(service, std::move(permit), std::move(request), std::move(responder));
+  }
+}
 
 }  // namespace
 
@@ -20,15 +58,21 @@ void RegisterApi(Router& router, ApiContext context) {
         },
         options);
   };
+  const auto add_text = [&](std::string_view pattern, HandlerOfText handler, bool for_engine) {
+    router.Add("POST", pattern,
+               [service, handler, for_engine](RequestPtr request, ResponderPtr responder) {
+                 RunOnText(handler, for_engine, service, std::move(request), std::move(responder));
+               });
+  };
   const RouteOptions always = {.while_draining = true};
-  add("POST", "/v1/completions", HandleCompletions);
-  add("POST", "/v1/chat/completions", HandleChat);
+  add_text("/v1/completions", HandleCompletions, /*for_engine=*/true);
+  add_text("/v1/chat/completions", HandleChat, /*for_engine=*/true);
   add("GET", "/v1/models", HandleModels, always);
   add("GET", "/v1/models/{id}", HandleModel, always);
   // Clients look for these at the root or under /v1.
   for (const char* prefix : {"", "/v1"}) {
     const std::string at = prefix;
-    add("POST", at + "/tokenize", HandleTokenize);
+    add_text(at + "/tokenize", HandleTokenize, /*for_engine=*/false);
     add("POST", at + "/detokenize", HandleDetokenize);
     add("GET", at + "/tokenizer_info", HandleTokenizerInfo, always);
   }

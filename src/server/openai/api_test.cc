@@ -1,6 +1,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <future>
+
 #include "base/clock.h"
 #include "server/openai/testing.h"
 
@@ -69,7 +71,7 @@ TEST(Completions, TheWholeAnswer) {
           R"("prompt_tokens_details":{"cached_tokens":1},"dsla":{"tier":"auto","levels":)"
           R"([{"position":0,"level":0},{"position":64,"level":2}]}}})");
   EXPECT_EQ(responder->note("tokens"), "2");
-  EXPECT_EQ(responder->note("level"), "2");
+  EXPECT_EQ(responder->note("dsla_level"), "2");
 }
 
 TEST(Completions, EveryStreamedByte) {
@@ -348,6 +350,66 @@ TEST(Errors, TooManyRequestsAtOnce) {
   EXPECT_EQ(api.engine.jobs(), 1u);
 }
 
+TEST(Errors, AFullQueueIsSaidBeforeAnyWork) {
+  TestApi api;
+  api.engine.full = true;
+  api.engine.rejection = {Rejection::Kind::kQueueFull, "the queue is full", "", 2.5};
+  for (const auto& responder : {api.Completions("not even JSON"), api.Chat(R"({"messages":[]})")}) {
+    ExpectError(*responder, 429, "queue_full");
+    EXPECT_EQ(responder->head().headers.Get("retry-after-ms"), "2500");
+  }
+  EXPECT_EQ(api.Call("POST", "/tokenize", R"({"prompt":"x"})")->head().status, 200);
+  api.engine.full = false;
+  api.Completions(R"({"prompt":"x"})");
+  EXPECT_EQ(api.engine.jobs(), 1u);
+}
+
+TEST(Errors, TokenizeNeedsAPermitToo) {
+  TestApi api;
+  api.context.max_in_flight = 1;
+  EXPECT_EQ(api.Call("POST", "/tokenize", R"({"prompt":"x"})")->head().status, 200);
+  EXPECT_EQ(api.Call("POST", "/tokenize", R"({"prompt":"x"})")->head().status, 200);
+  const auto running = api.Completions(R"({"prompt":"x"})");
+  ExpectError(*api.Call("POST", "/v1/tokenize", R"({"prompt":"x"})"), 429, "queue_full");
+}
+
+// Small requests pass a large one whose text is still to be read, in a pool that is busy.
+TEST(LargeTexts, DoNotHoldUpTheCaller) {
+  TestApi api(1 << 20);
+  TextPool pool(1);
+  api.context.text_pool = &pool;
+  std::promise<void> go;
+  pool.Post([free = go.get_future().share()] { free.wait(); });
+  const auto body = [](const std::string& text) {
+    return fmt::format(R"({{"prompt":"{}","max_tokens":1}})", text);
+  };
+  const std::string large = body(std::string(100 << 10, 'h'));
+  const auto first = api.Completions(large), left = api.Completions(large);
+  const auto count = api.Call("POST", "/tokenize", large);
+  EXPECT_EQ(api.engine.jobs(), 0u);
+  api.Completions(body("e"));
+  EXPECT_EQ(api.engine.jobs(), 1u);
+  left->Disconnect();
+  EXPECT_FALSE(first->gone() || count->gone());
+  go.set_value();
+  count->WaitForEnd();
+  EXPECT_THAT(count->body(), StartsWith(R"({"count":102400,)"));
+  ASSERT_EQ(api.engine.jobs(), 2u) << "nothing is done for who has left";
+  EXPECT_EQ(api.engine.job(1).request.prompt.size(), 102400u);
+}
+
+TEST(LargeTexts, AreDroppedWithThePool) {
+  TestApi api(1 << 20);
+  auto pool = std::make_unique<TextPool>(0);
+  api.context.text_pool = pool.get();
+  const auto responder =
+      api.Completions(fmt::format(R"({{"prompt":"{}"}})", std::string(100 << 10, 'h')));
+  EXPECT_GT(responder.use_count(), 1);
+  pool.reset();
+  EXPECT_EQ(responder.use_count(), 1) << "the server answers for it";
+  EXPECT_EQ(api.engine.jobs(), 0u);
+}
+
 RequestResult Failed(Status status) {
   RequestResult result;
   result.status = std::move(status);
@@ -389,6 +451,11 @@ TEST(Errors, AfterTheFirstByteAreAnEvent) {
     EXPECT_THAT(responder->body(), ::testing::EndsWith("}}\n\n"));
     EXPECT_EQ(responder->body().find("[DONE]"), std::string::npos);
     EXPECT_TRUE(responder->gone());
+    // The log's line says what there was, though the status is 200.
+    EXPECT_EQ(responder->note("error"), code);
+    EXPECT_EQ(responder->note("tokens"), "1");
+    EXPECT_EQ(responder->note("tier"), "auto");
+    EXPECT_EQ(responder->note("dsla_level"), "0");
     // The other reply is ended, and what it still says does no harm.
     EXPECT_EQ(api.engine.WaitForCancelled(1)[0], api.engine.job(0).request.id);
     api.engine.job(0).sink->OnToken(Token(98, "b"));
@@ -454,6 +521,23 @@ TEST(Disconnect, CancelsEveryReply) {
     api.engine.job(i).sink->OnFinish(Failed(Status(StatusCode::kCancelled, "cancelled")));
   }
   EXPECT_EQ(responder->head().status, 0);
+}
+
+TEST(Disconnect, TheLogHasWhatThereWas) {
+  TestApi api;
+  const auto responder = api.Completions(R"({"prompt":[1,2,3],"stream":true,"n":2})");
+  TokenOutput token = Token(97, "a");
+  token.level = 2;
+  api.engine.job(0).sink->OnToken(token);
+  api.engine.job(1).sink->OnToken(Token(98, "b"));
+  responder->Disconnect();
+  EXPECT_EQ(responder->note("prompt_tokens"), "6");
+  EXPECT_EQ(responder->note("tokens"), "2");
+  EXPECT_EQ(responder->note("tier"), "auto");
+  EXPECT_EQ(responder->note("dsla_level"), "2");
+  // The end that the cancelling brings is not the server's doing.
+  api.engine.job(0).sink->OnFinish(Failed(Status(StatusCode::kCancelled, "cancelled")));
+  EXPECT_EQ(responder->note("error"), "");
 }
 
 TEST(Models, ListAndOne) {

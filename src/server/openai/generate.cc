@@ -5,11 +5,6 @@
 namespace dsla::openai {
 namespace {
 
-HttpError TextError(const Status& status, const char* param) {
-  if (status.code() == StatusCode::kInternal) return InternalError();
-  return InvalidRequestError(status.message(), param);
-}
-
 void Refuse(Responder& responder, const HttpError& error) {
   responder.Respond(ErrorResponse(error));
 }
@@ -48,8 +43,8 @@ std::optional<HttpError> AddPrompt(const Service& service, const CompletionReque
   return std::nullopt;
 }
 
-// Model and permit, which both kinds of request need first.
-std::optional<HttpError> Admit(Service& service, std::string_view asked, std::string* model) {
+std::optional<HttpError> FindModel(const Service& service, std::string_view asked,
+                                   std::string* model) {
   auto name = service.ModelName(asked);
   if (const auto* error = std::get_if<HttpError>(&name)) return *error;
   *model = std::get<std::string>(std::move(name));
@@ -68,7 +63,7 @@ Parsed<std::vector<int32_t>> EncodeText(const Service& service, const std::strin
         context + 1, context);
   }
   auto tokens = service.tokenizer().Encode(text, options);
-  if (!tokens.ok()) return TextError(tokens.status(), "prompt");
+  if (!tokens.ok()) return InvalidRequestError(tokens.status().message(), "prompt");
   return std::move(tokens).value();
 }
 
@@ -92,22 +87,18 @@ Parsed<std::vector<int32_t>> EncodeMessages(const Service& service,
   }
   auto tokens =
       EncodeChat(service.tokenizer(), *context.chat_template, messages, add_generation_prompt);
-  if (!tokens.ok()) {
-    HttpError error = TextError(tokens.status(), "messages");
-    if (error.status == 400) error.code = "chat_template_error";
-    return error;
-  }
+  if (!tokens.ok())
+    return InvalidRequestError(tokens.status().message(), "messages", "chat_template_error");
   return std::move(tokens).value();
 }
 
-void HandleCompletions(const ServicePtr& service, RequestPtr request, ResponderPtr responder) {
-  auto permit = service->TryPermit();
-  if (!permit) return Refuse(*responder, service->NoPermitError());
+void HandleCompletions(const ServicePtr& service, PermitPtr permit, RequestPtr request,
+                       ResponderPtr responder) {
   auto parsed = ParseCompletion(request->body, service->limits());
   if (const auto* error = std::get_if<HttpError>(&parsed)) return Refuse(*responder, *error);
   CompletionRequest& completion = std::get<CompletionRequest>(parsed);
   GenerationPlan plan;
-  if (auto error = Admit(*service, completion.common.model, &plan.model)) {
+  if (auto error = FindModel(*service, completion.common.model, &plan.model)) {
     return Refuse(*responder, *error);
   }
   plan.echo = completion.echo;
@@ -122,15 +113,14 @@ void HandleCompletions(const ServicePtr& service, RequestPtr request, ResponderP
                     std::move(responder));
 }
 
-void HandleChat(const ServicePtr& service, RequestPtr request, ResponderPtr responder) {
-  auto permit = service->TryPermit();
-  if (!permit) return Refuse(*responder, service->NoPermitError());
+void HandleChat(const ServicePtr& service, PermitPtr permit, RequestPtr request,
+                ResponderPtr responder) {
   auto parsed = ParseChat(request->body, service->limits());
   if (const auto* error = std::get_if<HttpError>(&parsed)) return Refuse(*responder, *error);
   ChatRequest& chat = std::get<ChatRequest>(parsed);
   GenerationPlan plan;
   plan.chat = true;
-  if (auto error = Admit(*service, chat.common.model, &plan.model)) {
+  if (auto error = FindModel(*service, chat.common.model, &plan.model)) {
     return Refuse(*responder, *error);
   }
   auto tokens = EncodeMessages(*service, chat.messages, chat.add_generation_prompt);

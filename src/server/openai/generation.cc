@@ -46,6 +46,10 @@ void Generation::Start(std::shared_ptr<Service> service, std::unique_ptr<Service
     const auto generation = weak.lock();
     if (!generation) return;
     generation->disconnected_ = true;
+    {
+      const std::lock_guard lock(generation->mutex_);
+      generation->NoteUsage();
+    }
     generation->CancelAll();
   });
   if (generation->plan_.common.stream) {
@@ -187,6 +191,7 @@ void Generation::OnToken(int index, TokenOutput token) {
   if (ended_) return;
   Choice& choice = choices_[index];
   if (finished_ == 0 && choice.tokens == 0) first_level_ = std::max(first_level_, token.level);
+  highest_level_ = std::max(highest_level_, token.level);
   ++choice.tokens;
   if (plan_.common.stream) {
     WriteChunk(index, std::move(token.text), &token);
@@ -407,6 +412,8 @@ void Generation::Complete() {
 
 // On the engine's thread or at the end of Submit; the replies that still run are cancelled.
 void Generation::Fail(HttpError error) {
+  NoteUsage();
+  if (!disconnected_) responder_->Note("error", error.code);
   ended_ = true;
   std::vector<std::string> running;
   for (size_t i = 0; i < choices_.size(); ++i) {
@@ -447,17 +454,22 @@ HttpResponse Generation::WithLevel(HttpResponse response, int level) const {
   return response;
 }
 
-void Generation::NoteUsage() const {
-  int64_t prompt = 0, tokens = 0, level = 0;
-  for (const Choice& choice : choices_) {
-    prompt += choice.result.prompt_tokens;
-    tokens += choice.result.generated_tokens;
-    for (const LevelSpan& span : choice.result.levels) level = std::max<int64_t>(level, span.level);
+// For the log's line, once: at the end, or when the client leaves.
+void Generation::NoteUsage() {
+  if (std::exchange(noted_, true)) return;
+  size_t prompt = 0;
+  int64_t tokens = 0;
+  int level = highest_level_;
+  for (size_t i = 0; i < choices_.size(); ++i) {
+    const Choice& choice = choices_[i];
+    prompt += plan_.prompts[prompt_of(static_cast<int>(i))].size();
+    tokens += choice.done ? choice.result.generated_tokens : choice.tokens;
+    for (const LevelSpan& span : choice.result.levels) level = std::max(level, span.level);
   }
   responder_->Note("prompt_tokens", fmt::format("{}", prompt));
   responder_->Note("tokens", fmt::format("{}", tokens));
   responder_->Note("tier", Name(plan_.common.tier));
-  responder_->Note("level", fmt::format("{}", level));
+  responder_->Note("dsla_level", fmt::format("{}", level));
 }
 
 }  // namespace dsla::openai

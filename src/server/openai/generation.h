@@ -80,7 +80,7 @@ class Generation : public std::enable_shared_from_this<Generation> {
   void Flush();
   void Complete();
   void Fail(HttpError error);
-  void NoteUsage() const;
+  void NoteUsage();
   HttpResponse WithTier(HttpResponse response) const;
   HttpResponse WithLevel(HttpResponse response, int level) const;
   HttpError ErrorOf(const RequestResult& result) const;
@@ -106,7 +106,8 @@ class Generation : public std::enable_shared_from_this<Generation> {
   bool started_ = false;    // the first events are out
   bool ended_ = false;      // nothing more will go out
   int finished_ = 0;
-  int first_level_ = 0;
+  int first_level_ = 0, highest_level_ = 0;  // of tokens
+  bool noted_ = false;                       // usage is, for the log
   std::optional<HttpError> failure_;
   std::string pending_;  // events that are due
 };

@@ -1,4 +1,5 @@
-// The handlers behind RegisterApi. Each answers at once or hands over to a Generation.
+// The handlers behind RegisterApi. Each answers at once or hands over to a Generation. Those with a
+// permit read and tokenise texts; they may run on a thread of the TextPool.
 #pragma once
 
 #include <memory>
@@ -11,10 +12,13 @@ namespace dsla::openai {
 using RequestPtr = std::shared_ptr<const HttpRequest>;
 using ResponderPtr = std::shared_ptr<Responder>;
 using ServicePtr = std::shared_ptr<Service>;
+using PermitPtr = std::unique_ptr<Service::Permit>;
 
 // generate.cc
-void HandleCompletions(const ServicePtr& service, RequestPtr request, ResponderPtr responder);
-void HandleChat(const ServicePtr& service, RequestPtr request, ResponderPtr responder);
+void HandleCompletions(const ServicePtr& service, PermitPtr permit, RequestPtr request,
+                       ResponderPtr responder);
+void HandleChat(const ServicePtr& service, PermitPtr permit, RequestPtr request,
+                ResponderPtr responder);
 // The tokens of a conversation; 400 where there is no template or it refuses the messages.
 Parsed<std::vector<int32_t>> EncodeMessages(const Service& service,
                                             const std::vector<ChatMessage>& messages,
@@ -28,7 +32,8 @@ void HandleModels(const ServicePtr& service, RequestPtr request, ResponderPtr re
 void HandleModel(const ServicePtr& service, RequestPtr request, ResponderPtr responder);
 
 // tokens.cc
-void HandleTokenize(const ServicePtr& service, RequestPtr request, ResponderPtr responder);
+void HandleTokenize(const ServicePtr& service, PermitPtr permit, RequestPtr request,
+                    ResponderPtr responder);
 void HandleDetokenize(const ServicePtr& service, RequestPtr request, ResponderPtr responder);
 void HandleTokenizerInfo(const ServicePtr& service, RequestPtr request, ResponderPtr responder);
 

@@ -34,17 +34,18 @@ Parsed<std::string> Service::ModelName(std::string_view asked) const {
   return std::string(asked);
 }
 
-std::unique_ptr<Service::Permit> Service::TryPermit() {
+Parsed<std::unique_ptr<Service::Permit>> Service::Admit(bool for_engine) {
   auto permit = std::make_unique<Permit>(this);  // counts down again where it is refused
-  if (in_flight_.fetch_add(1, std::memory_order_relaxed) < context_.max_in_flight) return permit;
-  return nullptr;
-}
-
-HttpError Service::NoPermitError() {
-  if (context_.metrics) context_.metrics->CountRejection(Rejection::Kind::kQueueFull);
-  return QueueFullError(fmt::format("the server is working on {} requests, as many as it takes",
-                                    context_.max_in_flight),
-                        retry_after_.load(std::memory_order_relaxed));
+  if (in_flight_.fetch_add(1, std::memory_order_relaxed) >= context_.max_in_flight) {
+    if (context_.metrics) context_.metrics->CountRejection(Rejection::Kind::kQueueFull);
+    return QueueFullError(fmt::format("the server is working on {} requests, as many as it takes",
+                                      context_.max_in_flight),
+                          retry_after_.load(std::memory_order_relaxed));
+  }
+  if (for_engine) {
+    if (const auto refusal = engine().RefusesAll()) return ErrorOf(*refusal, 0);
+  }
+  return permit;
 }
 
 HttpError Service::ErrorOf(const Rejection& rejection, int64_t prompt_tokens) {

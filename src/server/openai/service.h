@@ -20,6 +20,7 @@
 #include "server/metrics.h"
 #include "server/openai/canceller.h"
 #include "server/openai/requests.h"
+#include "server/openai/text_pool.h"
 
 namespace dsla::openai {
 
@@ -38,6 +39,7 @@ struct ApiContext {
   std::string version;                 // of the program
   ServerMetrics* metrics = nullptr;    // may be null: no /metrics
   DslaControl* control = nullptr;      // may be null: no /v1/dsla
+  TextPool* text_pool = nullptr;       // may be null: large texts, too, hold up an io thread
   std::function<int64_t()> unix_time;  // seconds; unset: the system's clock
   uint64_t random_seed = 0;            // of ids and of seeds not given; 0 = from the system
 };
@@ -55,8 +57,7 @@ class Service : public std::enable_shared_from_this<Service> {
   // The name to answer with, or 404. Empty: the first.
   Parsed<std::string> ModelName(std::string_view asked) const;
 
-  // Room for one more request, given back when the Permit goes; 429 before any work if there is
-  // none.
+  // Room for one more request, given back when it goes.
   class Permit {
    public:
     explicit Permit(Service* service) : service_(service) {}
@@ -67,8 +68,9 @@ class Service : public std::enable_shared_from_this<Service> {
    private:
     Service* service_;
   };
-  std::unique_ptr<Permit> TryPermit();
-  HttpError NoPermitError();
+  // 429 before any work if there is none; also, where the request is `for_engine`, if the engine
+  // would refuse it whatever it is.
+  Parsed<std::unique_ptr<Permit>> Admit(bool for_engine);
 
   HttpError ErrorOf(const Rejection& rejection, int64_t prompt_tokens);
 

@@ -30,6 +30,10 @@ class FakeEngine : public Engine {
     jobs_.push_back({std::move(request), std::move(sink)});
     return std::nullopt;
   }
+  std::optional<Rejection> RefusesAll() const override {
+    if (full) return rejection;
+    return std::nullopt;
+  }
   void Cancel(const std::string& id) override {
     const std::lock_guard lock(mutex_);
     cancelled_.push_back(id);
@@ -63,6 +67,7 @@ class FakeEngine : public Engine {
 
   int reject_after = -1;  // so many are taken, the others get `rejection`; -1: all are taken
   Rejection rejection;
+  bool full = false;  // nobody is taken, as `rejection` says
 
  private:
   mutable std::mutex mutex_;

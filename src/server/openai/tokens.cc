@@ -31,7 +31,8 @@ void WriteSpecial(const Tokenizer& tokenizer, const char* name, std::optional<in
 
 }  // namespace
 
-void HandleTokenize(const ServicePtr& service, RequestPtr request, ResponderPtr responder) {
+void HandleTokenize(const ServicePtr& service, PermitPtr /*held to the end*/, RequestPtr request,
+                    ResponderPtr responder) {
   const auto parsed = ParseTokenize(request->body, service->limits());
   std::vector<int32_t> tokens;
   std::optional<HttpError> error;
