@@ -14,7 +14,7 @@ const HINTS = {
 };
 
 const view = { model: '', levels: 0, top: 0 };
-let conversation = [];  // {role, content}, as the API takes them
+let conversation = [];  // {role, content}, as the API takes them: each question with its answer
 let attached = null;    // {name, text}
 let running = null;     // AbortController of the reply being written
 let askForKey = () => {};
@@ -167,9 +167,10 @@ function showFailure(article, error, retry) {
   let text = error instanceof ApiError ? error.message : `The page failed: ${error.message}`;
   if (error.retryAfter) text += ` Try again in ${Math.ceil(error.retryAfter)} s.`;
   box.append(node('p', '', text));
-  const again = node('button', 'quiet', 'Try again');
+  const again = node('button', 'quiet retry', 'Try again');
   again.type = 'button';
   again.addEventListener('click', () => {
+    $('send').focus({ preventScroll: true });  // the button goes, the focus stays at hand
     article.remove();
     retry();
   });
@@ -177,7 +178,14 @@ function showFailure(article, error, retry) {
   article.append(box);
 }
 
-async function answer() {
+// What a failed answer offers holds until something else is asked: a question without an answer is no part of the
+// conversation, as templates want the two in turn.
+function dropRetry() {
+  $('messages').querySelector('.retry')?.replaceWith(node('p', 'note', 'Left out of the conversation.'));
+}
+
+async function answer(question) {
+  const mine = conversation;  // Clear begins another one
   const article = addMessage('assistant', 'Model');
   const body = node('div', 'body');
   const wait = node('p', 'wait', 'Reading');
@@ -201,7 +209,7 @@ async function answer() {
   busy(true);
   announce('The model is reading.');
   const system = $('system').value.trim();
-  const messages = system ? [{ role: 'system', content: system }, ...conversation] : conversation;
+  const messages = [...(system ? [{ role: 'system', content: system }] : []), ...mine, question];
   let failed = null;
   try {
     await stream(reply, requestBody(messages), render);
@@ -211,17 +219,18 @@ async function answer() {
   }
   running = null;
   busy(false);
+  if (mine !== conversation) return;
   paint();
   article.dataset.done = 'true';
   if (reply.text || !failed) {
-    conversation.push({ role: 'assistant', content: reply.text });
     showCost(article, reply);
     announce(reply.stopped ? 'Stopped.' : reply.text);
   }
   if (failed) {
-    if (reply.text) conversation.pop();
-    showFailure(article, failed, answer);
-    if (failed.status === 401) askForKey(failed.message);
+    showFailure(article, failed, () => answer(question));
+    if (failed.status === 401) askForKey();
+  } else if (reply.text) {
+    mine.push(question, { role: 'assistant', content: reply.text });
   }
   toBottom();
 }
@@ -265,12 +274,13 @@ async function readFile(file) {
 function send(text) {
   if (running || (!text && !attached)) return;
   const question = text || 'Summarise this text.';
-  conversation.push({ role: 'user', content: attached ? `${attached.text}\n\n${question}` : question });
+  const content = attached ? `${attached.text}\n\n${question}` : question;
+  dropRetry();
   showUser(question, attached);
   attach(null);
   $('prompt').value = '';
   fit();
-  answer();
+  answer({ role: 'user', content });
 }
 
 function clear() {

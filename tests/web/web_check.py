@@ -60,13 +60,17 @@ def say(page, text):
     page.key("Enter", "\r")
 
 
-def check_key(page):
+def give_key(page):
     page.wait("document.getElementById('key-dialog').open")
-    check(True, "without a key the page asks for one")
     page.evaluate("document.getElementById('key').focus()")
     page.call("Input.insertText", text=KEY)
     page.key("Enter", "\r")
     page.wait("document.getElementById('status').dataset.state === 'live'")
+
+
+def check_key(page):
+    give_key(page)
+    check(True, "without a key the page asks for one")
     check(page.evaluate("sessionStorage.getItem('dsla-api-key')") == KEY, "with the key the page is live, and keeps it for the tab")
     # Refusals before the key are what was asked for.
     page.errors[:] = [error for error in page.errors if "401" not in error]
@@ -140,6 +144,69 @@ def check_stop(page):
     check(True, "and the server runs nothing any more")
 
 
+# Answers of chat requests in the server's place: `sent` holds their bodies, `answerWith` is refusal, half or whole.
+FAKE_CHAT = """
+window.sent = [];
+window.realFetch = window.fetch;
+window.fetch = (path, options) => {
+  if (!String(path).endsWith('chat/completions')) return realFetch(path, options);
+  sent.push(JSON.parse(options.body));
+  if (answerWith === 'refusal') {
+    return Promise.resolve(new Response('{"error": {"message": "the queue is full"}}', {status: 429, headers: {'Retry-After': '7'}}));
+  }
+  const encoder = new TextEncoder();
+  return Promise.resolve(new Response(new ReadableStream({start(stream) {
+    stream.enqueue(encoder.encode(`data: {"choices": [{"delta": {"content": "answer ${sent.length}"}}]}\\n\\n`));
+    if (answerWith === 'whole') {
+      stream.enqueue(encoder.encode('data: [DONE]\\n\\n'));
+      stream.close();
+    }
+    options.signal.addEventListener('abort', () => stream.error(new DOMException('', 'AbortError')));
+  }})));
+};
+"""
+
+
+def fake_answer(page, kind, text, until):
+    page.evaluate(f"window.answerWith = '{kind}'")
+    say(page, text)
+    page.wait(until)
+
+
+def last_sent(page):
+    """The contents of the last request's messages; their roles must take turns, as many chat templates want it."""
+    messages = page.evaluate("sent.at(-1).messages")
+    roles = [message["role"] for message in messages]
+    if roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
+        return f"roles {roles}"
+    return [message["content"] for message in messages]
+
+
+def check_turns(page):
+    clear = "document.getElementById('clear').click()"
+    idle = "!document.getElementById('send').hidden"
+    page.evaluate(clear)
+    page.evaluate(FAKE_CHAT)
+    fake_answer(page, "half", "one", "document.querySelector('.body')?.textContent === 'answer 1'")
+    page.evaluate(clear)
+    page.wait(idle)
+    fake_answer(page, "whole", "two", "document.querySelectorAll('.message.assistant[data-done]').length === 1")
+    check(last_sent(page) == ["two"], f"Clear during a reply leaves nothing of it: {last_sent(page)}")
+    fake_answer(page, "refusal", "three", "document.querySelector('.failure button')")
+    fake_answer(page, "half", "four", "document.getElementById('messages').textContent.includes('answer 4')")
+    check(last_sent(page) == ["two", "answer 2", "four"], f"a refused message is no part of the conversation: {last_sent(page)}")
+    check(page.evaluate("document.querySelectorAll('.failure button').length") == 0, "while a reply is written nothing offers to try again")
+    page.evaluate("document.getElementById('stop').click()")
+    page.wait(idle)
+    fake_answer(page, "refusal", "five", "document.querySelector('.failure button')")
+    page.evaluate("window.answerWith = 'whole'; document.querySelector('.failure button').click()")
+    page.wait("document.getElementById('messages').textContent.includes('answer 6')")
+    sent = last_sent(page)
+    check(sent == ["two", "answer 2", "four", "answer 4", "five"], f"Try again sends the refused message again: {sent}")
+    page.wait(idle)
+    page.evaluate(f"window.fetch = realFetch; {clear}")
+
+
 def check_levels(page, url):
     layers = page.evaluate("document.querySelectorAll('#cells i').length")
     check(layers > 0, f"{layers} layers are shown")
@@ -201,6 +268,7 @@ def use_page(url, folder):
         screenshot(page, folder, "desktop-dark")
         check_stop(page)
         check_access(page)
+        check_turns(page)
         check_phone(page, folder)
         page.evaluate("1")  # takes in what is still under way
         check(page.errors == [], f"no errors in the console {page.errors or ''}")
