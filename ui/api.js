@@ -32,7 +32,8 @@ async function failure(response) {
   return new ApiError(response.status, message, Number(response.headers.get('retry-after')) || 0);
 }
 
-// Throws ApiError, or AbortError when `signal` fires.
+// `path` is relative to the page, which a proxy may have put under a path of its own. Throws ApiError, or AbortError
+// when `signal` fires.
 export async function call(path, { body, signal } = {}) {
   const headers = {};
   if (key) headers.Authorization = `Bearer ${key}`;

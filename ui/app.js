@@ -65,7 +65,7 @@ function startKey() {
 
 async function findModel() {
   try {
-    const models = await (await call('/v1/models')).json();
+    const models = await (await call('v1/models')).json();
     setModel(models.data[0].id);
     $('model').textContent = models.data[0].id;
   } catch (error) {

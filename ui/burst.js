@@ -32,9 +32,9 @@ async function send(signal, progress) {
     service_tier: 'auto',
     stream: true,
   };
-  const models = await (await call('/v1/models', { signal })).json();
+  const models = await (await call('v1/models', { signal })).json();
   body.model = models.data[0].id;
-  const response = await call('/v1/completions', { body, signal });
+  const response = await call('v1/completions', { body, signal });
   for await (const event of events(response)) {
     for (const choice of event.choices ?? []) {
       if (choice.finish_reason) progress();

@@ -142,7 +142,7 @@ function takeLevels(reply, event) {
 }
 
 async function stream(reply, body, render) {
-  const response = await call('/v1/chat/completions', { body, signal: running.signal });
+  const response = await call('v1/chat/completions', { body, signal: running.signal });
   for await (const event of events(response)) {
     if (event.usage) reply.usage = event.usage;
     takeLevels(reply, event);

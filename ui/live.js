@@ -261,7 +261,7 @@ export function startLive({ setStatus, setLadder, askForKey }) {
     polling = true;
     let next = PERIOD;
     try {
-      draw(read(await (await call('/v1/dsla')).json(), performance.now() / 1000));
+      draw(read(await (await call('v1/dsla')).json(), performance.now() / 1000));
     } catch (error) {
       next = PERIOD_LOST;
       if (!(error instanceof ApiError)) {

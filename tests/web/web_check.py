@@ -15,6 +15,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent.parent / "bench/serving")]
 
 import devtools
 import server
+import subpath_proxy
 
 KEY, ADMIN_KEY = "web-check-key", "web-check-admin-key"
 SIZE_LIMIT = 100_000  # bytes of the whole page as sent
@@ -253,6 +254,22 @@ def check_phone(page, folder):
     check(colours[0] != colours[1], "the theme button overrides the system")
 
 
+def check_subpath(browser, url):
+    with subpath_proxy.SubpathProxy(url) as proxy:
+        page = browser.page()
+        page.open(proxy.url)
+        give_key(page)
+        say(page, "Say hi.")
+        page.wait("document.querySelector('.message.assistant[data-done]')", 120)
+        check(page.evaluate("document.querySelectorAll('.failure').length") == 0, "behind a proxy, under a path of its own, it chats")
+        page.evaluate("document.getElementById('burst').click()")
+        page.wait("document.getElementById('facts').querySelector('dd').textContent !== '0'", 120)
+        page.evaluate("document.getElementById('burst').click()")
+        check(True, "and sends a burst")
+        outside = [name for name in page.urls.values() if not name.startswith((proxy.url, "data:"))]
+        check(outside == [], f"and asks for nothing outside that path {outside or ''}")
+
+
 def use_page(url, folder):
     with devtools.Browser() as browser:
         page = browser.page()
@@ -270,6 +287,7 @@ def use_page(url, folder):
         check_access(page)
         check_turns(page)
         check_phone(page, folder)
+        check_subpath(browser, url)
         page.evaluate("1")  # takes in what is still under way
         check(page.errors == [], f"no errors in the console {page.errors or ''}")
 
