@@ -13,26 +13,32 @@ export function setKey(value) {
   else sessionStorage.removeItem(KEY);
 }
 
-// An answer that is not a success: `status` (0: no answer at all), the server's own message, and when to come back.
+// An answer that is not a success: `status` (0: no answer at all), the server's own message and code, and when to come
+// back, in seconds.
 export class ApiError extends Error {
-  constructor(status, message, retryAfter = 0) {
+  constructor(status, message, { code = '', retryAfter = 0 } = {}) {
     super(message);
     this.status = status;
+    this.code = code;
     this.retryAfter = retryAfter;
   }
 }
 
 async function failure(response) {
   let message = `${response.status} ${response.statusText}`.trim();
+  let code = '';
   try {
-    message = (await response.json()).error.message || message;
+    const { error } = await response.json();
+    message = error.message || message;
+    code = error.code;
   } catch {
     // Not the API's own form, from a proxy say: the status line is what there is.
   }
-  return new ApiError(response.status, message, Number(response.headers.get('retry-after')) || 0);
+  return new ApiError(response.status, message, { code, retryAfter: Number(response.headers.get('retry-after')) || 0 });
 }
 
-// Throws ApiError, or AbortError when `signal` fires.
+// `path` is relative to the page, which a proxy may have put under a path of its own. Throws ApiError, or AbortError
+// when `signal` fires.
 export async function call(path, { body, signal } = {}) {
   const headers = {};
   if (key) headers.Authorization = `Bearer ${key}`;
@@ -54,21 +60,19 @@ export async function call(path, { body, signal } = {}) {
   return response;
 }
 
-// The JSON events of a stream, until [DONE] or its end; an error event throws ApiError.
+// The JSON events of a stream, until [DONE]. An error event throws ApiError, and so does an end without [DONE]: then the
+// server or a proxy went away.
 export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let buffer = '';
   let data = [];
   try {
     for (;;) {
-      let chunk;
-      try {
-        chunk = await reader.read();
-      } catch (error) {
+      const chunk = await reader.read().catch((error) => {
         if (error.name === 'AbortError') throw error;
-        throw new ApiError(0, 'The connection broke off.');
-      }
-      if (chunk.done) return;
+        return { done: true };
+      });
+      if (chunk.done) throw new ApiError(0, 'The connection broke off.');
       buffer += chunk.value;
       const lines = buffer.split(/\r\n|\n|\r/);
       buffer = lines.pop();

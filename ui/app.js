@@ -1,10 +1,9 @@
-// Starts the page: theme, views, the API key, the model's name, the chat and the live view.
+// Starts the page: theme, views, the API key, the chat and the live view.
 
-import { ApiError, call, setKey } from './api.js';
-import { setLadder, setModel, startChat } from './chat.js';
+import { hasKey, setKey } from './api.js';
+import { noteRaises, setLadder, startChat } from './chat.js';
+import { $, write } from './dom.js';
 import { startLive } from './live.js';
-
-const $ = (id) => document.getElementById(id);
 
 const THEMES = ['system', 'light', 'dark'];
 
@@ -38,7 +37,7 @@ function startViews() {
 
 function setStatus(state, text) {
   $('status').dataset.state = state;
-  if ($('status-text').textContent !== text) $('status-text').textContent = text;
+  write($('status-text'), text);
 }
 
 let live = null;
@@ -46,6 +45,7 @@ let dismissed = false;  // the dialog opens by itself once; afterwards the butto
 
 function askForKey() {
   $('key-button').hidden = false;
+  $('key-refused').hidden = !hasKey();
   if (dismissed || $('key-dialog').open) return;
   dismissed = true;
   $('key-dialog').showModal();
@@ -59,24 +59,11 @@ function startKey() {
     $('key').value = '';
     dismissed = false;
     live.now();
-    findModel();
   });
-}
-
-async function findModel() {
-  try {
-    const models = await (await call('/v1/models')).json();
-    setModel(models.data[0].id);
-    $('model').textContent = models.data[0].id;
-  } catch (error) {
-    if (error instanceof ApiError && error.status === 401) return askForKey();
-    setTimeout(findModel, 3000);
-  }
 }
 
 startTheme();
 startViews();
 startKey();
 startChat(askForKey);
-live = startLive({ setStatus, setLadder, askForKey });
-findModel();
+live = startLive({ setStatus, setLadder, noteRaises, askForKey });

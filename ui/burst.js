@@ -2,8 +2,8 @@
 // connections to one server, so that each request carries many prompts.
 
 import { ApiError, call, events } from './api.js';
+import { $, announce, sentence } from './dom.js';
 
-const $ = (id) => document.getElementById(id);
 const CONNECTIONS = 3;
 const PROMPTS = 8;  // of one request
 const WORDS = 900;
@@ -32,9 +32,7 @@ async function send(signal, progress) {
     service_tier: 'auto',
     stream: true,
   };
-  const models = await (await call('/v1/models', { signal })).json();
-  body.model = models.data[0].id;
-  const response = await call('/v1/completions', { body, signal });
+  const response = await call('v1/completions', { body, signal });
   for await (const event of events(response)) {
     for (const choice of event.choices ?? []) {
       if (choice.finish_reason) progress();
@@ -63,9 +61,11 @@ async function burst() {
   })));
   const failed = ends.find((end) => end.status === 'rejected');
   const took = ((performance.now() - started) / 1000).toFixed(1);
-  if (signal.aborted) $('burst-note').textContent = 'The burst is stopped.';
-  else if (failed) $('burst-note').textContent = failed.reason instanceof ApiError ? failed.reason.message : String(failed.reason);
-  else $('burst-note').textContent = `All ${total} requests were finished in ${took} s.`;
+  let end = `All ${total} requests were finished in ${took} s.`;
+  if (signal.aborted) end = 'The burst is stopped.';
+  else if (failed) end = failed.reason instanceof ApiError ? sentence(failed.reason.message) : String(failed.reason);
+  $('burst-note').textContent = end;
+  announce(end);
   $('burst').textContent = 'Send a burst';
   stopper = null;
 }

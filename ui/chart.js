@@ -1,17 +1,15 @@
 // Two small charts in SVG: level over time with its changes, and a line without axes.
 
+import { write } from './dom.js';
+
 const SVG = 'http://www.w3.org/2000/svg';
 const MINUTES = 3;
+const GAP = 5;  // seconds without a sample that break the line: the server or this tab was away
 
 function shape(name, attributes) {
   const made = document.createElementNS(SVG, name);
   for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
   return made;
-}
-
-function sizeOf(svg) {
-  const box = svg.getBoundingClientRect();
-  return { width: Math.max(80, box.width), height: Math.max(20, box.height) };
 }
 
 export class Chart {
@@ -21,8 +19,7 @@ export class Chart {
     this.readout = readout;
     this.eventText = eventText;
     this.ago = ago;
-    this.minutes = MINUTES;
-    this.samples = [];  // {time, level, running}
+    this.samples = [];  // {time, level, mean}: the target, and the mean level of what runs
     this.events = [];
     this.pointer = null;
     svg.addEventListener('pointermove', (event) => this.point(event));
@@ -31,6 +28,7 @@ export class Chart {
       this.pointer = null;
       this.draw();
     });
+    new ResizeObserver(() => this.draw()).observe(svg);  // also when its view is shown
   }
 
   push(state) {
@@ -59,8 +57,8 @@ export class Chart {
   }
 
   draw() {
-    const { width, height } = sizeOf(this.svg);
-    if (!this.samples.length) return;
+    const { width, height } = this.svg.getBoundingClientRect();
+    if (!width || !this.samples.length) return;
     const left = 22;
     const right = width - 6;
     const top = 8;
@@ -101,24 +99,31 @@ export class Chart {
 
   // The target as steps over an area, the mean level of the running requests as a thin line.
   lines(x, y, left, right, bottom) {
-    let steps = '';
-    let previous = null;
-    for (const sample of this.samples) {
-      const at = Math.max(left, x(sample.time));
-      steps += previous === null ? `M${at} ${y(sample.level)}` : `H${at}V${y(sample.level)}`;
-      previous = at;
-    }
-    const first = Math.max(left, x(this.samples[0].time));
-    const parts = [
-      shape('path', { class: 'area', d: `${steps}H${right}V${bottom}H${first}Z` }),
-      shape('path', { class: 'line', d: `${steps}H${right}` }),
-    ];
+    let line = '';
+    let area = '';
     let mean = '';
+    let start = 0;
     let open = false;
-    for (const sample of this.samples) {
-      if (sample.mean !== null && x(sample.time) >= left) mean += `${open ? 'L' : 'M'}${x(sample.time)} ${y(sample.mean)}`;
-      open = sample.mean !== null && x(sample.time) >= left;
-    }
+    this.samples.forEach((sample, index) => {
+      const at = Math.max(left, x(sample.time));
+      const next = this.samples[index + 1];
+      if (index === 0 || sample.time - this.samples[index - 1].time > GAP) {
+        start = line.length;
+        open = false;
+        area += `M${at} ${bottom}`;
+        line += `M${at} ${y(sample.level)}`;
+      } else {
+        line += `H${at}V${y(sample.level)}`;
+      }
+      if (!next || next.time - sample.time > GAP) {
+        if (!next) line += `H${right}`;
+        area += `${line.slice(start).replace('M', 'L')}V${bottom}Z`;
+      }
+      const seen = sample.mean !== null && x(sample.time) >= left;
+      if (seen) mean += `${open ? 'L' : 'M'}${x(sample.time)} ${y(sample.mean)}`;
+      open = seen;
+    });
+    const parts = [shape('path', { class: 'area', d: area }), shape('path', { class: 'line', d: line })];
     if (mean) parts.push(shape('path', { class: 'mean', d: mean }));
     return parts;
   }
@@ -140,7 +145,7 @@ export class Chart {
     const raises = this.events.reduce((sum, event) => sum + (event.request ? event.count : 0), 0);
     const counts = `${changes} change${changes === 1 ? '' : 's'} of level, ${raises} raise${raises === 1 ? '' : 's'} of running requests`;
     const text = near ? `${this.ago(this.now - near.time)}. ${this.eventText(near)}` : counts;
-    if (this.readout.textContent !== text) this.readout.textContent = text;
+    write(this.readout, text);
     const summary = `Level over the last ${MINUTES} minutes, now ${last.level}; ${counts}`;
     if (this.svg.getAttribute('aria-label') !== summary) this.svg.setAttribute('aria-label', summary);
   }
@@ -151,12 +156,18 @@ export class Spark {
     this.svg = svg;
     this.points = points;
     this.values = [];
+    new ResizeObserver(() => this.draw()).observe(svg);
   }
 
   push(value) {
     this.values.push(value);
     if (this.values.length > this.points) this.values.shift();
-    const { width, height } = sizeOf(this.svg);
+    this.draw();
+  }
+
+  draw() {
+    const { width, height } = this.svg.getBoundingClientRect();
+    if (!width || !this.values.length) return;
     const most = Math.max(1, ...this.values);
     const step = width / (this.points - 1);
     const start = width - (this.values.length - 1) * step;

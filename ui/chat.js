@@ -1,34 +1,26 @@
 // The conversation: what is sent, the streaming reply, and what it cost.
 
 import { ApiError, call, events } from './api.js';
+import { $, announce, node, sentence } from './dom.js';
 import { Markdown } from './markdown.js';
 
-const $ = (id) => document.getElementById(id);
 const FILE_LIMIT = 1 << 20;
 
 const HINTS = {
   auto: 'The server sets the level by its load.',
   full: 'Every layer stays softmax attention.',
   economy: 'The top rung of the ladder from the start.',
-  exact: 'This many layers are DSLA, throughout.',
 };
 
-const view = { model: '', levels: 0, top: 0 };
-let conversation = [];  // {role, content}, as the API takes them
+const ADVICE = {
+  context_length_exceeded: 'Clear the conversation, or ask for a shorter reply under Options.',
+};
+
+const view = { levels: 0, top: 0 };
+let conversation = [];  // {role, content}, as the API takes them: each question with its answer
 let attached = null;    // {name, text}
-let running = null;     // AbortController of the reply being written
+let running = null;     // {reply, render, abort}: of the reply being written
 let askForKey = () => {};
-
-function node(name, className, text) {
-  const made = document.createElement(name);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
-
-function announce(text) {
-  $('announce').textContent = text;
-}
 
 // --- The log --------------------------------------------------------------------------------------------------------
 
@@ -83,24 +75,41 @@ function describeLevels(levels) {
     .join(', then ');
 }
 
-function showCost(article, reply) {
-  const cost = node('footer', 'cost');
-  if (reply.levels.length) cost.append(levelTrack(reply.levels, Math.max(reply.tokens, 1)));
+function showCost(cost, reply) {
   const facts = [];
   if (reply.levels.length) facts.push(describeLevels(reply.levels));
   facts.push(`${reply.tokens} token${reply.tokens === 1 ? '' : 's'}`);
-  if (reply.first) facts.push(`first after ${seconds((reply.first - reply.start) / 1000)}`);
+  if (reply.first) facts.push(`the first after ${seconds((reply.first - reply.start) / 1000)}`);
   if (reply.tokens > 1 && reply.last > reply.first) {
     facts.push(`${(((reply.tokens - 1) * 1000) / (reply.last - reply.first)).toFixed(1)} tokens/s`);
   }
   if (reply.usage) {
     const cached = reply.usage.prompt_tokens_details?.cached_tokens ?? 0;
-    facts.push(`${reply.usage.prompt_tokens} tokens read${cached ? `, ${cached} of them from the cache` : ''}`);
+    facts.push(`${reply.usage.prompt_tokens} tokens read${cached ? `, ${cached} of them cached` : ''}`);
   }
   if (reply.finish === 'length') facts.push('cut at the longest reply');
-  if (reply.stopped) facts.push('stopped');
-  cost.append(node('p', '', facts.join(' · ')));
-  article.append(cost);
+  if (reply.stopped) facts.push(reply.text ? 'stopped' : 'stopped before it began, left out of the conversation');
+  const line = node('p');
+  line.append(...facts.flatMap((fact, index) => {
+    const part = node('span', '', index + 1 < facts.length ? `${fact} ·` : fact);
+    return index ? [' ', part] : [part];
+  }));
+  cost.replaceChildren(line);
+  if (reply.levels.length) cost.prepend(levelTrack(reply.levels, Math.max(reply.tokens, 1)));
+}
+
+// Only over HTTPS and on this machine does a browser lend its clipboard.
+function offerCopy(cost, text) {
+  if (!navigator.clipboard) return;
+  const copy = node('button', 'quiet copy', 'Copy');
+  copy.type = 'button';
+  copy.addEventListener('click', async () => {
+    await navigator.clipboard.writeText(text);
+    copy.textContent = 'Copied';
+    announce('Copied.');
+    setTimeout(() => { copy.textContent = 'Copy'; }, 1500);
+  });
+  cost.append(copy);
 }
 
 // --- One reply -------------------------------------------------------------------------------------------------------
@@ -108,7 +117,6 @@ function showCost(article, reply) {
 function requestBody(messages) {
   const tier = document.querySelector('input[name=tier]:checked').value;
   const body = {
-    model: view.model,
     messages,
     stream: true,
     stream_options: { include_usage: true },
@@ -120,32 +128,37 @@ function requestBody(messages) {
   return body;
 }
 
-// The level of a chunk or of the usage at its end, wherever it says one.
-function takeLevels(reply, event) {
-  const level = event.dsla?.level;
-  if (Number.isInteger(level)) {
-    const last = reply.levels[reply.levels.length - 1];
-    if (!last || last.level !== level) reply.levels.push({ at: reply.tokens, level });
-  }
-  const spans = event.dsla?.levels ?? event.usage?.dsla?.levels;
-  if (Array.isArray(spans) && spans.length) {
-    const read = event.usage?.prompt_tokens ?? reply.usage?.prompt_tokens ?? 0;
-    // Positions count the prompt too, and what happened while it was read is part of the start.
-    const found = [];
-    for (const span of spans) {
-      const at = Math.max(0, span.position - read);
-      if (at === 0) found.length = 0;
-      found.push({ at, level: span.level });
-    }
-    reply.levels = found;
+// The level history of the usage. Positions count the prompt too, and what happened while it was read is part of the
+// start.
+function takeLevels(reply) {
+  reply.levels = [];
+  for (const span of reply.usage.dsla?.levels ?? []) {
+    const at = Math.max(0, span.position - reply.usage.prompt_tokens);
+    if (at === 0) reply.levels.length = 0;
+    reply.levels.push({ at, level: span.level });
   }
 }
 
-async function stream(reply, body, render) {
-  const response = await call('/v1/chat/completions', { body, signal: running.signal });
+// Changes that the live view saw. A stream tells its level at its first token and at its end; these are the raises
+// between, as near as a poll comes.
+export function noteRaises(changes) {
+  const reply = running?.reply;
+  if (!reply?.id) return;
+  for (const change of changes) {
+    if (change.request?.startsWith(reply.id) && change.to > (reply.levels.at(-1)?.level ?? 0)) {
+      reply.levels.push({ at: reply.tokens, level: change.to });
+      running.render();
+    }
+  }
+}
+
+async function stream(reply, body, signal, render) {
+  const response = await call('v1/chat/completions', { body, signal });
+  reply.id = response.headers.get('x-request-id');
+  const level = response.headers.get('x-dsla-level');
+  if (level !== null) reply.levels.push({ at: 0, level: Number(level) });
   for await (const event of events(response)) {
     if (event.usage) reply.usage = event.usage;
-    takeLevels(reply, event);
     const choice = event.choices?.[0];
     if (!choice) continue;
     if (choice.finish_reason) reply.finish = choice.finish_reason;
@@ -158,18 +171,22 @@ async function stream(reply, body, render) {
       render();
     }
   }
-  if (reply.usage) reply.tokens = reply.usage.completion_tokens;
+  if (!reply.usage) return;
+  reply.tokens = reply.usage.completion_tokens;
+  takeLevels(reply);
 }
 
 function showFailure(article, error, retry) {
   const box = node('div', 'failure');
   box.setAttribute('role', 'alert');
-  let text = error instanceof ApiError ? error.message : `The page failed: ${error.message}`;
-  if (error.retryAfter) text += ` Try again in ${Math.ceil(error.retryAfter)} s.`;
+  let text = error instanceof ApiError ? sentence(error.message) : `The page failed: ${error.message}`;
+  if (error.retryAfter) text += ` Try again in ${Math.ceil(error.retryAfter)}\u00a0s.`;
+  if (ADVICE[error.code]) text += ` ${ADVICE[error.code]}`;
   box.append(node('p', '', text));
-  const again = node('button', 'quiet', 'Try again');
+  const again = node('button', 'quiet retry', 'Try again');
   again.type = 'button';
   again.addEventListener('click', () => {
+    $('send').focus({ preventScroll: true });  // the button goes, the focus stays at hand
     article.remove();
     retry();
   });
@@ -177,51 +194,64 @@ function showFailure(article, error, retry) {
   article.append(box);
 }
 
-async function answer() {
+// What a failed answer offers holds until something else is asked: a question without an answer is no part of the
+// conversation, as templates want the two in turn.
+function dropRetry() {
+  $('messages').querySelector('.retry')?.replaceWith(node('p', 'note', 'Left out of the conversation.'));
+}
+
+async function answer(question) {
+  const mine = conversation;  // Clear begins another one
   const article = addMessage('assistant', 'Model');
   const body = node('div', 'body');
   const wait = node('p', 'wait', 'Reading');
-  article.append(body, wait);
+  const cost = node('footer', 'cost');
+  article.append(body, wait, cost);
   toBottom();
   const markdown = new Markdown(body);
-  const reply = { text: '', tokens: 0, start: performance.now(), first: 0, last: 0, levels: [], usage: null, finish: '', stopped: false };
+  const reply = {
+    id: '', text: '', tokens: 0, levels: [], usage: null, finish: '', stopped: false,
+    start: performance.now(), first: 0, last: 0,
+  };
   let scheduled = false;
   const paint = () => {
     scheduled = false;
     const follow = atBottom();
     wait.remove();
     markdown.update(reply.text);
+    showCost(cost, reply);
     if (follow) toBottom();
   };
   const render = () => {
-    if (!scheduled) requestAnimationFrame(paint);
+    if (!scheduled) requestAnimationFrame(() => scheduled && paint());
     scheduled = true;
   };
-  running = new AbortController();
+  const controller = new AbortController();
+  running = { reply, render, abort: () => controller.abort() };
   busy(true);
   announce('The model is reading.');
   const system = $('system').value.trim();
-  const messages = system ? [{ role: 'system', content: system }, ...conversation] : conversation;
+  const messages = [...(system ? [{ role: 'system', content: system }] : []), ...mine, question];
   let failed = null;
   try {
-    await stream(reply, requestBody(messages), render);
+    await stream(reply, requestBody(messages), controller.signal, render);
   } catch (error) {
     if (error.name === 'AbortError') reply.stopped = true;
     else failed = error;
   }
   running = null;
   busy(false);
+  if (mine !== conversation) return;
   paint();
   article.dataset.done = 'true';
-  if (reply.text || !failed) {
-    conversation.push({ role: 'assistant', content: reply.text });
-    showCost(article, reply);
-    announce(reply.stopped ? 'Stopped.' : reply.text);
-  }
+  if (reply.text) offerCopy(cost, reply.text);
   if (failed) {
-    if (reply.text) conversation.pop();
-    showFailure(article, failed, answer);
-    if (failed.status === 401) askForKey(failed.message);
+    if (!reply.text) cost.remove();
+    showFailure(article, failed, () => answer(question));
+    if (failed.status === 401) askForKey();
+  } else {
+    if (reply.text) mine.push(question, { role: 'assistant', content: reply.text });
+    announce(reply.stopped ? 'Stopped.' : reply.text);
   }
   toBottom();
 }
@@ -263,14 +293,19 @@ async function readFile(file) {
 }
 
 function send(text) {
-  if (running || (!text && !attached)) return;
+  if (running) return;
+  if (!text && !attached) {
+    $('prompt').focus();
+    return;
+  }
   const question = text || 'Summarise this text.';
-  conversation.push({ role: 'user', content: attached ? `${attached.text}\n\n${question}` : question });
+  const content = attached ? `${attached.text}\n\n${question}` : question;
+  dropRetry();
   showUser(question, attached);
   attach(null);
   $('prompt').value = '';
   fit();
-  answer();
+  answer({ role: 'user', content });
 }
 
 function clear() {
@@ -283,18 +318,48 @@ function clear() {
   $('prompt').focus();
 }
 
+function exactHint(level) {
+  const beyond = level > view.top ? `, beyond the top rung of ${view.top}: quality drops` : '';
+  return `${level} of ${view.levels} layers are DSLA throughout${beyond}.`;
+}
+
 function showTier() {
   const tier = document.querySelector('input[name=tier]:checked').value;
+  const level = Number($('level').value);
   $('exact').hidden = tier !== 'exact';
-  $('tier-hint').textContent = HINTS[tier];
-  $('level-out').textContent = $('level').value;
+  $('tier-hint').textContent = HINTS[tier] ?? exactHint(level);
+  $('level-out').textContent = level;
+}
+
+function startOptions() {
+  const options = $('options');
+  document.addEventListener('pointerdown', (event) => {
+    if (!options.contains(event.target)) options.open = false;
+  });
+  options.addEventListener('keydown', (event) => {
+    if (event.key !== 'Escape' || !options.open) return;
+    event.stopPropagation();  // it stops no reply
+    options.open = false;
+    options.querySelector('summary').focus();
+  });
+}
+
+// A log that is at its end stays there when its room changes: a phone's keyboard, a longer message being typed.
+function keepBottom() {
+  const log = $('log');
+  const size = () => `${log.clientWidth} ${log.clientHeight}`;
+  let wasAtBottom = true;
+  let last = size();
+  log.addEventListener('scroll', () => {
+    if (size() === last) wasAtBottom = atBottom();  // else the room changed, and nobody scrolled
+  });
+  new ResizeObserver(() => {
+    if (wasAtBottom) toBottom();
+    last = size();
+  }).observe(log);
 }
 
 // What the server says of itself, as it becomes known.
-export function setModel(model) {
-  view.model = model;
-}
-
 export function setLadder(layers, top, highest) {
   if (view.levels === layers && view.top === top) return;
   view.levels = layers;
@@ -335,5 +400,7 @@ export function startChat(onKeyNeeded) {
   $('tiers').addEventListener('change', showTier);
   $('level').addEventListener('input', showTier);
   for (const idea of $('ideas').children) idea.addEventListener('click', () => send(idea.textContent));
+  startOptions();
+  keepBottom();
   showTier();
 }

@@ -3,24 +3,12 @@
 import { ApiError, call, hasKey } from './api.js';
 import { startBurst } from './burst.js';
 import { Chart, Spark } from './chart.js';
+import { $, node, sentence, write } from './dom.js';
 
-const $ = (id) => document.getElementById(id);
 const PERIOD = 500;       // ms between two polls
 const PERIOD_LOST = 2000;  // while the server does not answer
 const MAX_ROWS = 6;
 const MAX_EVENTS = 5;
-
-function node(name, className, text) {
-  const made = document.createElement(name);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
-
-// Writes only what changed, so that screen readers and layout are left alone.
-function write(id, text) {
-  if ($(id).textContent !== text) $(id).textContent = text;
-}
 
 function label(id, text) {
   if ($(id).getAttribute('aria-label') !== text) $(id).setAttribute('aria-label', text);
@@ -38,11 +26,7 @@ function rate(value) {
 
 function ago(age) {
   if (age < 60) return `${Math.round(age)} s ago`;
-  return `${Math.floor(age / 60)} min ${Math.round(age % 60)} s ago`;
-}
-
-function plural(count, one, many) {
-  return `${count} ${count === 1 ? one : many}`;
+  return `${Math.floor(age / 60)} min ago`;
 }
 
 // --- Layers ----------------------------------------------------------------------------------------------------------
@@ -59,9 +43,10 @@ function setCells(parent, count, level) {
 function drawLayers(state) {
   const { layers, ladder, top } = state;
   const level = state.target;
-  write('target', `Level ${level}`);
-  write('target-of', `of ${layers}`);
-  write('tab-level', `Live · level ${level}`);
+  write($('target'), `Level ${level}`);
+  write($('target-of'), `of ${layers}`);
+  write($('policy'), `policy ${state.policy}`);
+  write($('tab-level'), `Live · level ${level}`);
   setCells($('cells'), layers, level);
   ladder.forEach((layer, rank) => {
     const title = `Layer ${layer}, rank ${rank + 1} of the ladder: ${rank < level ? 'DSLA' : 'softmax'}`;
@@ -71,8 +56,8 @@ function drawLayers(state) {
   });
   label('cells', `New requests: ${level} of ${layers} layers are DSLA, ${layers - level} softmax`);
   const limit = state.maxLevel < top ? ` Auto goes up to level ${state.maxLevel} here.` : '';
-  write('ladder-note', top ? `In ladder order, least sensitive first. The mark is the top rung, level ${top}.${limit}`
-                           : 'This model has no adapter: every layer stays softmax.');
+  write($('ladder-note'), top ? `In ladder order, least sensitive first. The mark is the top rung, level ${top}.${limit}`
+                              : 'This model has no adapter: every layer stays softmax.');
 }
 
 function drawRows(state) {
@@ -92,21 +77,26 @@ function drawRows(state) {
   }
   rows.forEach((row, index) => {
     const [count, cells, at] = list.children[index].children;
-    count.textContent = `${row.count} ×`;
+    write(count, `${row.count} ×`);
     setCells(cells, state.layers, row.level);
-    at.textContent = `level ${row.level}`;
+    write(at, `level ${row.level}`);
   });
   if (!rows.length) list.append(node('li', 'none', 'Nothing is running.'));
-  if (hidden > 0) list.append(node('li', 'none', `and ${plural(hidden, 'more level', 'more levels')}`));
+  if (hidden > 0) list.append(node('li', 'none', `and ${hidden} more level${hidden === 1 ? '' : 's'}`));
+  write($('load'), state.running || state.queued ? `${state.running} running, ${state.queued} waiting` : '');
 }
 
 // --- Events ----------------------------------------------------------------------------------------------------------
 
 function eventText(event) {
-  const what = event.request
-    ? `${event.count > 1 ? `${event.count} requests` : 'A request'} raised ${event.from} → ${event.to}`
-    : `Level ${event.from} → ${event.to}`;
-  return event.reason ? `${what}: ${event.reason}` : what;
+  if (!event.request) return `Level ${event.from} → ${event.to}`;
+  return `${event.count > 1 ? `${event.count} running requests` : 'A running request'} ${event.from} → ${event.to}`;
+}
+
+// The policy's own words, with its short ones spelt out.
+function reasonText(reason) {
+  const words = { ttft: 'time to first token', tpot: 'time per token' };
+  return sentence((reason ?? '').replace(/^(ttft|tpot)(?=:)/, (word) => words[word]));
 }
 
 // Requests raised by one decision become one line.
@@ -130,17 +120,17 @@ function drawEvents(state) {
   const list = $('events');
   if (signature !== shownEvents || !list.children.length) {
     shownEvents = signature;
-    list.replaceChildren(...last.map((event) => {
+    list.replaceChildren(...last.map((event, index) => {
       const item = node('li');
-      item.append(node('span', '', eventText(event)), node('time'));
+      item.append(node('b', '', eventText(event)), node('time'));
+      // Raises follow a change of level for the same reason, which stands there.
+      if (event.reason && event.reason !== last[index + 1]?.reason) item.append(node('p', '', reasonText(event.reason)));
       return item;
     }));
     if (!last.length) list.append(node('li', 'none', 'No change yet.'));
   }
   last.forEach((event, index) => {
-    const time = list.children[index].lastElementChild;
-    const text = ago(Math.max(0, state.time - event.time));
-    if (time.textContent !== text) time.textContent = text;
+    write(list.children[index].children[1], ago(Math.max(0, state.time - event.time)));
   });
 }
 
@@ -165,11 +155,9 @@ function drawMemory(state) {
   }
   parts.forEach(([, , value], index) => {
     bar.children[index].style.flexGrow = state.memory.budget ? value / state.memory.budget : 0;
-    const text = bytes(value);
-    const out = split.children[index].lastElementChild;
-    if (out.textContent !== text) out.textContent = text;
+    write(split.children[index].lastElementChild, bytes(value));
   });
-  write('budget', `${bytes(state.memory.budget)} in all`);
+  write($('budget'), `${bytes(state.memory.budget)} in all`);
   label('memory', parts.map(([, text, value]) => `${text} ${bytes(value)}`).join(', '));
 }
 
@@ -192,8 +180,7 @@ function drawFacts(state) {
     }
   }
   facts.forEach(([, value], index) => {
-    const out = list.children[index].lastElementChild;
-    if (out.textContent !== value) out.textContent = value;
+    write(list.children[index].lastElementChild, value);
   });
 }
 
@@ -202,8 +189,16 @@ function drawFacts(state) {
 // From the server's words to the page's. `time`: this page's clock in seconds; the server's events give their age.
 function read(json, time) {
   const { ladder, controller, running, queue, memory, totals, throughput } = json;
+  const changes = json.events.map((event) => ({
+    time: time - event.age_seconds,
+    request: event.request_id,
+    from: event.from,
+    to: event.to,
+    reason: event.reason,
+  }));
   return {
     time,
+    model: json.model,
     ladder: ladder.layers,
     layers: ladder.layers.length,
     top: ladder.top_level,
@@ -223,37 +218,52 @@ function read(json, time) {
     cachedTokens: totals.cached_tokens,
     finished: totals.finished,
     preemptions: totals.preemptions,
-    events: merged(json.events.map((event) => ({
-      time: time - event.age_seconds,
-      request: event.request_id,
-      from: event.from,
-      to: event.to,
-      reason: event.reason,
-    }))),
+    changes,
+    events: merged(changes),
   };
 }
 
-export function startLive({ setStatus, setLadder, askForKey }) {
-  const chart = new Chart($('chart'), $('readout'), eventText, ago);
+// Without an answer the last state stays in view, and says how old it is.
+function showStale(seen, text) {
+  $('live').toggleAttribute('data-stale', Boolean(text));
+  $('stale').hidden = !text;
+  if (!text) return;
+  const since = seen ? ` since ${seen.toLocaleTimeString('en-GB')}. What is shown is from then` : '';
+  write($('stale'), `${text}${since}.`);
+  write($('tab-level'), 'Live');
+}
+
+export function startLive({ setStatus, setLadder, noteRaises, askForKey }) {
+  const chart = new Chart($('chart'), $('readout'), (event) => `${eventText(event)}. ${reasonText(event.reason)}`, ago);
   const decode = new Spark($('decode-spark'));
   const prefill = new Spark($('prefill-spark'));
   let timer = 0;
   let polling = false;
+  let seen = null;  // when the last answer came
+
+  const lost = (status, text) => {
+    setStatus(status, text);
+    showStale(seen, text);
+  };
 
   const draw = (state) => {
     setLadder(state.layers, state.top, state.highest);
+    noteRaises(state.changes);
+    write($('model'), state.model);
+    $('model').title = state.model;
     drawLayers(state);
     drawRows(state);
     drawEvents(state);
     drawMemory(state);
     drawFacts(state);
-    write('decode', rate(state.decode));
-    write('prefill', rate(state.prefill));
+    write($('decode'), rate(state.decode));
+    write($('prefill'), rate(state.prefill));
     decode.push(state.decode);
     prefill.push(state.prefill);
     chart.push(state);
-    write('span-label', `last ${chart.minutes} minutes · policy ${state.policy}`);
     setStatus(state.draining ? 'wait' : 'live', state.draining ? 'Shutting down' : 'Live');
+    seen = new Date();
+    showStale(seen, '');
   };
 
   const poll = async () => {
@@ -261,20 +271,20 @@ export function startLive({ setStatus, setLadder, askForKey }) {
     polling = true;
     let next = PERIOD;
     try {
-      draw(read(await (await call('/v1/dsla')).json(), performance.now() / 1000));
+      draw(read(await (await call('v1/dsla')).json(), performance.now() / 1000));
     } catch (error) {
       next = PERIOD_LOST;
       if (!(error instanceof ApiError)) {
         console.error(error);  // an answer that is not what this page knows: another version, a proxy
-        setStatus('lost', 'Answer not understood');
+        lost('lost', 'Answer not understood');
       } else if (error.status === 401) {
-        setStatus('lost', hasKey() ? 'The key is refused' : 'Needs a key');
+        lost('lost', hasKey() ? 'The key is refused' : 'Needs a key');
         askForKey();
         next = 0;  // until a key is given
       } else if (error.status === 503) {
-        setStatus('wait', 'Loading the model');
+        lost('wait', 'Loading the model');
       } else {
-        setStatus('lost', error.status ? `Server error ${error.status}` : 'Not reachable');
+        lost('lost', error.status ? `Server error ${error.status}` : 'Not reachable');
       }
     }
     polling = false;

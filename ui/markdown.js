@@ -1,11 +1,7 @@
 // Enough of Markdown for a model's reply: paragraphs, headings, lists, quotes, fenced code, `code`, **bold**, *italics*.
 // Everything reaches the page as text nodes, so whatever a model writes can only ever be text.
 
-function element(name, text) {
-  const node = document.createElement(name);
-  if (text !== undefined) node.textContent = text;
-  return node;
-}
+import { node } from './dom.js';
 
 const INLINE = /(`+)([^`]|[^`][\s\S]*?[^`])\1(?!`)|\*\*([^\s*](?:[^*]*[^\s*])?)\*\*|\*([^\s*](?:[^*]*[^\s*])?)\*/;
 
@@ -14,11 +10,11 @@ function inline(parent, text) {
   for (let match = INLINE.exec(rest); match; match = INLINE.exec(rest)) {
     if (match.index > 0) parent.append(rest.slice(0, match.index));
     if (match[2] !== undefined) {
-      parent.append(element('code', match[2]));
+      parent.append(node('code', '', match[2]));
     } else {
-      const node = element(match[3] !== undefined ? 'strong' : 'em');
-      inline(node, match[3] ?? match[4]);
-      parent.append(node);
+      const styled = node(match[3] !== undefined ? 'strong' : 'em');
+      inline(styled, match[3] ?? match[4]);
+      parent.append(styled);
     }
     rest = rest.slice(match.index + match[0].length);
   }
@@ -66,21 +62,21 @@ function blocksOf(text) {
 
 function list(lines) {
   const number = LIST_ITEM.exec(lines[0])[1];
-  const node = element(number === undefined ? 'ul' : 'ol');
-  if (number !== undefined && number !== '1') node.start = Number(number);
+  const made = node(number === undefined ? 'ul' : 'ol');
+  if (number !== undefined && number !== '1') made.start = Number(number);
   let item = null;
   for (const line of lines) {
     const match = LIST_ITEM.exec(line);
     if (match) {
-      item = element('li');
+      item = node('li');
       inline(item, match[2]);
-      node.append(item);
+      made.append(item);
     } else {
       item.append(' ');
       inline(item, line.trim());
     }
   }
-  return node;
+  return made;
 }
 
 function block(source) {
@@ -88,24 +84,24 @@ function block(source) {
   const fence = /^\s{0,3}(```+|~~~+)/.exec(lines[0]);
   if (fence) {
     const closed = lines.length > 1 && lines[lines.length - 1].trim().startsWith(fence[1]);
-    const pre = element('pre');
+    const pre = node('pre');
     pre.tabIndex = 0;  // scrolls sideways, so the keyboard must reach it
-    pre.append(element('code', lines.slice(1, closed ? -1 : undefined).join('\n')));
+    pre.append(node('code', '', lines.slice(1, closed ? -1 : undefined).join('\n')));
     return pre;
   }
   const heading = HEADING.exec(lines[0]);
   if (heading) {
-    const node = element(`h${Math.min(heading[1].length + 2, 6)}`);
-    inline(node, heading[2]);
-    return node;
+    const made = node(`h${Math.min(heading[1].length + 2, 6)}`);
+    inline(made, heading[2]);
+    return made;
   }
   if (LIST_ITEM.test(lines[0])) return list(lines);
   if (lines.every((line) => line.startsWith('>'))) {
-    const quote = element('blockquote');
+    const quote = node('blockquote');
     inline(quote, lines.map((line) => line.replace(/^>\s?/, '')).join('\n'));
     return quote;
   }
-  const paragraph = element('p');
+  const paragraph = node('p');
   inline(paragraph, source);
   return paragraph;
 }
@@ -113,8 +109,8 @@ function block(source) {
 // Keeps a node showing a text that grows: only blocks whose source changed are made again, so that a selection in an
 // earlier one survives.
 export class Markdown {
-  constructor(node) {
-    this.node = node;
+  constructor(root) {
+    this.root = root;
     this.sources = [];
   }
 
@@ -123,11 +119,11 @@ export class Markdown {
     blocks.forEach((source, index) => {
       if (this.sources[index] === source) return;
       const made = block(source);
-      const old = this.node.children[index];
+      const old = this.root.children[index];
       if (old) old.replaceWith(made);
-      else this.node.append(made);
+      else this.root.append(made);
     });
-    while (this.node.children.length > blocks.length) this.node.lastElementChild.remove();
+    while (this.root.children.length > blocks.length) this.root.lastElementChild.remove();
     this.sources = blocks;
   }
 }

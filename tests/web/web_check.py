@@ -15,6 +15,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent.parent / "bench/serving")]
 
 import devtools
 import server
+import subpath_proxy
 
 KEY, ADMIN_KEY = "web-check-key", "web-check-admin-key"
 SIZE_LIMIT = 100_000  # bytes of the whole page as sent
@@ -60,13 +61,23 @@ def say(page, text):
     page.key("Enter", "\r")
 
 
-def check_key(page):
+def give_key(page, key):
     page.wait("document.getElementById('key-dialog').open")
-    check(True, "without a key the page asks for one")
     page.evaluate("document.getElementById('key').focus()")
-    page.call("Input.insertText", text=KEY)
+    page.call("Input.insertText", text=key)
     page.key("Enter", "\r")
+
+
+def wait_live(page):
     page.wait("document.getElementById('status').dataset.state === 'live'")
+
+
+def check_key(page):
+    give_key(page, "wrong")
+    page.wait("document.getElementById('key-dialog').open && !document.getElementById('key-refused').hidden")
+    check(True, "without a key the page asks for one, and says that a wrong one is refused")
+    give_key(page, KEY)
+    wait_live(page)
     check(page.evaluate("sessionStorage.getItem('dsla-api-key')") == KEY, "with the key the page is live, and keeps it for the tab")
     # Refusals before the key are what was asked for.
     page.errors[:] = [error for error in page.errors if "401" not in error]
@@ -140,6 +151,109 @@ def check_stop(page):
     check(True, "and the server runs nothing any more")
 
 
+# Answers of chat requests in the server's place: `sent` holds their bodies, `answerWith` is refusal, half, cut
+# (an end of the connection without that of the stream) or whole. `raises` come with the events of /v1/dsla.
+FAKE_CHAT = """
+window.sent = [];
+window.raises = [];
+window.realFetch = window.fetch;
+window.fetch = async (path, options) => {
+  if (path.endsWith('v1/dsla')) {
+    const state = await (await realFetch(path, options)).json();
+    state.events.push(...raises);
+    return Response.json(state);
+  }
+  if (!path.endsWith('chat/completions')) return realFetch(path, options);
+  sent.push(JSON.parse(options.body));
+  if (answerWith === 'refusal') {
+    return new Response('{"error": {"message": "the queue is full"}}', {status: 429, headers: {'Retry-After': '7'}});
+  }
+  const encoder = new TextEncoder();
+  return new Response(new ReadableStream({start(stream) {
+    stream.enqueue(encoder.encode(`data: {"choices": [{"delta": {"content": "answer ${sent.length}"}}]}\\n\\n`));
+    if (answerWith === 'whole') stream.enqueue(encoder.encode('data: [DONE]\\n\\n'));
+    if (answerWith !== 'half') stream.close();
+    options.signal.addEventListener('abort', () => stream.error(new DOMException('', 'AbortError')));
+  }}), {headers: {'X-Request-Id': `req-${sent.length}`, 'X-Dsla-Level': '2'}});
+};
+"""
+
+
+def fake_answer(page, kind, text, until):
+    page.evaluate(f"window.answerWith = '{kind}'")
+    say(page, text)
+    page.wait(until)
+
+
+def last_sent(page):
+    """The contents of the last request's messages; their roles must take turns, as many chat templates want it."""
+    messages = page.evaluate("sent.at(-1).messages")
+    roles = [message["role"] for message in messages]
+    if roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
+        return f"roles {roles}"
+    return [message["content"] for message in messages]
+
+
+def check_turns(page):
+    clear = "document.getElementById('clear').click()"
+    idle = "!document.getElementById('send').hidden"
+    page.evaluate(clear)
+    page.evaluate(FAKE_CHAT)
+    fake_answer(page, "half", "one", "document.querySelector('.body')?.textContent === 'answer 1'")
+    page.evaluate("window.raises = [{request_id: 'req-1/0.0', from: 2, to: 9, age_seconds: 0, reason: 'memory: full'}]")
+    page.wait("document.querySelector('.cost').textContent.includes('Level 2, then level 9 from token 1')")
+    check(True, "a raise of the reply being written is shown with it")
+    page.evaluate(f"window.raises = []; {clear}")
+    page.wait(idle)
+    fake_answer(page, "whole", "two", "document.querySelectorAll('.message.assistant[data-done]').length === 1")
+    check(last_sent(page) == ["two"], f"Clear during a reply leaves nothing of it: {last_sent(page)}")
+    fake_answer(page, "refusal", "three", "document.querySelector('.failure button')")
+    fake_answer(page, "half", "four", "document.getElementById('messages').textContent.includes('answer 4')")
+    check(last_sent(page) == ["two", "answer 2", "four"], f"a refused message is no part of the conversation: {last_sent(page)}")
+    check(page.evaluate("document.querySelectorAll('.failure button').length") == 0, "while a reply is written nothing offers to try again")
+    page.evaluate("document.getElementById('stop').click()")
+    page.wait(idle)
+    fake_answer(page, "refusal", "five", "document.querySelector('.failure button')")
+    page.evaluate("window.answerWith = 'whole'; document.querySelector('.failure button').click()")
+    page.wait("document.getElementById('messages').textContent.includes('answer 6')")
+    sent = last_sent(page)
+    check(sent == ["two", "answer 2", "four", "answer 4", "five"], f"Try again sends the refused message again: {sent}")
+    page.wait(idle)
+    fake_answer(page, "cut", "six", "document.querySelector('.failure button')")
+    check("answer 7" in page.evaluate("document.getElementById('messages').textContent"), "a reply that breaks off is shown as far as it came, as a failure")
+    page.evaluate(f"window.fetch = realFetch; {clear}")
+
+
+def check_lost(page):
+    page.evaluate("window.realFetch = window.fetch; window.fetch = () => Promise.reject(new TypeError('network'))")
+    page.wait("document.getElementById('live').hasAttribute('data-stale')")
+    text = page.evaluate("document.getElementById('stale').textContent")
+    check(text.startswith("Not reachable since "), f"without the server the live view says how old it is: {text}")
+    page.evaluate("window.fetch = realFetch")
+    wait_live(page)
+    check(page.evaluate("document.getElementById('stale').hidden"), "and goes on once it is back")
+
+
+def check_options(page):
+    """The panel of options at widths where the row that it belongs to wraps, or does not."""
+    for width, height in ((1440, 900), (1440, 1600), (1000, 700), (390, 844), (844, 390)):
+        emulate(page, width, height, "light")
+        page.evaluate("document.querySelector('#options summary').click()")
+        inside = page.evaluate(
+            """(() => {
+              const panel = document.querySelector('.options-body').getBoundingClientRect();
+              const box = document.querySelector('.box').getBoundingClientRect();
+              return panel.left >= 0 && panel.right <= innerWidth && panel.top >= 0 && panel.bottom <= box.top;
+            })()"""
+        )
+        page.evaluate("document.getElementById('temperature').focus()")
+        page.key("Escape")
+        closed = page.evaluate("!document.getElementById('options').open && document.activeElement.tagName === 'SUMMARY'")
+        fills = page.evaluate("Math.abs(document.querySelector('main').getBoundingClientRect().bottom - innerHeight) < 1")
+        check(fills, f"at {width} x {height} the page fills the window")
+        check(inside and closed, f"at {width} x {height} the options open inside the page, above the message box, and Escape closes them")
+
+
 def check_levels(page, url):
     layers = page.evaluate("document.querySelectorAll('#cells i').length")
     check(layers > 0, f"{layers} layers are shown")
@@ -169,14 +283,21 @@ def check_access(page):
 
 
 def check_phone(page, folder):
-    for scheme in ("light", "dark"):
-        emulate(page, 390, 844, scheme, reduced_motion=True)
+    for scheme, width in (("light", 390), ("dark", 390), ("light", 320)):
+        emulate(page, width, 844, scheme, reduced_motion=True)
         for name in ("chat", "live"):
             page.evaluate(f"document.querySelector('[data-show={name}]').click()")
-            wide = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+            wide = page.evaluate("document.documentElement.scrollWidth") - width
             shown = page.evaluate(f"getComputedStyle(document.querySelector('.{name}')).display !== 'none'")
-            check(wide <= 0 and shown, f"phone, {scheme}, {name}: shown, and nothing is cut off sideways")
-            screenshot(page, folder, f"phone-{scheme}-{name}")
+            check(wide <= 0 and shown, f"phone, {width} wide, {scheme}, {name}: shown, and nothing is cut off sideways")
+            screenshot(page, folder, f"phone-{width}-{scheme}-{name}")
+        drawn = page.evaluate(
+            """new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => {
+              const chart = document.getElementById('chart');
+              done(Math.abs(chart.viewBox.baseVal.width - chart.getBoundingClientRect().width) < 1);
+            })))"""
+        )
+        check(drawn, f"phone, {width} wide, {scheme}: the chart is drawn for the room it has")
         page.evaluate("document.querySelector('[data-show=chat]').click()")
     colours = []
     for theme in ("light", "dark"):
@@ -184,6 +305,23 @@ def check_phone(page, folder):
             page.evaluate("document.getElementById('theme').click()")
         colours.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
     check(colours[0] != colours[1], "the theme button overrides the system")
+
+
+def check_subpath(browser, url):
+    with subpath_proxy.SubpathProxy(url) as proxy:
+        page = browser.page()
+        page.open(proxy.url)
+        give_key(page, KEY)
+        wait_live(page)
+        say(page, "Say hi.")
+        page.wait("document.querySelector('.message.assistant[data-done]')", 120)
+        check(page.evaluate("document.querySelectorAll('.failure').length") == 0, "behind a proxy, under a path of its own, it chats")
+        page.evaluate("document.getElementById('burst').click()")
+        page.wait("document.getElementById('facts').querySelector('dd').textContent !== '0'", 120)
+        page.evaluate("document.getElementById('burst').click()")
+        check(True, "and sends a burst")
+        outside = [name for name in page.urls.values() if not name.startswith((proxy.url, "data:"))]
+        check(outside == [], f"and asks for nothing outside that path {outside or ''}")
 
 
 def use_page(url, folder):
@@ -201,7 +339,11 @@ def use_page(url, folder):
         screenshot(page, folder, "desktop-dark")
         check_stop(page)
         check_access(page)
+        check_turns(page)
+        check_lost(page)
+        check_options(page)
         check_phone(page, folder)
+        check_subpath(browser, url)
         page.evaluate("1")  # takes in what is still under way
         check(page.errors == [], f"no errors in the console {page.errors or ''}")
 
