@@ -145,7 +145,7 @@ class Simulation : public CacheOps {
     policy_->ObserveFold({.from = from, .to = level, .length = cache.length(), .seconds = seconds});
     return Status::Ok();
   }
-  void CopySlot(int32_t, int32_t) override {}
+  Status CopySlot(int32_t, int32_t) override { return Status::Ok(); }
 
  private:
   struct State {

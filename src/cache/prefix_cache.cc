@@ -82,8 +82,11 @@ Status PrefixCache::Adopt(const Hit& hit, SequenceCache* sequence) {
   if (slot_bytes > ledger_->free_bytes()) ReclaimUsedBefore(slot_bytes, hit.node->last_use);
   DSLA_RETURN_IF_ERROR(sequence->Adopt(hit.tokens, std::move(pages)));
   for (int layer = 0; layer < options_.layers; ++layer) {
-    if (sequence->is_dsla(layer))
-      copier_->CopySlot(hit.node->snapshot[layer], sequence->slot(layer));
+    if (!sequence->is_dsla(layer)) continue;
+    const Status copied = copier_->CopySlot(hit.node->snapshot[layer], sequence->slot(layer));
+    if (copied.ok()) continue;
+    sequence->Release();
+    return copied;
   }
   return Status::Ok();
 }
@@ -103,14 +106,14 @@ void PrefixCache::Insert(std::span<const int32_t> tokens, std::string_view salt,
                             RaisesIn(history, page * page_size, (page + 1) * page_size),
                             tokens.subspan(page * page_size, page_size)));
   }
-  // First, because it may give up nodes.
+  // First, because it may give up nodes, or fail.
   Reservation slots;
   const Node* end = Find((*path)[pages]);
   const bool copy = snapshot && (end == nullptr || end->snapshot.empty());
   if (copy) {
-    auto reserved = ReserveSnapshot(std::span(*path).first(pages + 1), level);
-    if (!reserved.ok()) return;
-    slots = std::move(reserved).value();
+    auto taken = TakeSnapshot(std::span(*path).first(pages + 1), sequence);
+    if (!taken.ok()) return;
+    slots = std::move(taken).value();
   }
   // The deepest node that is there with all that this sequence could give it: then, as covers never
   // falls towards the root, so is everything before it.
@@ -135,7 +138,7 @@ void PrefixCache::Insert(std::span<const int32_t> tokens, std::string_view salt,
     node = child;
   }
   if (copy) {
-    TakeSnapshot(node, std::move(slots), sequence);
+    KeepSnapshot(node, std::move(slots), sequence);
     ThinSnapshots(*node);
   }
   Touch(node);

@@ -34,10 +34,12 @@
 namespace dsla {
 
 // Copies the memory of a state slot; whoever owns it implements this. `to` was just reserved.
+// kResourceExhausted where there is no memory behind it. May throw what a device that failed
+// throws: the caches' accounts stay right.
 class SlotCopier {
  public:
   virtual ~SlotCopier() = default;
-  virtual void CopySlot(int32_t from, int32_t to) = 0;
+  virtual Status CopySlot(int32_t from, int32_t to) = 0;
 };
 
 struct PrefixCacheOptions {
@@ -84,14 +86,15 @@ class PrefixCache {
 
   // Gives the hit's pages and copies of its states to an empty sequence at the hit's last level.
   // Reclaims other entries if there is no room for the states; kResourceExhausted, the sequence
-  // untouched, if that is not enough.
+  // empty as before, if that is not enough or the copier has no memory.
   Status Adopt(const Hit& hit, SequenceCache* sequence);
 
   // Enters the whole pages of a sequence's first `tokens` tokens, as far as the sequence still has
   // them, by reference: takes no memory. What is there already is kept and marked as used. With
   // `snapshot`, which needs tokens == sequence.length(), a multiple of the page size, and level
-  // > 0, also its states, if there is room or entries of older use can be given up for it; of the
-  // snapshots before it on an unbranched path those at about doubling distances are kept. Pages of
+  // > 0, also its states, if there is room, or entries of older use can be given up for it, and the
+  // copier has the memory; of the snapshots before it on an unbranched path those at about doubling
+  // distances are kept. Pages of
   // a history above level 0 are of use only before a snapshot, and are entered only with one.
   // `path` is the sequence's own memo of keys; empty at first.
   void Insert(std::span<const int32_t> tokens, std::string_view salt,
@@ -116,8 +119,9 @@ class PrefixCache {
   Node* Add(Node* parent, const PrefixKey& key, LevelHistory raises, int level);
   void Touch(Node* node);  // and all before it
   void FillPages(Node* node, const SequenceCache& sequence);
-  Expected<Reservation> ReserveSnapshot(std::span<const PrefixKey> path, int level);
-  void TakeSnapshot(Node* node, Reservation slots, const SequenceCache& sequence);
+  Expected<Reservation> TakeSnapshot(std::span<const PrefixKey> path,
+                                     const SequenceCache& sequence);
+  void KeepSnapshot(Node* node, Reservation slots, const SequenceCache& sequence);
   void ThinSnapshots(const Node& newest);
   void DropSnapshot(Node* node);
   bool Shed(Node* leaf);

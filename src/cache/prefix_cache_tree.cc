@@ -64,19 +64,28 @@ void PrefixCache::FillPages(Node* node, const SequenceCache& sequence) {
   node->covers = sequence.level();
 }
 
-// What there is of the path is in use, and is not given up for its own continuation.
-Expected<Reservation> PrefixCache::ReserveSnapshot(std::span<const PrefixKey> path, int level) {
+// Copies of the sequence's states, in the order of the layers. What there is of the path is in use,
+// and is not given up for its own continuation.
+Expected<Reservation> PrefixCache::TakeSnapshot(std::span<const PrefixKey> path,
+                                                const SequenceCache& sequence) {
   for (auto key = path.rbegin(); key != path.rend(); ++key) {
     if (Node* node = Find(*key)) {
       Touch(node);
       break;
     }
   }
+  const int level = sequence.level();
   ReclaimUsedBefore(level * ledger_->config().slot_bytes, time_);
-  return ledger_->Reserve(0, level);
+  DSLA_ASSIGN_OR_RETURN(Reservation reservation, ledger_->Reserve(0, level));
+  auto slot = reservation.slots().begin();
+  for (int layer = 0; layer < options_.layers; ++layer) {
+    if (!sequence.is_dsla(layer)) continue;
+    DSLA_RETURN_IF_ERROR(copier_->CopySlot(sequence.slot(layer), *slot++));
+  }
+  return reservation;
 }
 
-void PrefixCache::TakeSnapshot(Node* node, Reservation slots, const SequenceCache& sequence) {
+void PrefixCache::KeepSnapshot(Node* node, Reservation slots, const SequenceCache& sequence) {
   ++changes_;
   node->snapshot.assign(options_.layers, -1);
   auto slot = slots.slots().begin();
@@ -84,7 +93,6 @@ void PrefixCache::TakeSnapshot(Node* node, Reservation slots, const SequenceCach
     if (!sequence.is_dsla(layer)) continue;
     node->snapshot[layer] = *slot++;
     ledger_->SetRetained(BlockKind::kSlot, node->snapshot[layer], true);
-    copier_->CopySlot(sequence.slot(layer), node->snapshot[layer]);
   }
   slots.Commit();
   ++snapshots_;

@@ -44,7 +44,6 @@ class CacheOps : public SlotCopier {
   virtual SequenceCache NewSequence(int level) = 0;
   // HybridModel::Raise: folds layer after layer. The scheduler has made room for it.
   virtual Status Raise(SequenceCache& cache, int level) = 0;
-  // CopySlot(from, to): touch `to`, then copy the whole block.
 };
 
 struct SchedulerOptions {

@@ -103,7 +103,14 @@ Status Worker::Raise(SequenceCache& cache, int level) {
   return status;
 }
 
-void Worker::CopySlot(int32_t from, int32_t to) { pool_.CopyBlock(BlockKind::kSlot, from, to); }
+Status Worker::CopySlot(int32_t from, int32_t to) {
+  try {
+    pool_.CopyBlock(BlockKind::kSlot, from, to);
+  } catch (const std::bad_alloc&) {
+    return ResourceExhausted("out of memory for a copy of states");
+  }
+  return Status::Ok();
+}
 
 void Worker::Run() {
   Inbox::Mail mail;
@@ -119,12 +126,11 @@ void Worker::Run() {
     try {
       Step();
     } catch (const DeviceError& error) {  // where cache blocks are copied
-      static_cast<void>(NoteDeviceFailure(error.what()));
-      EndAll();
+      EndAll(NoteDeviceFailure(error.what()));
     }
   }
   for (auto& request : mail.requests) Admit(std::move(request));
-  EndAll();
+  EndAll(Status(StatusCode::kCancelled, "cancelled: the server is shutting down"));
 }
 
 void Worker::ReadMail(Inbox::Mail& mail) {
@@ -283,12 +289,11 @@ void Worker::Deliver(ActiveRequest& active) {
   if (observer_) observer_(result);
 }
 
-void Worker::EndAll() {
+void Worker::EndAll(const Status& why) {
   Abandon();
-  for (const EndedSequence& ended : scheduler_.Clear()) {
-    EndedSequence cut = ended;
-    cut.status = Status(StatusCode::kCancelled, "cancelled: the server is shutting down");
-    Finish(cut);
+  for (EndedSequence& ended : scheduler_.Clear()) {
+    ended.status = why;
+    Finish(ended);
   }
   DSLA_CHECK(active_.empty());
   SettleQueue();

@@ -73,7 +73,7 @@ class Worker : private CacheOps {
   // CacheOps
   SequenceCache NewSequence(int level) override;
   Status Raise(SequenceCache& cache, int level) override;
-  void CopySlot(int32_t from, int32_t to) override;
+  Status CopySlot(int32_t from, int32_t to) override;
 
   // worker.cc
   void ReadMail(Inbox::Mail& mail);
@@ -84,7 +84,7 @@ class Worker : private CacheOps {
   Status NoteDeviceFailure(const std::string& what);  // as requests get it
   void Finish(const EndedSequence& ended);
   void Deliver(ActiveRequest& active);
-  void EndAll();
+  void EndAll(const Status& why);
   void SettleQueue();
   void Publish(double begin, double model_seconds, const StepPlan& plan, int generated);
 
