@@ -16,6 +16,7 @@
 #include "adapt/cost_correction.h"
 #include "adapt/make_policy.h"
 #include "base/mapped_file.h"
+#include "base/quantile.h"
 #include "engine/scheduler.h"
 
 namespace dsla {
@@ -37,12 +38,6 @@ struct Request {
   std::vector<int32_t> prompt;
   int reply = 0;
 };
-
-double Quantile(std::vector<double> values, double q) {
-  if (values.empty()) return 0;
-  std::ranges::sort(values);
-  return values[static_cast<size_t>(q * static_cast<double>(values.size() - 1))];
-}
 
 // Texts become runs of numbers: what counts is how long they are and what they share.
 Expected<std::vector<Request>> ReadTrace(const Options& options) {

@@ -1,6 +1,9 @@
 #include "adapt/load_estimate.h"
 
 #include <algorithm>
+#include <utility>
+
+#include "base/quantile.h"
 
 namespace dsla {
 namespace {
@@ -41,11 +44,7 @@ class Estimator {
     std::vector<double> ttft;
     ttft.reserve(first_token_.size());
     for (const auto& [seconds, steps] : first_token_) ttft.push_back(seconds + steps * decoding_);
-    if (!ttft.empty()) {
-      const auto p95 = ttft.begin() + static_cast<int64_t>((ttft.size() - 1) * 95 / 100);
-      std::nth_element(ttft.begin(), p95, ttft.end());
-      estimate.ttft = *p95;
-    }
+    estimate.ttft = Quantile(std::move(ttft), 0.95);
     estimate.tpot = cost_.step_seconds() + rows_;
     // Prefill chunks that some reply shares its steps with: with nobody decoding yet, those behind
     // the first prompt.

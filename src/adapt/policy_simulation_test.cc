@@ -9,6 +9,7 @@
 #include "adapt/load_estimate.h"
 #include "adapt/make_policy.h"
 #include "adapt/testing/load_simulator.h"
+#include "base/quantile.h"
 
 namespace dsla {
 namespace {
@@ -169,8 +170,7 @@ TEST(PolicySimulation, PaperOnRandomTraces) { RunTraces("paper", 500, 2); }
 double P95(const SimResult& result) {
   std::vector<double> ttft;
   for (const SimResult::Done& r : result.requests) ttft.push_back(r.ttft);
-  std::sort(ttft.begin(), ttft.end());
-  return ttft[ttft.size() * 95 / 100];
+  return Quantile(std::move(ttft), 0.95);
 }
 double Mean(const SimResult& result) {
   double sum = 0;

@@ -16,6 +16,7 @@
 
 #include "adapt/policy.h"
 #include "base/exec.h"
+#include "base/quantile.h"
 #include "cache/cache_pool.h"
 #include "engine/engine.h"
 #include "engine/engine_inbox.h"

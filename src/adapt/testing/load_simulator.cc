@@ -6,6 +6,7 @@
 #include "adapt/cost_correction.h"
 #include "adapt/load_estimate.h"
 #include "base/check.h"
+#include "base/quantile.h"
 
 namespace dsla {
 namespace {
@@ -19,12 +20,6 @@ struct Sequence {
   double first_token = -1;
   double last_token = 0;
 };
-
-double Percentile95(std::vector<double> values) {
-  if (values.empty()) return 0;
-  std::sort(values.begin(), values.end());
-  return values[(values.size() - 1) * 95 / 100];
-}
 
 class Simulator {
  public:
@@ -105,7 +100,7 @@ class Simulator {
       while (!values.empty() && values.front().first < now_ - kWindow) values.pop_front();
       std::vector<double> out;
       for (const auto& [time, value] : values) out.push_back(value);
-      return Percentile95(std::move(out));
+      return Quantile(std::move(out), 0.95);
     };
     s.ttft_p95 = recent(ttft_);
     s.tpot_p95 = recent(tpot_);
