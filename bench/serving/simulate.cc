@@ -8,7 +8,6 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>
-#include <deque>
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -31,7 +30,6 @@ struct Options {
 };
 
 constexpr double kBytesPerToken = 4.7;  // of the texts
-constexpr double kLatencyWindow = 10;   // seconds, as the engine's
 
 struct Request {
   double arrival = 0;
@@ -148,21 +146,11 @@ class Simulation : public CacheOps {
     double first = -1, last = 0;  // of its tokens, when
     int written = 0;
   };
-  using Times = std::deque<std::pair<double, double>>;
   static constexpr double kIdle = 0.05;
-
-  double Recent(Times& times) const {
-    while (!times.empty() && times.front().first < now_ - kLatencyWindow) times.pop_front();
-    std::vector<double> values;
-    for (const auto& [when, value] : times) values.push_back(value);
-    return Quantile(std::move(values), .95);
-  }
 
   void Decide() {
     LoadSnapshot load = scheduler_.Snapshot();
     load.now = now_;
-    load.ttft_p95 = Recent(ttft_);
-    load.tpot_p95 = Recent(tpot_);
     const LevelDecision decision = policy_->Decide(load);
     scheduler_.set_prefill_limit(decision.prefill_limit);
     scheduler_.set_short_prompt(decision.short_prompt);
@@ -194,9 +182,12 @@ class Simulation : public CacheOps {
       State& s = states_.at(plan.rows[i].id);
       if (s.first < 0) {
         s.first = now_;
-        ttft_.emplace_back(now_, now_ - s.request->arrival);
+        policy_->ObserveFirstToken({.now = now_,
+                                    .seconds = now_ - s.request->arrival,
+                                    .prompt_tokens = static_cast<int>(s.request->prompt.size()),
+                                    .cached_tokens = scheduler_.cached_tokens(plan.rows[i].id)});
       } else {
-        tpot_.emplace_back(now_, now_ - s.last);
+        policy_->ObserveToken(now_, now_ - s.last);
       }
       s.last = now_;
       results[i] = {.token = 0, .finish = ++s.written == s.request->reply};
@@ -216,7 +207,6 @@ class Simulation : public CacheOps {
   Scheduler scheduler_;
   std::vector<int> ladder_;
   std::map<int64_t, State> states_;
-  Times ttft_, tpot_;
   double now_ = 0;
   size_t next_ = 0;
   int highest_ = 0;

@@ -27,8 +27,10 @@ class Estimator {
     }
     const int chunk = options_.prefill_chunk;
     prefill_ += cost_.PromptSeconds(level, s.pending_tokens, s.cached_tokens, chunk);
+    const bool first = steps_ == 0;
     steps_ += (s.pending_tokens + chunk - 1) / chunk;
-    if (first_token_.empty()) first_steps_ = steps_;
+    if (first) first_steps_ = steps_;
+    if (s.has_first_token) return;
     // Of one under way, the part that is done belongs to its own time too.
     const double alone = running
                              ? cost_.PromptSeconds(0, s.cached_tokens + s.pending_tokens, 0, chunk)

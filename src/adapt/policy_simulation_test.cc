@@ -246,12 +246,14 @@ TEST(PolicySimulation, BackAtZeroWithinAMinuteOfCalm) {
 
 // --- A calibration gone wrong ---
 
-// Passes on all but what was measured.
+// Passes on all but what steps and folds took.
 class Deaf final : public LevelPolicy {
  public:
   explicit Deaf(std::unique_ptr<LevelPolicy> policy) : policy_(std::move(policy)) {}
   const char* name() const override { return policy_->name(); }
   LevelDecision Decide(const LoadSnapshot& load) override { return policy_->Decide(load); }
+  void ObserveFirstToken(const FirstToken& token) override { policy_->ObserveFirstToken(token); }
+  void ObserveToken(double now, double seconds) override { policy_->ObserveToken(now, seconds); }
 
  private:
   const std::unique_ptr<LevelPolicy> policy_;

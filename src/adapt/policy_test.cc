@@ -107,6 +107,17 @@ TEST(LoadEstimate, ALonePromptIsNotDelayedByItself) {
   EXPECT_NEAR(EstimateLoad(load, Cost(), {}, 0, true).ttft, 0, 1e-9);
 }
 
+TEST(LoadEstimate, WhoHasAFirstTokenWaitsForNone) {
+  LoadSnapshot load = Snapshot(100);
+  load.waiting = {Waiting(1, 4000, 0), Waiting(2, 1000, 100)};
+  EXPECT_GT(EstimateLoad(load, Cost(), {}, 0, true).ttft, 90);
+  load.waiting[0].has_first_token = true;  // pre-empted long after it: the other waits for it
+  EXPECT_NEAR(EstimateLoad(load, Cost(), {}, 0, true).ttft, Cost().PromptSeconds(0, 4000, 0, 512),
+              1e-9);
+  load.waiting.pop_back();
+  EXPECT_EQ(EstimateLoad(load, Cost(), {}, 0, true).ttft, 0);
+}
+
 TEST(LoadEstimate, DecodeRowsSlowPrefillDown) {
   LoadSnapshot load = Snapshot(0);
   load.waiting = {Waiting(1, 1024, 0)};
@@ -358,13 +369,63 @@ TEST(SloPolicy, MeasurementsOverrideEstimatesNearTheTarget) {
   const double estimated = EstimateLoad(load, Cost(), {}, 0, true).tpot;
   options.slo.tpot = estimated * 1.2;  // the model says all is well
   EXPECT_EQ(Make(options)->Decide(load).target, 0);
-  load.tpot_p95 = estimated * 1.5;  // it is not
-  const LevelDecision decision = Make(options)->Decide(load);
+  const auto measured = [&](double seconds) {
+    const auto policy = Make(options);
+    policy->ObserveToken(-1, seconds);
+    return policy->Decide(load);
+  };
+  const LevelDecision decision = measured(estimated * 1.5);  // it is not
   EXPECT_EQ(decision.target, kTop / 8);
   EXPECT_THAT(decision.reason, StartsWith("tpot: "));
   options.slo.tpot = estimated * 10;  // far from the target: a stale measurement
-  load.tpot_p95 = estimated * 15;
-  EXPECT_EQ(Make(options)->Decide(load).target, 0);
+  EXPECT_EQ(measured(estimated * 15).target, 0);
+}
+
+// By the model a little less than the target is added to the time to the first token, and nothing
+// else matters.
+LoadSnapshot NearTtft(PolicyOptions& options) {
+  options.slo.tpot = 1e4;
+  LoadSnapshot load = Snapshot(0);
+  for (int i = 0; i < 3; ++i) load.waiting.push_back(Waiting(i, 4000, 0));
+  const double delay = EstimateLoad(load, Cost(), {kChunk}, 0, true).ttft;
+  for (SequenceLoad& s : load.waiting) s.arrival = -(0.8 * options.slo.ttft - delay);
+  return load;
+}
+
+// A long prompt on an idle server takes its time at level 0; that is no reason to raise anybody.
+TEST(SloPolicy, OfAMeasuredFirstTokenCountsWhatTheLoadAdded) {
+  PolicyOptions options = Options("slo");
+  const LoadSnapshot load = NearTtft(options);
+  const auto target = [&](double seconds, int cached) {
+    const auto policy = Make(options);
+    policy->ObserveFirstToken(
+        {.now = -1, .seconds = seconds, .prompt_tokens = 8000, .cached_tokens = cached});
+    return policy->Decide(load).target;
+  };
+  const double alone = Cost().PromptSeconds(0, 8000, 0, 512);
+  ASSERT_GT(alone, options.slo.ttft);
+  EXPECT_EQ(target(alone + 0.9 * options.slo.ttft, 0), 0);
+  EXPECT_EQ(target(alone + 1.1 * options.slo.ttft, 0), kTop / 8);
+  const double rest = Cost().PromptSeconds(0, 64, 7936, 512);
+  EXPECT_EQ(target(rest + 0.9 * options.slo.ttft, 7936), 0);
+  EXPECT_EQ(target(rest + 1.1 * options.slo.ttft, 7936), kTop / 8) << "most of it was cached";
+}
+
+TEST(SloPolicy, WhatWasMeasuredBeforeARiseDrivesNoOther) {
+  PolicyOptions options = Options("slo");
+  LoadSnapshot load = NearTtft(options);
+  const auto policy = Make(options);
+  const auto decide = [&](double now) {
+    for (SequenceLoad& s : load.waiting) s.arrival += now - load.now;
+    load.now = now;
+    return policy->Decide(load).target;
+  };
+  for (int i = 0; i < 20; ++i)
+    policy->ObserveFirstToken({.now = -1, .seconds = 60, .prompt_tokens = 100});
+  EXPECT_EQ(decide(0), kTop / 8);
+  for (double now = 0.5; now < 8; now += 0.5) EXPECT_EQ(decide(now), kTop / 8) << now;
+  policy->ObserveFirstToken({.now = 8, .seconds = 7.5, .prompt_tokens = 100});
+  EXPECT_EQ(decide(8.5), 2 * (kTop / 8));
 }
 
 TEST(SloPolicy, PreemptionsRaiseTheTarget) {

@@ -19,6 +19,9 @@ constexpr double kNearTarget = 0.5;
 // the sake of the target per token.
 constexpr double kChunkLoss = 0.03;
 constexpr double kMostChunkLoss = 0.1;
+// What was measured is the p95 of so many seconds: long enough to hold a few requests, short enough
+// to notice a burst.
+constexpr double kFeedbackSeconds = 10;
 // Steps from 0 to the top when measurements, not estimates, drive the target.
 constexpr int kFeedbackSteps = 8;
 // And from the top to 0 at most.
@@ -50,8 +53,16 @@ SloPolicy::SloPolicy(const SloOptions& options, CostModel cost, int max_level)
       measured_(std::move(cost)),
       cost_(measured_),
       max_level_(max_level),
+      ttft_(kFeedbackSeconds),
+      tpot_(kFeedbackSeconds),
       last_look_(kNever),
       last_change_(kNever) {}
+
+void SloPolicy::ObserveFirstToken(const FirstToken& token) {
+  const double alone = cost_.PromptSeconds(0, token.prompt_tokens - token.cached_tokens,
+                                           token.cached_tokens, options_.prefill_chunk);
+  ttft_.Add(token.now, token.seconds - alone);
+}
 
 LevelDecision SloPolicy::Decide(const LoadSnapshot& load) {
   LevelDecision decision;
@@ -70,6 +81,8 @@ LevelDecision SloPolicy::Decide(const LoadSnapshot& load) {
   preempted_ = std::isfinite(last_look_) && load.preemptions > preemptions_;
   preemptions_ = load.preemptions;
   last_look_ = load.now;
+  ttft_p95_ = ttft_.Quantile(load.now, 0.95);
+  tpot_p95_ = tpot_.Quantile(load.now, 0.95);
   cost_ = measured_.Scaled(correction_.factors());
 
   decision.prefill_limit = prefill_limit_ = PrefillLimit(load);
@@ -159,10 +172,10 @@ void SloPolicy::ApplyFeedback(const LoadSnapshot& load, Want& want) const {
   if (preempted_ && estimates_[next].memory_bytes < here.memory_bytes) {
     want.level = next;
     want.word = "memory";
-  } else if (!load.waiting.empty() && missed(load.ttft_p95, options_.ttft, here.ttft, there.ttft)) {
+  } else if (!load.waiting.empty() && missed(ttft_p95_, options_.ttft, here.ttft, there.ttft)) {
     want.level = want.ttft = next;
     want.word = "ttft";
-  } else if (!load.running.empty() && missed(load.tpot_p95, options_.tpot, here.tpot, there.tpot)) {
+  } else if (!load.running.empty() && missed(tpot_p95_, options_.tpot, here.tpot, there.tpot)) {
     want.level = want.tpot = next;
     want.word = "tpot";
   }
@@ -185,13 +198,13 @@ std::string SloPolicy::UpReason(const LoadSnapshot& load, const Want& want) cons
         "tpot: {} running, {} waiting, {:.3f} s a token at level {}, {:.3f} s at {}, target {:.3f} "
         "s, measured p95 {:.3f} s",
         load.running.size(), load.waiting.size(), from.tpot, target_, to.tpot, want.level,
-        options_.tpot, load.tpot_p95);
+        options_.tpot, tpot_p95_);
   }
   return fmt::format(
       "ttft: {} running, {} waiting, delay {:.1f} s at level {}, {:.1f} s at {}, target {:.1f} s, "
       "measured p95 {:.1f} s",
       load.running.size(), load.waiting.size(), from.ttft, target_, to.ttft, want.level,
-      options_.ttft, load.ttft_p95);
+      options_.ttft, ttft_p95_);
 }
 
 void SloPolicy::MoveTarget(const LoadSnapshot& load, const Want& want, LevelDecision& decision) {
@@ -201,6 +214,8 @@ void SloPolicy::MoveTarget(const LoadSnapshot& load, const Want& want, LevelDeci
     if (!cool) return;
     decision.reason = UpReason(load, want);
     target_ = want.level;
+    ttft_.Clear();
+    tpot_.Clear();
   } else {
     const int low = std::max(want.level, WantedLevel(load, options_.down_margin).level);
     if (low >= target_ || (low > 0 && target_ - low < max_level_ / kDownSteps)) {

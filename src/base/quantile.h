@@ -15,6 +15,7 @@ class SlidingQuantile {
  public:
   explicit SlidingQuantile(double window_seconds) : window_(window_seconds) {}
   void Add(double now, double value);
+  void Clear() { samples_.clear(), next_ = 0; }
   double Quantile(double now, double q) const;
 
  private:

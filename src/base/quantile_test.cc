@@ -53,6 +53,10 @@ TEST(SlidingQuantileTest, OfTheNewestOnly) {
   for (int i = 0; i < 10000; ++i) sliding.Add(i * 1e-3, i);
   EXPECT_EQ(sliding.Quantile(10, 0), 10000 - 4096);
   EXPECT_EQ(sliding.Quantile(10, 1), 9999);
+  sliding.Clear();
+  EXPECT_EQ(sliding.Quantile(10, 1), 0);
+  sliding.Add(10, 3);
+  EXPECT_EQ(sliding.Quantile(10, 0), 3);
 }
 
 }  // namespace

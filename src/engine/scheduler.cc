@@ -249,7 +249,8 @@ LoadSnapshot Scheduler::Snapshot() const {
                        .remaining_tokens = 0,
                        .level = bounds.min,
                        .max_level = bounds.max,
-                       .arrival = sequence.request.arrival};
+                       .arrival = sequence.request.arrival,
+                       .has_first_token = sequence.size() > sequence.prompt_tokens};
     if (!sequence.cache && sequence.leader != 0) {  // it will find those cached
       entry.cached_tokens = sequence.shared;
       entry.pending_tokens -= sequence.shared;
@@ -285,6 +286,11 @@ double Scheduler::oldest_arrival() const {
 int Scheduler::level(int64_t id) const {
   const Sequence* sequence = FindRunning(id);
   return sequence == nullptr ? 0 : sequence->cache->level();
+}
+
+int Scheduler::cached_tokens(int64_t id) const {
+  const Sequence* sequence = FindRunning(id);
+  return sequence == nullptr ? 0 : sequence->cached_tokens;
 }
 
 std::vector<int> Scheduler::rows_per_level() const {

@@ -191,7 +191,8 @@ class Scheduler {
   double oldest_arrival() const;                     // of the waiting ones; 0: there are none
   std::vector<const SequenceCache*> caches() const;  // of all that is in memory, for checks
   bool idle() const { return running_.empty() && waiting_.empty() && !in_step_; }
-  int level(int64_t id) const;  // of a running sequence, 0 for any other
+  int level(int64_t id) const;          // of a running sequence, 0 for any other
+  int cached_tokens(int64_t id) const;  // likewise: see EndedSequence
   int64_t preemptions() const { return preemptions_; }
   std::vector<int> rows_per_level() const;  // [L + 1] running sequences
 

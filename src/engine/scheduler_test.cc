@@ -267,6 +267,7 @@ TEST_F(SchedulerTest, ARecomputationRepeatsTheLevels) {
       ASSERT_EQ(load.waiting.size(), 1u);
       EXPECT_EQ(load.waiting[0].level, 1);
       EXPECT_EQ(load.waiting[0].max_level, 1);
+      EXPECT_TRUE(load.waiting[0].has_first_token);
       replaying = true;
     }
   }

@@ -12,9 +12,8 @@
 namespace dsla {
 namespace {
 
-// What the policy and the metrics see as "now": long enough to hold a few requests, short enough to
-// notice a burst.
-constexpr double kLatencyWindowSeconds = 10, kRateWindowSeconds = 5;
+// What the metrics see as "now".
+constexpr double kRateWindowSeconds = 5;
 // The policy may take this share of the time.
 constexpr double kDecisionShare = 0.02;
 // An idle engine above level 0 looks at its policy so often, for the level to come down in calm.
@@ -62,8 +61,6 @@ Worker::Worker(const HybridModel* model, const ExecContext& ctx, const EngineOpt
       pool_(std::move(pool)),
       scheduler_(&pool_.ledger(), this, SchedulerOptionsOf(*model, options)),
       policy_(std::move(policy)),
-      ttft_(kLatencyWindowSeconds),
-      tpot_(kLatencyWindowSeconds),
       prefill_rate_(kRateWindowSeconds),
       decode_rate_(kRateWindowSeconds) {
   scheduler_.set_auto_max_level(options.default_max_level);
@@ -181,8 +178,6 @@ void Worker::Decide() {
   if (now < next_decision_ || !due_.raises.empty()) return;
   LoadSnapshot load = scheduler_.Snapshot();
   load.now = now;
-  load.ttft_p95 = ttft_.Quantile(now, 0.95);
-  load.tpot_p95 = tpot_.Quantile(now, 0.95);
   LevelDecision decision = policy_->Decide(load);
   const double decided = NowSeconds();
   next_decision_ = decided + (decided - now) / kDecisionShare;

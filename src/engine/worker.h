@@ -16,7 +16,6 @@
 
 #include "adapt/policy.h"
 #include "base/exec.h"
-#include "base/quantile.h"
 #include "cache/cache_pool.h"
 #include "engine/engine.h"
 #include "engine/engine_inbox.h"
@@ -145,7 +144,6 @@ class Worker : private CacheOps {
   std::vector<TokenChoice> choices_;
   std::vector<ActiveRequest*> unsent_;  // whose last token waits for the next step to be under way
   double fold_seconds_ = 0, model_seconds_ = 0;  // of this Step
-  SlidingQuantile ttft_, tpot_;
 
   // For the next SettleQueue.
   int left_queue_ = 0;

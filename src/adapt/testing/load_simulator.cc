@@ -6,18 +6,15 @@
 #include "adapt/cost_correction.h"
 #include "adapt/load_estimate.h"
 #include "base/check.h"
-#include "base/quantile.h"
 
 namespace dsla {
 namespace {
 
-constexpr double kWindow = 10;  // seconds of finished requests that the measured times cover
 constexpr double kIdleTick = 0.5;
 
 struct Sequence {
   SequenceLoad load;
   int reply_done = 0;
-  double first_token = -1;
   double last_token = 0;
 };
 
@@ -96,14 +93,6 @@ class Simulator {
     for (const Sequence& q : waiting_) s.waiting.push_back(q.load);
     s.budget_bytes = o_.budget_bytes;
     s.used_bytes = Used();
-    const auto recent = [&](std::deque<std::pair<double, double>>& values) {
-      while (!values.empty() && values.front().first < now_ - kWindow) values.pop_front();
-      std::vector<double> out;
-      for (const auto& [time, value] : values) out.push_back(value);
-      return Quantile(std::move(out), 0.95);
-    };
-    s.ttft_p95 = recent(ttft_);
-    s.tpot_p95 = recent(tpot_);
     s.preemptions = result_.preemptions;
     return s;
   }
@@ -177,7 +166,7 @@ class Simulator {
     policy_.ObserveStep(step);
     for (size_t i = 0; i < running_.size(); ++i) Advance(running_[i], takes[i]);
     std::erase_if(running_, [&](const Sequence& s) {
-      return s.first_token >= 0 && s.load.remaining_tokens == 0;
+      return s.load.has_first_token && s.load.remaining_tokens == 0;
     });
   }
 
@@ -190,12 +179,13 @@ class Simulator {
       ++s.load.cached_tokens;
     }
     SimResult::Done& done = result_.requests[s.load.id];
-    if (s.first_token < 0) {
-      s.first_token = now_;
+    if (!s.load.has_first_token) {
+      s.load.has_first_token = true;
       done.ttft = now_ - s.load.arrival;
-      ttft_.push_back({now_, done.ttft});
+      policy_.ObserveFirstToken(
+          {.now = now_, .seconds = done.ttft, .prompt_tokens = s.load.cached_tokens});
     } else {
-      tpot_.push_back({now_, now_ - s.last_token});
+      policy_.ObserveToken(now_, now_ - s.last_token);
     }
     s.last_token = now_;
     if (--s.load.remaining_tokens > 0) return;
@@ -214,7 +204,6 @@ class Simulator {
   size_t next_ = 0, done_ = 0;
   std::deque<Sequence> waiting_;
   std::vector<Sequence> running_;
-  std::deque<std::pair<double, double>> ttft_, tpot_;
 };
 
 }  // namespace
