@@ -81,9 +81,13 @@ class LevelPolicy {
  public:
   virtual ~LevelPolicy() = default;
   virtual const char* name() const = 0;  // "slo", "paper", "fixed"
-  // To be called before each step and, with nothing to do, about once a second, so that the target
-  // goes back when the load is gone. Cheap enough for that: most calls change nothing.
+  // To be called before each step and, with nothing to do, four times a second while the target is
+  // above 0, so that it goes back when the load is gone. Cheap enough for that: most calls change
+  // nothing.
   virtual LevelDecision Decide(const LoadSnapshot& load) = 0;
+  // Of tier auto, from now on: the operator's. A target above it comes down to it; whatever else
+  // the policy knows stays.
+  virtual void SetMaxLevel(int /*level*/) {}
 
   // Every step and every fold of a running sequence, for a policy that predicts them.
   virtual void ObserveStep(const StepTime& /*step*/) {}

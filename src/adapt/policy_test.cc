@@ -213,6 +213,19 @@ TEST(PaperPolicy, AtMostItsShareOfLayersAndTheBound) {
   EXPECT_EQ(target, 4);
 }
 
+TEST(PaperPolicy, ABoundIsMovedWithinItsShare) {
+  PolicyOptions options = Options("paper");
+  options.max_level = 30;
+  const auto policy = Make(options);
+  for (int i = 0; i < 5; ++i) policy->Decide(Burst(60.0 * i));
+  policy->SetMaxLevel(3);
+  EXPECT_EQ(policy->Decide(Burst(300)).target, 3);
+  policy->SetMaxLevel(30);
+  int target = 0;
+  for (int i = 6; i < 60; ++i) target = policy->Decide(Burst(60.0 * i)).target;
+  EXPECT_EQ(target, 22);
+}
+
 TEST(PaperPolicy, RunningSequencesFollowOnlyIfAsked) {
   LoadSnapshot load = Burst(0);
   load.running = {Running(7, 3000)};
@@ -261,6 +274,24 @@ TEST(SloPolicy, LowestLevelThatMeetsTheTarget) {
     options.slo.ttft = (delay[k] + delay[k - 1]) / 2;
     EXPECT_EQ(Make(options)->Decide(load).target, k);
   }
+}
+
+// In mid-burst it goes on with what it has learnt.
+TEST(SloPolicy, ABoundIsMovedWithoutStartingAnew) {
+  const auto policy = Make(Options("slo"));
+  StepTime step{.prefill = {{.level = 0, .tokens = 512, .context = 0}}, .decode = {}, .seconds = 0};
+  step.seconds = 3 * Cost().PrefillSeconds(0, 512, 0);
+  for (int i = 0; i < 100; ++i) policy->ObserveStep(step);
+  const double factor = policy->cost_factors().prefill;
+  ASSERT_GT(factor, 2);
+  const int high = policy->Decide(Burst(0)).target;
+  ASSERT_GT(high, 5);
+  policy->SetMaxLevel(5);
+  EXPECT_EQ(policy->Decide(Burst(0.01)).target, 5) << "between two looks, too";
+  EXPECT_EQ(policy->Decide(Burst(5)).target, 5);
+  policy->SetMaxLevel(kTop);
+  EXPECT_EQ(policy->cost_factors().prefill, factor);
+  EXPECT_EQ(policy->Decide(Burst(6)).target, high);
 }
 
 TEST(SloPolicy, QualityIsNotSpentOnWhatLevelsCannotHelp) {

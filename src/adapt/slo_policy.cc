@@ -98,6 +98,13 @@ LevelDecision SloPolicy::Decide(const LoadSnapshot& load) {
   return decision;
 }
 
+void SloPolicy::SetMaxLevel(int level) {
+  max_level_ = level;
+  if (target_ <= level) return;
+  target_ = level;
+  calm_ = false;
+}
+
 // Whole pages of prompt for a step that writes replies, too. As few as cost next to nothing: the
 // work stays the same, but replies end sooner and give back their memory, in which prefixes can
 // stay. Fewer where the target per token asks for it and the loss is bounded.

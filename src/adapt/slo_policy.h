@@ -48,6 +48,7 @@ class SloPolicy final : public LevelPolicy {
 
   const char* name() const override { return "slo"; }
   LevelDecision Decide(const LoadSnapshot& load) override;
+  void SetMaxLevel(int level) override;
   void ObserveStep(const StepTime& step) override { correction_.ObserveStep(measured_, step); }
   void ObserveFold(const FoldPoint& fold) override { correction_.ObserveFold(measured_, fold); }
   void ObserveFirstToken(const FirstToken& token) override;
@@ -83,7 +84,7 @@ class SloPolicy final : public LevelPolicy {
   const CostModel measured_;   // at the start
   CostCorrection correction_;  // by what was seen since
   CostModel cost_;             // the two together, as of the last look
-  const int max_level_;
+  int max_level_;
   std::vector<LoadEstimate> estimates_;  // [max_level + 1], of the last look
 
   SlidingQuantile ttft_, tpot_;         // what clients saw since the last rise

@@ -456,6 +456,9 @@ TEST_F(EngineTest, ThePolicyIsFollowedAndRecorded) {
   engine->SetMaxLevel(0);
   EXPECT_EQ(engine.Submit(Greedy(4, 4))->Wait().levels, (std::vector<LevelSpan>{{0, 0}}));
   EXPECT_EQ(engine->state().max_level, 0);
+  ASSERT_GT(engine->state().events.size(), 2u);
+  EXPECT_EQ(engine->state().events[2].to, 0);
+  EXPECT_EQ(engine->state().events[2].reason, "admin: the highest level is 0");
   engine->SetPolicy(TargetPolicy(0));
   EXPECT_TRUE(engine.Submit(Greedy(4, 4))->Wait().status.ok());
   EXPECT_EQ(WaitIdle(engine).target_level, 0);

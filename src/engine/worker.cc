@@ -138,10 +138,14 @@ void Worker::ReadMail(Inbox::Mail& mail) {
     state_.policy = policy_->name();
   }
   if (mail.max_level.has_value()) {
-    scheduler_.set_auto_max_level(*mail.max_level);
+    const int highest = *mail.max_level;
+    policy_->SetMaxLevel(highest);
+    scheduler_.set_auto_max_level(highest);
+    SetTarget(std::min(scheduler_.target_level(), highest), NowSeconds(),
+              fmt::format("admin: the highest level is {}", highest));
     next_decision_ = 0;
     const std::lock_guard lock(state_mutex_);
-    state_.max_level = *mail.max_level;
+    state_.max_level = highest;
   }
   for (auto& request : mail.requests) Admit(std::move(request));
   for (const std::string& id : mail.cancels) {
@@ -184,13 +188,15 @@ void Worker::Decide() {
 
   scheduler_.set_prefill_limit(decision.prefill_limit);
   scheduler_.set_short_prompt(decision.short_prompt);
-  const int from = scheduler_.target_level();
-  const int target = std::clamp(decision.target, 0, model_->max_level());
-  if (target != from) {
-    scheduler_.set_target_level(target);
-    NoteEvent({.time = now, .from = from, .to = target, .reason = decision.reason});
-  }
+  SetTarget(std::clamp(decision.target, 0, model_->max_level()), now, decision.reason);
   due_ = std::move(decision);
+}
+
+void Worker::SetTarget(int level, double now, const std::string& reason) {
+  const int from = scheduler_.target_level();
+  if (level == from) return;
+  scheduler_.set_target_level(level);
+  NoteEvent({.time = now, .from = from, .to = level, .reason = reason});
 }
 
 void Worker::RaiseSequences() {

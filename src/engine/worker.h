@@ -80,6 +80,7 @@ class Worker : private CacheOps {
   void Admit(std::unique_ptr<ActiveRequest> active);
   void Decide();
   void RaiseSequences();  // as decided; nothing is in flight
+  void SetTarget(int level, double now, const std::string& reason);
   void NoteEvent(LevelEvent event);
   Status NoteDeviceFailure(const std::string& what);  // as requests get it
   void Finish(const EndedSequence& ended);
