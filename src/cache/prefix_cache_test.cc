@@ -38,7 +38,7 @@ class PrefixCacheTest : public testing::Test, public SlotCopier {
   void Insert(std::span<const int32_t> tokens, const LevelHistory& history,
               const SequenceCache& sequence, bool snapshot = false, std::string_view salt = "") {
     PrefixPath path;
-    cache_.Insert(tokens, salt, history, sequence, snapshot, &path);
+    cache_.Insert({tokens, salt, &path}, history, sequence, snapshot);
   }
 
   std::vector<int32_t> Tokens(int count, int first = 0) {
@@ -85,7 +85,31 @@ TEST_F(PrefixCacheTest, OtherTokensSaltsAndLevelsDoNotMeet) {
   EXPECT_EQ(cache_.Lookup({.tokens = other, .salt = "salt"}).tokens, 4);
   EXPECT_EQ(cache_.Lookup({.tokens = tokens, .salt = "salt", .level = 2, .may_fold = false}).tokens,
             0);
-  EXPECT_NE(RootKey("ab", "c"), RootKey("a", "bc"));
+  Sha256 hash;
+  EXPECT_NE(RootKey(hash, "ab", "c"), RootKey(hash, "a", "bc"));
+}
+
+TEST_F(PrefixCacheTest, KeysAreMadeAsFarAsTheyAreLookedAt) {
+  const auto tokens = Tokens(41);
+  PrefixPath path;
+  EXPECT_EQ(cache_.Lookup({.tokens = tokens, .path = &path}).tokens, 0);
+  EXPECT_EQ(path.size(), 2u) << "of no tokens, and of the first page";
+  Insert(std::span(tokens).first(12), {{0, 0}}, Run(std::span(tokens).first(12), 0));
+  EXPECT_EQ(cache_.Lookup({.tokens = tokens, .path = &path}).tokens, 12);
+  EXPECT_LE(path.size(), 1 + 2 * 3u);
+}
+
+TEST_F(PrefixCacheTest, TokensInCommonAreWholePagesOfOneSalt) {
+  const auto a = Tokens(14);
+  auto b = a;
+  PrefixPath path_a, path_b;
+  EXPECT_EQ(cache_.CommonTokens({a, "", &path_a}, {b, "", &path_b}), 12);
+  PrefixPath path_c;
+  EXPECT_EQ(cache_.CommonTokens({a, "", &path_a}, {b, "salt", &path_c}), 0);
+  b[9] = 99;
+  PrefixPath path_d;
+  EXPECT_EQ(cache_.CommonTokens({a, "", &path_a}, {b, "", &path_d}), 8);
+  EXPECT_EQ(cache_.CommonTokens({std::span(a).first(7), "", &path_a}, {b, "", &path_d}), 4);
 }
 
 TEST_F(PrefixCacheTest, AboveLevelZeroASequenceResumesOnlyAtASnapshot) {

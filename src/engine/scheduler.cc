@@ -183,6 +183,10 @@ std::vector<EndedSequence> Scheduler::Commit(std::span<const RowResult> results)
   return ended;
 }
 
+PrefixTokens Scheduler::Tokens(Sequence& sequence, int count) {
+  return {std::span(sequence.tokens).first(count), sequence.request.cache_salt, &sequence.path};
+}
+
 void Scheduler::RecordInPrefixCache(Sequence& sequence) {
   if (prefix_cache_ == nullptr) return;
   // Deterministic: what a prefill in fixed chunks would compute, so not the rows of the reply.
@@ -195,8 +199,7 @@ void Scheduler::RecordInPrefixCache(Sequence& sequence) {
   sequence.entered = usable;
   const bool snapshot = sequence.cache->level() > 0 && length == usable &&
                         (length % options_.snapshot_stride == 0 || length == prompt_end);
-  prefix_cache_->Insert(std::span(sequence.tokens).first(usable), sequence.request.cache_salt,
-                        sequence.history, *sequence.cache, snapshot, &sequence.path);
+  prefix_cache_->Insert(Tokens(sequence, usable), sequence.history, *sequence.cache, snapshot);
 }
 
 void Scheduler::NoteLevel(Sequence& sequence) {

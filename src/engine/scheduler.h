@@ -214,6 +214,7 @@ class Scheduler {
   int64_t BytesAt(int64_t tokens, int level) const;
   int StartLevel(const Sequence& sequence) const;
   int PrefixLevel(const Sequence& sequence) const;
+  static PrefixTokens Tokens(Sequence& sequence, int count);  // the first ones
   void RecordInPrefixCache(Sequence& sequence);
   void NoteLevel(Sequence& sequence);
   EndedSequence End(Sequence& sequence, Status status);
@@ -231,7 +232,7 @@ class Scheduler {
   bool MayOvertake(const Sequence& sequence) const;
   bool AwaitsPrefix(Sequence& sequence) const;
   bool Leads(const Sequence& leader, const Sequence& sequence, int shared) const;
-  int PrefixFrom(const Sequence& leader, const Sequence& sequence) const;
+  int PrefixFrom(Sequence& leader, Sequence& sequence) const;
   bool PlanRows(Sequence& sequence, int end);
   int ChunkEnd(const Sequence& sequence, int from, int rows) const;
   bool IsDecode(const Sequence& sequence) const;
@@ -243,8 +244,8 @@ class Scheduler {
   // scheduler_memory.cc
   bool TryAdmit(Sequence& sequence);
   bool Start(Sequence& sequence, int level, const PrefixCache::Hit& hit);
-  PrefixCache::Hit LookUp(const Sequence& sequence, int level);
-  PrefixCache::Hit BestPrefix(const Sequence& sequence, int* level);
+  PrefixCache::Hit LookUp(Sequence& sequence, int level);
+  PrefixCache::Hit BestPrefix(Sequence& sequence, int* level);
   bool ReplayRaises(Sequence& sequence, bool may_preempt);
   bool MakeRoom(const Sequence& in_need, int64_t bytes, bool may_preempt);
   bool MakeRaiseRoom(const Sequence& in_need, int level, bool may_preempt);
