@@ -162,16 +162,7 @@ class Simulation : public CacheOps {
   }
 
   void Step(const StepPlan& plan) {
-    StepTime step;
-    for (const PlannedRows& rows : plan.rows) {
-      const int level = rows.cache->level(), length = rows.cache->length();
-      if (rows.phase == Phase::kDecode)
-        step.decode.push_back({.level = level, .length = length});
-      else
-        step.prefill.push_back({.level = level,
-                                .tokens = static_cast<int64_t>(rows.tokens.size()),
-                                .context = length});
-    }
+    StepTime step = StepTimeOf(plan);
     const StepParts parts = PredictStep(cost_, step);
     step.seconds = parts.prefill + parts.decode;
     now_ += step.seconds;

@@ -19,7 +19,7 @@ class Estimator {
     remaining_ += s.remaining_tokens;
     ++sequences_;
     const int growth = std::min(s.remaining_tokens, options_.growth_tokens);
-    bytes_ += BytesAt(load_, cost_.layers(), level, s.cached_tokens + s.pending_tokens + growth);
+    bytes_ += SequenceBytes(load_.sizes, level, s.cached_tokens + s.pending_tokens + growth);
     if (s.pending_tokens == 0) {
       decoding_ += cost_.RowSeconds(level, s.cached_tokens);
       ++decoding_sequences_;
@@ -81,20 +81,15 @@ int LevelAt(const SequenceLoad& sequence, int target) {
   return std::max(sequence.level, std::min(target, sequence.max_level));
 }
 
-int64_t BytesAt(const LoadSnapshot& load, int layers, int level, int64_t tokens) {
-  const int64_t pages = load.page_size == 0 ? 0 : (tokens + load.page_size - 1) / load.page_size;
-  return (layers - level) * pages * load.page_bytes + level * load.slot_bytes;
-}
-
-int BreakEvenTokens(const LoadSnapshot& load) {
-  if (load.page_bytes == 0) return 0;
-  return static_cast<int>(load.slot_bytes * load.page_size / load.page_bytes);
+int BreakEvenTokens(const BlockSizes& sizes) {
+  if (sizes.page_bytes == 0) return 0;
+  return static_cast<int>(sizes.slot_bytes * sizes.page_size / sizes.page_bytes);
 }
 
 LoadEstimate EstimateLoad(const LoadSnapshot& load, const CostModel& cost,
                           const EstimateOptions& options, int target, bool raise_running) {
   Estimator estimator(load, cost, options);
-  const int break_even = BreakEvenTokens(load);
+  const int break_even = BreakEvenTokens(load.sizes);
   const auto level = [&](const SequenceLoad& s) {
     return s.cached_tokens + s.pending_tokens < break_even ? s.level : LevelAt(s, target);
   };

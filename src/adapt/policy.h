@@ -10,6 +10,7 @@
 
 #include "adapt/cost_model.h"
 #include "base/status.h"
+#include "cache/block_sizes.h"
 
 namespace dsla {
 
@@ -31,14 +32,8 @@ struct LoadSnapshot {
   double now = 0;  // seconds, monotonic
   std::vector<SequenceLoad> running;
   std::vector<SequenceLoad> waiting;  // in the order in which they will be admitted
-  // Cache memory, bytes. used includes what `reclaimable` names: prefix-cache blocks that no
-  // sequence holds.
-  int64_t budget_bytes = 0;
-  int64_t used_bytes = 0;
-  int64_t reclaimable_bytes = 0;
-  int64_t page_bytes = 0;   // of one layer
-  int64_t slot_bytes = 0;   // of one layer
-  int page_size = 0;        // tokens
+  int64_t budget_bytes = 0;           // of cache memory
+  BlockSizes sizes;
   int64_t preemptions = 0;  // since the start
 };
 

@@ -25,8 +25,7 @@ CostModel Cost(double speed = 1) {
 SimOptions Server(int64_t budget_tokens, double speed = 1) {
   SimOptions o;
   o.cost = Cost(speed);
-  o.page_bytes = 64 * 768;
-  o.slot_bytes = 328 * 768;
+  o.sizes = {.layers = kLayers, .page_size = 64, .page_bytes = 64 * 768, .slot_bytes = 328 * 768};
   o.budget_bytes = budget_tokens * 768 * kLayers;
   return o;
 }
@@ -96,9 +95,9 @@ class Invariants {
       ASSERT_LE(raise.level, decision.target);
       if (options_.policy == "slo") {
         const int64_t before =
-            BytesAt(load, kLayers, s->level, s->cached_tokens + s->pending_tokens);
+            SequenceBytes(load.sizes, s->level, s->cached_tokens + s->pending_tokens);
         const int64_t after =
-            BytesAt(load, kLayers, raise.level, s->cached_tokens + s->pending_tokens);
+            SequenceBytes(load.sizes, raise.level, s->cached_tokens + s->pending_tokens);
         ASSERT_LT(after, before);
         longest_fold_ = std::max(longest_fold_, options_.cost.FoldSeconds(0, 1, s->cached_tokens));
       }

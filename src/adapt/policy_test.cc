@@ -42,9 +42,8 @@ LoadSnapshot Snapshot(double now, int64_t budget = 1'000'000'000) {
   LoadSnapshot load;
   load.now = now;
   load.budget_bytes = budget;
-  load.page_size = 64;
-  load.page_bytes = 64 * 768;
-  load.slot_bytes = 328 * 768;
+  load.sizes = {
+      .layers = kLayers, .page_size = 64, .page_bytes = 64 * 768, .slot_bytes = 328 * 768};
   return load;
 }
 
@@ -82,13 +81,6 @@ TEST(LoadEstimate, LevelsKeepToTheTier) {
   EXPECT_EQ(LevelAt(s, 30), kTop);
   s.max_level = s.level;
   EXPECT_EQ(LevelAt(s, 30), 3);
-}
-
-TEST(LoadEstimate, MemoryIsPagesAndSlots) {
-  const LoadSnapshot load = Snapshot(0);
-  EXPECT_EQ(BytesAt(load, kLayers, 0, 65), 30 * 2 * load.page_bytes);
-  EXPECT_EQ(BytesAt(load, kLayers, 10, 65), 20 * 2 * load.page_bytes + 10 * load.slot_bytes);
-  EXPECT_EQ(BytesAt(load, kLayers, 0, 0), 0);
 }
 
 TEST(LoadEstimate, ALonePromptIsNotDelayedByItself) {
@@ -308,12 +300,12 @@ TEST(SloPolicy, MemoryOfTheQueueCounts) {
   options.slo.ttft = options.slo.tpot = 1e4;
   LoadSnapshot load = Snapshot(0);
   for (int i = 0; i < 8; ++i) load.running.push_back(Running(i, 6000));
-  load.budget_bytes = BytesAt(load, kLayers, 0, 6256) * 8 / 2;
+  load.budget_bytes = SequenceBytes(load.sizes, 0, 6256) * 8 / 2;
   const LevelDecision decision = Make(options)->Decide(load);
   EXPECT_THAT(decision.reason, StartsWith("memory: "));
   const double room = 0.95 * static_cast<double>(load.budget_bytes);
-  EXPECT_LE(8.0 * BytesAt(load, kLayers, decision.target, 6256), room);
-  EXPECT_GT(8.0 * BytesAt(load, kLayers, decision.target - 1, 6256), room);
+  EXPECT_LE(8.0 * SequenceBytes(load.sizes, decision.target, 6256), room);
+  EXPECT_GT(8.0 * SequenceBytes(load.sizes, decision.target - 1, 6256), room);
 }
 
 TEST(SloPolicy, ShortSequencesAreNotRaisedForMemory) {
@@ -322,7 +314,7 @@ TEST(SloPolicy, ShortSequencesAreNotRaisedForMemory) {
   options.slo.growth_tokens = 0;
   LoadSnapshot load = Snapshot(0);
   for (int i = 0; i < 8; ++i) load.running.push_back(Running(i, 100));
-  load.budget_bytes = BytesAt(load, kLayers, 0, 100) * 4;  // full, and levels make it worse
+  load.budget_bytes = SequenceBytes(load.sizes, 0, 100) * 4;  // full, and levels make it worse
   const LevelDecision decision = Make(options)->Decide(load);
   EXPECT_EQ(decision.target, 0);
   EXPECT_TRUE(decision.raises.empty());
@@ -483,7 +475,7 @@ LoadSnapshot Crowded(double now) {
   load.running.push_back(Running(11, 6000));
   load.running.back().max_level = 0;  // tier full
   int64_t bytes = 0;
-  for (const SequenceLoad& s : load.running) bytes += BytesAt(load, kLayers, 0, s.cached_tokens);
+  for (const SequenceLoad& s : load.running) bytes += SequenceBytes(load.sizes, 0, s.cached_tokens);
   load.budget_bytes = bytes * 7 / 10;
   return load;
 }

@@ -68,7 +68,7 @@ LevelDecision SloPolicy::Decide(const LoadSnapshot& load) {
   LevelDecision decision;
   decision.target = target_;
   decision.prefill_limit = prefill_limit_;
-  decision.short_prompt = BreakEvenTokens(load);
+  decision.short_prompt = BreakEvenTokens(load.sizes);
   const double elapsed = load.now - last_look_;
   if (elapsed < options_.evaluate_interval) return decision;
   // Not asked for so long: there was nothing to do.
@@ -109,7 +109,7 @@ void SloPolicy::SetMaxLevel(int level) {
 // work stays the same, but replies end sooner and give back their memory, in which prefixes can
 // stay. Fewer where the target per token asks for it and the loss is bounded.
 int SloPolicy::PrefillLimit(const LoadSnapshot& load) const {
-  const int page = std::max(1, load.page_size);
+  const int page = load.sizes.page_size;
   const int most = std::max(1, options_.prefill_chunk / page);
   double seconds = options_.tpot;
   int level = target_;
@@ -255,7 +255,7 @@ std::vector<SloPolicy::Candidate> SloPolicy::Candidates(const LoadSnapshot& load
     if (to <= s.level || s.cached_tokens <= 0) continue;
     const int length = s.cached_tokens + s.pending_tokens;
     const int64_t bytes =
-        BytesAt(load, cost_.layers(), s.level, length) - BytesAt(load, cost_.layers(), to, length);
+        SequenceBytes(load.sizes, s.level, length) - SequenceBytes(load.sizes, to, length);
     if (bytes <= 0) continue;  // short of its break-even length: a raise would cost memory
     const double fold = std::max(1e-9, cost_.FoldSeconds(s.level, to, s.cached_tokens));
     Candidate candidate{.id = s.id,

@@ -28,6 +28,7 @@
 
 #include "adapt/policy.h"
 #include "base/status.h"
+#include "cache/block_sizes.h"
 #include "cache/ledger.h"
 #include "cache/level_history.h"
 #include "cache/prefix_cache.h"
@@ -122,6 +123,9 @@ struct RowResult {
                         // nothing of the sequence is entered in the prefix cache
 };
 
+// What the plan's rows do, by their caches as before the step; how long is for the caller to say.
+StepTime StepTimeOf(const StepPlan& plan);
+
 class Scheduler {
  public:
   // The ledger and ops must outlive the scheduler.
@@ -211,7 +215,6 @@ class Scheduler {
 
   // scheduler.cc
   Bounds BoundsOf(Tier tier, int level) const;
-  int64_t BytesAt(int64_t tokens, int level) const;
   int StartLevel(const Sequence& sequence) const;
   int PrefixLevel(const Sequence& sequence) const;
   static PrefixTokens Tokens(Sequence& sequence, int count);  // the first ones
@@ -262,6 +265,7 @@ class Scheduler {
   Ledger* ledger_;
   CacheOps* ops_;
   SchedulerOptions options_;
+  BlockSizes sizes_;
   std::unique_ptr<PrefixCache> prefix_cache_;
   int64_t next_id_ = 1;
   int target_level_ = 0;

@@ -242,7 +242,7 @@ bool Scheduler::TryAdmit(Sequence& sequence) {
     const int64_t shared = (options_.layers - last_level) * int64_t{hit.tokens} /
                            options_.page_size * ledger_->config().page_bytes;
     const int64_t tokens = IsSettled(sequence) ? sequence.final_length() : sequence.size();
-    if (BytesAt(tokens, last_level) - shared > room) return false;
+    if (SequenceBytes(sizes_, last_level, tokens) - shared > room) return false;
   }
   if (!Start(sequence, level, hit)) {
     if (!first) return false;

@@ -98,7 +98,6 @@ class Worker : private CacheOps {
   void Abandon();  // what is in flight: waits for it
   Status Try(const StepPlan& plan, const std::function<void()>& work);
   void ResolveRequests(const StepPlan& plan);
-  static void Describe(const StepPlan& plan, StepTime& time);  // caches as before it
 
   // worker_rows.cc
   void VisitLogits(Flight& step, std::span<const LogitsRow> rows, float* logits,

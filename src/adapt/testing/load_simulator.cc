@@ -55,17 +55,8 @@ class Simulator {
   }
 
  private:
-  int layers() const { return o_.cost.layers(); }
-
   int64_t Bytes(const SequenceLoad& s, int64_t tokens) const {
-    return BytesAt(Geometry(), layers(), s.level, tokens);
-  }
-  LoadSnapshot Geometry() const {
-    LoadSnapshot g;
-    g.page_bytes = o_.page_bytes;
-    g.slot_bytes = o_.slot_bytes;
-    g.page_size = o_.page_size;
-    return g;
+    return SequenceBytes(o_.sizes, s.level, tokens);
   }
   int64_t Used() const {
     int64_t bytes = 0;
@@ -87,12 +78,12 @@ class Simulator {
   }
 
   LoadSnapshot Snapshot() {
-    LoadSnapshot s = Geometry();
+    LoadSnapshot s;
     s.now = now_;
+    s.sizes = o_.sizes;
     for (const Sequence& q : running_) s.running.push_back(q.load);
     for (const Sequence& q : waiting_) s.waiting.push_back(q.load);
     s.budget_bytes = o_.budget_bytes;
-    s.used_bytes = Used();
     s.preemptions = result_.preemptions;
     return s;
   }
