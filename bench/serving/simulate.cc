@@ -8,7 +8,6 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>
-#include <deque>
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -16,6 +15,7 @@
 #include "adapt/cost_correction.h"
 #include "adapt/make_policy.h"
 #include "base/mapped_file.h"
+#include "base/quantile.h"
 #include "engine/scheduler.h"
 
 namespace dsla {
@@ -30,19 +30,12 @@ struct Options {
 };
 
 constexpr double kBytesPerToken = 4.7;  // of the texts
-constexpr double kLatencyWindow = 10;   // seconds, as the engine's
 
 struct Request {
   double arrival = 0;
   std::vector<int32_t> prompt;
   int reply = 0;
 };
-
-double Quantile(std::vector<double> values, double q) {
-  if (values.empty()) return 0;
-  std::ranges::sort(values);
-  return values[static_cast<size_t>(q * static_cast<double>(values.size() - 1))];
-}
 
 // Texts become runs of numbers: what counts is how long they are and what they share.
 Expected<std::vector<Request>> ReadTrace(const Options& options) {
@@ -145,7 +138,7 @@ class Simulation : public CacheOps {
     policy_->ObserveFold({.from = from, .to = level, .length = cache.length(), .seconds = seconds});
     return Status::Ok();
   }
-  void CopySlot(int32_t, int32_t) override {}
+  Status CopySlot(int32_t, int32_t) override { return Status::Ok(); }
 
  private:
   struct State {
@@ -153,21 +146,11 @@ class Simulation : public CacheOps {
     double first = -1, last = 0;  // of its tokens, when
     int written = 0;
   };
-  using Times = std::deque<std::pair<double, double>>;
   static constexpr double kIdle = 0.05;
-
-  double Recent(Times& times) const {
-    while (!times.empty() && times.front().first < now_ - kLatencyWindow) times.pop_front();
-    std::vector<double> values;
-    for (const auto& [when, value] : times) values.push_back(value);
-    return Quantile(std::move(values), .95);
-  }
 
   void Decide() {
     LoadSnapshot load = scheduler_.Snapshot();
     load.now = now_;
-    load.ttft_p95 = Recent(ttft_);
-    load.tpot_p95 = Recent(tpot_);
     const LevelDecision decision = policy_->Decide(load);
     scheduler_.set_prefill_limit(decision.prefill_limit);
     scheduler_.set_short_prompt(decision.short_prompt);
@@ -179,16 +162,7 @@ class Simulation : public CacheOps {
   }
 
   void Step(const StepPlan& plan) {
-    StepTime step;
-    for (const PlannedRows& rows : plan.rows) {
-      const int level = rows.cache->level(), length = rows.cache->length();
-      if (rows.phase == Phase::kDecode)
-        step.decode.push_back({.level = level, .length = length});
-      else
-        step.prefill.push_back({.level = level,
-                                .tokens = static_cast<int64_t>(rows.tokens.size()),
-                                .context = length});
-    }
+    StepTime step = StepTimeOf(plan);
     const StepParts parts = PredictStep(cost_, step);
     step.seconds = parts.prefill + parts.decode;
     now_ += step.seconds;
@@ -199,9 +173,12 @@ class Simulation : public CacheOps {
       State& s = states_.at(plan.rows[i].id);
       if (s.first < 0) {
         s.first = now_;
-        ttft_.emplace_back(now_, now_ - s.request->arrival);
+        policy_->ObserveFirstToken({.now = now_,
+                                    .seconds = now_ - s.request->arrival,
+                                    .prompt_tokens = static_cast<int>(s.request->prompt.size()),
+                                    .cached_tokens = scheduler_.cached_tokens(plan.rows[i].id)});
       } else {
-        tpot_.emplace_back(now_, now_ - s.last);
+        policy_->ObserveToken(now_, now_ - s.last);
       }
       s.last = now_;
       results[i] = {.token = 0, .finish = ++s.written == s.request->reply};
@@ -221,7 +198,6 @@ class Simulation : public CacheOps {
   Scheduler scheduler_;
   std::vector<int> ladder_;
   std::map<int64_t, State> states_;
-  Times ttft_, tpot_;
   double now_ = 0;
   size_t next_ = 0;
   int highest_ = 0;

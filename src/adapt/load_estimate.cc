@@ -1,6 +1,9 @@
 #include "adapt/load_estimate.h"
 
 #include <algorithm>
+#include <utility>
+
+#include "base/quantile.h"
 
 namespace dsla {
 namespace {
@@ -16,7 +19,7 @@ class Estimator {
     remaining_ += s.remaining_tokens;
     ++sequences_;
     const int growth = std::min(s.remaining_tokens, options_.growth_tokens);
-    bytes_ += BytesAt(load_, cost_.layers(), level, s.cached_tokens + s.pending_tokens + growth);
+    bytes_ += SequenceBytes(load_.sizes, level, s.cached_tokens + s.pending_tokens + growth);
     if (s.pending_tokens == 0) {
       decoding_ += cost_.RowSeconds(level, s.cached_tokens);
       ++decoding_sequences_;
@@ -24,8 +27,10 @@ class Estimator {
     }
     const int chunk = options_.prefill_chunk;
     prefill_ += cost_.PromptSeconds(level, s.pending_tokens, s.cached_tokens, chunk);
+    const bool first = steps_ == 0;
     steps_ += (s.pending_tokens + chunk - 1) / chunk;
-    if (first_token_.empty()) first_steps_ = steps_;
+    if (first) first_steps_ = steps_;
+    if (s.has_first_token) return;
     // Of one under way, the part that is done belongs to its own time too.
     const double alone = running
                              ? cost_.PromptSeconds(0, s.cached_tokens + s.pending_tokens, 0, chunk)
@@ -41,11 +46,7 @@ class Estimator {
     std::vector<double> ttft;
     ttft.reserve(first_token_.size());
     for (const auto& [seconds, steps] : first_token_) ttft.push_back(seconds + steps * decoding_);
-    if (!ttft.empty()) {
-      const auto p95 = ttft.begin() + static_cast<int64_t>((ttft.size() - 1) * 95 / 100);
-      std::nth_element(ttft.begin(), p95, ttft.end());
-      estimate.ttft = *p95;
-    }
+    estimate.ttft = Quantile(std::move(ttft), 0.95);
     estimate.tpot = cost_.step_seconds() + rows_;
     // Prefill chunks that some reply shares its steps with: with nobody decoding yet, those behind
     // the first prompt.
@@ -80,20 +81,15 @@ int LevelAt(const SequenceLoad& sequence, int target) {
   return std::max(sequence.level, std::min(target, sequence.max_level));
 }
 
-int64_t BytesAt(const LoadSnapshot& load, int layers, int level, int64_t tokens) {
-  const int64_t pages = load.page_size == 0 ? 0 : (tokens + load.page_size - 1) / load.page_size;
-  return (layers - level) * pages * load.page_bytes + level * load.slot_bytes;
-}
-
-int BreakEvenTokens(const LoadSnapshot& load) {
-  if (load.page_bytes == 0) return 0;
-  return static_cast<int>(load.slot_bytes * load.page_size / load.page_bytes);
+int BreakEvenTokens(const BlockSizes& sizes) {
+  if (sizes.page_bytes == 0) return 0;
+  return static_cast<int>(sizes.slot_bytes * sizes.page_size / sizes.page_bytes);
 }
 
 LoadEstimate EstimateLoad(const LoadSnapshot& load, const CostModel& cost,
                           const EstimateOptions& options, int target, bool raise_running) {
   Estimator estimator(load, cost, options);
-  const int break_even = BreakEvenTokens(load);
+  const int break_even = BreakEvenTokens(load.sizes);
   const auto level = [&](const SequenceLoad& s) {
     return s.cached_tokens + s.pending_tokens < break_even ? s.level : LevelAt(s, target);
   };

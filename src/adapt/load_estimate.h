@@ -26,11 +26,8 @@ struct EstimateOptions {
 // The level a sequence would have at `target`: never below its own, never above its tier's.
 int LevelAt(const SequenceLoad& sequence, int target);
 
-// Cache bytes of `tokens` tokens at `level`; whole pages.
-int64_t BytesAt(const LoadSnapshot& load, int layers, int level, int64_t tokens);
-
 // Tokens below which a converted layer takes more than its cache would.
-int BreakEvenTokens(const LoadSnapshot& load);
+int BreakEvenTokens(const BlockSizes& sizes);
 
 // With every running sequence raised to `target` (raise_running) or left at its level, and every
 // waiting one started at it; but for sequences short of the break-even length.

@@ -25,8 +25,14 @@ int LongestQueuedPrompt(const LoadSnapshot& load) {
 
 PaperPolicy::PaperPolicy(const PaperOptions& options, int layers, int max_level)
     : options_(options),
-      max_level_(std::min(max_level, static_cast<int>(options.max_share * layers))),
+      max_share_(static_cast<int>(options.max_share * layers)),
+      max_level_(std::min(max_level, max_share_)),
       last_change_(-std::numeric_limits<double>::infinity()) {}
+
+void PaperPolicy::SetMaxLevel(int level) {
+  max_level_ = std::min(level, max_share_);
+  target_ = std::min(target_, max_level_);
+}
 
 LevelDecision PaperPolicy::Decide(const LoadSnapshot& load) {
   LevelDecision decision;

@@ -15,10 +15,12 @@ class PaperPolicy final : public LevelPolicy {
 
   const char* name() const override { return "paper"; }
   LevelDecision Decide(const LoadSnapshot& load) override;
+  void SetMaxLevel(int level) override;
 
  private:
   const PaperOptions options_;
-  const int max_level_;
+  const int max_share_;  // levels that the paper's share of all layers allows
+  int max_level_;
   int target_ = 0;
   double last_change_;
 };

@@ -10,6 +10,7 @@
 
 #include "adapt/cost_model.h"
 #include "base/status.h"
+#include "cache/block_sizes.h"
 
 namespace dsla {
 
@@ -22,6 +23,8 @@ struct SequenceLoad {
   int level = 0;             // of a waiting one: the lowest it may start at
   int max_level = 0;         // the highest its tier allows; level == max_level: not to be raised
   double arrival = 0;        // seconds, the clock of LoadSnapshot::now
+  // What is pending is computed again: it was pre-empted.
+  bool has_first_token = false;
 };
 
 // Taken between two steps.
@@ -29,17 +32,8 @@ struct LoadSnapshot {
   double now = 0;  // seconds, monotonic
   std::vector<SequenceLoad> running;
   std::vector<SequenceLoad> waiting;  // in the order in which they will be admitted
-  // Cache memory, bytes. used includes what `reclaimable` names: prefix-cache blocks that no
-  // sequence holds.
-  int64_t budget_bytes = 0;
-  int64_t used_bytes = 0;
-  int64_t reclaimable_bytes = 0;
-  int64_t page_bytes = 0;  // of one layer
-  int64_t slot_bytes = 0;  // of one layer
-  int page_size = 0;       // tokens
-  // Over the last window of finished steps; 0 while there are none.
-  double ttft_p95 = 0;      // seconds
-  double tpot_p95 = 0;      // seconds per token
+  int64_t budget_bytes = 0;           // of cache memory
+  BlockSizes sizes;
   int64_t preemptions = 0;  // since the start
 };
 
@@ -66,6 +60,14 @@ struct StepTime {
   double seconds = 0;
 };
 
+// When a request's client had its first token, and what its prompt took.
+struct FirstToken {
+  double now = 0;      // the clock of LoadSnapshot::now
+  double seconds = 0;  // since its arrival
+  int prompt_tokens = 0;
+  int cached_tokens = 0;  // of those, found in the prefix cache
+};
+
 // The words that reasons begin with; metrics count changes by them. "admin" is the operator's.
 inline constexpr const char* kReasonWords[] = {"ttft",   "tpot", "memory", "queue",
                                                "prompt", "calm", "fixed",  "admin"};
@@ -74,13 +76,20 @@ class LevelPolicy {
  public:
   virtual ~LevelPolicy() = default;
   virtual const char* name() const = 0;  // "slo", "paper", "fixed"
-  // To be called before each step and, with nothing to do, about once a second, so that the target
-  // goes back when the load is gone. Cheap enough for that: most calls change nothing.
+  // To be called before each step and, with nothing to do, four times a second while the target is
+  // above 0, so that it goes back when the load is gone. Cheap enough for that: most calls change
+  // nothing.
   virtual LevelDecision Decide(const LoadSnapshot& load) = 0;
+  // Of tier auto, from now on: the operator's. A target above it comes down to it; whatever else
+  // the policy knows stays.
+  virtual void SetMaxLevel(int /*level*/) {}
 
   // Every step and every fold of a running sequence, for a policy that predicts them.
   virtual void ObserveStep(const StepTime& /*step*/) {}
   virtual void ObserveFold(const FoldPoint& /*fold*/) {}
+  // What clients see: every reply's first token, and each one after it, `seconds` after the last.
+  virtual void ObserveFirstToken(const FirstToken& /*token*/) {}
+  virtual void ObserveToken(double /*now*/, double /*seconds*/) {}
   // By what its cost model is corrected now; 1 where there is none.
   virtual CostFactors cost_factors() const { return {}; }
 };

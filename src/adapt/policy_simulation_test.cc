@@ -9,6 +9,7 @@
 #include "adapt/load_estimate.h"
 #include "adapt/make_policy.h"
 #include "adapt/testing/load_simulator.h"
+#include "base/quantile.h"
 
 namespace dsla {
 namespace {
@@ -24,8 +25,7 @@ CostModel Cost(double speed = 1) {
 SimOptions Server(int64_t budget_tokens, double speed = 1) {
   SimOptions o;
   o.cost = Cost(speed);
-  o.page_bytes = 64 * 768;
-  o.slot_bytes = 328 * 768;
+  o.sizes = {.layers = kLayers, .page_size = 64, .page_bytes = 64 * 768, .slot_bytes = 328 * 768};
   o.budget_bytes = budget_tokens * 768 * kLayers;
   return o;
 }
@@ -95,9 +95,9 @@ class Invariants {
       ASSERT_LE(raise.level, decision.target);
       if (options_.policy == "slo") {
         const int64_t before =
-            BytesAt(load, kLayers, s->level, s->cached_tokens + s->pending_tokens);
+            SequenceBytes(load.sizes, s->level, s->cached_tokens + s->pending_tokens);
         const int64_t after =
-            BytesAt(load, kLayers, raise.level, s->cached_tokens + s->pending_tokens);
+            SequenceBytes(load.sizes, raise.level, s->cached_tokens + s->pending_tokens);
         ASSERT_LT(after, before);
         longest_fold_ = std::max(longest_fold_, options_.cost.FoldSeconds(0, 1, s->cached_tokens));
       }
@@ -169,8 +169,7 @@ TEST(PolicySimulation, PaperOnRandomTraces) { RunTraces("paper", 500, 2); }
 double P95(const SimResult& result) {
   std::vector<double> ttft;
   for (const SimResult::Done& r : result.requests) ttft.push_back(r.ttft);
-  std::sort(ttft.begin(), ttft.end());
-  return ttft[ttft.size() * 95 / 100];
+  return Quantile(std::move(ttft), 0.95);
 }
 double Mean(const SimResult& result) {
   double sum = 0;
@@ -246,12 +245,14 @@ TEST(PolicySimulation, BackAtZeroWithinAMinuteOfCalm) {
 
 // --- A calibration gone wrong ---
 
-// Passes on all but what was measured.
+// Passes on all but what steps and folds took.
 class Deaf final : public LevelPolicy {
  public:
   explicit Deaf(std::unique_ptr<LevelPolicy> policy) : policy_(std::move(policy)) {}
   const char* name() const override { return policy_->name(); }
   LevelDecision Decide(const LoadSnapshot& load) override { return policy_->Decide(load); }
+  void ObserveFirstToken(const FirstToken& token) override { policy_->ObserveFirstToken(token); }
+  void ObserveToken(double now, double seconds) override { policy_->ObserveToken(now, seconds); }
 
  private:
   const std::unique_ptr<LevelPolicy> policy_;

@@ -42,9 +42,8 @@ LoadSnapshot Snapshot(double now, int64_t budget = 1'000'000'000) {
   LoadSnapshot load;
   load.now = now;
   load.budget_bytes = budget;
-  load.page_size = 64;
-  load.page_bytes = 64 * 768;
-  load.slot_bytes = 328 * 768;
+  load.sizes = {
+      .layers = kLayers, .page_size = 64, .page_bytes = 64 * 768, .slot_bytes = 328 * 768};
   return load;
 }
 
@@ -84,23 +83,13 @@ TEST(LoadEstimate, LevelsKeepToTheTier) {
   EXPECT_EQ(LevelAt(s, 30), 3);
 }
 
-TEST(LoadEstimate, MemoryIsPagesAndSlots) {
-  const LoadSnapshot load = Snapshot(0);
-  EXPECT_EQ(BytesAt(load, kLayers, 0, 65), 30 * 2 * load.page_bytes);
-  EXPECT_EQ(BytesAt(load, kLayers, 10, 65), 20 * 2 * load.page_bytes + 10 * load.slot_bytes);
-  EXPECT_EQ(BytesAt(load, kLayers, 0, 0), 0);
-}
-
 TEST(LoadEstimate, ALonePromptIsNotDelayedByItself) {
   LoadSnapshot load = Snapshot(10);
   load.waiting = {Waiting(1, 8000, 10)};
   EXPECT_NEAR(EstimateLoad(load, Cost(), {}, 0, true).ttft, 0, 1e-9);
   load.waiting.push_back(Waiting(2, 100, 10));  // waits for the first
-  const double first = Cost().PromptSeconds(0, 8000, 0, 512);
-  EXPECT_NEAR(EstimateLoad(load, Cost(), {}, 0, true).ttft, 0, 1e-9)
-      << "95 per cent of two is the first";
-  for (int i = 3; i < 50; ++i) load.waiting.push_back(Waiting(i, 1, 10));
-  EXPECT_GT(EstimateLoad(load, Cost(), {}, 0, true).ttft, first);
+  EXPECT_NEAR(EstimateLoad(load, Cost(), {}, 0, true).ttft, Cost().PromptSeconds(0, 8000, 0, 512),
+              1e-9);
 
   // Nor by what of it is done already.
   load = Snapshot(10);
@@ -108,6 +97,17 @@ TEST(LoadEstimate, ALonePromptIsNotDelayedByItself) {
   load.running[0].pending_tokens = 3904;
   load.running[0].arrival = 10 - Cost().PromptSeconds(0, 4096, 0, 512);
   EXPECT_NEAR(EstimateLoad(load, Cost(), {}, 0, true).ttft, 0, 1e-9);
+}
+
+TEST(LoadEstimate, WhoHasAFirstTokenWaitsForNone) {
+  LoadSnapshot load = Snapshot(100);
+  load.waiting = {Waiting(1, 4000, 0), Waiting(2, 1000, 100)};
+  EXPECT_GT(EstimateLoad(load, Cost(), {}, 0, true).ttft, 90);
+  load.waiting[0].has_first_token = true;  // pre-empted long after it: the other waits for it
+  EXPECT_NEAR(EstimateLoad(load, Cost(), {}, 0, true).ttft, Cost().PromptSeconds(0, 4000, 0, 512),
+              1e-9);
+  load.waiting.pop_back();
+  EXPECT_EQ(EstimateLoad(load, Cost(), {}, 0, true).ttft, 0);
 }
 
 TEST(LoadEstimate, DecodeRowsSlowPrefillDown) {
@@ -205,6 +205,19 @@ TEST(PaperPolicy, AtMostItsShareOfLayersAndTheBound) {
   EXPECT_EQ(target, 4);
 }
 
+TEST(PaperPolicy, ABoundIsMovedWithinItsShare) {
+  PolicyOptions options = Options("paper");
+  options.max_level = 30;
+  const auto policy = Make(options);
+  for (int i = 0; i < 5; ++i) policy->Decide(Burst(60.0 * i));
+  policy->SetMaxLevel(3);
+  EXPECT_EQ(policy->Decide(Burst(300)).target, 3);
+  policy->SetMaxLevel(30);
+  int target = 0;
+  for (int i = 6; i < 60; ++i) target = policy->Decide(Burst(60.0 * i)).target;
+  EXPECT_EQ(target, 22);
+}
+
 TEST(PaperPolicy, RunningSequencesFollowOnlyIfAsked) {
   LoadSnapshot load = Burst(0);
   load.running = {Running(7, 3000)};
@@ -255,6 +268,24 @@ TEST(SloPolicy, LowestLevelThatMeetsTheTarget) {
   }
 }
 
+// In mid-burst it goes on with what it has learnt.
+TEST(SloPolicy, ABoundIsMovedWithoutStartingAnew) {
+  const auto policy = Make(Options("slo"));
+  StepTime step{.prefill = {{.level = 0, .tokens = 512, .context = 0}}, .decode = {}, .seconds = 0};
+  step.seconds = 3 * Cost().PrefillSeconds(0, 512, 0);
+  for (int i = 0; i < 100; ++i) policy->ObserveStep(step);
+  const double factor = policy->cost_factors().prefill;
+  ASSERT_GT(factor, 2);
+  const int high = policy->Decide(Burst(0)).target;
+  ASSERT_GT(high, 5);
+  policy->SetMaxLevel(5);
+  EXPECT_EQ(policy->Decide(Burst(0.01)).target, 5) << "between two looks, too";
+  EXPECT_EQ(policy->Decide(Burst(5)).target, 5);
+  policy->SetMaxLevel(kTop);
+  EXPECT_EQ(policy->cost_factors().prefill, factor);
+  EXPECT_EQ(policy->Decide(Burst(6)).target, high);
+}
+
 TEST(SloPolicy, QualityIsNotSpentOnWhatLevelsCannotHelp) {
   PolicyOptions options = Options("slo");
   options.slo.ttft = 0.01;
@@ -269,12 +300,12 @@ TEST(SloPolicy, MemoryOfTheQueueCounts) {
   options.slo.ttft = options.slo.tpot = 1e4;
   LoadSnapshot load = Snapshot(0);
   for (int i = 0; i < 8; ++i) load.running.push_back(Running(i, 6000));
-  load.budget_bytes = BytesAt(load, kLayers, 0, 6256) * 8 / 2;
+  load.budget_bytes = SequenceBytes(load.sizes, 0, 6256) * 8 / 2;
   const LevelDecision decision = Make(options)->Decide(load);
   EXPECT_THAT(decision.reason, StartsWith("memory: "));
   const double room = 0.95 * static_cast<double>(load.budget_bytes);
-  EXPECT_LE(8.0 * BytesAt(load, kLayers, decision.target, 6256), room);
-  EXPECT_GT(8.0 * BytesAt(load, kLayers, decision.target - 1, 6256), room);
+  EXPECT_LE(8.0 * SequenceBytes(load.sizes, decision.target, 6256), room);
+  EXPECT_GT(8.0 * SequenceBytes(load.sizes, decision.target - 1, 6256), room);
 }
 
 TEST(SloPolicy, ShortSequencesAreNotRaisedForMemory) {
@@ -283,7 +314,7 @@ TEST(SloPolicy, ShortSequencesAreNotRaisedForMemory) {
   options.slo.growth_tokens = 0;
   LoadSnapshot load = Snapshot(0);
   for (int i = 0; i < 8; ++i) load.running.push_back(Running(i, 100));
-  load.budget_bytes = BytesAt(load, kLayers, 0, 100) * 4;  // full, and levels make it worse
+  load.budget_bytes = SequenceBytes(load.sizes, 0, 100) * 4;  // full, and levels make it worse
   const LevelDecision decision = Make(options)->Decide(load);
   EXPECT_EQ(decision.target, 0);
   EXPECT_TRUE(decision.raises.empty());
@@ -361,13 +392,63 @@ TEST(SloPolicy, MeasurementsOverrideEstimatesNearTheTarget) {
   const double estimated = EstimateLoad(load, Cost(), {}, 0, true).tpot;
   options.slo.tpot = estimated * 1.2;  // the model says all is well
   EXPECT_EQ(Make(options)->Decide(load).target, 0);
-  load.tpot_p95 = estimated * 1.5;  // it is not
-  const LevelDecision decision = Make(options)->Decide(load);
+  const auto measured = [&](double seconds) {
+    const auto policy = Make(options);
+    policy->ObserveToken(-1, seconds);
+    return policy->Decide(load);
+  };
+  const LevelDecision decision = measured(estimated * 1.5);  // it is not
   EXPECT_EQ(decision.target, kTop / 8);
   EXPECT_THAT(decision.reason, StartsWith("tpot: "));
   options.slo.tpot = estimated * 10;  // far from the target: a stale measurement
-  load.tpot_p95 = estimated * 15;
-  EXPECT_EQ(Make(options)->Decide(load).target, 0);
+  EXPECT_EQ(measured(estimated * 15).target, 0);
+}
+
+// By the model a little less than the target is added to the time to the first token, and nothing
+// else matters.
+LoadSnapshot NearTtft(PolicyOptions& options) {
+  options.slo.tpot = 1e4;
+  LoadSnapshot load = Snapshot(0);
+  for (int i = 0; i < 3; ++i) load.waiting.push_back(Waiting(i, 4000, 0));
+  const double delay = EstimateLoad(load, Cost(), {kChunk}, 0, true).ttft;
+  for (SequenceLoad& s : load.waiting) s.arrival = -(0.8 * options.slo.ttft - delay);
+  return load;
+}
+
+// A long prompt on an idle server takes its time at level 0; that is no reason to raise anybody.
+TEST(SloPolicy, OfAMeasuredFirstTokenCountsWhatTheLoadAdded) {
+  PolicyOptions options = Options("slo");
+  const LoadSnapshot load = NearTtft(options);
+  const auto target = [&](double seconds, int cached) {
+    const auto policy = Make(options);
+    policy->ObserveFirstToken(
+        {.now = -1, .seconds = seconds, .prompt_tokens = 8000, .cached_tokens = cached});
+    return policy->Decide(load).target;
+  };
+  const double alone = Cost().PromptSeconds(0, 8000, 0, 512);
+  ASSERT_GT(alone, options.slo.ttft);
+  EXPECT_EQ(target(alone + 0.9 * options.slo.ttft, 0), 0);
+  EXPECT_EQ(target(alone + 1.1 * options.slo.ttft, 0), kTop / 8);
+  const double rest = Cost().PromptSeconds(0, 64, 7936, 512);
+  EXPECT_EQ(target(rest + 0.9 * options.slo.ttft, 7936), 0);
+  EXPECT_EQ(target(rest + 1.1 * options.slo.ttft, 7936), kTop / 8) << "most of it was cached";
+}
+
+TEST(SloPolicy, WhatWasMeasuredBeforeARiseDrivesNoOther) {
+  PolicyOptions options = Options("slo");
+  LoadSnapshot load = NearTtft(options);
+  const auto policy = Make(options);
+  const auto decide = [&](double now) {
+    for (SequenceLoad& s : load.waiting) s.arrival += now - load.now;
+    load.now = now;
+    return policy->Decide(load).target;
+  };
+  for (int i = 0; i < 20; ++i)
+    policy->ObserveFirstToken({.now = -1, .seconds = 60, .prompt_tokens = 100});
+  EXPECT_EQ(decide(0), kTop / 8);
+  for (double now = 0.5; now < 8; now += 0.5) EXPECT_EQ(decide(now), kTop / 8) << now;
+  policy->ObserveFirstToken({.now = 8, .seconds = 7.5, .prompt_tokens = 100});
+  EXPECT_EQ(decide(8.5), 2 * (kTop / 8));
 }
 
 TEST(SloPolicy, PreemptionsRaiseTheTarget) {
@@ -394,7 +475,7 @@ LoadSnapshot Crowded(double now) {
   load.running.push_back(Running(11, 6000));
   load.running.back().max_level = 0;  // tier full
   int64_t bytes = 0;
-  for (const SequenceLoad& s : load.running) bytes += BytesAt(load, kLayers, 0, s.cached_tokens);
+  for (const SequenceLoad& s : load.running) bytes += SequenceBytes(load.sizes, 0, s.cached_tokens);
   load.budget_bytes = bytes * 7 / 10;
   return load;
 }

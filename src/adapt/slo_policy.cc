@@ -19,6 +19,9 @@ constexpr double kNearTarget = 0.5;
 // the sake of the target per token.
 constexpr double kChunkLoss = 0.03;
 constexpr double kMostChunkLoss = 0.1;
+// What was measured is the p95 of so many seconds: long enough to hold a few requests, short enough
+// to notice a burst.
+constexpr double kFeedbackSeconds = 10;
 // Steps from 0 to the top when measurements, not estimates, drive the target.
 constexpr int kFeedbackSteps = 8;
 // And from the top to 0 at most.
@@ -50,14 +53,22 @@ SloPolicy::SloPolicy(const SloOptions& options, CostModel cost, int max_level)
       measured_(std::move(cost)),
       cost_(measured_),
       max_level_(max_level),
+      ttft_(kFeedbackSeconds),
+      tpot_(kFeedbackSeconds),
       last_look_(kNever),
       last_change_(kNever) {}
+
+void SloPolicy::ObserveFirstToken(const FirstToken& token) {
+  const double alone = cost_.PromptSeconds(0, token.prompt_tokens - token.cached_tokens,
+                                           token.cached_tokens, options_.prefill_chunk);
+  ttft_.Add(token.now, token.seconds - alone);
+}
 
 LevelDecision SloPolicy::Decide(const LoadSnapshot& load) {
   LevelDecision decision;
   decision.target = target_;
   decision.prefill_limit = prefill_limit_;
-  decision.short_prompt = BreakEvenTokens(load);
+  decision.short_prompt = BreakEvenTokens(load.sizes);
   const double elapsed = load.now - last_look_;
   if (elapsed < options_.evaluate_interval) return decision;
   // Not asked for so long: there was nothing to do.
@@ -70,6 +81,8 @@ LevelDecision SloPolicy::Decide(const LoadSnapshot& load) {
   preempted_ = std::isfinite(last_look_) && load.preemptions > preemptions_;
   preemptions_ = load.preemptions;
   last_look_ = load.now;
+  ttft_p95_ = ttft_.Quantile(load.now, 0.95);
+  tpot_p95_ = tpot_.Quantile(load.now, 0.95);
   cost_ = measured_.Scaled(correction_.factors());
 
   decision.prefill_limit = prefill_limit_ = PrefillLimit(load);
@@ -85,11 +98,18 @@ LevelDecision SloPolicy::Decide(const LoadSnapshot& load) {
   return decision;
 }
 
+void SloPolicy::SetMaxLevel(int level) {
+  max_level_ = level;
+  if (target_ <= level) return;
+  target_ = level;
+  calm_ = false;
+}
+
 // Whole pages of prompt for a step that writes replies, too. As few as cost next to nothing: the
 // work stays the same, but replies end sooner and give back their memory, in which prefixes can
 // stay. Fewer where the target per token asks for it and the loss is bounded.
 int SloPolicy::PrefillLimit(const LoadSnapshot& load) const {
-  const int page = std::max(1, load.page_size);
+  const int page = load.sizes.page_size;
   const int most = std::max(1, options_.prefill_chunk / page);
   double seconds = options_.tpot;
   int level = target_;
@@ -159,10 +179,10 @@ void SloPolicy::ApplyFeedback(const LoadSnapshot& load, Want& want) const {
   if (preempted_ && estimates_[next].memory_bytes < here.memory_bytes) {
     want.level = next;
     want.word = "memory";
-  } else if (!load.waiting.empty() && missed(load.ttft_p95, options_.ttft, here.ttft, there.ttft)) {
+  } else if (!load.waiting.empty() && missed(ttft_p95_, options_.ttft, here.ttft, there.ttft)) {
     want.level = want.ttft = next;
     want.word = "ttft";
-  } else if (!load.running.empty() && missed(load.tpot_p95, options_.tpot, here.tpot, there.tpot)) {
+  } else if (!load.running.empty() && missed(tpot_p95_, options_.tpot, here.tpot, there.tpot)) {
     want.level = want.tpot = next;
     want.word = "tpot";
   }
@@ -185,13 +205,13 @@ std::string SloPolicy::UpReason(const LoadSnapshot& load, const Want& want) cons
         "tpot: {} running, {} waiting, {:.3f} s a token at level {}, {:.3f} s at {}, target {:.3f} "
         "s, measured p95 {:.3f} s",
         load.running.size(), load.waiting.size(), from.tpot, target_, to.tpot, want.level,
-        options_.tpot, load.tpot_p95);
+        options_.tpot, tpot_p95_);
   }
   return fmt::format(
       "ttft: {} running, {} waiting, delay {:.1f} s at level {}, {:.1f} s at {}, target {:.1f} s, "
       "measured p95 {:.1f} s",
       load.running.size(), load.waiting.size(), from.ttft, target_, to.ttft, want.level,
-      options_.ttft, load.ttft_p95);
+      options_.ttft, ttft_p95_);
 }
 
 void SloPolicy::MoveTarget(const LoadSnapshot& load, const Want& want, LevelDecision& decision) {
@@ -201,6 +221,8 @@ void SloPolicy::MoveTarget(const LoadSnapshot& load, const Want& want, LevelDeci
     if (!cool) return;
     decision.reason = UpReason(load, want);
     target_ = want.level;
+    ttft_.Clear();
+    tpot_.Clear();
   } else {
     const int low = std::max(want.level, WantedLevel(load, options_.down_margin).level);
     if (low >= target_ || (low > 0 && target_ - low < max_level_ / kDownSteps)) {
@@ -233,7 +255,7 @@ std::vector<SloPolicy::Candidate> SloPolicy::Candidates(const LoadSnapshot& load
     if (to <= s.level || s.cached_tokens <= 0) continue;
     const int length = s.cached_tokens + s.pending_tokens;
     const int64_t bytes =
-        BytesAt(load, cost_.layers(), s.level, length) - BytesAt(load, cost_.layers(), to, length);
+        SequenceBytes(load.sizes, s.level, length) - SequenceBytes(load.sizes, to, length);
     if (bytes <= 0) continue;  // short of its break-even length: a raise would cost memory
     const double fold = std::max(1e-9, cost_.FoldSeconds(s.level, to, s.cached_tokens));
     Candidate candidate{.id = s.id,

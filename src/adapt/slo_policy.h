@@ -16,6 +16,10 @@
 // Prompts short of their break-even length start at level 0: a higher one takes more memory and
 // gains next to no time.
 //
+// Where clients see more than the estimate says, and more than a target, the level goes up a step.
+// Of a first token only what the load added counts, as in the estimate, and of what was before the
+// last rise nothing: it says what that rise was for, not what it gave.
+//
 // Beside replies, prompts are cut into chunks as small as costs next to nothing by the cost model,
 // and smaller where the target per token asks for it, as far as the loss is bounded: quality is not
 // spent on what smaller chunks give.
@@ -34,6 +38,7 @@
 #include "adapt/load_estimate.h"
 #include "adapt/make_policy.h"
 #include "adapt/policy.h"
+#include "base/quantile.h"
 
 namespace dsla {
 
@@ -43,8 +48,11 @@ class SloPolicy final : public LevelPolicy {
 
   const char* name() const override { return "slo"; }
   LevelDecision Decide(const LoadSnapshot& load) override;
+  void SetMaxLevel(int level) override;
   void ObserveStep(const StepTime& step) override { correction_.ObserveStep(measured_, step); }
   void ObserveFold(const FoldPoint& fold) override { correction_.ObserveFold(measured_, fold); }
+  void ObserveFirstToken(const FirstToken& token) override;
+  void ObserveToken(double now, double seconds) override { tpot_.Add(now, seconds); }
   CostFactors cost_factors() const override { return correction_.factors(); }
 
  private:
@@ -76,9 +84,11 @@ class SloPolicy final : public LevelPolicy {
   const CostModel measured_;   // at the start
   CostCorrection correction_;  // by what was seen since
   CostModel cost_;             // the two together, as of the last look
-  const int max_level_;
+  int max_level_;
   std::vector<LoadEstimate> estimates_;  // [max_level + 1], of the last look
 
+  SlidingQuantile ttft_, tpot_;         // what clients saw since the last rise
+  double ttft_p95_ = 0, tpot_p95_ = 0;  // of that, at the last look
   int target_ = 0;
   int prefill_limit_ = 0;    // tokens, of the last look
   double last_look_;         // seconds, -inf before the first

@@ -3,6 +3,7 @@
 // tokens themselves: a sequence folded at p differs from one that ran at that level from the start.
 #pragma once
 
+#include <cstddef>
 #include <span>
 #include <vector>
 
@@ -18,6 +19,13 @@ struct LevelSpan {
 
 // Positions do not fall, levels rise; the first entry is at position 0.
 using LevelHistory = std::vector<LevelSpan>;
+
+// The entries that say what the first `tokens` were computed at.
+inline std::span<const LevelSpan> HistoryOf(std::span<const LevelSpan> history, int tokens) {
+  size_t count = 0;
+  while (count < history.size() && history[count].position < tokens) ++count;
+  return history.first(count);
+}
 
 // The level of the last token of the first `tokens`, of which there must be one.
 inline int LevelBefore(std::span<const LevelSpan> history, int tokens) {

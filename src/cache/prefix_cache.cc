@@ -9,14 +9,28 @@
 namespace dsla {
 namespace {
 
-// Histories that a lookup follows side by side. More than a few exist only where raises met running
-// sequences of one prompt at many positions; leaving some out costs a shorter hit.
-constexpr size_t kMaxBranches = 8;
+// The most of 0 to `most` for which it holds, where it holds for 0 and for all up to some number.
+// Looks at few, and at none of more than twice that number.
+template <typename F>
+int LastOf(int most, F holds) {
+  int low = 0, high = 1;
+  while (high <= most && holds(high)) {
+    low = high;
+    high *= 2;
+  }
+  high = std::min(high, most + 1);
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (holds(middle) ? low : high) = middle;
+  }
+  return low;
+}
 
-bool MayFollow(const PrefixQuery& query, std::span<const LevelSpan> raises, int begin) {
-  if (query.may_fold) return raises.empty() || raises.back().level <= query.level;
-  if (begin > 0) return raises.empty();
-  return raises.size() == 1 && raises.front() == LevelSpan{0, query.level};
+// Whether a prefix of `tokens` tokens that ran at `history` is one that was asked for.
+bool MayServe(const PrefixQuery& query, std::span<const LevelSpan> history, int tokens) {
+  if (!query.history.empty()) return std::ranges::equal(history, HistoryOf(query.history, tokens));
+  if (query.may_fold) return history.back().level <= query.level;
+  return history.size() == 1 && history.front() == LevelSpan{0, query.level};
 }
 
 }  // namespace
@@ -29,45 +43,50 @@ PrefixCache::PrefixCache(Ledger* ledger, SlotCopier* copier, const PrefixCacheOp
 PrefixCache::~PrefixCache() { Clear(); }
 
 PrefixCache::Hit PrefixCache::Lookup(const PrefixQuery& query) {
-  const int page_size = options_.page_size;
-  const int multiple = query.multiple == 0 ? page_size : query.multiple;
-  const int size = static_cast<int>(query.tokens.size());
-  std::vector<Node*> frontier, next;
-  if (Node* root = Find(RootKey(options_.adapter_id, query.salt))) frontier.push_back(root);
+  PrefixPath own;
+  const PrefixTokens of{query.tokens, query.salt, query.path == nullptr ? &own : query.path};
+  const int multiple = query.multiple == 0 ? options_.page_size : query.multiple;
+  // Whatever is there has all before it.
+  int pages = LastOf((static_cast<int>(query.tokens.size()) - 1) / options_.page_size,
+                     [&](int page) { return nodes_.contains(KeyOf(of, page)); });
   Node* best = nullptr;
-  for (int begin = 0; begin + page_size < size && !frontier.empty(); begin += page_size) {
-    const auto page = query.tokens.subspan(begin, page_size);
-    next.clear();
-    const auto follow = [&](const Node& node, std::span<const LevelSpan> raises) {
-      Node* child = Find(NextKey(node.key, raises, page));
-      if (child == nullptr || next.size() == kMaxBranches) return;
-      next.push_back(child);
-      if (!child->useful() || child->tokens % multiple != 0) return;
-      if (best == nullptr || best->tokens < child->tokens || best->level < child->level)
-        best = child;
-    };
-    for (const Node* node : frontier) {
-      if (!query.history.empty()) {
-        follow(*node, RaisesIn(query.history, begin, begin + page_size));
-        continue;
-      }
-      for (const auto& [raises, count] : node->child_raises) {
-        if (MayFollow(query, raises, begin)) follow(*node, raises);
-      }
+  for (; pages > 0 && best == nullptr; --pages) {
+    const int tokens = pages * options_.page_size;
+    if (tokens % multiple != 0) continue;
+    const auto [begin, end] = nodes_.equal_range(KeyOf(of, pages));
+    for (auto it = begin; it != end; ++it) {
+      Node* node = it->second.get();
+      if (!node->useful() || !MayServe(query, node->history, tokens)) continue;
+      if (best == nullptr || best->level() < node->level()) best = node;
     }
-    frontier.swap(next);
   }
   Hit hit;
   if (best == nullptr) return hit;
   Touch(best);
   hit.tokens = best->tokens;
-  hit.history = HistoryOf(*best);
+  hit.history = best->history;
   hit.node = best;
   return hit;
 }
 
+int PrefixCache::CommonTokens(const PrefixTokens& a, const PrefixTokens& b) {
+  const auto same = [&](int pages) { return KeyOf(a, pages) == KeyOf(b, pages); };
+  if (!same(0)) return 0;
+  const size_t most = std::min(a.tokens.size(), b.tokens.size()) / options_.page_size;
+  return LastOf(static_cast<int>(most), same) * options_.page_size;
+}
+
+const PrefixKey& PrefixCache::KeyOf(const PrefixTokens& of, int pages) {
+  PrefixPath& path = *of.path;
+  if (path.empty()) path.push_back(RootKey(hash_, options_.adapter_id, of.salt));
+  const size_t size = options_.page_size;
+  for (auto page = path.size() - 1; page < static_cast<size_t>(pages); ++page)
+    path.push_back(NextKey(hash_, path.back(), of.tokens.subspan(page * size, size)));
+  return path[pages];
+}
+
 Status PrefixCache::Adopt(const Hit& hit, SequenceCache* sequence) {
-  DSLA_CHECK(hit.tokens > 0 && sequence->level() == hit.node->level);
+  DSLA_CHECK(hit.tokens > 0 && sequence->level() == hit.node->level());
   std::vector<std::vector<int32_t>> pages(options_.layers);
   for (const Node* node = hit.node; node->parent != nullptr; node = node->parent) {
     for (int layer = 0; layer < options_.layers; ++layer) {
@@ -78,64 +97,59 @@ Status PrefixCache::Adopt(const Hit& hit, SequenceCache* sequence) {
   }
   for (auto& table : pages) std::reverse(table.begin(), table.end());
   // The entry itself was touched by Lookup, so it is not given up for its own reader.
-  const int64_t slot_bytes = hit.node->level * ledger_->config().slot_bytes;
+  const int64_t slot_bytes = hit.node->level() * ledger_->config().slot_bytes;
   if (slot_bytes > ledger_->free_bytes()) ReclaimUsedBefore(slot_bytes, hit.node->last_use);
   DSLA_RETURN_IF_ERROR(sequence->Adopt(hit.tokens, std::move(pages)));
   for (int layer = 0; layer < options_.layers; ++layer) {
-    if (sequence->is_dsla(layer))
-      copier_->CopySlot(hit.node->snapshot[layer], sequence->slot(layer));
+    if (!sequence->is_dsla(layer)) continue;
+    const Status copied = copier_->CopySlot(hit.node->snapshot[layer], sequence->slot(layer));
+    if (copied.ok()) continue;
+    sequence->Release();
+    return copied;
   }
   return Status::Ok();
 }
 
-void PrefixCache::Insert(std::span<const int32_t> tokens, std::string_view salt,
-                         std::span<const LevelSpan> history, const SequenceCache& sequence,
-                         bool snapshot, PrefixPath* path) {
+void PrefixCache::Insert(const PrefixTokens& of, std::span<const LevelSpan> history,
+                         const SequenceCache& sequence, bool snapshot) {
   const int page_size = options_.page_size;
-  const int pages = static_cast<int>(tokens.size()) / page_size;
+  const int pages = static_cast<int>(of.tokens.size()) / page_size;
   const int level = sequence.level();
   DSLA_CHECK(level == history.back().level && sequence.length() >= pages * page_size);
   DSLA_CHECK(!snapshot || (level > 0 && sequence.length() == pages * page_size));
   if (pages == 0 || (level > 0 && !snapshot)) return;
-  if (path->empty()) path->push_back(RootKey(options_.adapter_id, salt));
-  for (int page = static_cast<int>(path->size()) - 1; page < pages; ++page) {
-    path->push_back(NextKey(path->back(),
-                            RaisesIn(history, page * page_size, (page + 1) * page_size),
-                            tokens.subspan(page * page_size, page_size)));
-  }
-  // First, because it may give up nodes.
+  const auto find = [&](int page) {
+    return Find(KeyOf(of, page), HistoryOf(history, page * page_size));
+  };
+  const auto deepest = [&] {
+    Node* node = nullptr;
+    for (int page = pages; page >= 0 && node == nullptr; --page) node = find(page);
+    return node;
+  };
+  Node* node = deepest();
+  // First, because it may give up nodes, or fail.
   Reservation slots;
-  const Node* end = Find((*path)[pages]);
-  const bool copy = snapshot && (end == nullptr || end->snapshot.empty());
+  const bool copy =
+      snapshot && (node == nullptr || node->tokens < pages * page_size || node->snapshot.empty());
   if (copy) {
-    auto reserved = ReserveSnapshot(std::span(*path).first(pages + 1), level);
-    if (!reserved.ok()) return;
-    slots = std::move(reserved).value();
+    if (node != nullptr) Touch(node);  // not to be given up for its own continuation
+    auto taken = TakeSnapshot(sequence);
+    if (!taken.ok()) return;
+    slots = std::move(taken).value();
+    node = deepest();  // that one goes with the last that made it useful
   }
-  // The deepest node that is there with all that this sequence could give it: then, as covers never
-  // falls towards the root, so is everything before it.
-  int page = pages;
-  Node* node = nullptr;
-  for (; page >= 0; --page) {
-    node = Find((*path)[page]);
-    if (node != nullptr && (page == 0 || node->covers <= level)) break;
-  }
-  if (node == nullptr) {
-    page = 0;
-    node = Add(nullptr, (*path)[0], {}, 0);
-  }
-  for (; page < pages; ++page) {
-    const auto raises = RaisesIn(history, page * page_size, (page + 1) * page_size);
-    Node* child = Find((*path)[page + 1]);
-    if (child == nullptr) {
-      child = Add(node, (*path)[page + 1], {raises.begin(), raises.end()},
-                  LevelBefore(history, (page + 1) * page_size));
-    }
+  // Back to one that has all that this sequence could give it: then, as covers never falls towards
+  // the root, so has everything before it.
+  while (node != nullptr && node->parent != nullptr && node->covers > level) node = node->parent;
+  if (node == nullptr) node = Add(nullptr, KeyOf(of, 0), {});
+  for (int page = node->tokens / page_size + 1; page <= pages; ++page) {
+    Node* child = find(page);
+    if (child == nullptr) child = Add(node, KeyOf(of, page), HistoryOf(history, page * page_size));
     FillPages(child, sequence);
     node = child;
   }
   if (copy) {
-    TakeSnapshot(node, std::move(slots), sequence);
+    KeepSnapshot(node, std::move(slots), sequence);
     ThinSnapshots(*node);
   }
   Touch(node);

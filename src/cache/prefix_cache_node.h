@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <limits>
-#include <utility>
 #include <vector>
 
 #include "cache/level_history.h"
@@ -11,7 +10,8 @@
 
 namespace dsla {
 
-// One page of tokens after its parent's. The root of an (adapter, salt) has neither.
+// One page of tokens after its parent's. The root of an (adapter, salt) has neither. Nodes of the
+// same key differ in their histories.
 //
 // Which layers' pages a node has: those that were softmax in some sequence that entered it, so, as
 // layers convert in the ladder's order, those of rank >= covers. A sequence enters all pages of its
@@ -20,18 +20,17 @@ namespace dsla {
 struct PrefixCache::Node {
   PrefixKey key{};
   Node* parent = nullptr;
-  LevelHistory raises;  // the history's entries at positions inside this page
-  int tokens = 0;       // up to the page's end
-  int level = 0;        // of its last token
+  LevelHistory history;  // up to the page's end
+  int tokens = 0;        // likewise
   int covers = std::numeric_limits<int>::max();
   std::vector<int32_t> pages;     // [L], -1: none
   std::vector<int32_t> snapshot;  // [L], -1: softmax; empty: no snapshot
   int64_t last_use = 0;           // never later than the parent's
   int children = 0;
-  std::vector<std::pair<LevelHistory, int>> child_raises;  // distinct, with their count
 
+  int level() const { return history.empty() ? 0 : history.back().level; }  // of its last token
   // A sequence can resume here.
-  bool useful() const { return !snapshot.empty() || (level == 0 && covers == 0); }
+  bool useful() const { return !snapshot.empty() || (level() == 0 && covers == 0); }
 };
 
 }  // namespace dsla

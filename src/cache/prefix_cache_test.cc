@@ -3,8 +3,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <functional>
 #include <map>
 #include <numeric>
+#include <stdexcept>
 
 namespace dsla {
 namespace {
@@ -15,7 +17,11 @@ const std::vector<int> kLadder = {2, 0, 3, 1};
 
 class PrefixCacheTest : public testing::Test, public SlotCopier {
  protected:
-  void CopySlot(int32_t from, int32_t to) override { copies_.emplace_back(from, to); }
+  Status CopySlot(int32_t from, int32_t to) override {
+    DSLA_RETURN_IF_ERROR(copying_());
+    copies_.emplace_back(from, to);
+    return Status::Ok();
+  }
 
   SequenceCache Run(std::span<const int32_t> tokens, int level) {
     SequenceCache sequence(&ledger_, kLadder, kPage, level);
@@ -32,7 +38,7 @@ class PrefixCacheTest : public testing::Test, public SlotCopier {
   void Insert(std::span<const int32_t> tokens, const LevelHistory& history,
               const SequenceCache& sequence, bool snapshot = false, std::string_view salt = "") {
     PrefixPath path;
-    cache_.Insert(tokens, salt, history, sequence, snapshot, &path);
+    cache_.Insert({tokens, salt, &path}, history, sequence, snapshot);
   }
 
   std::vector<int32_t> Tokens(int count, int first = 0) {
@@ -42,6 +48,7 @@ class PrefixCacheTest : public testing::Test, public SlotCopier {
   }
 
   Ledger ledger_{{.budget_bytes = 10000, .page_bytes = 100, .slot_bytes = 150}};
+  std::function<Status()> copying_ = [] { return Status::Ok(); };
   std::vector<std::pair<int32_t, int32_t>> copies_;
   PrefixCache cache_{&ledger_, this, {.layers = kLayers, .page_size = kPage, .adapter_id = "a"}};
 };
@@ -78,7 +85,31 @@ TEST_F(PrefixCacheTest, OtherTokensSaltsAndLevelsDoNotMeet) {
   EXPECT_EQ(cache_.Lookup({.tokens = other, .salt = "salt"}).tokens, 4);
   EXPECT_EQ(cache_.Lookup({.tokens = tokens, .salt = "salt", .level = 2, .may_fold = false}).tokens,
             0);
-  EXPECT_NE(RootKey("ab", "c"), RootKey("a", "bc"));
+  Sha256 hash;
+  EXPECT_NE(RootKey(hash, "ab", "c"), RootKey(hash, "a", "bc"));
+}
+
+TEST_F(PrefixCacheTest, KeysAreMadeAsFarAsTheyAreLookedAt) {
+  const auto tokens = Tokens(41);
+  PrefixPath path;
+  EXPECT_EQ(cache_.Lookup({.tokens = tokens, .path = &path}).tokens, 0);
+  EXPECT_EQ(path.size(), 2u) << "of no tokens, and of the first page";
+  Insert(std::span(tokens).first(12), {{0, 0}}, Run(std::span(tokens).first(12), 0));
+  EXPECT_EQ(cache_.Lookup({.tokens = tokens, .path = &path}).tokens, 12);
+  EXPECT_LE(path.size(), 1 + 2 * 3u);
+}
+
+TEST_F(PrefixCacheTest, TokensInCommonAreWholePagesOfOneSalt) {
+  const auto a = Tokens(14);
+  auto b = a;
+  PrefixPath path_a, path_b;
+  EXPECT_EQ(cache_.CommonTokens({a, "", &path_a}, {b, "", &path_b}), 12);
+  PrefixPath path_c;
+  EXPECT_EQ(cache_.CommonTokens({a, "", &path_a}, {b, "salt", &path_c}), 0);
+  b[9] = 99;
+  PrefixPath path_d;
+  EXPECT_EQ(cache_.CommonTokens({a, "", &path_a}, {b, "", &path_d}), 8);
+  EXPECT_EQ(cache_.CommonTokens({std::span(a).first(7), "", &path_a}, {b, "", &path_d}), 4);
 }
 
 TEST_F(PrefixCacheTest, AboveLevelZeroASequenceResumesOnlyAtASnapshot) {
@@ -212,6 +243,44 @@ TEST_F(PrefixCacheTest, ASnapshotTakesIdleMemoryOnly) {
   EXPECT_EQ(cache_.snapshots(), 1);
   EXPECT_EQ(ledger_.idle_bytes(), 300);
   EXPECT_EQ(cache_.Blocks().size(), 6u);
+}
+
+// Memory that cannot be had, and a device that failed: at the second of two copies.
+TEST_F(PrefixCacheTest, ACopyThatFailsLeavesNoTrace) {
+  const auto tokens = Tokens(8), longer = Tokens(9);
+  SequenceCache sequence = Run(tokens, 2);
+  const int64_t used = ledger_.used_bytes();
+  const auto no_memory = [this] {
+    return copies_.size() == 1 ? ResourceExhausted("no memory") : Status::Ok();
+  };
+  const auto gone = [this]() -> Status {
+    if (copies_.size() == 1) throw std::runtime_error("gone");
+    return Status::Ok();
+  };
+  copying_ = no_memory;
+  Insert(tokens, {{0, 2}}, sequence, true);
+  copies_.clear();
+  copying_ = gone;
+  EXPECT_THROW(Insert(tokens, {{0, 2}}, sequence, true), std::runtime_error);
+  EXPECT_EQ(cache_.entries(), 0);
+  EXPECT_EQ(ledger_.used_bytes(), used);
+
+  copying_ = [] { return Status::Ok(); };
+  Insert(tokens, {{0, 2}}, sequence, true);
+  const int64_t with_entry = ledger_.used_bytes();
+  const auto hit = cache_.Lookup({.tokens = longer, .level = 2});
+  ASSERT_EQ(hit.tokens, 8);
+  SequenceCache second(&ledger_, kLadder, kPage, 2);
+  copies_.clear();
+  copying_ = no_memory;
+  EXPECT_EQ(cache_.Adopt(hit, &second).message(), "no memory");
+  EXPECT_EQ(second.length(), 0);
+  EXPECT_EQ(ledger_.used_bytes(), with_entry);
+  copies_.clear();
+  copying_ = gone;
+  EXPECT_THROW(static_cast<void>(cache_.Adopt(hit, &second)), std::runtime_error);
+  second.Release();
+  EXPECT_EQ(ledger_.used_bytes(), with_entry);
 }
 
 TEST_F(PrefixCacheTest, SnapshotsAreThinnedToDoublingDistances) {

@@ -8,33 +8,29 @@
 
 namespace dsla {
 
-PrefixCache::Node* PrefixCache::Find(const PrefixKey& key) const {
-  const auto found = nodes_.find(key);
-  return found == nodes_.end() ? nullptr : found->second.get();
+PrefixCache::Node* PrefixCache::Find(const PrefixKey& key,
+                                     std::span<const LevelSpan> history) const {
+  const auto [begin, end] = nodes_.equal_range(key);
+  const auto found = std::find_if(begin, end, [&](const auto& entry) {
+    return std::ranges::equal(entry.second->history, history);
+  });
+  return found == end ? nullptr : found->second.get();
 }
 
-PrefixCache::Node* PrefixCache::Add(Node* parent, const PrefixKey& key, LevelHistory raises,
-                                    int level) {
+PrefixCache::Node* PrefixCache::Add(Node* parent, const PrefixKey& key,
+                                    std::span<const LevelSpan> history) {
   ++changes_;
   auto owned = std::make_unique<Node>();
   Node* node = owned.get();
   node->key = key;
   node->parent = parent;
+  node->history.assign(history.begin(), history.end());
   node->last_use = time_;
   if (parent != nullptr) {
     node->tokens = parent->tokens + options_.page_size;
-    node->level = level;
     node->pages.assign(options_.layers, -1);
     leaves_.erase({parent->last_use, parent});
     ++parent->children;
-    const auto same = std::find_if(parent->child_raises.begin(), parent->child_raises.end(),
-                                   [&](const auto& entry) { return entry.first == raises; });
-    if (same != parent->child_raises.end()) {
-      ++same->second;
-    } else {
-      parent->child_raises.emplace_back(raises, 1);
-    }
-    node->raises = std::move(raises);
   }
   leaves_.emplace(node->last_use, node);
   nodes_.emplace(key, std::move(owned));
@@ -64,19 +60,20 @@ void PrefixCache::FillPages(Node* node, const SequenceCache& sequence) {
   node->covers = sequence.level();
 }
 
-// What there is of the path is in use, and is not given up for its own continuation.
-Expected<Reservation> PrefixCache::ReserveSnapshot(std::span<const PrefixKey> path, int level) {
-  for (auto key = path.rbegin(); key != path.rend(); ++key) {
-    if (Node* node = Find(*key)) {
-      Touch(node);
-      break;
-    }
-  }
+// Copies of the sequence's states, in the order of the layers.
+Expected<Reservation> PrefixCache::TakeSnapshot(const SequenceCache& sequence) {
+  const int level = sequence.level();
   ReclaimUsedBefore(level * ledger_->config().slot_bytes, time_);
-  return ledger_->Reserve(0, level);
+  DSLA_ASSIGN_OR_RETURN(Reservation reservation, ledger_->Reserve(0, level));
+  auto slot = reservation.slots().begin();
+  for (int layer = 0; layer < options_.layers; ++layer) {
+    if (!sequence.is_dsla(layer)) continue;
+    DSLA_RETURN_IF_ERROR(copier_->CopySlot(sequence.slot(layer), *slot++));
+  }
+  return reservation;
 }
 
-void PrefixCache::TakeSnapshot(Node* node, Reservation slots, const SequenceCache& sequence) {
+void PrefixCache::KeepSnapshot(Node* node, Reservation slots, const SequenceCache& sequence) {
   ++changes_;
   node->snapshot.assign(options_.layers, -1);
   auto slot = slots.slots().begin();
@@ -84,7 +81,6 @@ void PrefixCache::TakeSnapshot(Node* node, Reservation slots, const SequenceCach
     if (!sequence.is_dsla(layer)) continue;
     node->snapshot[layer] = *slot++;
     ledger_->SetRetained(BlockKind::kSlot, node->snapshot[layer], true);
-    copier_->CopySlot(sequence.slot(layer), node->snapshot[layer]);
   }
   slots.Commit();
   ++snapshots_;
@@ -161,9 +157,10 @@ bool PrefixCache::Shed(Node* leaf) {
   const Node* needs = nullptr;  // the snapshot of the lowest level so far
   for (Node* node = leaf; node->parent != nullptr; node = node->parent) {
     if (node != leaf && node->children > 1) break;
-    if (!node->snapshot.empty() && (needs == nullptr || node->level < needs->level)) needs = node;
+    if (!node->snapshot.empty() && (needs == nullptr || node->level() < needs->level()))
+      needs = node;
     if (needs == nullptr) break;  // of level 0: all of its pages are needed
-    if (node->covers >= needs->level) continue;
+    if (node->covers >= needs->level()) continue;
     const auto idle = [&](int layer) {
       const int32_t page = node->pages[layer];
       return page >= 0 && needs->snapshot[layer] >= 0 &&
@@ -180,7 +177,7 @@ bool PrefixCache::Shed(Node* leaf) {
       ledger_->Free(BlockKind::kPage, page);
       page = -1;
     }
-    node->covers = needs->level;
+    node->covers = needs->level();
     ++changes_;
   }
   return ledger_->free_bytes() > free;
@@ -214,29 +211,16 @@ void PrefixCache::Drop(Node* node) {
     }
     DropSnapshot(node);
     Node* parent = node->parent;
-    if (parent != nullptr) {
-      --parent->children;
-      const auto entry = std::find_if(parent->child_raises.begin(), parent->child_raises.end(),
-                                      [&](const auto& e) { return e.first == node->raises; });
-      if (--entry->second == 0) parent->child_raises.erase(entry);
-    }
+    if (parent != nullptr) --parent->children;
     leaves_.erase({node->last_use, node});
-    nodes_.erase(PrefixKey(node->key));
+    const auto [begin, end] = nodes_.equal_range(node->key);
+    nodes_.erase(std::find_if(begin, end, [&](const auto& e) { return e.second.get() == node; }));
     if (parent != nullptr && parent->children == 0 && parent->useful()) {
       leaves_.emplace(parent->last_use, parent);
       return;
     }
     node = parent;
   }
-}
-
-LevelHistory PrefixCache::HistoryOf(const Node& node) const {
-  std::vector<const Node*> path;
-  for (const Node* n = &node; n != nullptr; n = n->parent) path.push_back(n);
-  LevelHistory history;
-  for (auto n = path.rbegin(); n != path.rend(); ++n)
-    history.insert(history.end(), (*n)->raises.begin(), (*n)->raises.end());
-  return history;
 }
 
 }  // namespace dsla

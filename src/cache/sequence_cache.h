@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "cache/block_sizes.h"
 #include "cache/ledger.h"
 
 namespace dsla {
@@ -66,11 +67,6 @@ class SequenceCache {
 
   int64_t page_count() const;
   int64_t slot_count() const;
-
-  // Pages that `tokens` tokens take in one softmax layer.
-  static int64_t PagesFor(int64_t tokens, int page_size) {
-    return (tokens + page_size - 1) / page_size;
-  }
 
  private:
   struct Blocks {

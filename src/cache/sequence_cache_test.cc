@@ -31,6 +31,19 @@ TEST(SequenceCacheTest, PagesFollowTheTokensOfSoftmaxLayersOnly) {
   EXPECT_EQ(cache.length(), 12);
 }
 
+TEST(SequenceCacheTest, TakesAsManyBytesAsIsSaid) {
+  Ledger ledger({.budget_bytes = 100000, .page_bytes = 100, .slot_bytes = 150});
+  const BlockSizes sizes{.layers = 4, .page_size = kPage, .page_bytes = 100, .slot_bytes = 150};
+  for (int level = 0; level <= 4; ++level) {
+    for (const int tokens : {1, 4, 5, 9}) {
+      SequenceCache cache(&ledger, kLadder, kPage, level);
+      ASSERT_TRUE(cache.Reserve(tokens).ok());
+      EXPECT_EQ(ledger.used_bytes(), SequenceBytes(sizes, level, tokens));
+    }
+  }
+  EXPECT_EQ(SequenceBytes(sizes, 0, 0), 0);
+}
+
 TEST(SequenceCacheTest, AFailedReserveLeavesNoTrace) {
   Ledger ledger({.budget_bytes = 1000, .page_bytes = 100, .slot_bytes = 150});
   SequenceCache cache(&ledger, kLadder, kPage, 0);

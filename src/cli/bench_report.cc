@@ -4,6 +4,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "base/quantile.h"
 #include "eval/cost.h"
 
 namespace dsla {
@@ -51,14 +52,6 @@ std::vector<std::pair<std::string, double>> MeanStages(const StageTimes& times, 
   std::vector<std::pair<std::string, double>> means;
   for (const auto& [name, seconds] : times.stages()) means.emplace_back(name, seconds / runs);
   return means;
-}
-
-double Quantile(std::vector<double> values, double share) {
-  if (values.empty()) return 0;
-  const auto at =
-      std::min(values.size() - 1, static_cast<size_t>(share * static_cast<double>(values.size())));
-  std::nth_element(values.begin(), values.begin() + static_cast<int64_t>(at), values.end());
-  return values[at];
 }
 
 void PrintServing(const std::vector<BenchTest>& tests, bool markdown) {

@@ -68,7 +68,7 @@ Expected<std::unique_ptr<HybridModel>> LoadOn(const ModelArgs& args, const Loade
 // device at most what is free there, less room for what a step needs.
 int64_t DefaultMemory(const HybridModel& model, int sequences) {
   const CacheGeometry geometry = model.cache_geometry();
-  const int64_t pages = SequenceCache::PagesFor(model.max_positions(), geometry.page_size);
+  const int64_t pages = PagesFor(model.max_positions(), geometry.page_size);
   const int64_t per_layer = pages * geometry.page_bytes() + geometry.slot_block_bytes();
   const int64_t whole = sequences * model.config().L * per_layer;
   if (model.device() == nullptr) return whole;

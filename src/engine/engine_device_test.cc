@@ -197,6 +197,49 @@ TEST_F(EngineDeviceTest, NothingIsLostWhenTheRequestEndsInBetween) {
   ExpectNoLeak(engine);
 }
 
+// States are copied between steps: a failure there ends all requests as one in a step does its own.
+TEST_F(EngineDeviceTest, ADeviceThatFailsAtACopyFailsEverybody) {
+  OnStream on({.choose = OneMore,
+               .note =
+                   [](const char*, int) {
+                     std::this_thread::sleep_for(
+                         std::chrono::milliseconds(5));  // to be met running
+                   },
+               .copies = [] { throw DeviceError("gone"); }});
+  TestEngine engine(on.small.model(), *tokenizer_, Options());
+  Request request = Ask(400);
+  request.tier = Tier::kFull;
+  const auto running = engine.Submit(request);
+  running->WaitForTokens(2);
+  request = Ask(9, std::vector<int32_t>(40, 7));
+  request.tier = Tier::kExact;
+  request.level = kL;
+  const auto copied = engine.Submit(request);
+  for (const auto& sink : {running, copied}) {
+    EXPECT_EQ(sink->Wait().status.code(), StatusCode::kInternal);
+    EXPECT_EQ(sink->Wait().status.message(), "the device failed: gone");
+  }
+  EXPECT_EQ(engine->state().device_error, "gone");
+}
+
+TEST_F(EngineDeviceTest, WithoutMemoryForACopyThereIsNoSnapshot) {
+  int backs = 0;
+  OnStream on({.choose = OneMore, .backs = [&] {
+                 if (++backs == kL + 1) throw std::bad_alloc();  // the first behind its own slots
+               }});
+  TestEngine engine(on.small.model(), *tokenizer_, Options());
+  for (const int cached : {0, 0, 32}) {
+    Request request = Ask(2, std::vector<int32_t>(40, 7));
+    request.tier = Tier::kExact;
+    request.level = kL;
+    const auto sink = engine.Submit(request);
+    EXPECT_TRUE(sink->Wait().status.ok()) << sink->Wait().status.message();
+    EXPECT_EQ(sink->Wait().cached_tokens, cached);
+    EXPECT_THAT(sink->tokens(), ElementsAre(8, 9));
+  }
+  ExpectNoLeak(engine);
+}
+
 // Steps that were begun and nobody will ask for must not reach the next engine on that model.
 TEST_F(EngineDeviceTest, AnEngineEndsWithStepsUnderWay) {
   OnStream on({.choose = ChooseRow, .note = [](const char*, int) {

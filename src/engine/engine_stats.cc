@@ -31,25 +31,4 @@ double RateMeter::PerSecond(double now) const {
   return sum / std::clamp(now - first_, width_, std::max(covered, width_));
 }
 
-void SlidingQuantile::Add(double now, double value) {
-  if (samples_.size() < kCapacity) {
-    samples_.push_back({now, value});
-    return;
-  }
-  samples_[next_] = {now, value};
-  next_ = (next_ + 1) % kCapacity;
-}
-
-double SlidingQuantile::Quantile(double now, double q) {
-  scratch_.clear();
-  for (const Sample& sample : samples_) {
-    if (sample.time > now - window_) scratch_.push_back(sample.value);
-  }
-  if (scratch_.empty()) return 0;
-  const auto count = static_cast<double>(scratch_.size());
-  const auto rank = static_cast<int64_t>(std::clamp(std::ceil(q * count), 1.0, count)) - 1;
-  std::nth_element(scratch_.begin(), scratch_.begin() + rank, scratch_.end());
-  return scratch_[static_cast<size_t>(rank)];
-}
-
 }  // namespace dsla

@@ -3,9 +3,7 @@
 #pragma once
 
 #include <array>
-#include <cstddef>
 #include <cstdint>
-#include <vector>
 
 namespace dsla {
 
@@ -28,27 +26,6 @@ class RateMeter {
   double width_;
   double first_ = -1;  // time of the first Add
   std::array<Bucket, kBuckets> buckets_;
-};
-
-// Quantiles of the values of the last `window` seconds, of the newest kCapacity at most.
-class SlidingQuantile {
- public:
-  explicit SlidingQuantile(double window_seconds) : window_(window_seconds) {}
-
-  void Add(double now, double value);
-  // The smallest value that at least the share q of the values do not exceed; 0 if there are none.
-  double Quantile(double now, double q);
-
- private:
-  static constexpr size_t kCapacity = 4096;
-  struct Sample {
-    double time = 0;
-    double value = 0;
-  };
-  double window_;
-  size_t next_ = 0;  // where the oldest is overwritten
-  std::vector<Sample> samples_;
-  std::vector<double> scratch_;
 };
 
 }  // namespace dsla

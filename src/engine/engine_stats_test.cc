@@ -2,9 +2,6 @@
 
 #include <gtest/gtest.h>
 
-#include <algorithm>
-#include <random>
-
 namespace dsla {
 namespace {
 
@@ -33,36 +30,6 @@ TEST(RateMeterTest, OldAmountsAreForgotten) {
   meter.Add(1000, 8);
   EXPECT_LE(meter.PerSecond(1003.5), 8 / 3.0);
   EXPECT_GT(meter.PerSecond(1003.5), 0);
-}
-
-TEST(SlidingQuantileTest, EqualsASortOfTheWindow) {
-  constexpr uint32_t kSeed = 20250302;
-  std::mt19937 random(kSeed);
-  SlidingQuantile sliding(10);
-  EXPECT_EQ(sliding.Quantile(0, 0.95), 0);
-  std::vector<std::pair<double, double>> all;
-  for (int i = 0; i < 20000; ++i) {
-    const double now = i * 0.004, value = static_cast<double>(random() % 10000);
-    sliding.Add(now, value);
-    all.emplace_back(now, value);
-    if (i % 997 != 0) continue;
-    std::vector<double> window;
-    for (const auto& [time, v] : all) {
-      if (time > now - 10) window.push_back(v);
-    }
-    ASSERT_LE(window.size(), 4096u);
-    std::sort(window.begin(), window.end());
-    const size_t rank = (window.size() * 95 + 99) / 100;  // ceil
-    ASSERT_EQ(sliding.Quantile(now, 0.95), window[rank - 1]) << "seed " << kSeed << ", " << i;
-  }
-  EXPECT_EQ(sliding.Quantile(1e6, 0.95), 0);
-}
-
-TEST(SlidingQuantileTest, OfTheNewestOnly) {
-  SlidingQuantile sliding(1000);
-  for (int i = 0; i < 10000; ++i) sliding.Add(i * 1e-3, i);
-  EXPECT_EQ(sliding.Quantile(10, 0), 10000 - 4096);
-  EXPECT_EQ(sliding.Quantile(10, 1), 9999);
 }
 
 }  // namespace

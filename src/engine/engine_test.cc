@@ -462,6 +462,9 @@ TEST_F(EngineTest, ThePolicyIsFollowedAndRecorded) {
   engine->SetMaxLevel(0);
   EXPECT_EQ(engine.Submit(Greedy(4, 4))->Wait().levels, (std::vector<LevelSpan>{{0, 0}}));
   EXPECT_EQ(engine->state().max_level, 0);
+  ASSERT_GT(engine->state().events.size(), 2u);
+  EXPECT_EQ(engine->state().events[2].to, 0);
+  EXPECT_EQ(engine->state().events[2].reason, "admin: the highest level is 0");
   engine->SetPolicy(TargetPolicy(0));
   EXPECT_TRUE(engine.Submit(Greedy(4, 4))->Wait().status.ok());
   const EngineState changed = WaitIdle(engine);
@@ -492,6 +495,8 @@ class ObservingPolicy final : public LevelPolicy {
   struct Seen {
     std::vector<StepTime> steps;
     std::vector<FoldPoint> folds;
+    std::vector<FirstToken> first_tokens;
+    int tokens = 0;  // after those
   };
   explicit ObservingPolicy(Seen* seen) : seen_(seen) {}
   const char* name() const override { return "observing"; }
@@ -505,6 +510,11 @@ class ObservingPolicy final : public LevelPolicy {
   }
   void ObserveStep(const StepTime& step) override { seen_->steps.push_back(step); }
   void ObserveFold(const FoldPoint& fold) override { seen_->folds.push_back(fold); }
+  void ObserveFirstToken(const FirstToken& token) override { seen_->first_tokens.push_back(token); }
+  void ObserveToken(double, double seconds) override {
+    EXPECT_GT(seconds, 0);
+    ++seen_->tokens;
+  }
   CostFactors cost_factors() const override { return {.prefill = 2, .decode = 3, .fold = 4}; }
 
  private:
@@ -545,6 +555,26 @@ TEST_F(EngineTest, ThePolicyIsToldWhatStepsAndFoldsTook) {
   EXPECT_EQ(seen.folds.back().to, 2);
   EXPECT_GE(seen.folds.back().length, 5);
   EXPECT_GT(seen.folds.back().seconds, 0);
+}
+
+TEST_F(EngineTest, ThePolicyIsToldWhatClientsSee) {
+  ObservingPolicy::Seen seen;
+  RequestResult again;
+  {
+    TestEngine engine(model(), *tokenizer_, Options(), std::make_unique<ObservingPolicy>(&seen));
+    Request request = Greedy(40, 3);
+    request.tier = Tier::kFull;
+    EXPECT_TRUE(engine.Submit(request)->Wait().status.ok());
+    request.id += " again";
+    again = engine.Submit(request)->Wait();
+  }
+  ASSERT_EQ(seen.first_tokens.size(), 2u);
+  EXPECT_EQ(seen.first_tokens[0].prompt_tokens, 40);
+  EXPECT_EQ(seen.first_tokens[0].cached_tokens, 0);
+  EXPECT_GT(again.cached_tokens, 0);
+  EXPECT_EQ(seen.first_tokens[1].cached_tokens, again.cached_tokens);
+  EXPECT_EQ(seen.first_tokens[1].seconds, again.first_token_seconds);
+  EXPECT_EQ(seen.tokens, 4);
 }
 
 // In calm the policy brings the target down although no request comes.

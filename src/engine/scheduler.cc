@@ -8,8 +8,29 @@
 
 namespace dsla {
 
+StepTime StepTimeOf(const StepPlan& plan) {
+  StepTime time;
+  for (const PlannedRows& rows : plan.rows) {
+    const int level = rows.cache->level();
+    const int length = rows.cache->length();
+    if (rows.phase == Phase::kDecode) {
+      time.decode.push_back({.level = level, .length = length});
+    } else {
+      time.prefill.push_back(
+          {.level = level, .tokens = static_cast<int64_t>(rows.tokens.size()), .context = length});
+    }
+  }
+  return time;
+}
+
 Scheduler::Scheduler(Ledger* ledger, CacheOps* ops, const SchedulerOptions& options)
-    : ledger_(ledger), ops_(ops), options_(options) {
+    : ledger_(ledger),
+      ops_(ops),
+      options_(options),
+      sizes_{.layers = options.layers,
+             .page_size = options.page_size,
+             .page_bytes = ledger->config().page_bytes,
+             .slot_bytes = ledger->config().slot_bytes} {
   const int page = options.page_size;
   DSLA_CHECK(options.layers > 0 && page > 0 && options.max_batch_tokens >= 2 * page);
   DSLA_CHECK(options.max_running > 0 && options.snapshot_stride % page == 0);
@@ -48,19 +69,13 @@ Scheduler::Bounds Scheduler::BoundsOf(Tier tier, int level) const {
   return {0, std::min(auto_max_level_.load(), options_.max_level)};
 }
 
-int64_t Scheduler::BytesAt(int64_t tokens, int level) const {
-  const LedgerConfig& config = ledger_->config();
-  return (options_.layers - level) * SequenceCache::PagesFor(tokens, options_.page_size) *
-             config.page_bytes +
-         level * config.slot_bytes;
-}
-
 Status Scheduler::CanEverFit(int64_t prompt_tokens, int64_t max_tokens, Tier tier,
                              int level) const {
   const int64_t tokens = prompt_tokens + std::max<int64_t>(0, max_tokens - 1);
   const Bounds bounds = BoundsOf(tier, level);
   // Bytes are linear in the level, so the least is at one of the ends.
-  const int64_t needed = std::min(BytesAt(tokens, bounds.min), BytesAt(tokens, bounds.max));
+  const int64_t needed = std::min(SequenceBytes(sizes_, bounds.min, tokens),
+                                  SequenceBytes(sizes_, bounds.max, tokens));
   const int64_t budget = ledger_->config().budget_bytes;
   if (needed <= budget) return Status::Ok();
   return ResourceExhausted(
@@ -74,7 +89,9 @@ Status Scheduler::CanEverFit(int64_t prompt_tokens, int64_t max_tokens, Tier tie
 int Scheduler::StartLevel(const Sequence& sequence) const {
   const Bounds bounds = BoundsOf(sequence.request.tier, sequence.request.level);
   const int64_t budget = ledger_->config().budget_bytes;
-  const auto fits = [&](int level) { return BytesAt(sequence.final_length(), level) <= budget; };
+  const auto fits = [&](int level) {
+    return SequenceBytes(sizes_, level, sequence.final_length()) <= budget;
+  };
   const bool is_short = sequence.prompt_tokens < short_prompt_;
   const int target = is_short ? bounds.min : std::clamp(target_level_, bounds.min, bounds.max);
   for (int level = target; level <= bounds.max; ++level) {
@@ -183,6 +200,10 @@ std::vector<EndedSequence> Scheduler::Commit(std::span<const RowResult> results)
   return ended;
 }
 
+PrefixTokens Scheduler::Tokens(Sequence& sequence, int count) {
+  return {std::span(sequence.tokens).first(count), sequence.request.cache_salt, &sequence.path};
+}
+
 void Scheduler::RecordInPrefixCache(Sequence& sequence) {
   if (prefix_cache_ == nullptr) return;
   // Deterministic: what a prefill in fixed chunks would compute, so not the rows of the reply.
@@ -195,8 +216,7 @@ void Scheduler::RecordInPrefixCache(Sequence& sequence) {
   sequence.entered = usable;
   const bool snapshot = sequence.cache->level() > 0 && length == usable &&
                         (length % options_.snapshot_stride == 0 || length == prompt_end);
-  prefix_cache_->Insert(std::span(sequence.tokens).first(usable), sequence.request.cache_salt,
-                        sequence.history, *sequence.cache, snapshot, &sequence.path);
+  prefix_cache_->Insert(Tokens(sequence, usable), sequence.history, *sequence.cache, snapshot);
 }
 
 void Scheduler::NoteLevel(Sequence& sequence) {
@@ -221,14 +241,14 @@ Status Scheduler::Raise(int64_t id, int level) {
                            sequence->replaying() ? std::string("it is being recomputed")
                                                  : fmt::format("its highest is {}", highest));
   }
-  const int64_t final_bytes = BytesAt(sequence->final_length(), level);
+  const int64_t final_bytes = SequenceBytes(sizes_, level, sequence->final_length());
   if (final_bytes > ledger_->config().budget_bytes) {
     return ResourceExhausted("request {} would need {} bytes at level {}; the cache has {}", id,
                              final_bytes, level, ledger_->config().budget_bytes);
   }
   // One that is promised all of its reply must still have it afterwards.
   const bool keeps_promise =
-      !IsSettled(*sequence) || final_bytes - BytesAt(sequence->length(), from) <=
+      !IsSettled(*sequence) || final_bytes - SequenceBytes(sizes_, from, sequence->length()) <=
                                    ObtainableBytes() - ReservedBytes(*sequence);
   if (!keeps_promise || !MakeRaiseRoom(*sequence, level, false)) {
     return ResourceExhausted("no room to raise request {} from level {} to {}: {} bytes are free",
@@ -249,7 +269,8 @@ LoadSnapshot Scheduler::Snapshot() const {
                        .remaining_tokens = 0,
                        .level = bounds.min,
                        .max_level = bounds.max,
-                       .arrival = sequence.request.arrival};
+                       .arrival = sequence.request.arrival,
+                       .has_first_token = sequence.size() > sequence.prompt_tokens};
     if (!sequence.cache && sequence.leader != 0) {  // it will find those cached
       entry.cached_tokens = sequence.shared;
       entry.pending_tokens -= sequence.shared;
@@ -269,11 +290,7 @@ LoadSnapshot Scheduler::Snapshot() const {
   for (const auto& [id, sequence] : running_) add(*sequence, &load.running);
   for (const auto& [id, sequence] : waiting_) add(*sequence, &load.waiting);
   load.budget_bytes = ledger_->config().budget_bytes;
-  load.used_bytes = ledger_->used_bytes();
-  load.reclaimable_bytes = ledger_->idle_bytes();
-  load.page_bytes = ledger_->config().page_bytes;
-  load.slot_bytes = ledger_->config().slot_bytes;
-  load.page_size = options_.page_size;
+  load.sizes = sizes_;
   load.preemptions = preemptions_;
   return load;
 }
@@ -285,6 +302,11 @@ double Scheduler::oldest_arrival() const {
 int Scheduler::level(int64_t id) const {
   const Sequence* sequence = FindRunning(id);
   return sequence == nullptr ? 0 : sequence->cache->level();
+}
+
+int Scheduler::cached_tokens(int64_t id) const {
+  const Sequence* sequence = FindRunning(id);
+  return sequence == nullptr ? 0 : sequence->cached_tokens;
 }
 
 std::vector<int> Scheduler::rows_per_level() const {

@@ -28,6 +28,7 @@
 
 #include "adapt/policy.h"
 #include "base/status.h"
+#include "cache/block_sizes.h"
 #include "cache/ledger.h"
 #include "cache/level_history.h"
 #include "cache/prefix_cache.h"
@@ -44,7 +45,6 @@ class CacheOps : public SlotCopier {
   virtual SequenceCache NewSequence(int level) = 0;
   // HybridModel::Raise: folds layer after layer. The scheduler has made room for it.
   virtual Status Raise(SequenceCache& cache, int level) = 0;
-  // CopySlot(from, to): touch `to`, then copy the whole block.
 };
 
 struct SchedulerOptions {
@@ -123,6 +123,9 @@ struct RowResult {
                         // nothing of the sequence is entered in the prefix cache
 };
 
+// What the plan's rows do, by their caches as before the step; how long is for the caller to say.
+StepTime StepTimeOf(const StepPlan& plan);
+
 class Scheduler {
  public:
   // The ledger and ops must outlive the scheduler.
@@ -193,7 +196,8 @@ class Scheduler {
   double oldest_arrival() const;                     // of the waiting ones; 0: there are none
   std::vector<const SequenceCache*> caches() const;  // of all that is in memory, for checks
   bool idle() const { return running_.empty() && waiting_.empty() && !in_step_; }
-  int level(int64_t id) const;  // of a running sequence, 0 for any other
+  int level(int64_t id) const;          // of a running sequence, 0 for any other
+  int cached_tokens(int64_t id) const;  // likewise: see EndedSequence
   int64_t preemptions() const { return preemptions_; }
   std::vector<int> rows_per_level() const;  // [L + 1] running sequences
 
@@ -212,9 +216,9 @@ class Scheduler {
 
   // scheduler.cc
   Bounds BoundsOf(Tier tier, int level) const;
-  int64_t BytesAt(int64_t tokens, int level) const;
   int StartLevel(const Sequence& sequence) const;
   int PrefixLevel(const Sequence& sequence) const;
+  static PrefixTokens Tokens(Sequence& sequence, int count);  // the first ones
   void RecordInPrefixCache(Sequence& sequence);
   void NoteLevel(Sequence& sequence);
   EndedSequence End(Sequence& sequence, Status status);
@@ -232,7 +236,7 @@ class Scheduler {
   bool MayOvertake(const Sequence& sequence) const;
   bool AwaitsPrefix(Sequence& sequence) const;
   bool Leads(const Sequence& leader, const Sequence& sequence, int shared) const;
-  int PrefixFrom(const Sequence& leader, const Sequence& sequence) const;
+  int PrefixFrom(Sequence& leader, Sequence& sequence) const;
   bool PlanRows(Sequence& sequence, int end);
   int ChunkEnd(const Sequence& sequence, int from, int rows) const;
   bool IsDecode(const Sequence& sequence) const;
@@ -244,8 +248,8 @@ class Scheduler {
   // scheduler_memory.cc
   bool TryAdmit(Sequence& sequence);
   bool Start(Sequence& sequence, int level, const PrefixCache::Hit& hit);
-  PrefixCache::Hit LookUp(const Sequence& sequence, int level);
-  PrefixCache::Hit BestPrefix(const Sequence& sequence, int* level);
+  PrefixCache::Hit LookUp(Sequence& sequence, int level);
+  PrefixCache::Hit BestPrefix(Sequence& sequence, int* level);
   bool ReplayRaises(Sequence& sequence, bool may_preempt);
   bool MakeRoom(const Sequence& in_need, int64_t bytes, bool may_preempt);
   bool MakeRaiseRoom(const Sequence& in_need, int level, bool may_preempt);
@@ -262,6 +266,7 @@ class Scheduler {
   Ledger* ledger_;
   CacheOps* ops_;
   SchedulerOptions options_;
+  BlockSizes sizes_;
   std::unique_ptr<PrefixCache> prefix_cache_;
   int64_t next_id_ = 1;
   int target_level_ = 0;

@@ -124,16 +124,17 @@ bool Scheduler::ReplayRaises(Sequence& sequence, bool may_preempt) {
   return true;
 }
 
-PrefixCache::Hit Scheduler::LookUp(const Sequence& sequence, int level) {
+PrefixCache::Hit Scheduler::LookUp(Sequence& sequence, int level) {
   if (prefix_cache_ == nullptr) return {};
   // The logits of every prompt row are wanted, so every one is computed.
   if (sequence.request.prompt_logprobs && sequence.logits_done < sequence.prompt_tokens) return {};
-  std::span<const int32_t> tokens = sequence.tokens;
   // Of the reply only what a prefill would compute may be had, see RecordInPrefixCache.
-  if (options_.deterministic) tokens = tokens.first(sequence.prompt_tokens);
+  const int count = options_.deterministic ? sequence.prompt_tokens : sequence.size();
+  const PrefixTokens of = Tokens(sequence, count);
   return prefix_cache_->Lookup(
-      {.tokens = tokens,
-       .salt = sequence.request.cache_salt,
+      {.tokens = of.tokens,
+       .salt = of.salt,
+       .path = of.path,
        .level = level,
        .may_fold = sequence.request.tier != Tier::kExact && !options_.deterministic,
        .history = sequence.preempted_history,
@@ -142,16 +143,16 @@ PrefixCache::Hit Scheduler::LookUp(const Sequence& sequence, int level) {
 
 // The prefix to start from, and the level to start at in `level`: that of a longer prefix where one
 // of a higher level may serve.
-PrefixCache::Hit Scheduler::BestPrefix(const Sequence& sequence, int* level) {
-  if (sequence.preempted_history.empty()) {
-    if (const int highest = PrefixLevel(sequence); highest > *level) {
-      const PrefixCache::Hit high = LookUp(sequence, highest);
-      const int tokens = high.tokens;
-      const int high_level = tokens == 0 ? 0 : high.history.back().level;
-      if (high_level > *level && tokens > LookUp(sequence, *level).tokens) *level = high_level;
-    }
-  }
-  return LookUp(sequence, *level);
+PrefixCache::Hit Scheduler::BestPrefix(Sequence& sequence, int* level) {
+  const int highest = sequence.preempted_history.empty() ? PrefixLevel(sequence) : 0;
+  if (highest <= *level) return LookUp(sequence, *level);
+  const PrefixCache::Hit high = LookUp(sequence, highest);
+  const int high_level = high.tokens == 0 ? 0 : high.history.back().level;
+  if (high_level <= *level) return high;
+  const PrefixCache::Hit low = LookUp(sequence, *level);
+  if (high.tokens <= low.tokens) return low;
+  *level = high_level;
+  return LookUp(sequence, high_level);  // the same, which counts as used after the other
 }
 
 // Puts the sequence where it goes on from: at the start, or behind a prefix.
@@ -241,7 +242,7 @@ bool Scheduler::TryAdmit(Sequence& sequence) {
     const int64_t shared = (options_.layers - last_level) * int64_t{hit.tokens} /
                            options_.page_size * ledger_->config().page_bytes;
     const int64_t tokens = IsSettled(sequence) ? sequence.final_length() : sequence.size();
-    if (BytesAt(tokens, last_level) - shared > room) return false;
+    if (SequenceBytes(sizes_, last_level, tokens) - shared > room) return false;
   }
   if (!Start(sequence, level, hit)) {
     if (!first) return false;

@@ -250,21 +250,17 @@ bool Scheduler::Leads(const Sequence& leader, const Sequence& sequence, int shar
 }
 
 // How much of `sequence` can start from what `leader` will have entered with the end of its prompt.
-int Scheduler::PrefixFrom(const Sequence& leader, const Sequence& sequence) const {
-  if (leader.length() >= leader.prompt_tokens ||
-      leader.request.cache_salt != sequence.request.cache_salt) {
-    return 0;
-  }
+int Scheduler::PrefixFrom(Sequence& leader, Sequence& sequence) const {
+  if (leader.length() >= leader.prompt_tokens) return 0;
   // At least one token is left to compute.
-  const std::span wanted = std::span(sequence.tokens).first(sequence.size() - 1);
-  const std::span given = std::span(leader.tokens).first(leader.prompt_tokens);
-  const auto same = std::ranges::mismatch(wanted, given).in1 - wanted.begin();
+  const int same = prefix_cache_->CommonTokens(Tokens(sequence, sequence.size() - 1),
+                                               Tokens(leader, leader.prompt_tokens));
   const int prompt_end = leader.prompt_tokens / PrefillUnit() * PrefillUnit();
   if (same >= prompt_end) return prompt_end;
   // Above level 0 a sequence resumes at snapshots only.
   const int unit = leader.cache->level() == 0 || options_.deterministic ? PrefillUnit()
                                                                         : options_.snapshot_stride;
-  return static_cast<int>(same) / unit * unit;
+  return same / unit * unit;
 }
 
 // Plans the rows up to `end`, or up to an earlier page's end where memory does not reach; false if

@@ -15,7 +15,7 @@ struct Scheduler::Sequence {
   int prompt_tokens = 0;
   std::vector<int32_t> tokens;         // prompt and reply as far as known
   std::optional<SequenceCache> cache;  // while running
-  PrefixPath path;
+  PrefixPath path;                     // keys of its tokens, waiting or running
   int entered = 0;  // tokens given to the prefix cache since it was last admitted
 
   // Levels of what is cached, and those to be repeated, of which history is a beginning: after a

@@ -99,6 +99,7 @@ class Trace {
         scheduler_->set_prefill_limit(prefill_limit_);
       }
       if (Pick(0, 7) == 0) scheduler_->set_target_level(Pick(0, options_.layers));
+      if (Pick(0, 31) == 0) model_->FailCopies(1);
       Step();
       if (testing::Test::HasFailure()) return;
       ASSERT_LT(++steps, 20000) << "it does not end";

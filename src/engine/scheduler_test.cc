@@ -267,6 +267,7 @@ TEST_F(SchedulerTest, ARecomputationRepeatsTheLevels) {
       ASSERT_EQ(load.waiting.size(), 1u);
       EXPECT_EQ(load.waiting[0].level, 1);
       EXPECT_EQ(load.waiting[0].max_level, 1);
+      EXPECT_TRUE(load.waiting[0].has_first_token);
       replaying = true;
     }
   }
@@ -606,6 +607,32 @@ TEST_F(SchedulerTest, AFoldThatFailsHarmsNobody) {
   RunUntilIdle();
   EXPECT_TRUE(ended_.at(folded).status.ok());
   EXPECT_EQ(ended_.at(folded).levels, (LevelHistory{{0, 0}, {12, 3}}));
+}
+
+// Who runs alone starts without the prefix; beside others it waits for the memory of one of them.
+TEST_F(SchedulerTest, ACopyThatFailsHarmsNobody) {
+  Make(100 * kTokenPages);
+  scheduler_->set_auto_max_level(4);
+  scheduler_->set_target_level(3);
+  model_->FailCopies(1);
+  Add(14, 1);
+  RunUntilIdle();
+  EXPECT_EQ(scheduler_->prefix_cache()->snapshots(), 1) << "of two";
+  model_->FailCopies(1);
+  const int64_t alone = Add(14, 1);
+  RunUntilIdle();
+  EXPECT_TRUE(ended_.at(alone).status.ok());
+  EXPECT_EQ(ended_.at(alone).cached_tokens, 0);
+
+  const int64_t other = Add(4, 3, Tier::kFull, 1);
+  Step();
+  model_->FailCopies(1);
+  const int64_t beside = Add(14, 1);
+  Step();
+  EXPECT_EQ(scheduler_->waiting(), 1);
+  RunUntilIdle();
+  EXPECT_TRUE(ended_.at(other).status.ok());
+  EXPECT_EQ(ended_.at(beside).cached_tokens, 12);
 }
 
 TEST_F(SchedulerTest, ADecodeStepIsPlannedBehindAnother) {

@@ -31,12 +31,15 @@ std::vector<FakeModel::Entry>& FakeModel::Page(int32_t id) {
   return pages_[id];
 }
 
-void FakeModel::CopySlot(int32_t from, int32_t to) {
+Status FakeModel::CopySlot(int32_t from, int32_t to) {
+  EXPECT_FALSE(ledger_->is_free(BlockKind::kSlot, from));
+  EXPECT_EQ(ledger_->references(BlockKind::kSlot, to), 1);
+  EXPECT_FALSE(ledger_->is_retained(BlockKind::kSlot, to));
+  if (failing_copies_ > 0 && failing_copies_-- > 0) return ResourceExhausted("no memory to copy");
   ++copies_;
-  ASSERT_FALSE(ledger_->is_free(BlockKind::kSlot, from));
-  ASSERT_EQ(ledger_->references(BlockKind::kSlot, to), 1);
   slots_.resize(std::max<size_t>({slots_.size(), from + 1ul, to + 1ul}));
   slots_[to] = slots_[from];
+  return Status::Ok();
 }
 
 uint64_t FakeModel::Read(const SequenceCache& cache) const {

@@ -29,7 +29,7 @@ class FakeModel : public CacheOps {
     return SequenceCache(ledger_, ladder_, page_size_, level);
   }
   Status Raise(SequenceCache& cache, int level) override;
-  void CopySlot(int32_t from, int32_t to) override;
+  Status CopySlot(int32_t from, int32_t to) override;
 
   // Runs the rows of a sequence whose tokens are `tokens`, those of a row that is fed included;
   // gives the last row's link. owner: who may share with whom, as a part of every link.
@@ -40,8 +40,9 @@ class FakeModel : public CacheOps {
   std::vector<uint64_t> Alone(std::span<const int32_t> tokens, const LevelHistory& history,
                               int prompt_tokens, int chunk, int owner) const;
 
-  // The next raises that fail for want of the machine's memory.
+  // The next raises, or copies, that fail for want of the machine's memory.
   void FailRaises(int count) { failing_raises_ = count; }
+  void FailCopies(int count) { failing_copies_ = count; }
 
   int64_t folds() const { return folds_; }
   int64_t copies() const { return copies_; }
@@ -67,7 +68,7 @@ class FakeModel : public CacheOps {
   std::unordered_map<uint64_t, Link> links_;
   std::vector<std::vector<Entry>> pages_;
   std::vector<Entry> slots_;
-  int failing_raises_ = 0;
+  int failing_raises_ = 0, failing_copies_ = 0;
   int64_t folds_ = 0;
   int64_t copies_ = 0;
 };

@@ -12,9 +12,8 @@
 namespace dsla {
 namespace {
 
-// What the policy and the metrics see as "now": long enough to hold a few requests, short enough to
-// notice a burst.
-constexpr double kLatencyWindowSeconds = 10, kRateWindowSeconds = 5;
+// What the metrics see as "now".
+constexpr double kRateWindowSeconds = 5;
 // The policy may take this share of the time.
 constexpr double kDecisionShare = 0.02;
 // An idle engine above level 0 looks at its policy so often, for the level to come down in calm.
@@ -62,8 +61,6 @@ Worker::Worker(const HybridModel* model, const ExecContext& ctx, const EngineOpt
       pool_(std::move(pool)),
       scheduler_(&pool_.ledger(), this, SchedulerOptionsOf(*model, options)),
       policy_(std::move(policy)),
-      ttft_(kLatencyWindowSeconds),
-      tpot_(kLatencyWindowSeconds),
       prefill_rate_(kRateWindowSeconds),
       decode_rate_(kRateWindowSeconds) {
   scheduler_.set_auto_max_level(options.default_max_level);
@@ -104,7 +101,14 @@ Status Worker::Raise(SequenceCache& cache, int level) {
   return status;
 }
 
-void Worker::CopySlot(int32_t from, int32_t to) { pool_.CopyBlock(BlockKind::kSlot, from, to); }
+Status Worker::CopySlot(int32_t from, int32_t to) {
+  try {
+    pool_.CopyBlock(BlockKind::kSlot, from, to);
+  } catch (const std::bad_alloc&) {
+    return ResourceExhausted("out of memory for a copy of states");
+  }
+  return Status::Ok();
+}
 
 void Worker::Run() {
   Inbox::Mail mail;
@@ -120,12 +124,11 @@ void Worker::Run() {
     try {
       Step();
     } catch (const DeviceError& error) {  // where cache blocks are copied
-      static_cast<void>(NoteDeviceFailure(error.what()));
-      EndAll();
+      EndAll(NoteDeviceFailure(error.what()));
     }
   }
   for (auto& request : mail.requests) Admit(std::move(request));
-  EndAll();
+  EndAll(Status(StatusCode::kCancelled, "cancelled: the server is shutting down"));
 }
 
 void Worker::ReadMail(Inbox::Mail& mail) {
@@ -137,12 +140,16 @@ void Worker::ReadMail(Inbox::Mail& mail) {
     state_.policy = policy_->name();
   }
   if (mail.max_level.has_value()) {
-    scheduler_.set_auto_max_level(*mail.max_level);
+    const int highest = *mail.max_level;
+    policy_->SetMaxLevel(highest);
+    scheduler_.set_auto_max_level(highest);
+    SetTarget(std::min(scheduler_.target_level(), highest), NowSeconds(),
+              fmt::format("admin: the highest level is {}", highest));
     next_decision_ = 0;
     admin_change_ +=
         fmt::format("{}max level {}", admin_change_.empty() ? "admin: " : ", ", *mail.max_level);
     const std::lock_guard lock(state_mutex_);
-    state_.max_level = *mail.max_level;
+    state_.max_level = highest;
   }
   for (auto& request : mail.requests) Admit(std::move(request));
   for (const std::string& id : mail.cancels) {
@@ -179,8 +186,6 @@ void Worker::Decide() {
   if (now < next_decision_ || !due_.raises.empty()) return;
   LoadSnapshot load = scheduler_.Snapshot();
   load.now = now;
-  load.ttft_p95 = ttft_.Quantile(now, 0.95);
-  load.tpot_p95 = tpot_.Quantile(now, 0.95);
   LevelDecision decision = policy_->Decide(load);
   if (!admin_change_.empty()) {
     decision.reason = decision.reason.empty()
@@ -193,13 +198,15 @@ void Worker::Decide() {
 
   scheduler_.set_prefill_limit(decision.prefill_limit);
   scheduler_.set_short_prompt(decision.short_prompt);
-  const int from = scheduler_.target_level();
-  const int target = std::clamp(decision.target, 0, model_->max_level());
-  if (target != from) {
-    scheduler_.set_target_level(target);
-    NoteEvent({.time = now, .from = from, .to = target, .reason = decision.reason});
-  }
+  SetTarget(std::clamp(decision.target, 0, model_->max_level()), now, decision.reason);
   due_ = std::move(decision);
+}
+
+void Worker::SetTarget(int level, double now, const std::string& reason) {
+  const int from = scheduler_.target_level();
+  if (level == from) return;
+  scheduler_.set_target_level(level);
+  NoteEvent({.time = now, .from = from, .to = level, .reason = reason});
 }
 
 void Worker::RaiseSequences() {
@@ -295,12 +302,11 @@ void Worker::Deliver(ActiveRequest& active) {
   if (observer_) observer_(result);
 }
 
-void Worker::EndAll() {
+void Worker::EndAll(const Status& why) {
   Abandon();
-  for (const EndedSequence& ended : scheduler_.Clear()) {
-    EndedSequence cut = ended;
-    cut.status = Status(StatusCode::kCancelled, "cancelled: the server is shutting down");
-    Finish(cut);
+  for (EndedSequence& ended : scheduler_.Clear()) {
+    ended.status = why;
+    Finish(ended);
   }
   DSLA_CHECK(active_.empty());
   SettleQueue();

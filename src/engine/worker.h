@@ -73,18 +73,19 @@ class Worker : private CacheOps {
   // CacheOps
   SequenceCache NewSequence(int level) override;
   Status Raise(SequenceCache& cache, int level) override;
-  void CopySlot(int32_t from, int32_t to) override;
+  Status CopySlot(int32_t from, int32_t to) override;
 
   // worker.cc
   void ReadMail(Inbox::Mail& mail);
   void Admit(std::unique_ptr<ActiveRequest> active);
   void Decide();
   void RaiseSequences();  // as decided; nothing is in flight
+  void SetTarget(int level, double now, const std::string& reason);
   void NoteEvent(LevelEvent event);
   Status NoteDeviceFailure(const std::string& what);  // as requests get it
   void Finish(const EndedSequence& ended);
   void Deliver(ActiveRequest& active);
-  void EndAll();
+  void EndAll(const Status& why);
   void SettleQueue();
   void Publish(double begin, double model_seconds, const StepPlan& plan, int generated);
 
@@ -97,7 +98,6 @@ class Worker : private CacheOps {
   void Abandon();  // what is in flight: waits for it
   Status Try(const StepPlan& plan, const std::function<void()>& work);
   void ResolveRequests(const StepPlan& plan);
-  static void Describe(const StepPlan& plan, StepTime& time);  // caches as before it
 
   // worker_rows.cc
   void VisitLogits(Flight& step, std::span<const LogitsRow> rows, float* logits,
@@ -145,7 +145,6 @@ class Worker : private CacheOps {
   std::vector<TokenChoice> choices_;
   std::vector<ActiveRequest*> unsent_;  // whose last token waits for the next step to be under way
   double fold_seconds_ = 0, model_seconds_ = 0;  // of this Step
-  SlidingQuantile ttft_, tpot_;
 
   // For the next SettleQueue.
   int left_queue_ = 0;

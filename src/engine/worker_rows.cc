@@ -159,9 +159,12 @@ bool Worker::EmitToken(ActiveRequest& active, Outcome& outcome, int level, doubl
   }
   if (active.generated == 0) {
     active.first_token = now;
-    ttft_.Add(now, now - active.submitted);
+    policy_->ObserveFirstToken({.now = now,
+                                .seconds = now - active.submitted,
+                                .prompt_tokens = static_cast<int>(request.prompt.size()),
+                                .cached_tokens = scheduler_.cached_tokens(active.id)});
   } else {
-    tpot_.Add(now, now - active.last_token);
+    policy_->ObserveToken(now, now - active.last_token);
   }
   active.last_token = now;
 

@@ -61,7 +61,7 @@ void Worker::LaunchAhead() {
 // and prompts, are run to their end.
 void Worker::Launch(Flight& step) {
   const StepPlan& plan = step.plan;
-  Describe(plan, step.time);
+  step.time = StepTimeOf(plan);
   step.outcomes.assign(plan.rows.size(), {});
   step.begun = false;
   step.batch.clear();
@@ -138,21 +138,6 @@ void Worker::ResolveRequests(const StepPlan& plan) {
   for (const PlannedRows& rows : plan.rows) {
     const auto found = active_.find(rows.id);
     row_requests_.push_back(found == active_.end() ? nullptr : found->second.get());
-  }
-}
-
-void Worker::Describe(const StepPlan& plan, StepTime& time) {
-  time.prefill.clear();
-  time.decode.clear();
-  for (const PlannedRows& rows : plan.rows) {
-    const int level = rows.cache->level();
-    const int length = rows.cache->length();
-    if (rows.phase == Phase::kDecode) {
-      time.decode.push_back({.level = level, .length = length});
-    } else {
-      time.prefill.push_back(
-          {.level = level, .tokens = static_cast<int64_t>(rows.tokens.size()), .context = length});
-    }
   }
 }
 

@@ -65,9 +65,11 @@ double PrefillFlops(const HybridModel& model, int level, int64_t tokens, int64_t
 
 int64_t CacheBytesAt(const HybridModel& model, int level, int64_t length) {
   const CacheGeometry geometry = model.cache_geometry();
-  const int64_t pages = SequenceCache::PagesFor(length, geometry.page_size);
-  return (model.config().L - level) * pages * geometry.page_bytes() +
-         level * geometry.slot_block_bytes();
+  return SequenceBytes({.layers = model.config().L,
+                        .page_size = geometry.page_size,
+                        .page_bytes = geometry.page_bytes(),
+                        .slot_bytes = geometry.slot_block_bytes()},
+                       level, length);
 }
 
 }  // namespace dsla

@@ -25,12 +25,19 @@ void Sha256::Update(std::span<const std::byte> bytes) {
 
 void Sha256::Update(std::string_view text) { Update(std::as_bytes(std::span(text))); }
 
-std::string Sha256::HexDigest() {
-  unsigned char digest[EVP_MAX_MD_SIZE];
+Sha256::Digest Sha256::Finish() {
+  Digest digest;
   unsigned int size = 0;
-  DSLA_CHECK(EVP_DigestFinal_ex(context_->md, digest, &size) == 1);
+  DSLA_CHECK(EVP_DigestFinal_ex(context_->md, reinterpret_cast<unsigned char*>(digest.data()),
+                                &size) == 1);
+  DSLA_CHECK(size == digest.size());
+  DSLA_CHECK(EVP_DigestInit_ex(context_->md, nullptr, nullptr) == 1);  // the algorithm stays
+  return digest;
+}
+
+std::string Sha256::HexDigest() {
   std::string hex;
-  for (unsigned int i = 0; i < size; ++i) hex += fmt::format("{:02x}", digest[i]);
+  for (const std::byte byte : Finish()) hex += fmt::format("{:02x}", static_cast<int>(byte));
   return hex;
 }
 

@@ -1,6 +1,7 @@
-// SHA-256 (OpenSSL), for the identities of models and adapters.
+// SHA-256 (OpenSSL), for the identities of models and adapters and the keys of prefixes.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <memory>
 #include <span>
@@ -11,6 +12,8 @@ namespace dsla {
 
 class Sha256 {
  public:
+  using Digest = std::array<std::byte, 32>;
+
   Sha256();
   ~Sha256();
   Sha256(const Sha256&) = delete;
@@ -18,8 +21,9 @@ class Sha256 {
 
   void Update(std::span<const std::byte> bytes);
   void Update(std::string_view text);
-  // 64 lower-case hex digits. Call once, last.
-  std::string HexDigest();
+  // Of all since the last one; what follows begins anew.
+  Digest Finish();
+  std::string HexDigest();  // the same as 64 lower-case hex digits
 
  private:
   struct Context;

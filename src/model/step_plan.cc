@@ -41,8 +41,7 @@ void PlanCaches(const PlacedRows& rows, int layers, int page_size, Workspace& wo
   for (int n = 0; n < N; ++n) {
     const SequenceRows& of = *rows.sequences[n];
     const int64_t tokens = of.cache->length() + static_cast<int64_t>(of.tokens.size());
-    page_start[n + 1] =
-        page_start[n] + static_cast<int32_t>(SequenceCache::PagesFor(tokens, page_size));
+    page_start[n + 1] = page_start[n] + static_cast<int32_t>(PagesFor(tokens, page_size));
   }
   auto* const pages = workspace.Take<int32_t>(int64_t{layers} * page_start[N]);
   auto* const slots = workspace.Take<int32_t>(int64_t{layers} * N);

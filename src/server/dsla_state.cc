@@ -133,7 +133,8 @@ Status DslaControl::Apply(const DslaCommand& command) {
   }
   DSLA_ASSIGN_OR_RETURN(std::unique_ptr<LevelPolicy> policy, MakePolicy(options));
   engine_->SetMaxLevel(options.max_level);
-  engine_->SetPolicy(std::move(policy));
+  // A bound alone leaves the policy what it has learnt.
+  if (command.policy || command.level) engine_->SetPolicy(std::move(policy));
   options_ = std::move(options);
   return Status::Ok();
 }

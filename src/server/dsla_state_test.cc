@@ -100,6 +100,20 @@ TEST(DslaControl, AppliesAndKeepsTheRest) {
   EXPECT_EQ(engine.policy_->Decide({}).target, 3);  // where it stood
 }
 
+TEST(DslaControl, ABoundAloneKeepsThePolicy) {
+  FakeEngine engine;
+  DslaControl control(&engine, SomeLadder(), SomeOptions());
+  ASSERT_TRUE(control.Apply({.policy = {}, .level = {}, .max_level = 1}).ok());
+  EXPECT_EQ(engine.state_.max_level, 1);
+  EXPECT_EQ(engine.policy_, nullptr) << "the one that runs";
+  EXPECT_EQ(control.options().max_level, 1);
+
+  ASSERT_TRUE(control.Apply({.policy = {}, .level = 1, .max_level = {}}).ok());
+  const Status status = control.Apply({.policy = {}, .level = {}, .max_level = 0});
+  EXPECT_THAT(status.message(), HasSubstr("fixed level 1"));
+  EXPECT_EQ(engine.state_.max_level, 1);
+}
+
 // Whatever the server was started with, an operator can go to any other policy and back.
 TEST(DslaControl, FromEveryPolicyToEveryOther) {
   for (const char* from : {"fixed", "paper", "slo"}) {

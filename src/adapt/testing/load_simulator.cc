@@ -10,21 +10,13 @@
 namespace dsla {
 namespace {
 
-constexpr double kWindow = 10;  // seconds of finished requests that the measured times cover
 constexpr double kIdleTick = 0.5;
 
 struct Sequence {
   SequenceLoad load;
   int reply_done = 0;
-  double first_token = -1;
   double last_token = 0;
 };
-
-double Percentile95(std::vector<double> values) {
-  if (values.empty()) return 0;
-  std::sort(values.begin(), values.end());
-  return values[(values.size() - 1) * 95 / 100];
-}
 
 class Simulator {
  public:
@@ -63,17 +55,8 @@ class Simulator {
   }
 
  private:
-  int layers() const { return o_.cost.layers(); }
-
   int64_t Bytes(const SequenceLoad& s, int64_t tokens) const {
-    return BytesAt(Geometry(), layers(), s.level, tokens);
-  }
-  LoadSnapshot Geometry() const {
-    LoadSnapshot g;
-    g.page_bytes = o_.page_bytes;
-    g.slot_bytes = o_.slot_bytes;
-    g.page_size = o_.page_size;
-    return g;
+    return SequenceBytes(o_.sizes, s.level, tokens);
   }
   int64_t Used() const {
     int64_t bytes = 0;
@@ -95,20 +78,12 @@ class Simulator {
   }
 
   LoadSnapshot Snapshot() {
-    LoadSnapshot s = Geometry();
+    LoadSnapshot s;
     s.now = now_;
+    s.sizes = o_.sizes;
     for (const Sequence& q : running_) s.running.push_back(q.load);
     for (const Sequence& q : waiting_) s.waiting.push_back(q.load);
     s.budget_bytes = o_.budget_bytes;
-    s.used_bytes = Used();
-    const auto recent = [&](std::deque<std::pair<double, double>>& values) {
-      while (!values.empty() && values.front().first < now_ - kWindow) values.pop_front();
-      std::vector<double> out;
-      for (const auto& [time, value] : values) out.push_back(value);
-      return Percentile95(std::move(out));
-    };
-    s.ttft_p95 = recent(ttft_);
-    s.tpot_p95 = recent(tpot_);
     s.preemptions = result_.preemptions;
     return s;
   }
@@ -182,7 +157,7 @@ class Simulator {
     policy_.ObserveStep(step);
     for (size_t i = 0; i < running_.size(); ++i) Advance(running_[i], takes[i]);
     std::erase_if(running_, [&](const Sequence& s) {
-      return s.first_token >= 0 && s.load.remaining_tokens == 0;
+      return s.load.has_first_token && s.load.remaining_tokens == 0;
     });
   }
 
@@ -195,12 +170,13 @@ class Simulator {
       ++s.load.cached_tokens;
     }
     SimResult::Done& done = result_.requests[s.load.id];
-    if (s.first_token < 0) {
-      s.first_token = now_;
+    if (!s.load.has_first_token) {
+      s.load.has_first_token = true;
       done.ttft = now_ - s.load.arrival;
-      ttft_.push_back({now_, done.ttft});
+      policy_.ObserveFirstToken(
+          {.now = now_, .seconds = done.ttft, .prompt_tokens = s.load.cached_tokens});
     } else {
-      tpot_.push_back({now_, now_ - s.last_token});
+      policy_.ObserveToken(now_, now_ - s.last_token);
     }
     s.last_token = now_;
     if (--s.load.remaining_tokens > 0) return;
@@ -219,7 +195,6 @@ class Simulator {
   size_t next_ = 0, done_ = 0;
   std::deque<Sequence> waiting_;
   std::vector<Sequence> running_;
-  std::deque<std::pair<double, double>> ttft_, tpot_;
 };
 
 }  // namespace

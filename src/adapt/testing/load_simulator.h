@@ -22,9 +22,7 @@ struct SimRequest {
 struct SimOptions {
   CostModel cost;
   int64_t budget_bytes = 0;
-  int64_t page_bytes = 0;  // of one layer
-  int64_t slot_bytes = 0;
-  int page_size = 64;
+  BlockSizes sizes;
   int chunk = 512;  // prompt tokens of one step
   int max_running = 256;
   double end = 0;  // goes on until then, idle or not; 0 = until the last request is done

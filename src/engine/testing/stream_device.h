@@ -31,6 +31,8 @@ struct StreamOptions {
   int most_decode_rows = 256;  // 0: there are no steps to begin
   std::function<int32_t(const RowContext&)> choose;
   std::function<void(const char* what, int step)> note = [](const char*, int) {};  // may throw
+  // Before memory is put behind a block, or one is copied; may throw.
+  std::function<void()> backs = [] {}, copies = [] {};
   // Of each sequence whose token Forward chooses.
   std::function<void(const SequenceRows& rows)> chooses = [](const SequenceRows&) {};
 };
@@ -56,18 +58,19 @@ class Stream {
 
 class StreamMemory : public BlockMemory {
  public:
-  explicit StreamMemory(Stream* stream) : stream_(stream) {}
+  StreamMemory(Stream* stream, const StreamOptions* options) : stream_(stream), options_(options) {}
   Expected<std::byte*> Reserve(int64_t bytes) override { return HostMemory().Reserve(bytes); }
   void Release(std::byte* begin, int64_t bytes) override {
     stream_->RunAll();
     HostMemory().Release(begin, bytes);
   }
-  void Back(std::byte*, int64_t) override {}
+  void Back(std::byte*, int64_t) override { options_->backs(); }
   void GiveBack(std::byte* block, int64_t bytes) override {
     stream_->RunAll();
     HostMemory().GiveBack(block, bytes);
   }
   void Copy(std::byte* to, const std::byte* from, int64_t bytes) override {
+    options_->copies();
     stream_->Push([=] { HostMemory().Copy(to, from, bytes); });
   }
   void Zero(std::byte* block, int64_t bytes) override {
@@ -76,6 +79,7 @@ class StreamMemory : public BlockMemory {
 
  private:
   Stream* stream_;
+  const StreamOptions* options_;
 };
 
 class StreamModel : public DeviceModel {
@@ -265,7 +269,7 @@ class StreamDevice : public Device {
   const std::string name_ = "stream";
   const StreamOptions* options_;
   Stream stream_;
-  StreamMemory memory_{&stream_};
+  StreamMemory memory_{&stream_, options_};
 };
 
 }  // namespace dsla::testing_engine
