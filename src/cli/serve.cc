@@ -243,6 +243,7 @@ Status Program::MakeApi() {
   context.model_root = model_.file->path();
   context.ladder = ladder_;
   context.limits.max_context = model_.model->max_positions();
+  context.limits.max_choices = args_.engine.max_queued;
   DSLA_ASSIGN_OR_RETURN(context.limits.default_tier, TierOf(args_.default_tier));
   context.default_timeout = args_.request_timeout;
   context.max_in_flight = args_.max_in_flight;

@@ -278,6 +278,32 @@ TEST_F(EngineTest, TheQueueIsBounded) {
   for (const auto& sink : sinks) EXPECT_TRUE(sink->Wait().status.ok());
 }
 
+// Bounds of the queue hold for what waits already: a group that an idle engine has room for is not
+// refused because of its own first request.
+TEST_F(EngineTest, AGroupIsTakenWholeOrNotAtAll) {
+  EngineOptions options = Options();
+  options.max_queued_tokens = 8;
+  TestEngine engine(model(), *tokenizer_, options);
+  std::vector<std::shared_ptr<RecordingSink>> sinks;
+  const auto group = [&](std::vector<Request> requests) {
+    std::vector<Submission> submissions;
+    sinks.clear();
+    for (Request& request : requests) {
+      sinks.push_back(std::make_shared<RecordingSink>());
+      submissions.push_back({std::move(request), sinks.back()});
+    }
+    return submissions;
+  };
+  EXPECT_FALSE(engine->SubmitAll(group({Greedy(6, 3), Greedy(6, 3), Greedy(6, 3)})));
+  for (const auto& sink : sinks) EXPECT_TRUE(sink->Wait().status.ok());
+  const auto rejected = engine->SubmitAll(group({Greedy(6, 3), Greedy(500, 20)}));
+  ASSERT_TRUE(rejected);
+  EXPECT_EQ(rejected->kind, Rejection::Kind::kContextLength);
+  EXPECT_EQ(rejected->index, 1u);
+  EXPECT_EQ(WaitIdle(engine).finished, 3);
+  EXPECT_EQ(sinks[0]->finishes(), 0);
+}
+
 TEST_F(EngineTest, CancelledWhileRunningAndWhileWaiting) {
   EngineOptions options = Options();
   options.max_running = 1;

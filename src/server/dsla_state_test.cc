@@ -11,7 +11,7 @@ using testing::HasSubstr;
 
 class FakeEngine final : public Engine {
  public:
-  std::optional<Rejection> Submit(Request, std::shared_ptr<RequestSink>) override { return {}; }
+  std::optional<Rejection> SubmitAll(std::vector<Submission>) override { return {}; }
   void Cancel(const std::string&) override {}
   EngineState state() const override { return state_; }
   void SetFinishObserver(FinishObserver) override {}

@@ -265,6 +265,12 @@ TEST(Choices, PromptsTimesN) {
               HasSubstr(R"("prompt_tokens":2,"completion_tokens":4,"total_tokens":6)"));
 }
 
+TEST(Choices, AreSubmittedTogether) {
+  TestApi api;
+  api.Completions(R"({"prompt":["h","e"],"n":3})");
+  EXPECT_EQ(api.engine.groups(), std::vector<size_t>{6});
+}
+
 TEST(Choices, SeedsThatAreNotGivenDiffer) {
   TestApi api;
   api.Completions(R"({"prompt":"h","n":2})");
@@ -310,8 +316,7 @@ TEST(Errors, RejectionsHaveTheirStatus) {
            {Kind::kQueueFull, 429, "queue_full"},
            {Kind::kUnavailable, 503, "shutting_down"}}) {
     TestApi api;
-    api.engine.reject_after = 0;
-    api.engine.rejection = {kind, "no", kind == Kind::kInvalid ? "n" : "", 2.5};
+    api.engine.rejection = Rejection{kind, "no", kind == Kind::kInvalid ? "n" : "", 2.5};
     const auto responder = api.Completions(R"({"prompt":"x","stream":true})");
     ExpectError(*responder, status, code, kind == Kind::kInvalid ? "n" : "");
     EXPECT_EQ(responder->head().headers.Get("retry-after-ms"), status == 429   ? "2500"
@@ -323,16 +328,12 @@ TEST(Errors, RejectionsHaveTheirStatus) {
   }
 }
 
-TEST(Errors, OneRefusedReplyTakesTheOthersBack) {
+TEST(Errors, ARefusalHasTheFiguresOfThePromptThatIsMeant) {
   TestApi api;
-  api.engine.reject_after = 2;
-  api.engine.rejection = {Rejection::Kind::kQueueFull, "full", "", 1};
-  const auto responder = api.Completions(R"({"prompt":"x","n":4})");
-  ExpectError(*responder, 429, "queue_full");
-  const std::vector<std::string> cancelled = api.engine.WaitForCancelled(2);
-  EXPECT_EQ(cancelled,
-            (std::vector<std::string>{api.engine.job(0).request.id, api.engine.job(1).request.id}));
-  api.engine.job(0).sink->OnToken(Token(97, "a"));  // too late, and harmless
+  api.engine.rejection = Rejection{.kind = Rejection::Kind::kContextLength, .index = 3};
+  const auto responder = api.Completions(R"({"prompt":[[1],[2,3]],"n":2})");
+  ExpectError(*responder, 400, "context_length_exceeded");
+  EXPECT_THAT(responder->body(), HasSubstr(R"("n_prompt_tokens":2)"));
 }
 
 TEST(Errors, TooManyRequestsAtOnce) {

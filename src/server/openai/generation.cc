@@ -150,24 +150,19 @@ Request Generation::RequestOf(int index) const {
 
 void Generation::Submit() {
   const auto self = shared_from_this();
+  std::vector<Submission> group;
   for (size_t i = 0; i < ids_.size(); ++i) {
     const int index = static_cast<int>(i);
-    const auto rejection =
-        service_->engine().Submit(RequestOf(index), std::make_shared<Sink>(self, index));
-    if (!rejection) continue;
-    const HttpError error =
-        service_->ErrorOf(*rejection, static_cast<int64_t>(plan_.prompts[prompt_of(index)].size()));
-    for (size_t k = 0; k < i; ++k) service_->engine().Cancel(ids_[k]);
-    const std::lock_guard lock(mutex_);
-    ended_ = true;
-    responder_->Respond(ErrorResponse(error));
+    group.push_back({RequestOf(index), std::make_shared<Sink>(self, index)});
+  }
+  if (const auto rejection = service_->engine().SubmitAll(std::move(group))) {
+    const auto& prompt = plan_.prompts[prompt_of(static_cast<int>(rejection->index))];
+    responder_->Respond(
+        ErrorResponse(service_->ErrorOf(*rejection, static_cast<int64_t>(prompt.size()))));
     return;
   }
-  // The client may have left before all were there to be cancelled.
+  // The client may have left before they were there to be cancelled.
   if (disconnected_) CancelAll();
-  const std::lock_guard lock(mutex_);
-  submitting_ = false;
-  Advance();
 }
 
 void Generation::CancelAll() {
@@ -355,7 +350,7 @@ void Generation::WriteUsage(JsonWriter& out) const {
 
 // Sends what is due and ends the answer when everything is in.
 void Generation::Advance() {
-  if (submitting_ || ended_) return;
+  if (ended_) return;
   if (failure_) {
     Fail(*std::exchange(failure_, std::nullopt));
   } else if (finished_ == static_cast<int>(choices_.size())) {
@@ -402,7 +397,7 @@ void Generation::Complete() {
   responder_->End();
 }
 
-// On the engine's thread or at the end of Submit; the replies that still run are cancelled.
+// The replies that still run are cancelled.
 void Generation::Fail(HttpError error) {
   ended_ = true;
   std::vector<std::string> running;

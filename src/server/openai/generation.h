@@ -100,9 +100,8 @@ class Generation : public std::enable_shared_from_this<Generation> {
 
   std::mutex mutex_;  // of what follows
   std::vector<Choice> choices_;
-  bool submitting_ = true;  // nothing goes out before all replies have been accepted
-  bool started_ = false;    // the status is out
-  bool ended_ = false;      // nothing more will go out
+  bool started_ = false;  // the status is out
+  bool ended_ = false;    // nothing more will go out
   int finished_ = 0;
   int first_level_ = 0;
   std::optional<HttpError> failure_;

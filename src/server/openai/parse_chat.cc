@@ -183,7 +183,7 @@ Parsed<ChatRequest> ParseChat(std::string_view body, const Limits& limits) {
     param = "max_tokens";
   }
   if (limited) common.max_tokens = max_tokens;
-  CheckTotalTokens(fields, limits, common.n, param, common);
+  CheckTotals(fields, limits, common.n, param, common);
   if (auto first = error.Take()) return *first;
   return request;
 }

@@ -225,8 +225,15 @@ void ParseCommon(const Fields& fields, const Limits& limits, Common* common) {
   RefuseUnsupported(fields, limits, *common);
 }
 
-void CheckTotalTokens(const Fields& fields, const Limits& limits, int64_t choices,
-                      std::string_view param, const Common& common) {
+void CheckTotals(const Fields& fields, const Limits& limits, int64_t choices,
+                 std::string_view param, const Common& common) {
+  if (choices > limits.max_choices) {
+    fields.error()->Set(InvalidRequestError(
+        fmt::format("{} replies are asked for, 'n' = {} to each prompt; no more than {} may wait "
+                    "in the server's queue",
+                    choices, common.n, limits.max_choices),
+        common.n > 1 ? "n" : "prompt", "integer_above_max_value"));
+  }
   if (!common.max_tokens) return;
   if (common.min_tokens > *common.max_tokens) {
     fields.error()->Set(

@@ -95,8 +95,8 @@ Parsed<CompletionRequest> ParseCompletion(std::string_view body, const Limits& l
   if (std::string suffix; fields.String("suffix", kMaxTextBytes, &suffix)) {
     fields.RefuseUnless("suffix", suffix.empty());
   }
-  CheckTotalTokens(fields, limits, static_cast<int64_t>(request.prompts.size()) * common.n,
-                   "max_tokens", common);
+  CheckTotals(fields, limits, static_cast<int64_t>(request.prompts.size()) * common.n, "max_tokens",
+              common);
   if (auto first = error.Take()) return *first;
   return request;
 }

@@ -18,11 +18,12 @@ namespace dsla::openai {
 
 struct Limits {
   int64_t vocab_size = 0;
-  int max_context = 0;    // tokens of prompt and reply
-  bool adapter = false;   // whether there are levels besides 0
-  int max_level = 0;      // of an exact level
-  int max_n = 16;         // replies per prompt
-  int max_prompts = 256;  // of one completions request
+  int max_context = 0;     // tokens of prompt and reply
+  bool adapter = false;    // whether there are levels besides 0
+  int max_level = 0;       // of an exact level
+  int max_n = 16;          // replies per prompt
+  int max_prompts = 256;   // of one completions request
+  int max_choices = 1024;  // prompts * n: as many as may wait
   int max_messages = 4096;
   int max_stop = 16;             // strings
   size_t max_stop_bytes = 1024;  // of one

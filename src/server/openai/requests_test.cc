@@ -182,6 +182,15 @@ TEST(RequestRanges, Integers) {
   BadField(R"("n":0)", "integer_below_min_value", "n");
   BadField(R"("n":17)", "integer_above_max_value", "n");
   BadField(R"("n":16,"max_tokens":100000)", "integer_above_max_value", "max_tokens");
+  BadCompletion(fmt::format(R"({{"prompt":[{}"a"],"n":9}})", Repeat("\"a\",", 127)),
+                "integer_above_max_value", "n");
+  EXPECT_EQ(Completion(fmt::format(R"({{"prompt":[{}"a"],"n":8}})", Repeat("\"a\",", 127)))
+                .prompts.size(),
+            128u);
+  Limits short_queue = TestLimits();
+  short_queue.max_choices = 1;
+  ExpectError(ParseCompletion(R"({"prompt":["a","b"]})", short_queue), "two prompts",
+              "integer_above_max_value", "prompt");
   BadField(R"("min_tokens":-1)", "integer_below_min_value", "min_tokens");
   BadField(R"("min_tokens":6,"max_tokens":5)", "integer_above_max_value", "min_tokens");
   BadField(R"("top_k":-2)", "integer_below_min_value", "top_k");

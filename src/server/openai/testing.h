@@ -18,16 +18,11 @@ namespace dsla::openai::testing {
 // Takes requests and does with them what the test says.
 class FakeEngine : public Engine {
  public:
-  struct Job {
-    Request request;
-    std::shared_ptr<RequestSink> sink;
-  };
-
-  std::optional<Rejection> Submit(Request request, std::shared_ptr<RequestSink> sink) override {
+  std::optional<Rejection> SubmitAll(std::vector<Submission> group) override {
     const std::lock_guard lock(mutex_);
-    if (reject_after == 0) return rejection;
-    --reject_after;
-    jobs_.push_back({std::move(request), std::move(sink)});
+    if (rejection) return rejection;
+    groups_.push_back(group.size());
+    for (Submission& submission : group) jobs_.push_back(std::move(submission));
     return std::nullopt;
   }
   void Cancel(const std::string& id) override {
@@ -41,13 +36,17 @@ class FakeEngine : public Engine {
   void SetMaxLevel(int) override {}
   void Drain() override {}
 
-  Job job(size_t i) const {
+  Submission job(size_t i) const {
     const std::lock_guard lock(mutex_);
     return jobs_.at(i);
   }
   size_t jobs() const {
     const std::lock_guard lock(mutex_);
     return jobs_.size();
+  }
+  std::vector<size_t> groups() const {  // sizes of what was submitted together
+    const std::lock_guard lock(mutex_);
+    return groups_;
   }
   // Lets go of the sinks, as an engine does that is done with the requests.
   void Forget() {
@@ -60,13 +59,13 @@ class FakeEngine : public Engine {
     return cancelled_;
   }
 
-  int reject_after = -1;  // so many are taken, the others get `rejection`; -1: all are taken
-  Rejection rejection;
+  std::optional<Rejection> rejection;  // of whatever is submitted
 
  private:
   mutable std::mutex mutex_;
   std::condition_variable changed_;
-  std::vector<Job> jobs_;
+  std::vector<Submission> jobs_;
+  std::vector<size_t> groups_;
   std::vector<std::string> cancelled_;
 };
 
