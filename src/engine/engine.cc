@@ -52,6 +52,11 @@ class EngineImpl : public Engine {
     return inbox_.Put(std::move(requests));
   }
 
+  int LongestReply(int64_t prompt_tokens, Tier tier, int level) const override {
+    return static_cast<int>(
+        worker_->LongestReply(prompt_tokens, limits_.max_positions - prompt_tokens, tier, level));
+  }
+
   void Cancel(const std::string& id) override { inbox_.Cancel(id); }
   EngineState state() const override { return worker_->state(); }
   void SetFinishObserver(FinishObserver observer) override {

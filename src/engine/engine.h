@@ -130,6 +130,11 @@ class Engine {
     return SubmitAll(std::move(group));
   }
 
+  // The largest max_tokens with which a prompt of so many tokens fits the context and, with nothing
+  // else there, the cache at some level of the tier's bounds; 0: there is none. `level`: with
+  // Tier::kExact.
+  virtual int LongestReply(int64_t prompt_tokens, Tier tier, int level) const = 0;
+
   // Ends the request within one step; nothing if there is none of that id.
   virtual void Cancel(const std::string& id) = 0;
 

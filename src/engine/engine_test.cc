@@ -304,6 +304,24 @@ TEST_F(EngineTest, AGroupIsTakenWholeOrNotAtAll) {
   EXPECT_EQ(sinks[0]->finishes(), 0);
 }
 
+TEST_F(EngineTest, TheLongestReplyFits) {
+  EngineOptions options = Options();
+  options.memory_bytes = 5 * model().cache_geometry().page_bytes();
+  TestEngine engine(model(), *tokenizer_, options);
+  // 2 layers of 2 pages of 16 tokens; the last token of a reply is not cached.
+  const int longest = engine->LongestReply(20, Tier::kFull, 0);
+  EXPECT_EQ(longest, 13);
+  Request request = Greedy(20, longest);
+  request.tier = Tier::kFull;
+  EXPECT_TRUE(engine.Submit(request)->Wait().status.ok());
+  request.max_tokens = longest + 1;
+  EXPECT_EQ(engine->Submit(request, std::make_shared<RecordingSink>())->kind,
+            Rejection::Kind::kTooLargeForCache);
+  EXPECT_EQ(engine->LongestReply(50, Tier::kFull, 0), 0);
+  TestEngine roomy(model(), *tokenizer_, Options());
+  EXPECT_EQ(roomy->LongestReply(20, Tier::kFull, 0), model().max_positions() - 20);
+}
+
 TEST_F(EngineTest, CancelledWhileRunningAndWhileWaiting) {
   EngineOptions options = Options();
   options.max_running = 1;

@@ -12,6 +12,7 @@ using testing::HasSubstr;
 class FakeEngine final : public Engine {
  public:
   std::optional<Rejection> SubmitAll(std::vector<Submission>) override { return {}; }
+  int LongestReply(int64_t, Tier, int) const override { return 0; }
   void Cancel(const std::string&) override {}
   EngineState state() const override { return state_; }
   void SetFinishObserver(FinishObserver) override {}

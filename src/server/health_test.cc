@@ -17,6 +17,7 @@ using testing::TestServer;
 class StillEngine : public Engine {
  public:
   std::optional<Rejection> SubmitAll(std::vector<Submission>) override { return {}; }
+  int LongestReply(int64_t, Tier, int) const override { return 0; }
   void Cancel(const std::string&) override {}
   EngineState state() const override { return state_; }
   void SetFinishObserver(FinishObserver) override {}

@@ -307,6 +307,25 @@ TEST(Errors, ContextLengthGivesBothCounts) {
   EXPECT_EQ(api.engine.job(2).request.prompt, (std::vector<int32_t>{2, 3, 4, 5}));
 }
 
+// Without max_tokens a chat goes on for as long as context and cache allow.
+TEST(Chat, WithoutALimitTheReplyIsAsLongAsFits) {
+  TestApi api;
+  const auto max_tokens = [&](const char* fields) {
+    const size_t job = api.engine.jobs();
+    api.Chat(fmt::format(R"({{"messages":[{{"role":"user","content":"x"}}]{}}})", fields));
+    return api.engine.job(job).request.max_tokens;
+  };
+  const int whole = max_tokens("");
+  EXPECT_EQ(whole, 100 - static_cast<int>(api.engine.job(0).request.prompt.size()));
+  api.engine.longest_reply = 7;
+  EXPECT_EQ(max_tokens(""), 7);
+  EXPECT_EQ(max_tokens(R"(,"max_tokens":20)"), 20) << "what was asked for is the engine's to judge";
+  ExpectError(*api.Chat(R"({"messages":[{"role":"user","content":"x"}],"min_tokens":8})"), 400,
+              "integer_above_max_value", "min_tokens");
+  api.engine.longest_reply = 0;
+  EXPECT_EQ(max_tokens(""), 1) << "for the engine to refuse";
+}
+
 TEST(Errors, RejectionsHaveTheirStatus) {
   using Kind = Rejection::Kind;
   for (const auto& [kind, status, code] : std::vector<std::tuple<Kind, int, std::string>>{

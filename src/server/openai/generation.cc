@@ -95,7 +95,14 @@ std::optional<HttpError> Generation::Prepare() {
                       context, length + reply, length, reply),
           length, context);
     }
-    max_tokens_.push_back(common.max_tokens.value_or(static_cast<int>(context - length)));
+    if (common.max_tokens) {
+      max_tokens_.push_back(*common.max_tokens);
+    } else {
+      // As much as the context and the cache hold. Where that is nothing, the engine refuses the
+      // one token with its figures.
+      const int64_t room = service_->engine().LongestReply(length, common.tier, common.level);
+      max_tokens_.push_back(static_cast<int>(std::clamp<int64_t>(room, 1, context - length)));
+    }
     if (common.min_tokens > max_tokens_.back()) {
       return InvalidRequestError(fmt::format("'min_tokens' is {}, but there is room for {} tokens",
                                              common.min_tokens, max_tokens_.back()),

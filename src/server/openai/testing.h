@@ -2,6 +2,7 @@
 #pragma once
 
 #include <condition_variable>
+#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -25,6 +26,7 @@ class FakeEngine : public Engine {
     for (Submission& submission : group) jobs_.push_back(std::move(submission));
     return std::nullopt;
   }
+  int LongestReply(int64_t, Tier, int) const override { return longest_reply; }
   void Cancel(const std::string& id) override {
     const std::lock_guard lock(mutex_);
     cancelled_.push_back(id);
@@ -60,6 +62,7 @@ class FakeEngine : public Engine {
   }
 
   std::optional<Rejection> rejection;  // of whatever is submitted
+  int longest_reply = std::numeric_limits<int>::max();
 
  private:
   mutable std::mutex mutex_;
