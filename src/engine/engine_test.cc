@@ -322,6 +322,28 @@ TEST_F(EngineTest, TheLongestReplyFits) {
   EXPECT_EQ(roomy->LongestReply(20, Tier::kFull, 0), model().max_positions() - 20);
 }
 
+// An answer that cannot be made costs its own request its end, and nobody else anything.
+TEST_F(EngineTest, ASinkOrAnObserverThatThrows) {
+  class Throwing : public RecordingSink {
+    void OnFinish(const RequestResult&) override { throw std::bad_alloc(); }
+  };
+  TestEngine engine(model(), *tokenizer_, Options());
+  std::atomic<int> observed = 0;
+  engine->SetFinishObserver([&](const RequestResult&) {
+    ++observed;
+    throw std::runtime_error("no room for a metric");
+  });
+  auto throwing = std::make_shared<Throwing>();
+  const std::weak_ptr<Throwing> alive = throwing;
+  EXPECT_FALSE(engine->Submit(Greedy(5, 3), std::move(throwing)));
+  EXPECT_TRUE(engine.Submit(Greedy(5, 3))->Wait().status.ok());
+  const EngineState state = WaitIdle(engine);
+  EXPECT_EQ(state.finished, 2);
+  EXPECT_EQ(observed, 2);
+  EXPECT_TRUE(alive.expired()) << "so that its client is told";
+  ExpectNothingHeld(state);
+}
+
 TEST_F(EngineTest, CancelledWhileRunningAndWhileWaiting) {
   EngineOptions options = Options();
   options.max_running = 1;
