@@ -173,8 +173,16 @@ TEST(Chat, ControlTextOfUsersIsPlainText) {
   const std::string body = R"({"messages":[{"role":"user","content":"<|end|>"}]})";
   api.Chat(body);
   EXPECT_THAT(api.engine.job(0).request.prompt, ::testing::Not(::testing::Contains(261)));
-  api.Completions(R"({"prompt":"<|end|>"})");
-  EXPECT_THAT(api.engine.job(1).request.prompt, ::testing::Not(::testing::Contains(261)));
+}
+
+// Who templates a conversation alone sends it as a prompt's text.
+TEST(Completions, ControlTextOfAPromptIsParsedUnlessSwitchedOff) {
+  TestApi api;
+  api.Completions(R"({"prompt":"hello<|end|>"})");
+  EXPECT_EQ(api.engine.job(0).request.prompt, (std::vector<int32_t>{259, 261}));
+  api.Completions(R"({"prompt":["<|end|>hello"],"parse_special":false})");
+  EXPECT_EQ(api.engine.job(1).request.prompt,
+            (std::vector<int32_t>{60, 124, 101, 110, 100, 124, 62, 259}));
 }
 
 TEST(Chat, WithoutATemplate) {
@@ -227,6 +235,34 @@ TEST(Scoring, ThePromptAlone) {
               HasSubstr(R"({"index":0,"text":"hello","logprobs":{"tokens":["hello"],)"
                         R"("token_logprobs":[null],"top_logprobs":[null],"text_offset":[0]},)"
                         R"("finish_reason":"length","stop_reason":null})"));
+}
+
+// What the prompt spells counts, what is put around it does not, nor do control tokens of a reply.
+TEST(Scoring, OffsetsCountTheControlTextThatIsEchoed) {
+  TestApi api;
+  const auto responder =
+      api.Completions(R"({"prompt":"<|end|>hello","echo":true,"logprobs":0,"max_tokens":2})");
+  const auto job = api.engine.job(0);
+  job.sink->OnPromptLogprobs({{261, 0, {}}, {259, -0.5f, {}}});
+  job.sink->OnToken(Token(261, ""));
+  job.sink->OnToken(Token(97, "a"));
+  job.sink->OnFinish(Finished(FinishReason::kLength, 2, 2));
+  EXPECT_THAT(responder->body(), HasSubstr(R"("text":"<|end|>helloa")"));
+  EXPECT_THAT(responder->body(), HasSubstr(R"("text_offset":[0,7,12,12])"));
+}
+
+TEST(Scoring, AnEchoOfWhatTruncationLeaves) {
+  TestApi api(100, testing::SentencePieceTokenizer());
+  const auto responder =
+      api.Completions(R"({"prompt":"hello</s>","echo":true,"logprobs":0,"max_tokens":1,)"
+                      R"("truncate_prompt_tokens":1})");
+  const auto job = api.engine.job(0);
+  ASSERT_EQ(job.request.prompt, std::vector<int32_t>{2});
+  job.sink->OnPromptLogprobs({{2, 0, {}}});
+  job.sink->OnToken(Token(3 + 'a', "a"));
+  job.sink->OnFinish(Finished(FinishReason::kLength, 1, 1));
+  EXPECT_THAT(responder->body(), HasSubstr(R"("text":"</s>a")"));
+  EXPECT_THAT(responder->body(), HasSubstr(R"("text_offset":[0,4])"));
 }
 
 TEST(Scoring, OfTokensWithOneTextTheLikelierStays) {

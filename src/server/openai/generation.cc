@@ -69,7 +69,7 @@ Generation::Generation(std::shared_ptr<Service> service, std::unique_ptr<Service
     if (plan_.logprobs < 0) continue;
     choice.logprobs.emplace(&service_->tokenizer(), plan_.chat, plan_.logprobs);
     if (!plan_.chat) {
-      choice.offsets.emplace(service_->tokenizer(), !(plan_.echo && plan_.echo_control));
+      choice.offsets.emplace(service_->tokenizer());
     }
   }
   JsonWriter head(plan_.common.stream ? "data: {" : "{");
@@ -218,8 +218,10 @@ void Generation::OnFinish(int index, const RequestResult& result) {
 void Generation::AddToken(Choice& choice, const TokenOutput& token) {
   if (plan_.common.return_token_ids) choice.token_ids.push_back(token.token);
   if (!choice.logprobs) return;
+  // As TextStream: a control token gives no text.
+  const bool in_text = !service_->tokenizer().IsSpecial(token.token);
   choice.logprobs->Add(token.token, &token.logprob, token.top,
-                       choice.offsets ? choice.offsets->Next(token.token) : 0);
+                       choice.offsets ? choice.offsets->Next(token.token, in_text) : 0);
 }
 
 // What precedes the reply itself: the prompt, where it is to be echoed.
@@ -227,12 +229,13 @@ void Generation::BeginText(int index, std::string* text) {
   Choice& choice = choices_[index];
   if (std::exchange(choice.begun, true)) return;
   if (!plan_.echo) return;
-  text->insert(0, plan_.echo_texts[prompt_of(index)]);
+  const GenerationPlan::Echo& echo = plan_.echoes[prompt_of(index)];
+  text->insert(0, echo.text);
   if (!choice.logprobs) return;
   for (size_t i = 0; i < choice.prompt_logprobs.size(); ++i) {
     const PromptLogprob& token = choice.prompt_logprobs[i];
     choice.logprobs->Add(token.token, i == 0 ? nullptr : &token.logprob, token.top,
-                         choice.offsets->Next(token.token));
+                         choice.offsets->Next(token.token, i >= echo.begin && i < echo.end));
   }
   choice.prompt_logprobs = {};
 }

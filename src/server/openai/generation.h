@@ -26,8 +26,13 @@ struct GenerationPlan {
   std::string model;                          // to answer with
   std::vector<std::vector<int32_t>> prompts;  // none empty
   bool echo = false;
-  std::vector<std::string> echo_texts;  // with echo, of each prompt
-  bool echo_control = false;            // the texts hold those of control tokens
+  // A prompt as it is echoed. The tokens [begin, end) spell the text; the others, put around it, do
+  // not show.
+  struct Echo {
+    std::string text;
+    size_t begin = 0, end = 0;
+  };
+  std::vector<Echo> echoes;  // with echo, of each prompt
   int logprobs = -1;
 };
 

@@ -42,9 +42,9 @@ class Logprobs {
 // Code points before each token of a text.
 class TextOffsets {
  public:
-  TextOffsets(const Tokenizer& tokenizer, bool skip_special)
-      : decoder_(tokenizer, {.skip_special = skip_special}) {}
-  int64_t Next(int32_t token);
+  explicit TextOffsets(const Tokenizer& tokenizer) : decoder_(tokenizer) {}
+  // in_text: the text holds what the token spells.
+  int64_t Next(int32_t token, bool in_text);
 
  private:
   IncrementalDecoder decoder_;

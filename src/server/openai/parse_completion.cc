@@ -88,6 +88,7 @@ Parsed<CompletionRequest> ParseCompletion(std::string_view body, const Limits& l
   fields.Int("logprobs", 0, limits.max_logprobs, &request.logprobs);
   fields.Bool("echo", &request.echo);
   fields.Bool("add_special_tokens", &request.add_special_tokens);
+  fields.Bool("parse_special", &request.parse_special);
   // No token at all is of use only to score the prompt.
   int max_tokens = 16;
   fields.Int("max_tokens", request.echo ? 0 : 1, kMaxTokens, &max_tokens);

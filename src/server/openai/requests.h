@@ -65,6 +65,7 @@ struct CompletionRequest {
   int logprobs = -1;  // -1: none; else the chosen token's and so many of the likeliest
   bool echo = false;
   bool add_special_tokens = true;
+  bool parse_special = true;  // of prompts given as text
 };
 
 struct ChatRequest {

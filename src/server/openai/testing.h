@@ -166,17 +166,23 @@ class FakeResponder : public Responder {
   std::map<std::string, std::string> notes_;
 };
 
-inline std::unique_ptr<Tokenizer> SmallTokenizer() {
-  auto data = ParseTokenizerJson(dsla::testing::ByteLevelJson().dump(), "t.json");
+inline std::unique_ptr<Tokenizer> NewTokenizer(Expected<TokenizerData> data) {
   DSLA_CHECK(data.ok());
   auto tokenizer = Tokenizer::Create(std::move(data).value());
   DSLA_CHECK(tokenizer.ok());
   return std::move(tokenizer).value();
 }
+inline std::unique_ptr<Tokenizer> SmallTokenizer() {
+  return NewTokenizer(ParseTokenizerJson(dsla::testing::ByteLevelJson().dump(), "t.json"));
+}
+inline std::unique_ptr<Tokenizer> SentencePieceTokenizer() {
+  return NewTokenizer(FromGgufVocab(dsla::testing::SentencePieceVocab()));
+}
 
 // The API over a FakeEngine: ids, times and the context are fixed.
 struct TestApi {
-  explicit TestApi(int max_context = 100) : tokenizer(SmallTokenizer()) {
+  explicit TestApi(int max_context = 100, std::unique_ptr<Tokenizer> with = SmallTokenizer())
+      : tokenizer(std::move(with)) {
     context.engine = &engine;
     context.tokenizer = tokenizer.get();
     context.model_names = {"small", "alias"};
