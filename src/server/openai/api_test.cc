@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include "base/clock.h"
+#include "engine/text_stream.h"
 #include "server/openai/testing.h"
 
 namespace dsla::openai {
@@ -183,6 +184,37 @@ TEST(Completions, ControlTextOfAPromptIsParsedUnlessSwitchedOff) {
   api.Completions(R"({"prompt":["<|end|>hello"],"parse_special":false})");
   EXPECT_EQ(api.engine.job(1).request.prompt,
             (std::vector<int32_t>{60, 124, 101, 110, 100, 124, 62, 259}));
+}
+
+// SentencePiece writes a space before the first word of a text; a reply that goes on from a prompt
+// is no such text.
+TEST(Completions, KeepTheSpaceBeforeTheReply) {
+  TestApi api(100, testing::SentencePieceTokenizer());
+  const int32_t hello = *api.tokenizer->TokenToId("\u2581hello");
+  const auto text_of = [&](const Request& request) {
+    return TextStream(*api.tokenizer, request.stop, request.continues).Push(hello, true);
+  };
+  api.Chat(R"({"messages":[{"role":"user","content":"x"}]})");
+  EXPECT_EQ(text_of(api.engine.job(0).request), "hello");
+  // BOS, a space, the word.
+  const auto offsets = [&](const char* fields, const char* text, const char* want) {
+    const size_t job = api.engine.jobs();
+    const auto responder =
+        api.Completions(fmt::format(R"({{"prompt":"hello","logprobs":0{}}})", fields));
+    const auto submitted = api.engine.job(job);
+    EXPECT_EQ(submitted.request.prompt, (std::vector<int32_t>{1, hello}));
+    if (submitted.request.prompt_logprobs) {
+      submitted.sink->OnPromptLogprobs({{1, 0, {}}, {hello, -0.5f, {}}});
+    }
+    for (int i = 0; i < 2; ++i) {
+      submitted.sink->OnToken(Token(hello, i == 0 ? text_of(submitted.request) : " hello"));
+    }
+    submitted.sink->OnFinish(Finished(FinishReason::kLength, 2, 2));
+    EXPECT_THAT(responder->body(), HasSubstr(fmt::format(R"("text":"{}")", text)));
+    EXPECT_THAT(responder->body(), HasSubstr(fmt::format(R"("text_offset":[{}])", want)));
+  };
+  offsets("", " hello hello", "0,6");
+  offsets(R"(,"echo":true)", "hello hello hello", "0,0,5,11");
 }
 
 TEST(Chat, WithoutATemplate) {

@@ -69,7 +69,7 @@ Generation::Generation(std::shared_ptr<Service> service, std::unique_ptr<Service
     if (plan_.logprobs < 0) continue;
     choice.logprobs.emplace(&service_->tokenizer(), plan_.chat, plan_.logprobs);
     if (!plan_.chat) {
-      choice.offsets.emplace(service_->tokenizer());
+      choice.offsets.emplace(service_->tokenizer(), /*continues=*/!plan_.echo);
     }
   }
   JsonWriter head(plan_.common.stream ? "data: {" : "{");
@@ -143,6 +143,7 @@ Request Generation::RequestOf(int index) const {
   // Who scores a prompt with one token to spare counts on it: an end token counts as well.
   request.ignore_eos = common.ignore_eos || (plan_.echo && plan_.logprobs >= 0 &&
                                              request.max_tokens == 1 && common.stop_ids.empty());
+  request.continues = !plan_.chat;
   request.stop_ids = common.stop_ids;
   request.stop = common.stop;
   request.top_logprobs = plan_.logprobs;

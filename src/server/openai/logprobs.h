@@ -42,7 +42,9 @@ class Logprobs {
 // Code points before each token of a text.
 class TextOffsets {
  public:
-  explicit TextOffsets(const Tokenizer& tokenizer) : decoder_(tokenizer) {}
+  // continues: the first token follows others.
+  TextOffsets(const Tokenizer& tokenizer, bool continues)
+      : decoder_(tokenizer, {.continues = continues}) {}
   // in_text: the text holds what the token spells.
   int64_t Next(int32_t token, bool in_text);
 
