@@ -297,6 +297,41 @@ TEST(Scoring, AnEchoOfWhatTruncationLeaves) {
   EXPECT_THAT(responder->body(), HasSubstr(R"("text_offset":[0,4])"));
 }
 
+TEST(Scoring, OneAnswerHoldsSoManyLogProbabilities) {
+  TestApi api(8192);
+  api.context.limits.max_total_logprobs = 1000;
+  const auto refused = [&](const std::string& fields, const std::string& figures) {
+    const auto responder = api.Completions(fmt::format(R"({{"prompt":[1,2,3,4,5],{}}})", fields));
+    ExpectError(*responder, 400, "integer_above_max_value", "logprobs");
+    EXPECT_THAT(responder->body(), HasSubstr(figures));
+  };
+  refused(R"("echo":true,"logprobs":19,"n":4,"max_tokens":8)",
+          "1040 log-probabilities are asked for, 20 of each of 20 prompt tokens and 32 reply "
+          "tokens; one answer may have 1000");
+  refused(R"("logprobs":0,"max_tokens":1001)", "1 of each of 0 prompt tokens and 1001 reply");
+  ExpectError(*api.Chat(R"({"messages":[{"role":"user","content":"x"}],"logprobs":true})"), 400,
+              "integer_above_max_value", "logprobs");
+  EXPECT_EQ(api.engine.jobs(), 0u);
+  for (const char* fields : {R"("echo":true,"logprobs":19,"n":2,"max_tokens":20)",
+                             R"("logprobs":0,"max_tokens":1000)", R"("max_tokens":8000)",
+                             // A stream's reply leaves token by token.
+                             R"("echo":true,"logprobs":19,"max_tokens":8000,"stream":true)"}) {
+    const size_t before = api.engine.jobs();
+    api.Completions(fmt::format(R"({{"prompt":[1,2,3,4,5],{}}})", fields));
+    EXPECT_GT(api.engine.jobs(), before) << fields;
+  }
+  // Whole contexts as evaluation harnesses send them, by the limit as it is.
+  TestApi roomy(8192);
+  std::string prompts = "[1" + std::string(2 * 8190, ',') + "]";
+  for (size_t i = 3; i < prompts.size(); i += 2) prompts[i] = '1';
+  std::string batch = prompts;
+  for (int i = 1; i < 16; ++i) batch += "," + prompts;
+  roomy.Completions(
+      fmt::format(R"({{"prompt":[{}],"echo":true,"logprobs":5,"max_tokens":1}})", batch));
+  EXPECT_EQ(roomy.engine.groups(), std::vector<size_t>{16});
+  EXPECT_EQ(roomy.engine.job(15).request.prompt.size(), 8191u);
+}
+
 TEST(Scoring, OfTokensWithOneTextTheLikelierStays) {
   TestApi api;
   const auto responder = api.Completions(R"({"prompt":"h","logprobs":2,"max_tokens":1})");

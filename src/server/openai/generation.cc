@@ -82,7 +82,7 @@ Generation::Generation(std::shared_ptr<Service> service, std::unique_ptr<Service
   head_ = head.Take();
 }
 
-std::optional<HttpError> Generation::Prepare() {
+std::optional<HttpError> Generation::SetMaxTokens() {
   const Common& common = plan_.common;
   const int64_t context = service_->limits().max_context;
   for (const auto& prompt : plan_.prompts) {
@@ -109,6 +109,32 @@ std::optional<HttpError> Generation::Prepare() {
                                  "min_tokens", "integer_above_max_value");
     }
   }
+  return std::nullopt;
+}
+
+// An answer is held in memory until it is whole; of a stream only the prompt's part is.
+std::optional<HttpError> Generation::CheckLogprobs() const {
+  const Common& common = plan_.common;
+  int64_t prompt = 0, reply = 0;  // tokens
+  for (size_t i = 0; i < plan_.prompts.size(); ++i) {
+    if (scores_prompt(static_cast<int>(i)))
+      prompt += common.n * static_cast<int64_t>(plan_.prompts[i].size());
+    if (plan_.logprobs >= 0 && !common.stream) reply += common.n * int64_t{max_tokens_[i]};
+  }
+  const int64_t each = 1 + std::max(plan_.logprobs, 0);
+  const int64_t most = service_->limits().max_total_logprobs;
+  if ((prompt + reply) * each <= most) return std::nullopt;
+  return InvalidRequestError(
+      fmt::format("{} log-probabilities are asked for, {} of each of {} prompt tokens and {} reply "
+                  "tokens; one answer may have {}",
+                  (prompt + reply) * each, each, prompt, reply, most),
+      plan_.logprobs < 0 ? "prompt" : "logprobs", "integer_above_max_value");
+}
+
+std::optional<HttpError> Generation::Prepare() {
+  const Common& common = plan_.common;
+  if (auto error = SetMaxTokens()) return error;
+  if (auto error = CheckLogprobs()) return error;
   // The shortest of what the server, the field and the header say.
   double timeout = service_->context().default_timeout;
   const auto shorten = [&](double seconds) {
@@ -147,8 +173,7 @@ Request Generation::RequestOf(int index) const {
   request.stop_ids = common.stop_ids;
   request.stop = common.stop;
   request.top_logprobs = plan_.logprobs;
-  // A prompt that is only to be echoed is run all the same: its reply says at which level.
-  request.prompt_logprobs = plan_.echo && (plan_.logprobs >= 0 || request.max_tokens == 0);
+  request.prompt_logprobs = scores_prompt(prompt_of(index));
   request.tier = common.tier;
   request.level = common.level;
   request.cache_salt = common.cache_salt;

@@ -64,6 +64,8 @@ class Generation : public std::enable_shared_from_this<Generation> {
   };
 
   std::optional<HttpError> Prepare();  // max_tokens, deadline
+  std::optional<HttpError> SetMaxTokens();
+  std::optional<HttpError> CheckLogprobs() const;
   void Submit();
   Request RequestOf(int index) const;
   void CancelAll();
@@ -89,6 +91,10 @@ class Generation : public std::enable_shared_from_this<Generation> {
   HttpError ErrorOf(const RequestResult& result) const;
 
   int prompt_of(int index) const { return index / plan_.common.n; }
+  // A prompt that is only to be echoed is run all the same: its reply says at which level.
+  bool scores_prompt(int prompt) const {
+    return plan_.echo && (plan_.logprobs >= 0 || max_tokens_[prompt] == 0);
+  }
 
   const std::shared_ptr<Service> service_;
   const std::unique_ptr<Service::Permit> permit_;

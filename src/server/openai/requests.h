@@ -30,8 +30,9 @@ struct Limits {
   int max_stop_ids = 64;
   int max_logit_bias = 1024;
   int max_logprobs = 20;
-  int64_t max_total_tokens = 1 << 20;  // prompts * n * max_tokens
-  double max_timeout = 3600;           // seconds
+  int64_t max_total_tokens = 1 << 20;    // prompts * n * max_tokens
+  int64_t max_total_logprobs = 1 << 22;  // that one answer holds, tens of bytes each
+  double max_timeout = 3600;             // seconds
   Tier default_tier = Tier::kAuto;
 };
 
