@@ -124,7 +124,7 @@ def check_fields(running):
     expect(running, {"prompt": ["a", 5]}, "invalid_type", "prompt[1]")
     expect(running, {"prompt": [-1]}, "integer_below_min_value", "prompt[0]")
     expect(running, {"prompt": [10**8]}, "integer_above_max_value", "prompt[0]")
-    for name in ("prompt_embeds", "guided_json"):
+    for name in ("prompt_embeds", "guided_json", "allowed_token_ids"):
         bad("unsupported_parameter", name, **{name: "x"})
     bad("unsupported_parameter", "suffix", suffix="x")
     bad("invalid_value", "service_tier", service_tier="gold")

@@ -178,7 +178,7 @@ void RefuseUnsupported(const Fields& fields, const Limits& limits, const Common&
   fields.Refuse({"guided_json", "guided_regex", "guided_choice", "guided_grammar",
                  "guided_decoding", "grammar", "json_schema", "structured_outputs", "prompt_embeds",
                  "length_penalty", "logits_processors", "prompt_logprobs", "kv_transfer_params",
-                 "vllm_xargs", "thinking_token_budget"});
+                 "vllm_xargs", "thinking_token_budget", "allowed_token_ids"});
   if (const auto format = fields.Object("response_format")) {
     std::string type;
     Fields(*format, "response_format.", fields.error()).String("type", kMaxNameBytes, &type);
@@ -188,8 +188,20 @@ void RefuseUnsupported(const Fields& fields, const Limits& limits, const Common&
   if (fields.Int("best_of", 1, limits.max_n, &best_of)) {
     fields.RefuseUnless("best_of", best_of == common.n);
   }
-  bool beams = false;
-  if (fields.Bool("use_beam_search", &beams)) fields.RefuseUnless("use_beam_search", !beams);
+  for (const char* name : {"use_beam_search", "include_stop_str_in_output"}) {
+    bool on = false;
+    if (fields.Bool(name, &on)) fields.RefuseUnless(name, !on);
+  }
+  fields.RefuseUnless("bad_words", IsEmptyArray(fields, "bad_words"));
+  // llama.cpp's names, with what they say where they ask for nothing.
+  for (const char* name : {"typical_p", "repeat_penalty"}) {
+    float value = 1;
+    if (fields.Number(name, 0, 100, &value)) fields.RefuseUnless(name, value == 1);
+  }
+  int n_predict = -1;
+  if (fields.Int("n_predict", -2, kMaxTokens, &n_predict)) {
+    fields.RefuseUnless("n_predict", n_predict == -1);
+  }
   bool skip_special = true;
   if (fields.Bool("skip_special_tokens", &skip_special)) {
     fields.RefuseUnless("skip_special_tokens", skip_special);
@@ -223,6 +235,11 @@ void ParseCommon(const Fields& fields, const Limits& limits, Common* common) {
   fields.Int("truncate_prompt_tokens", 1, limits.max_context, &common->truncate_prompt);
   fields.Bool("return_token_ids", &common->return_token_ids);
   RefuseUnsupported(fields, limits, *common);
+}
+
+bool IsEmptyArray(const Fields& fields, std::string_view name) {
+  const auto value = fields.Find(name);
+  return value && value->is_array() && dom::array(*value).size() == 0;
 }
 
 void CheckTotals(const Fields& fields, const Limits& limits, int64_t choices,

@@ -21,6 +21,8 @@ void ParseCommon(const Fields& fields, const Limits& limits, Common* common);
 void CheckTotals(const Fields& fields, const Limits& limits, int64_t choices,
                  std::string_view param, const Common& common);
 
+bool IsEmptyArray(const Fields& fields, std::string_view name);
+
 // messages, with their text parts joined by line breaks.
 void ParseMessages(const Fields& fields, const Limits& limits, std::vector<ChatMessage>* messages);
 

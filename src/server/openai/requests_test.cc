@@ -277,6 +277,16 @@ TEST(RequestUnsupported, IsRefusedByName) {
   BadField(R"("skip_special_tokens":false)", "unsupported_parameter", "skip_special_tokens");
   BadField(R"("priority":3)", "unsupported_parameter", "priority");
   GoodField(R"("use_beam_search":false,"skip_special_tokens":true,"priority":0)");
+  for (const auto& [name, nothing, something] :
+       std::vector<std::array<std::string, 3>>{{"include_stop_str_in_output", "false", "true"},
+                                               {"bad_words", "[]", R"(["x"])"},
+                                               {"allowed_token_ids", "null", "[1]"},
+                                               {"typical_p", "1.0", "0.9"},
+                                               {"repeat_penalty", "1", "1.1"},
+                                               {"n_predict", "-1", "32"}}) {
+    GoodField(Pair(name, nothing));
+    BadField(Pair(name, something), "unsupported_parameter", name);
+  }
   BadCompletion(R"({"prompt":"x","suffix":"y"})", "unsupported_parameter", "suffix");
   Completion(R"({"prompt":"x","suffix":""})");
   const std::string chat = R"({"messages":[{"role":"user","content":"x"}],)";
