@@ -1,6 +1,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <array>
+
 #include "base/clock.h"
 #include "engine/text_stream.h"
 #include "server/openai/testing.h"
@@ -561,6 +563,64 @@ TEST(Models, ListAndOne) {
       R"("owned_by":"dsla","root":"small.gguf","parent":null,"max_model_len":100,"permission":[]}]})");
   EXPECT_THAT(api.Call("GET", "/v1/models/alias")->body(), StartsWith(R"({"id":"alias",)"));
   ExpectError(*api.Call("GET", "/v1/models/a/b"), 404, "model_not_found", "model");
+}
+
+// The API with an operator's side.
+struct OperatorApi : TestApi {
+  OperatorApi() {
+    LadderInfo ladder{.model = "m", .adapter = "a", .ladder = {2, 0, 3, 1}, .top_level = 3};
+    ladder.max_level = 4;
+    PolicyOptions options;
+    options.policy = "paper";
+    options.layers = 4;
+    options.max_level = 3;
+    control = std::make_unique<DslaControl>(&engine, ladder, options);
+    context.control = control.get();
+    context.ladder = ladder;
+  }
+  std::unique_ptr<DslaControl> control;
+};
+
+TEST(DslaCommand, Reads) {
+  OperatorApi api;
+  const auto change = [&](const char* body) {
+    const auto responder = api.Call("POST", "/v1/dsla", body);
+    EXPECT_EQ(responder->head().status, 200) << responder->body();
+    return api.control->options();
+  };
+  PolicyOptions options = change(R"({"policy":"fixed","level":2,"max_level":4})");
+  EXPECT_EQ(options.policy, "fixed");
+  EXPECT_EQ(options.fixed_level, 2);
+  EXPECT_EQ(options.max_level, 4);
+  options = change(R"({"max_level":3})");
+  EXPECT_EQ(options.policy, "fixed");
+  EXPECT_EQ(options.max_level, 3);
+}
+
+TEST(DslaCommand, RefusesWithTheFieldsName) {
+  const std::array<const char*, 3> cases[] = {
+      {"", "invalid_json", ""},
+      {R"({"policy":"slo")", "invalid_json", ""},
+      {R"({"level":1,"level":2})", "invalid_json", ""},
+      {"[1]", "invalid_type", ""},
+      {"{}", "missing_required_parameter", ""},
+      {R"({"policy":"best"})", "invalid_value", "policy"},
+      {R"({"policy":1})", "invalid_type", "policy"},
+      {R"({"level":5})", "integer_above_max_value", "level"},
+      {R"({"level":-1})", "integer_below_min_value", "level"},
+      {R"({"level":1.5})", "invalid_type", "level"},
+      {R"({"level":"2"})", "invalid_type", "level"},
+      {R"({"level":18446744073709551615})", "integer_out_of_range", "level"},
+      {R"({"max_level":99999999999})", "integer_above_max_value", "max_level"},
+      {R"({"level":1,"policy":"slo"})", "invalid_value", "level"},
+      {R"({"levle":1})", "unknown_parameter", "levle"},
+  };
+  OperatorApi api;
+  for (const auto& [body, code, param] : cases) {
+    SCOPED_TRACE(body);
+    ExpectError(*api.Call("POST", "/v1/dsla", body), 400, code, param);
+  }
+  EXPECT_EQ(api.control->options().policy, "paper");
 }
 
 TEST(Tokens, ThereAndBack) {

@@ -112,17 +112,9 @@ HttpError NotOneOf(const std::string& path, const std::string& got, const char* 
       fmt::format("'{}' must be one of {}, not '{}'", path, values, got.substr(0, 64)), path);
 }
 
-// The object that only this server knows, so nothing in it is ignored.
 void ParseDsla(const Fields& fields, dom::object object, const Limits& limits, Common* common) {
   const Fields dsla(object, "dsla.", fields.error());
-  for (const dom::key_value_pair field : object) {
-    if (field.key == "level" || field.key == "tier") continue;
-    const std::string path = dsla.Path(field.key.substr(0, 64));
-    fields.error()->Set(
-        InvalidRequestError(fmt::format("'{}' is unknown: 'dsla' has 'level' or 'tier'", path),
-                            path, "unknown_parameter"));
-    return;
-  }
+  dsla.RefuseOthers({"level", "tier"}, "'dsla' has 'level' or 'tier'");
   std::string tier;
   const bool has_tier = dsla.String("tier", kMaxNameBytes, &tier);
   const bool has_level = dsla.Int("level", 0, limits.max_level, &common->level);
