@@ -142,6 +142,33 @@ TEST_F(CliTest, RunsAtEveryLevelAndRaisesInMidAnswer) {
   EXPECT_EQ(tokens("--tier economy"), tokens("--level 2"));
 }
 
+// Where the tokenizer puts a space before the first word of a text, what goes on from a prompt
+// keeps its own; the answer of a conversation begins without one.
+TEST_F(CliTest, RawTextKeepsTheSpaceBeforeTheReply) {
+  const std::string path = model_ + "/tokenizer.json";
+  nlohmann::json tokenizer = nlohmann::json::parse(ReadAll(path));
+  nlohmann::json& vocabulary = tokenizer["model"]["vocab"];
+  vocabulary.erase("\u0120");
+  vocabulary["\u2581"] = 94;
+  tokenizer["pre_tokenizer"] = {{"type", "Metaspace"},
+                                {"replacement", "\u2581"},
+                                {"prepend_scheme", "always"},
+                                {"split", true}};
+  tokenizer["decoder"] = {{"type", "Metaspace"},
+                          {"replacement", "\u2581"},
+                          {"prepend_scheme", "always"},
+                          {"split", true}};
+  std::ofstream(path) << tokenizer.dump();
+  const auto text = [&](const std::string& arguments) {
+    const Outcome outcome =
+        Dsla("run " + Model() + "--json --ignore-eos -n 2 --logit-bias 94:100 " + arguments);
+    EXPECT_EQ(outcome.exit_code, 0) << outcome.err;
+    return nlohmann::json::parse(outcome.out)["text"].get<std::string>();
+  };
+  EXPECT_EQ(text("--raw abc"), "  ");
+  EXPECT_EQ(text("--chat-template chatml abc"), " ");
+}
+
 TEST_F(CliTest, SamplingIsReproducible) {
   const auto text = [&](int seed) {
     return Dsla("run " + Model() + "--ignore-eos -n 16 --temperature 1 --seed " +

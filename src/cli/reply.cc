@@ -26,7 +26,8 @@ void ForgetInterrupt() { interrupted = false; }
 
 Expected<Reply> Answer(const LoadedModel& loaded, CachePool& pool,
                        std::unique_ptr<Session>& session, const SessionOptions& session_options,
-                       const std::vector<int32_t>& prompt, GenerateOptions options, bool stream) {
+                       const std::vector<int32_t>& prompt, GenerateOptions options, bool chat,
+                       bool stream) {
   Reply reply;
   const double start = NowSeconds();
   // States cannot be rewound: a conversation that does not continue what is cached starts over.
@@ -55,7 +56,7 @@ Expected<Reply> Answer(const LoadedModel& loaded, CachePool& pool,
   if (!prefilled.ok()) return prefilled;
   reply.prefill_seconds = NowSeconds() - start;
 
-  IncrementalDecoder decoder(*loaded.tokenizer, {.skip_special = true});
+  IncrementalDecoder decoder(*loaded.tokenizer, {.skip_special = true, .continues = !chat});
   const auto emit = [&](const std::string& text) {
     reply.text += text;
     if (!stream) return;

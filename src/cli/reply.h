@@ -26,10 +26,12 @@ void ForgetInterrupt();
 
 // Runs `prompt` (a whole conversation as ids), reusing what the session already holds of it, and,
 // if `stream`, prints the answer to standard output as it comes. `session` is made anew where it
-// does not hold a prefix of the prompt.
+// does not hold a prefix of the prompt. `chat`: the answer's text stands for itself; else it goes
+// on from the prompt's, with a leading space where it has one.
 Expected<Reply> Answer(const LoadedModel& loaded, CachePool& pool,
                        std::unique_ptr<Session>& session, const SessionOptions& session_options,
-                       const std::vector<int32_t>& prompt, GenerateOptions options, bool stream);
+                       const std::vector<int32_t>& prompt, GenerateOptions options, bool chat,
+                       bool stream);
 
 // Times, rates, cache bytes and levels, to standard error.
 void PrintStats(const LoadedModel& loaded, const Session& session, const Reply& reply);

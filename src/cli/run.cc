@@ -203,7 +203,8 @@ Status Chat(const RunArgs& args, const LoadedModel& loaded, const SessionOptions
     } else {
       messages.push_back({"user", line});
       DSLA_ASSIGN_OR_RETURN(const auto prompt, EncodePrompt(loaded, chat_template, messages));
-      auto answer = Answer(loaded, pool, session, session_options, prompt, generate_options, true);
+      auto answer = Answer(loaded, pool, session, session_options, prompt, generate_options,
+                           /*chat=*/true, /*stream=*/true);
       if (!answer.ok()) {
         fmt::print(stderr, "{}\n", answer.status().message());
         messages.pop_back();
@@ -234,8 +235,9 @@ Status Run(const RunArgs& args) {
   DSLA_ASSIGN_OR_RETURN(const auto prompt, EncodePrompt(loaded, chat_template, messages));
   DSLA_ASSIGN_OR_RETURN(CachePool pool, loaded.NewPool());
   std::unique_ptr<Session> session;
-  DSLA_ASSIGN_OR_RETURN(const Reply reply, Answer(loaded, pool, session, session_options, prompt,
-                                                  generate_options, /*stream=*/!args.json));
+  DSLA_ASSIGN_OR_RETURN(const Reply reply,
+                        Answer(loaded, pool, session, session_options, prompt, generate_options,
+                               /*chat=*/chat_template.has_value(), /*stream=*/!args.json));
   if (args.json) {
     fmt::print("{}\n", ReplyJson(loaded, *session, reply)
                            .dump(2, ' ', false, nlohmann::json::error_handler_t::replace));

@@ -80,6 +80,7 @@ class Program {
   Status MakeEngine();
   Status MakeApi();
   std::shared_ptr<Router> NewRouter() const;
+  void WarnOfSmallCache(Tier tier);
 
   const ServeArgs& args_;
   Log* const log_;
@@ -256,9 +257,11 @@ Status Program::MakeApi() {
   context.model_root = model_.file->path();
   context.ladder = ladder_;
   context.limits.max_context = model_.model->max_positions();
+  context.limits.max_choices = args_.engine.max_queued;
   DSLA_ASSIGN_OR_RETURN(context.limits.default_tier, TierOf(args_.default_tier));
   if (context.limits.default_tier == Tier::kEconomy && ladder_.max_level == 0)
     return InvalidArgument("--default-tier: economy needs an adapter, and there is none");
+  WarnOfSmallCache(context.limits.default_tier);
   context.default_timeout = args_.request_timeout;
   context.max_in_flight = args_.max_in_flight;
   context.version = kVersion;
@@ -280,6 +283,19 @@ Status Program::MakeApi() {
                {"policy", policy_.policy},
                {"max_level", int64_t{policy_.max_level}}});
   return Status::Ok();
+}
+
+// Clients see the context's length, and are refused from the cache's on.
+void Program::WarnOfSmallCache(Tier tier) {
+  // Of a prompt of one token and its reply.
+  const auto longest = [&](Tier of) { return 1 + engine_->LongestReply(1, of, 0); };
+  const int context = model_.model->max_positions();
+  if (longest(Tier::kFull) >= context) return;
+  log_->Write(LogLevel::kWarning, "small_cache",
+              {{"message", fmt::format("--memory: {} hold no request of the whole context, {} "
+                                       "tokens: at most {} at level 0 and {} in tier {}",
+                                       FormatBytes(model_.memory_bytes), context,
+                                       longest(Tier::kFull), longest(tier), Name(tier))}});
 }
 
 void Program::Watch() {

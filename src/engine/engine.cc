@@ -38,21 +38,23 @@ class EngineImpl : public Engine {
     return Status::Ok();
   }
 
-  std::optional<Rejection> Submit(Request request, std::shared_ptr<RequestSink> sink) override {
-    DSLA_CHECK(sink != nullptr);
-    if (auto wrong = CheckRequest(request, limits_)) return wrong;
-    if (const Status fits = worker_->CanEverFit(request); !fits.ok()) {
-      return Rejection{.kind = Rejection::Kind::kTooLargeForCache, .message = fits.message()};
+  std::optional<Rejection> SubmitAll(std::vector<Submission> group) override {
+    DSLA_CHECK(!group.empty());
+    for (size_t i = 0; i < group.size(); ++i) {
+      DSLA_CHECK(group[i].sink != nullptr);
+      auto wrong = Check(group[i].request);
+      if (!wrong) continue;
+      wrong->index = i;
+      return wrong;
     }
-    auto active = std::make_unique<ActiveRequest>(std::move(request), std::move(sink), *tokenizer_,
-                                                  limits_.V);
-    active->end_ids = active->request.stop_ids;
-    if (!active->request.ignore_eos)
-      active->end_ids.insert(active->end_ids.end(), end_ids_.begin(), end_ids_.end());
-    std::sort(active->end_ids.begin(), active->end_ids.end());
-    active->end_ids.erase(std::unique(active->end_ids.begin(), active->end_ids.end()),
-                          active->end_ids.end());
-    return inbox_.Put(std::move(active));
+    std::vector<std::unique_ptr<ActiveRequest>> requests;
+    for (Submission& submission : group) requests.push_back(NewRequest(std::move(submission)));
+    return inbox_.Put(std::move(requests));
+  }
+
+  int LongestReply(int64_t prompt_tokens, Tier tier, int level) const override {
+    return static_cast<int>(
+        worker_->LongestReply(prompt_tokens, limits_.max_positions - prompt_tokens, tier, level));
   }
 
   std::optional<Rejection> RefusesAll() const override { return inbox_.RefusesAll(); }
@@ -73,6 +75,25 @@ class EngineImpl : public Engine {
   void Drain() override { inbox_.Drain(); }
 
  private:
+  std::optional<Rejection> Check(const Request& request) const {
+    if (auto wrong = CheckRequest(request, limits_)) return wrong;
+    const Status fits = worker_->CanEverFit(request);
+    if (fits.ok()) return std::nullopt;
+    return Rejection{.kind = Rejection::Kind::kTooLargeForCache, .message = fits.message()};
+  }
+
+  std::unique_ptr<ActiveRequest> NewRequest(Submission submission) const {
+    auto active = std::make_unique<ActiveRequest>(
+        std::move(submission.request), std::move(submission.sink), *tokenizer_, limits_.V);
+    std::vector<int32_t>& end_ids = active->end_ids;
+    end_ids = active->request.stop_ids;
+    if (!active->request.ignore_eos)
+      end_ids.insert(end_ids.end(), end_ids_.begin(), end_ids_.end());
+    std::sort(end_ids.begin(), end_ids.end());
+    end_ids.erase(std::unique(end_ids.begin(), end_ids.end()), end_ids.end());
+    return active;
+  }
+
   const HybridModel* model_;
   const Tokenizer* tokenizer_;
   const RequestLimits limits_;

@@ -11,6 +11,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "adapt/policy.h"
@@ -49,6 +50,13 @@ struct Rejection {
   std::string message = {};  // one line with the figures
   std::string param = {};
   double retry_after_seconds = 0;  // from the measured drain rate
+  size_t index = 0;                // of the request in its group
+};
+
+// A request and who gets its events.
+struct Submission {
+  Request request;
+  std::shared_ptr<RequestSink> sink;
 };
 
 // One change of level, of the target or of a running sequence, newest last.
@@ -115,8 +123,19 @@ class Engine {
                                                   std::unique_ptr<LevelPolicy> policy);
   virtual ~Engine() = default;  // cancels what is left and joins the worker
 
-  // Takes the request or says why not; takes no work before every check has passed.
-  virtual std::optional<Rejection> Submit(Request request, std::shared_ptr<RequestSink> sink) = 0;
+  // Takes all of the requests, of which there is at least one, or none and says why; takes no work
+  // before every check has passed.
+  virtual std::optional<Rejection> SubmitAll(std::vector<Submission> group) = 0;
+  std::optional<Rejection> Submit(Request request, std::shared_ptr<RequestSink> sink) {
+    std::vector<Submission> group;
+    group.push_back({std::move(request), std::move(sink)});
+    return SubmitAll(std::move(group));
+  }
+
+  // The largest max_tokens with which a prompt of so many tokens fits the context and, with nothing
+  // else there, the cache at some level of the tier's bounds; 0: there is none. `level`: with
+  // Tier::kExact.
+  virtual int LongestReply(int64_t prompt_tokens, Tier tier, int level) const = 0;
 
   // Why Submit would refuse every request now: the queue is full, or the engine drains. Cheap, for
   // who would otherwise prepare a request in vain.

@@ -1,6 +1,7 @@
 #include "engine/engine_inbox.h"
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "base/clock.h"
@@ -22,28 +23,21 @@ ActiveRequest::ActiveRequest(Request r, std::shared_ptr<RequestSink> s, const To
   }
 }
 
-std::optional<Rejection> Inbox::Put(std::unique_ptr<ActiveRequest> request) {
-  const auto tokens = static_cast<int64_t>(request->request.prompt.size());
+std::optional<Rejection> Inbox::Put(std::vector<std::unique_ptr<ActiveRequest>> group) {
+  DSLA_CHECK(!group.empty());
+  int64_t tokens = 0;
+  for (const auto& request : group) tokens += static_cast<int64_t>(request->request.prompt.size());
   {
     const std::lock_guard lock(mutex_);
-    if (auto refusal = RefusesAllLocked()) return refusal;
-    // A prompt larger than the bound by itself is let into an empty queue, or it never could be.
-    if (limits_.max_queued_tokens > 0 && counts_.queued > 0 &&
-        counts_.queued_tokens + tokens > limits_.max_queued_tokens) {
-      return QueueFull(
-          fmt::format("the queue is full: {} prompt tokens wait and this one has {}, {} may",
-                      counts_.queued_tokens, tokens, limits_.max_queued_tokens));
-    }
-    if (!ids_.insert(request->request.id).second) {
-      return Rejection{.kind = Rejection::Kind::kInvalid,
-                       .message = fmt::format("request id '{}' is in use by a running request",
-                                              request->request.id),
-                       .param = "request_id"};
-    }
-    ++counts_.queued;
+    if (auto closed = Closed()) return closed;
+    if (auto full = QueueFull(static_cast<int64_t>(group.size()), tokens)) return full;
+    if (auto taken = TakeIds(group)) return taken;
+    if (counts_.accepted == 0) counts_.busy_since = group.front()->submitted;
+    const int count = static_cast<int>(group.size());
+    counts_.accepted += count;
+    counts_.queued += count;
     counts_.queued_tokens += tokens;
-    if (++counts_.accepted == 1) counts_.busy_since = request->submitted;
-    mail_.requests.push_back(std::move(request));
+    std::move(group.begin(), group.end(), std::back_inserter(mail_.requests));
   }
   arrived_.notify_one();
   return std::nullopt;
@@ -51,30 +45,45 @@ std::optional<Rejection> Inbox::Put(std::unique_ptr<ActiveRequest> request) {
 
 std::optional<Rejection> Inbox::RefusesAll() const {
   const std::lock_guard lock(mutex_);
-  return RefusesAllLocked();
+  if (auto closed = Closed()) return closed;
+  return QueueFull(1, 1);
 }
 
-std::optional<Rejection> Inbox::RefusesAllLocked() const {
-  if (counts_.draining || mail_.stop) {
-    return Rejection{.kind = Rejection::Kind::kUnavailable,
-                     .message = "the server is shutting down and takes no new requests"};
-  }
-  if (counts_.queued >= limits_.max_queued) {
-    return QueueFull(fmt::format("the queue is full: {} requests wait, {} may", counts_.queued,
-                                 limits_.max_queued));
-  }
-  if (limits_.max_queued_tokens > 0 && counts_.queued > 0 &&
-      counts_.queued_tokens >= limits_.max_queued_tokens) {
-    return QueueFull(fmt::format("the queue is full: {} prompt tokens wait, {} may",
-                                 counts_.queued_tokens, limits_.max_queued_tokens));
+std::optional<Rejection> Inbox::Closed() const {
+  if (!counts_.draining && !mail_.stop) return std::nullopt;
+  return Rejection{.kind = Rejection::Kind::kUnavailable,
+                   .message = "the server is shutting down and takes no new requests"};
+}
+
+std::optional<Rejection> Inbox::QueueFull(int64_t requests, int64_t tokens) const {
+  // What is larger than a bound by itself is let into an empty queue, or it never could be.
+  if (counts_.queued == 0) return std::nullopt;
+  const bool too_many = counts_.queued + requests > limits_.max_queued;
+  const bool too_long =
+      limits_.max_queued_tokens > 0 && counts_.queued_tokens + tokens > limits_.max_queued_tokens;
+  if (!too_many && !too_long) return std::nullopt;
+  return Rejection{
+      .kind = Rejection::Kind::kQueueFull,
+      .message = too_many
+                     ? fmt::format("the queue is full: {} requests wait and {} more come, {} may",
+                                   counts_.queued, requests, limits_.max_queued)
+                     : fmt::format("the queue is full: {} prompt tokens wait and {} more come, {} "
+                                   "may",
+                                   counts_.queued_tokens, tokens, limits_.max_queued_tokens),
+      .retry_after_seconds = RetryAfter(NowSeconds())};
+}
+
+std::optional<Rejection> Inbox::TakeIds(std::span<const std::unique_ptr<ActiveRequest>> group) {
+  for (size_t i = 0; i < group.size(); ++i) {
+    const std::string& id = group[i]->request.id;
+    if (ids_.insert(id).second) continue;
+    for (size_t k = 0; k < i; ++k) ids_.erase(group[k]->request.id);
+    return Rejection{.kind = Rejection::Kind::kInvalid,
+                     .message = fmt::format("request id '{}' is in use by a running request", id),
+                     .param = "request_id",
+                     .index = i};
   }
   return std::nullopt;
-}
-
-Rejection Inbox::QueueFull(std::string message) const {
-  return {.kind = Rejection::Kind::kQueueFull,
-          .message = std::move(message),
-          .retry_after_seconds = RetryAfter(NowSeconds())};
 }
 
 // The time in which half of the queue drains at the rate of late: by then a place is free unless

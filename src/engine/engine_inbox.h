@@ -54,8 +54,9 @@ class Inbox {
  public:
   explicit Inbox(const InboxLimits& limits) : limits_(limits), starts_(kDrainWindowSeconds) {}
 
-  // Submitters' side. Put refuses when the queue is full, the id is in use, or after Drain.
-  std::optional<Rejection> Put(std::unique_ptr<ActiveRequest> request);
+  // Submitters' side. Put takes all of a group, which is not empty, or none: it refuses when the
+  // queue has no room for them, an id is in use, or after Drain. An empty queue takes any group.
+  std::optional<Rejection> Put(std::vector<std::unique_ptr<ActiveRequest>> group);
   std::optional<Rejection> RefusesAll() const;  // what Put says of any request now
   void Cancel(const std::string& id);           // nothing if no accepted request has that id
   void CancelAll();
@@ -97,9 +98,11 @@ class Inbox {
 
  private:
   static constexpr double kDrainWindowSeconds = 30;
-  std::optional<Rejection> RefusesAllLocked() const;
-  Rejection QueueFull(std::string message) const;
   double RetryAfter(double now) const;
+  // With the mutex held.
+  std::optional<Rejection> Closed() const;
+  std::optional<Rejection> QueueFull(int64_t requests, int64_t tokens) const;
+  std::optional<Rejection> TakeIds(std::span<const std::unique_ptr<ActiveRequest>> group);
 
   const InboxLimits limits_;
   mutable std::mutex mutex_;

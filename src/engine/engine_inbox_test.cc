@@ -24,13 +24,19 @@ class NoSink : public RequestSink {
 
 class InboxTest : public ::testing::Test {
  protected:
-  std::unique_ptr<ActiveRequest> Make(const std::string& id, size_t prompt = 3) {
-    Request request;
-    request.id = id;
-    request.prompt.assign(prompt, 7);
-    return std::make_unique<ActiveRequest>(std::move(request), std::make_shared<NoSink>(),
-                                           *tokenizer_, 300);
+  using Group = std::vector<std::unique_ptr<ActiveRequest>>;
+  Group MakeAll(const std::vector<std::string>& ids, size_t prompt = 3) {
+    Group group;
+    for (const std::string& id : ids) {
+      Request request;
+      request.id = id;
+      request.prompt.assign(prompt, 7);
+      group.push_back(std::make_unique<ActiveRequest>(
+          std::move(request), std::make_shared<NoSink>(), *tokenizer_, 300));
+    }
+    return group;
   }
+  Group Make(const std::string& id, size_t prompt = 3) { return MakeAll({id}, prompt); }
   static std::vector<std::string> Ids(const Inbox::Mail& mail) {
     std::vector<std::string> ids;
     for (const auto& request : mail.requests) ids.push_back(request->request.id);
@@ -99,7 +105,7 @@ TEST_F(InboxTest, BoundsOfTheQueue) {
   auto rejected = inbox.Put(Make("small", 1));
   ASSERT_TRUE(rejected);
   EXPECT_EQ(rejected->kind, Rejection::Kind::kQueueFull);
-  EXPECT_EQ(rejected->message, "the queue is full: 50 prompt tokens wait, 10 may");
+  EXPECT_EQ(rejected->message, "the queue is full: 50 prompt tokens wait and 1 more come, 10 may");
   EXPECT_EQ(rejected->retry_after_seconds, 60) << "nothing has left the queue yet";
   ASSERT_TRUE(inbox.RefusesAll()) << "without a request to show";
   EXPECT_EQ(inbox.RefusesAll()->message, rejected->message);
@@ -108,15 +114,45 @@ TEST_F(InboxTest, BoundsOfTheQueue) {
   EXPECT_FALSE(inbox.Put(Make("b", 4)));
   rejected = inbox.Put(Make("e", 7));
   ASSERT_TRUE(rejected);
-  EXPECT_EQ(rejected->message,
-            "the queue is full: 4 prompt tokens wait and this one has 7, 10 may");
+  EXPECT_EQ(rejected->message, "the queue is full: 4 prompt tokens wait and 7 more come, 10 may");
   EXPECT_FALSE(inbox.RefusesAll()) << "a shorter one is welcome";
   EXPECT_FALSE(inbox.Put(Make("c", 4)));
   rejected = inbox.Put(Make("d", 1));
   ASSERT_TRUE(rejected);
-  EXPECT_EQ(rejected->message, "the queue is full: 2 requests wait, 2 may");
+  EXPECT_EQ(rejected->message, "the queue is full: 2 requests wait and 1 more come, 2 may");
   EXPECT_LT(rejected->retry_after_seconds, 60);
   EXPECT_GE(rejected->retry_after_seconds, 1);
+}
+
+TEST_F(InboxTest, AGroupComesWholeOrNotAtAll) {
+  Inbox inbox({.max_queued = 4, .max_queued_tokens = 10});
+  EXPECT_FALSE(inbox.Put(MakeAll({"a", "b", "c"}, 5))) << "15 tokens, but nobody waits";
+  EXPECT_EQ(inbox.counts().queued, 3);
+  EXPECT_EQ(inbox.counts().queued_tokens, 15);
+  EXPECT_EQ(inbox.counts().accepted, 3);
+  inbox.Settle(3, 15, 0);
+
+  EXPECT_FALSE(inbox.Put(Make("d", 2)));
+  auto rejected = inbox.Put(MakeAll({"e", "f", "g", "h"}, 1));
+  ASSERT_TRUE(rejected);
+  EXPECT_EQ(rejected->message, "the queue is full: 1 requests wait and 4 more come, 4 may");
+  rejected = inbox.Put(MakeAll({"e", "f"}, 5));
+  ASSERT_TRUE(rejected);
+  EXPECT_EQ(rejected->message, "the queue is full: 2 prompt tokens wait and 10 more come, 10 may");
+  EXPECT_EQ(inbox.counts().queued, 1);
+  inbox.Settle(1, 2, 0);
+  EXPECT_FALSE(inbox.Put(MakeAll({"e", "f", "g", "h", "i"}, 1))) << "more than may wait, likewise";
+  inbox.Settle(5, 5, 0);
+
+  rejected = inbox.Put(MakeAll({"x", "y", "x"}, 1));
+  ASSERT_TRUE(rejected);
+  EXPECT_EQ(rejected->message, "request id 'x' is in use by a running request");
+  EXPECT_EQ(rejected->index, 2u);
+  EXPECT_FALSE(inbox.Put(MakeAll({"x", "y"}, 1))) << "their ids are free";
+  Inbox::Mail mail;
+  inbox.Take(mail, kForever);
+  EXPECT_EQ(Ids(mail),
+            (std::vector<std::string>{"a", "b", "c", "d", "e", "f", "g", "h", "i", "x", "y"}));
 }
 
 TEST_F(InboxTest, DrainedAndStoppedTakeNothing) {

@@ -282,6 +282,72 @@ TEST_F(EngineTest, TheQueueIsBounded) {
   for (const auto& sink : sinks) EXPECT_TRUE(sink->Wait().status.ok());
 }
 
+// Bounds of the queue hold for what waits already: a group that an idle engine has room for is not
+// refused because of its own first request.
+TEST_F(EngineTest, AGroupIsTakenWholeOrNotAtAll) {
+  EngineOptions options = Options();
+  options.max_queued_tokens = 8;
+  TestEngine engine(model(), *tokenizer_, options);
+  std::vector<std::shared_ptr<RecordingSink>> sinks;
+  const auto group = [&](std::vector<Request> requests) {
+    std::vector<Submission> submissions;
+    sinks.clear();
+    for (Request& request : requests) {
+      sinks.push_back(std::make_shared<RecordingSink>());
+      submissions.push_back({std::move(request), sinks.back()});
+    }
+    return submissions;
+  };
+  EXPECT_FALSE(engine->SubmitAll(group({Greedy(6, 3), Greedy(6, 3), Greedy(6, 3)})));
+  for (const auto& sink : sinks) EXPECT_TRUE(sink->Wait().status.ok());
+  const auto rejected = engine->SubmitAll(group({Greedy(6, 3), Greedy(500, 20)}));
+  ASSERT_TRUE(rejected);
+  EXPECT_EQ(rejected->kind, Rejection::Kind::kContextLength);
+  EXPECT_EQ(rejected->index, 1u);
+  EXPECT_EQ(WaitIdle(engine).finished, 3);
+  EXPECT_EQ(sinks[0]->finishes(), 0);
+}
+
+TEST_F(EngineTest, TheLongestReplyFits) {
+  EngineOptions options = Options();
+  options.memory_bytes = 5 * model().cache_geometry().page_bytes();
+  TestEngine engine(model(), *tokenizer_, options);
+  // 2 layers of 2 pages of 16 tokens; the last token of a reply is not cached.
+  const int longest = engine->LongestReply(20, Tier::kFull, 0);
+  EXPECT_EQ(longest, 13);
+  Request request = Greedy(20, longest);
+  request.tier = Tier::kFull;
+  EXPECT_TRUE(engine.Submit(request)->Wait().status.ok());
+  request.max_tokens = longest + 1;
+  EXPECT_EQ(engine->Submit(request, std::make_shared<RecordingSink>())->kind,
+            Rejection::Kind::kTooLargeForCache);
+  EXPECT_EQ(engine->LongestReply(50, Tier::kFull, 0), 0);
+  TestEngine roomy(model(), *tokenizer_, Options());
+  EXPECT_EQ(roomy->LongestReply(20, Tier::kFull, 0), model().max_positions() - 20);
+}
+
+// An answer that cannot be made costs its own request its end, and nobody else anything.
+TEST_F(EngineTest, ASinkOrAnObserverThatThrows) {
+  class Throwing : public RecordingSink {
+    void OnFinish(const RequestResult&) override { throw std::bad_alloc(); }
+  };
+  TestEngine engine(model(), *tokenizer_, Options());
+  std::atomic<int> observed = 0;
+  engine->SetFinishObserver([&](const RequestResult&) {
+    ++observed;
+    throw std::runtime_error("no room for a metric");
+  });
+  auto throwing = std::make_shared<Throwing>();
+  const std::weak_ptr<Throwing> alive = throwing;
+  EXPECT_FALSE(engine->Submit(Greedy(5, 3), std::move(throwing)));
+  EXPECT_TRUE(engine.Submit(Greedy(5, 3))->Wait().status.ok());
+  const EngineState state = WaitIdle(engine);
+  EXPECT_EQ(state.finished, 2);
+  EXPECT_EQ(observed, 2);
+  EXPECT_TRUE(alive.expired()) << "so that its client is told";
+  ExpectNothingHeld(state);
+}
+
 TEST_F(EngineTest, CancelledWhileRunningAndWhileWaiting) {
   EngineOptions options = Options();
   options.max_running = 1;

@@ -69,19 +69,35 @@ Scheduler::Bounds Scheduler::BoundsOf(Tier tier, int level) const {
   return {0, std::min(auto_max_level_.load(), options_.max_level)};
 }
 
+// Of prompt and reply at their end.
+int64_t Scheduler::LeastBytes(int64_t prompt_tokens, int64_t max_tokens, Bounds bounds) const {
+  const int64_t tokens = prompt_tokens + std::max<int64_t>(0, max_tokens - 1);
+  // Bytes are linear in the level, so the least is at one of the ends.
+  return std::min(SequenceBytes(sizes_, bounds.min, tokens),
+                  SequenceBytes(sizes_, bounds.max, tokens));
+}
+
 Status Scheduler::CanEverFit(int64_t prompt_tokens, int64_t max_tokens, Tier tier,
                              int level) const {
-  const int64_t tokens = prompt_tokens + std::max<int64_t>(0, max_tokens - 1);
   const Bounds bounds = BoundsOf(tier, level);
-  // Bytes are linear in the level, so the least is at one of the ends.
-  const int64_t needed = std::min(SequenceBytes(sizes_, bounds.min, tokens),
-                                  SequenceBytes(sizes_, bounds.max, tokens));
+  const int64_t needed = LeastBytes(prompt_tokens, max_tokens, bounds);
   const int64_t budget = ledger_->config().budget_bytes;
   if (needed <= budget) return Status::Ok();
   return ResourceExhausted(
       "{} prompt tokens and {} new ones need at least {} bytes of cache at levels {} to {}; the "
       "whole cache has {}",
       prompt_tokens, max_tokens, needed, bounds.min, bounds.max, budget);
+}
+
+int64_t Scheduler::LongestReply(int64_t prompt_tokens, int64_t most, Tier tier, int level) const {
+  const Bounds bounds = BoundsOf(tier, level);
+  int64_t fits = 0, above = most + 1;  // bisection: what fits, fits with fewer tokens, too
+  while (fits + 1 < above) {
+    const int64_t middle = fits + (above - fits) / 2;
+    const bool room = LeastBytes(prompt_tokens, middle, bounds) <= ledger_->config().budget_bytes;
+    (room ? fits : above) = middle;
+  }
+  return fits;
 }
 
 // The policy's target within the tier's bounds, the lowest for short prompts, and not below the

@@ -137,6 +137,8 @@ class Scheduler {
   // Whether prompt and reply fit the cache memory, with nothing else there, at some level of the
   // tier's bounds. kResourceExhausted with the figures. Pure arithmetic: safe from any thread.
   Status CanEverFit(int64_t prompt_tokens, int64_t max_tokens, Tier tier, int level) const;
+  // The largest max_tokens up to `most` with which it does; 0: not even 1. Likewise.
+  int64_t LongestReply(int64_t prompt_tokens, int64_t most, Tier tier, int level) const;
 
   // Queues it; ids rise with every call and tell age. Needs CanEverFit.
   int64_t Add(ScheduledRequest request);
@@ -216,6 +218,7 @@ class Scheduler {
 
   // scheduler.cc
   Bounds BoundsOf(Tier tier, int level) const;
+  int64_t LeastBytes(int64_t prompt_tokens, int64_t max_tokens, Bounds bounds) const;
   int StartLevel(const Sequence& sequence) const;
   int PrefixLevel(const Sequence& sequence) const;
   static PrefixTokens Tokens(Sequence& sequence, int count);  // the first ones
@@ -273,7 +276,7 @@ class Scheduler {
   int prefill_limit_ = 0;
   bool by_age_next_ = false;
   int short_prompt_ = 0;
-  std::atomic<int> auto_max_level_ = 0;  // CanEverFit reads it from other threads
+  std::atomic<int> auto_max_level_ = 0;  // other threads read it
   int64_t preemptions_ = 0;
   Sequences running_;
   Sequences waiting_;

@@ -216,6 +216,28 @@ TEST_F(SchedulerTest, ARequestThatFitsOnlyAtAHigherLevelStartsThere) {
   EXPECT_TRUE(ended_.at(id).status.ok());
 }
 
+TEST_F(SchedulerTest, TheLongestReplyIsTheLongestThatFits) {
+  Make(1200);
+  scheduler_->set_auto_max_level(4);
+  constexpr int kMost = 40;
+  int shorter = 0, none = 0;
+  for (const Tier tier : {Tier::kFull, Tier::kAuto, Tier::kEconomy, Tier::kExact}) {
+    for (int prompt = 1; prompt < 80; ++prompt) {
+      const int64_t longest = scheduler_->LongestReply(prompt, kMost, tier, 1);
+      for (int tokens = 1; tokens <= kMost; ++tokens) {
+        EXPECT_EQ(scheduler_->CanEverFit(prompt, tokens, tier, 1).ok(), tokens <= longest)
+            << Name(tier) << ", " << prompt << " and " << tokens << " tokens";
+      }
+      shorter += longest > 0 && longest < kMost;
+      none += longest == 0;
+    }
+  }
+  EXPECT_GT(shorter, 0);
+  EXPECT_GT(none, 0);
+  EXPECT_EQ(scheduler_->LongestReply(1, 0, Tier::kFull, 0), 0);
+  EXPECT_EQ(scheduler_->LongestReply(50, -10, Tier::kFull, 0), 0);
+}
+
 TEST_F(SchedulerTest, IdlePrefixesGoBeforeAnybodyIsPreempted) {
   Make(10 * kTokenPages);
   Add(24, 1, Tier::kFull, 1);

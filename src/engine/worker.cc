@@ -298,8 +298,18 @@ void Worker::Deliver(ActiveRequest& active) {
     state_.cached_tokens += result.cached_tokens;
     state_.numerical_errors += result.status.message().starts_with(kNumericalError) ? 1 : 0;
   }
-  active.sink->OnFinish(result);
-  if (observer_) observer_(result);
+  // What they throw, as where there is no memory for an answer, costs this request its end and
+  // nobody else anything: a client learns of it when its sink is let go of.
+  const auto shield = [](const auto& call) {
+    try {
+      call();
+    } catch (const std::exception&) {
+    }
+  };
+  shield([&] { active.sink->OnFinish(result); });
+  shield([&] {
+    if (observer_) observer_(result);
+  });
 }
 
 void Worker::EndAll(const Status& why) {

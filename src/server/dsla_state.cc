@@ -3,21 +3,10 @@
 #include <algorithm>
 #include <nlohmann/json.hpp>
 
-#include "format/json.h"
-
 namespace dsla {
 namespace {
 
 using Json = nlohmann::ordered_json;
-
-constexpr int kMaxDepth = 4;
-
-Expected<int> ParseLevel(const nlohmann::json& value, const char* field, int highest) {
-  if (!value.is_number_integer() || value < 0 || value > highest) {
-    return InvalidArgument("'{}' must be a whole number from 0 to {}", field, highest);
-  }
-  return value.get<int>();
-}
 
 // By layer: what it is for a sequence that starts at `level`.
 Json KindsAt(const LadderInfo& ladder, int level) {
@@ -73,35 +62,6 @@ Json EventsJson(const EngineState& state) {
 }
 
 }  // namespace
-
-Expected<DslaCommand> ParseDslaCommand(std::string_view body, const LadderInfo& ladder) {
-  const Expected<nlohmann::json> json = ParseJson(body, "the request's body", kMaxDepth);
-  if (!json.ok()) return InvalidArgument("{}", json.status().message());
-  if (!json->is_object()) return InvalidArgument("the request's body must be a JSON object");
-  DslaCommand command;
-  for (const auto& [key, value] : json->items()) {
-    if (key == "policy") {
-      if (value != "slo" && value != "paper" && value != "fixed") {
-        return InvalidArgument("'policy' must be \"slo\", \"paper\" or \"fixed\"");
-      }
-      command.policy = value.get<std::string>();
-    } else if (key == "level") {
-      DSLA_ASSIGN_OR_RETURN(command.level, ParseLevel(value, "level", ladder.max_level));
-    } else if (key == "max_level") {
-      DSLA_ASSIGN_OR_RETURN(command.max_level, ParseLevel(value, "max_level", ladder.max_level));
-    } else {
-      return InvalidArgument("'{}' is not known: there are 'policy', 'level' and 'max_level'",
-                             Printable(key));
-    }
-  }
-  if (!command.policy && !command.level && !command.max_level) {
-    return InvalidArgument("nothing to change: name 'policy', 'level' or 'max_level'");
-  }
-  if (command.level && command.policy && *command.policy != "fixed") {
-    return InvalidArgument("'level' goes with the policy \"fixed\", not \"{}\"", *command.policy);
-  }
-  return command;
-}
 
 DslaControl::DslaControl(Engine* engine, LadderInfo ladder, PolicyOptions options)
     : engine_(engine), ladder_(std::move(ladder)), options_(std::move(options)) {}

@@ -5,7 +5,6 @@
 #include <mutex>
 #include <optional>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "adapt/make_policy.h"
@@ -30,9 +29,6 @@ struct DslaCommand {
   std::optional<int> max_level;       // of tier auto
 };
 
-// kInvalidArgument names the field and what it may be.
-Expected<DslaCommand> ParseDslaCommand(std::string_view body, const LadderInfo& ladder);
-
 // Holds the options of the policy in force, so that a change keeps what it does not name.
 // Thread-safe.
 class DslaControl {
@@ -43,7 +39,6 @@ class DslaControl {
   std::string StateJson() const;  // of the engine's state now
   Status Apply(const DslaCommand& command);
 
-  const LadderInfo& ladder() const { return ladder_; }
   PolicyOptions options() const;
 
  private:

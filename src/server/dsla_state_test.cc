@@ -11,8 +11,9 @@ using testing::HasSubstr;
 
 class FakeEngine final : public Engine {
  public:
-  std::optional<Rejection> Submit(Request, std::shared_ptr<RequestSink>) override { return {}; }
+  std::optional<Rejection> SubmitAll(std::vector<Submission>) override { return {}; }
   std::optional<Rejection> RefusesAll() const override { return {}; }
+  int LongestReply(int64_t, Tier, int) const override { return 0; }
   void Cancel(const std::string&) override {}
   void CancelAll() override {}
   EngineState state() const override { return state_; }
@@ -37,45 +38,6 @@ PolicyOptions SomeOptions() {
   options.cost = CostModel::FromCoefficients(4, {1e-3, 1e-5, 1e-5, 1e-9}, {1e-3, 1e-5, 1e-5, 1e-9},
                                              {1e-3, 1e-6});
   return options;
-}
-
-Status ParseError(std::string_view body) { return ParseDslaCommand(body, SomeLadder()).status(); }
-
-TEST(DslaCommand, Reads) {
-  const auto all = ParseDslaCommand(R"({"policy":"fixed","level":2,"max_level":4})", SomeLadder());
-  ASSERT_TRUE(all.ok());
-  EXPECT_EQ(all->policy, "fixed");
-  EXPECT_EQ(all->level, 2);
-  EXPECT_EQ(all->max_level, 4);
-  const auto one = ParseDslaCommand(R"({"max_level":0})", SomeLadder());
-  ASSERT_TRUE(one.ok());
-  EXPECT_FALSE(one->policy || one->level);
-}
-
-TEST(DslaCommand, RefusesWithTheFieldsName) {
-  const std::pair<const char*, const char*> cases[] = {
-      {"", "request's body"},
-      {"[1]", "object"},
-      {R"({"policy":"slo")", "request's body"},
-      {"{}", "nothing to change"},
-      {R"({"policy":"best"})", "'policy' must be"},
-      {R"({"policy":1})", "'policy' must be"},
-      {R"({"level":5})", "'level' must be a whole number from 0 to 4"},
-      {R"({"level":-1})", "'level'"},
-      {R"({"level":1.5})", "'level'"},
-      {R"({"level":"2"})", "'level'"},
-      {R"({"level":18446744073709551615})", "'level'"},
-      {R"({"max_level":99999999999})", "'max_level'"},
-      {R"({"level":1,"policy":"slo"})", "'level' goes with"},
-      {R"({"levle":1})", "'levle' is not known"},
-      {R"({"level":1,"level":2})", "level"},
-  };
-  for (const auto& [body, message] : cases) {
-    const Status status = ParseError(body);
-    EXPECT_EQ(status.code(), StatusCode::kInvalidArgument) << body;
-    EXPECT_THAT(status.message(), HasSubstr(message)) << body;
-    EXPECT_EQ(status.message().find('\n'), std::string::npos) << body;
-  }
 }
 
 TEST(DslaControl, AppliesAndKeepsTheRest) {

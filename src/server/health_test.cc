@@ -16,8 +16,9 @@ using testing::TestServer;
 
 class StillEngine : public Engine {
  public:
-  std::optional<Rejection> Submit(Request, std::shared_ptr<RequestSink>) override { return {}; }
+  std::optional<Rejection> SubmitAll(std::vector<Submission>) override { return {}; }
   std::optional<Rejection> RefusesAll() const override { return {}; }
+  int LongestReply(int64_t, Tier, int) const override { return 0; }
   void Cancel(const std::string&) override {}
   void CancelAll() override {}
   EngineState state() const override { return state_; }

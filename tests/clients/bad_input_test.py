@@ -107,7 +107,8 @@ def check_fields(running):
     bad("integer_below_min_value", "max_tokens", max_tokens=-1)
     bad("integer_above_max_value", "n", n=17)
     bad("integer_above_max_value", "best_of", best_of=17)
-    bad("integer_above_max_value", "max_tokens", n=16, max_tokens=10**6)
+    bad("integer_above_max_value", "n", n=5)  # more than may wait
+    bad("integer_above_max_value", "max_tokens", n=4, max_tokens=10**6)
     for name, value in {"temperature": -1, "top_p": 1.5, "min_p": 2, "presence_penalty": 3, "frequency_penalty": -3}.items():
         check(completions(running, prompt="x", **{name: value}).error[::2] == (400, name), f"{name} {value}: 400")
     bad("integer_below_min_value", "top_k", top_k=-2)
@@ -123,7 +124,7 @@ def check_fields(running):
     expect(running, {"prompt": ["a", 5]}, "invalid_type", "prompt[1]")
     expect(running, {"prompt": [-1]}, "integer_below_min_value", "prompt[0]")
     expect(running, {"prompt": [10**8]}, "integer_above_max_value", "prompt[0]")
-    for name in ("prompt_embeds", "guided_json"):
+    for name in ("prompt_embeds", "guided_json", "allowed_token_ids"):
         bad("unsupported_parameter", name, **{name: "x"})
     bad("unsupported_parameter", "suffix", suffix="x")
     bad("invalid_value", "service_tier", service_tier="gold")

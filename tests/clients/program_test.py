@@ -15,7 +15,7 @@ import threading
 import time
 import unittest.mock
 
-from serving import KEY, call, check, completions, events, finish, parse_arguments, serving, server
+from serving import KEY, call, chat, check, completions, events, finish, parse_arguments, serving, server
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "load"))
 
@@ -256,12 +256,19 @@ def check_least_memory(program, model):
 # Of the small model a page takes 8 KiB in each of 8 layers, so that a request of 460 tokens takes 512 KiB in the end: all
 # have room to begin, two to end.
 TIGHT = ["--memory", "1M", "--no-prefix-cache"]
+TIGHT_TOKENS = 1025  # of one request at most: the last one is not cached
 
 
 def check_preemption(program, model):
     with serving(program, "--model", model, *ONE, *TIGHT, "--deterministic") as running:
         reply = completions(running, prompt="x", max_tokens=8000)
         check(reply.error[:2] == (400, "request_too_large_for_cache"), f"more than the cache can hold: {reply.error}")
+        warned = [line for line in running.log.read_text().splitlines() if "small_cache" in line]
+        room = f"at most {TIGHT_TOKENS} at level 0"
+        check(len(warned) == 1 and room in warned[0] and "--memory" in warned[0], f"which was said at the start: {warned}")
+        reply = chat(running, ignore_eos=True)
+        usage = reply.json.get("usage", {})
+        check(usage.get("total_tokens") == TIGHT_TOKENS, f"a chat without max_tokens is as long as fits: {reply.status}, {usage}")
         alone = [completions(running, prompt=f"Request {i}:", ignore_eos=True, temperature=0, max_tokens=450) for i in range(6)]
         check(preemptions(running) == 0, "one after another: nobody is pre-empted")
         crowd = together(running, 6, max_tokens=450)

@@ -211,6 +211,8 @@ std::optional<int32_t> Tokenizer::bos_id() const { return impl_->data.bos_id; }
 std::optional<int32_t> Tokenizer::eos_id() const { return impl_->data.eos_id; }
 std::optional<int32_t> Tokenizer::pad_id() const { return impl_->data.pad_id; }
 std::optional<int32_t> Tokenizer::unk_id() const { return impl_->data.unk_id; }
+const std::vector<int32_t>& Tokenizer::prefix() const { return impl_->data.prefix; }
+const std::vector<int32_t>& Tokenizer::suffix() const { return impl_->data.suffix; }
 
 std::string_view Tokenizer::TokenText(int32_t id) const {
   return id >= 0 && id < vocab_size() ? std::string_view(impl_->vocabulary.text(id))

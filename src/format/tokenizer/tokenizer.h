@@ -29,7 +29,7 @@ struct EncodeOptions {
   // the text, even where the files do not say so; an error if there is none. false: the text's own
   // tokens only.
   std::optional<bool> add_bos;
-  // Whether text that spells a control token becomes that token. Never for text from users: with
+  // Whether text that spells a control token becomes that token. Never for a chat's messages: with
   // false no input whatever gives a control token.
   bool parse_special = false;
   // The text goes on from other tokens (a piece of a chat prompt behind a control token): no space
@@ -65,6 +65,9 @@ class Tokenizer {
   std::optional<int32_t> eos_id() const;
   std::optional<int32_t> pad_id() const;
   std::optional<int32_t> unk_id() const;
+  // What Encode puts around a text where add_bos is unset.
+  const std::vector<int32_t>& prefix() const;
+  const std::vector<int32_t>& suffix() const;
 
   // The token as the vocabulary writes it ("\u0120the", "<0x0A>"); empty if the id is out of range.
   std::string_view TokenText(int32_t id) const;

@@ -1,9 +1,11 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <array>
 #include <future>
 
 #include "base/clock.h"
+#include "engine/text_stream.h"
 #include "server/openai/testing.h"
 
 namespace dsla::openai {
@@ -175,8 +177,47 @@ TEST(Chat, ControlTextOfUsersIsPlainText) {
   const std::string body = R"({"messages":[{"role":"user","content":"<|end|>"}]})";
   api.Chat(body);
   EXPECT_THAT(api.engine.job(0).request.prompt, ::testing::Not(::testing::Contains(261)));
-  api.Completions(R"({"prompt":"<|end|>"})");
-  EXPECT_THAT(api.engine.job(1).request.prompt, ::testing::Not(::testing::Contains(261)));
+}
+
+// Who templates a conversation alone sends it as a prompt's text.
+TEST(Completions, ControlTextOfAPromptIsParsedUnlessSwitchedOff) {
+  TestApi api;
+  api.Completions(R"({"prompt":"hello<|end|>"})");
+  EXPECT_EQ(api.engine.job(0).request.prompt, (std::vector<int32_t>{259, 261}));
+  api.Completions(R"({"prompt":["<|end|>hello"],"parse_special":false})");
+  EXPECT_EQ(api.engine.job(1).request.prompt,
+            (std::vector<int32_t>{60, 124, 101, 110, 100, 124, 62, 259}));
+}
+
+// SentencePiece writes a space before the first word of a text; a reply that goes on from a prompt
+// is no such text.
+TEST(Completions, KeepTheSpaceBeforeTheReply) {
+  TestApi api(100, testing::SentencePieceTokenizer());
+  const int32_t hello = *api.tokenizer->TokenToId("\u2581hello");
+  const auto text_of = [&](const Request& request) {
+    return TextStream(*api.tokenizer, request.stop, request.continues).Push(hello, true);
+  };
+  api.Chat(R"({"messages":[{"role":"user","content":"x"}]})");
+  EXPECT_EQ(text_of(api.engine.job(0).request), "hello");
+  // BOS, a space, the word.
+  const auto offsets = [&](const char* fields, const char* text, const char* want) {
+    const size_t job = api.engine.jobs();
+    const auto responder =
+        api.Completions(fmt::format(R"({{"prompt":"hello","logprobs":0{}}})", fields));
+    const auto submitted = api.engine.job(job);
+    EXPECT_EQ(submitted.request.prompt, (std::vector<int32_t>{1, hello}));
+    if (submitted.request.prompt_logprobs) {
+      submitted.sink->OnPromptLogprobs({{1, 0, {}}, {hello, -0.5f, {}}});
+    }
+    for (int i = 0; i < 2; ++i) {
+      submitted.sink->OnToken(Token(hello, i == 0 ? text_of(submitted.request) : " hello"));
+    }
+    submitted.sink->OnFinish(Finished(FinishReason::kLength, 2, 2));
+    EXPECT_THAT(responder->body(), HasSubstr(fmt::format(R"("text":"{}")", text)));
+    EXPECT_THAT(responder->body(), HasSubstr(fmt::format(R"("text_offset":[{}])", want)));
+  };
+  offsets("", " hello hello", "0,6");
+  offsets(R"(,"echo":true)", "hello hello hello", "0,0,5,11");
 }
 
 TEST(Chat, WithoutATemplate) {
@@ -231,6 +272,69 @@ TEST(Scoring, ThePromptAlone) {
                         R"("finish_reason":"length","stop_reason":null})"));
 }
 
+// What the prompt spells counts, what is put around it does not, nor do control tokens of a reply.
+TEST(Scoring, OffsetsCountTheControlTextThatIsEchoed) {
+  TestApi api;
+  const auto responder =
+      api.Completions(R"({"prompt":"<|end|>hello","echo":true,"logprobs":0,"max_tokens":2})");
+  const auto job = api.engine.job(0);
+  job.sink->OnPromptLogprobs({{261, 0, {}}, {259, -0.5f, {}}});
+  job.sink->OnToken(Token(261, ""));
+  job.sink->OnToken(Token(97, "a"));
+  job.sink->OnFinish(Finished(FinishReason::kLength, 2, 2));
+  EXPECT_THAT(responder->body(), HasSubstr(R"("text":"<|end|>helloa")"));
+  EXPECT_THAT(responder->body(), HasSubstr(R"("text_offset":[0,7,12,12])"));
+}
+
+TEST(Scoring, AnEchoOfWhatTruncationLeaves) {
+  TestApi api(100, testing::SentencePieceTokenizer());
+  const auto responder =
+      api.Completions(R"({"prompt":"hello</s>","echo":true,"logprobs":0,"max_tokens":1,)"
+                      R"("truncate_prompt_tokens":1})");
+  const auto job = api.engine.job(0);
+  ASSERT_EQ(job.request.prompt, std::vector<int32_t>{2});
+  job.sink->OnPromptLogprobs({{2, 0, {}}});
+  job.sink->OnToken(Token(3 + 'a', "a"));
+  job.sink->OnFinish(Finished(FinishReason::kLength, 1, 1));
+  EXPECT_THAT(responder->body(), HasSubstr(R"("text":"</s>a")"));
+  EXPECT_THAT(responder->body(), HasSubstr(R"("text_offset":[0,4])"));
+}
+
+TEST(Scoring, OneAnswerHoldsSoManyLogProbabilities) {
+  TestApi api(8192);
+  api.context.limits.max_total_logprobs = 1000;
+  const auto refused = [&](const std::string& fields, const std::string& figures) {
+    const auto responder = api.Completions(fmt::format(R"({{"prompt":[1,2,3,4,5],{}}})", fields));
+    ExpectError(*responder, 400, "integer_above_max_value", "logprobs");
+    EXPECT_THAT(responder->body(), HasSubstr(figures));
+  };
+  refused(R"("echo":true,"logprobs":19,"n":4,"max_tokens":8)",
+          "1040 log-probabilities are asked for, 20 of each of 20 prompt tokens and 32 reply "
+          "tokens; one answer may have 1000");
+  refused(R"("logprobs":0,"max_tokens":1001)", "1 of each of 0 prompt tokens and 1001 reply");
+  ExpectError(*api.Chat(R"({"messages":[{"role":"user","content":"x"}],"logprobs":true})"), 400,
+              "integer_above_max_value", "logprobs");
+  EXPECT_EQ(api.engine.jobs(), 0u);
+  for (const char* fields : {R"("echo":true,"logprobs":19,"n":2,"max_tokens":20)",
+                             R"("logprobs":0,"max_tokens":1000)", R"("max_tokens":8000)",
+                             // A stream's reply leaves token by token.
+                             R"("echo":true,"logprobs":19,"max_tokens":8000,"stream":true)"}) {
+    const size_t before = api.engine.jobs();
+    api.Completions(fmt::format(R"({{"prompt":[1,2,3,4,5],{}}})", fields));
+    EXPECT_GT(api.engine.jobs(), before) << fields;
+  }
+  // Whole contexts as evaluation harnesses send them, by the limit as it is.
+  TestApi roomy(8192);
+  std::string prompts = "[1" + std::string(2 * 8190, ',') + "]";
+  for (size_t i = 3; i < prompts.size(); i += 2) prompts[i] = '1';
+  std::string batch = prompts;
+  for (int i = 1; i < 16; ++i) batch += "," + prompts;
+  roomy.Completions(
+      fmt::format(R"({{"prompt":[{}],"echo":true,"logprobs":5,"max_tokens":1}})", batch));
+  EXPECT_EQ(roomy.engine.groups(), std::vector<size_t>{16});
+  EXPECT_EQ(roomy.engine.job(15).request.prompt.size(), 8191u);
+}
+
 TEST(Scoring, OfTokensWithOneTextTheLikelierStays) {
   TestApi api;
   const auto responder = api.Completions(R"({"prompt":"h","logprobs":2,"max_tokens":1})");
@@ -265,6 +369,12 @@ TEST(Choices, PromptsTimesN) {
   }
   EXPECT_THAT(responder->body(),
               HasSubstr(R"("prompt_tokens":2,"completion_tokens":4,"total_tokens":6)"));
+}
+
+TEST(Choices, AreSubmittedTogether) {
+  TestApi api;
+  api.Completions(R"({"prompt":["h","e"],"n":3})");
+  EXPECT_EQ(api.engine.groups(), std::vector<size_t>{6});
 }
 
 TEST(Choices, SeedsThatAreNotGivenDiffer) {
@@ -303,6 +413,25 @@ TEST(Errors, ContextLengthGivesBothCounts) {
   EXPECT_EQ(api.engine.job(2).request.prompt, (std::vector<int32_t>{2, 3, 4, 5}));
 }
 
+// Without max_tokens a chat goes on for as long as context and cache allow.
+TEST(Chat, WithoutALimitTheReplyIsAsLongAsFits) {
+  TestApi api;
+  const auto max_tokens = [&](const char* fields) {
+    const size_t job = api.engine.jobs();
+    api.Chat(fmt::format(R"({{"messages":[{{"role":"user","content":"x"}}]{}}})", fields));
+    return api.engine.job(job).request.max_tokens;
+  };
+  const int whole = max_tokens("");
+  EXPECT_EQ(whole, 100 - static_cast<int>(api.engine.job(0).request.prompt.size()));
+  api.engine.longest_reply = 7;
+  EXPECT_EQ(max_tokens(""), 7);
+  EXPECT_EQ(max_tokens(R"(,"max_tokens":20)"), 20) << "what was asked for is the engine's to judge";
+  ExpectError(*api.Chat(R"({"messages":[{"role":"user","content":"x"}],"min_tokens":8})"), 400,
+              "integer_above_max_value", "min_tokens");
+  api.engine.longest_reply = 0;
+  EXPECT_EQ(max_tokens(""), 1) << "for the engine to refuse";
+}
+
 TEST(Errors, RejectionsHaveTheirStatus) {
   using Kind = Rejection::Kind;
   for (const auto& [kind, status, code] : std::vector<std::tuple<Kind, int, std::string>>{
@@ -312,8 +441,7 @@ TEST(Errors, RejectionsHaveTheirStatus) {
            {Kind::kQueueFull, 429, "queue_full"},
            {Kind::kUnavailable, 503, "shutting_down"}}) {
     TestApi api;
-    api.engine.reject_after = 0;
-    api.engine.rejection = {kind, "no", kind == Kind::kInvalid ? "n" : "", 2.5};
+    api.engine.rejection = Rejection{kind, "no", kind == Kind::kInvalid ? "n" : "", 2.5};
     const auto responder = api.Completions(R"({"prompt":"x","stream":true})");
     ExpectError(*responder, status, code, kind == Kind::kInvalid ? "n" : "");
     EXPECT_EQ(responder->head().headers.Get("retry-after-ms"), status == 429   ? "2500"
@@ -325,16 +453,12 @@ TEST(Errors, RejectionsHaveTheirStatus) {
   }
 }
 
-TEST(Errors, OneRefusedReplyTakesTheOthersBack) {
+TEST(Errors, ARefusalHasTheFiguresOfThePromptThatIsMeant) {
   TestApi api;
-  api.engine.reject_after = 2;
-  api.engine.rejection = {Rejection::Kind::kQueueFull, "full", "", 1};
-  const auto responder = api.Completions(R"({"prompt":"x","n":4})");
-  ExpectError(*responder, 429, "queue_full");
-  const std::vector<std::string> cancelled = api.engine.WaitForCancelled(2);
-  EXPECT_EQ(cancelled,
-            (std::vector<std::string>{api.engine.job(0).request.id, api.engine.job(1).request.id}));
-  api.engine.job(0).sink->OnToken(Token(97, "a"));  // too late, and harmless
+  api.engine.rejection = Rejection{.kind = Rejection::Kind::kContextLength, .index = 3};
+  const auto responder = api.Completions(R"({"prompt":[[1],[2,3]],"n":2})");
+  ExpectError(*responder, 400, "context_length_exceeded");
+  EXPECT_THAT(responder->body(), HasSubstr(R"("n_prompt_tokens":2)"));
 }
 
 TEST(Errors, TooManyRequestsAtOnce) {
@@ -353,13 +477,16 @@ TEST(Errors, TooManyRequestsAtOnce) {
 TEST(Errors, AFullQueueIsSaidBeforeAnyWork) {
   TestApi api;
   api.engine.full = true;
-  api.engine.rejection = {Rejection::Kind::kQueueFull, "the queue is full", "", 2.5};
+  api.engine.rejection = Rejection{.kind = Rejection::Kind::kQueueFull,
+                                   .message = "the queue is full",
+                                   .retry_after_seconds = 2.5};
   for (const auto& responder : {api.Completions("not even JSON"), api.Chat(R"({"messages":[]})")}) {
     ExpectError(*responder, 429, "queue_full");
     EXPECT_EQ(responder->head().headers.Get("retry-after-ms"), "2500");
   }
   EXPECT_EQ(api.Call("POST", "/tokenize", R"({"prompt":"x"})")->head().status, 200);
   api.engine.full = false;
+  api.engine.rejection.reset();
   api.Completions(R"({"prompt":"x"})");
   EXPECT_EQ(api.engine.jobs(), 1u);
 }
@@ -550,6 +677,64 @@ TEST(Models, ListAndOne) {
       R"("owned_by":"dsla","root":"small.gguf","parent":null,"max_model_len":100,"permission":[]}]})");
   EXPECT_THAT(api.Call("GET", "/v1/models/alias")->body(), StartsWith(R"({"id":"alias",)"));
   ExpectError(*api.Call("GET", "/v1/models/a/b"), 404, "model_not_found", "model");
+}
+
+// The API with an operator's side.
+struct OperatorApi : TestApi {
+  OperatorApi() {
+    LadderInfo ladder{.model = "m", .adapter = "a", .ladder = {2, 0, 3, 1}, .top_level = 3};
+    ladder.max_level = 4;
+    PolicyOptions options;
+    options.policy = "paper";
+    options.layers = 4;
+    options.max_level = 3;
+    control = std::make_unique<DslaControl>(&engine, ladder, options);
+    context.control = control.get();
+    context.ladder = ladder;
+  }
+  std::unique_ptr<DslaControl> control;
+};
+
+TEST(DslaCommand, Reads) {
+  OperatorApi api;
+  const auto change = [&](const char* body) {
+    const auto responder = api.Call("POST", "/v1/dsla", body);
+    EXPECT_EQ(responder->head().status, 200) << responder->body();
+    return api.control->options();
+  };
+  PolicyOptions options = change(R"({"policy":"fixed","level":2,"max_level":4})");
+  EXPECT_EQ(options.policy, "fixed");
+  EXPECT_EQ(options.fixed_level, 2);
+  EXPECT_EQ(options.max_level, 4);
+  options = change(R"({"max_level":3})");
+  EXPECT_EQ(options.policy, "fixed");
+  EXPECT_EQ(options.max_level, 3);
+}
+
+TEST(DslaCommand, RefusesWithTheFieldsName) {
+  const std::array<const char*, 3> cases[] = {
+      {"", "invalid_json", ""},
+      {R"({"policy":"slo")", "invalid_json", ""},
+      {R"({"level":1,"level":2})", "invalid_json", ""},
+      {"[1]", "invalid_type", ""},
+      {"{}", "missing_required_parameter", ""},
+      {R"({"policy":"best"})", "invalid_value", "policy"},
+      {R"({"policy":1})", "invalid_type", "policy"},
+      {R"({"level":5})", "integer_above_max_value", "level"},
+      {R"({"level":-1})", "integer_below_min_value", "level"},
+      {R"({"level":1.5})", "invalid_type", "level"},
+      {R"({"level":"2"})", "invalid_type", "level"},
+      {R"({"level":18446744073709551615})", "integer_out_of_range", "level"},
+      {R"({"max_level":99999999999})", "integer_above_max_value", "max_level"},
+      {R"({"level":1,"policy":"slo"})", "invalid_value", "level"},
+      {R"({"levle":1})", "unknown_parameter", "levle"},
+  };
+  OperatorApi api;
+  for (const auto& [body, code, param] : cases) {
+    SCOPED_TRACE(body);
+    ExpectError(*api.Call("POST", "/v1/dsla", body), 400, code, param);
+  }
+  EXPECT_EQ(api.control->options().policy, "paper");
 }
 
 TEST(Tokens, ThereAndBack) {

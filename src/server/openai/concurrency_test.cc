@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <deque>
+#include <iterator>
 #include <random>
 #include <set>
 #include <thread>
@@ -31,11 +32,12 @@ class ThreadedEngine : public testing::FakeEngine {
     thread_.join();
   }
 
-  std::optional<Rejection> Submit(Request request, std::shared_ptr<RequestSink> sink) override {
+  std::optional<Rejection> SubmitAll(std::vector<Submission> group) override {
     {
       const std::lock_guard lock(mutex_);
-      if (queue_.size() >= 16) return Rejection{Rejection::Kind::kQueueFull, "full", "", 0.5};
-      queue_.push_back({std::move(request), std::move(sink)});
+      if (queue_.size() + group.size() > 16)
+        return Rejection{Rejection::Kind::kQueueFull, "full", "", 0.5};
+      std::move(group.begin(), group.end(), std::back_inserter(queue_));
     }
     wake_.notify_one();
     return std::nullopt;
@@ -56,7 +58,7 @@ class ThreadedEngine : public testing::FakeEngine {
     for (;;) {
       wake_.wait(lock, [this] { return stop_ || !queue_.empty(); });
       if (queue_.empty()) return;
-      const Job job = std::move(queue_.front());
+      const Submission job = std::move(queue_.front());
       queue_.pop_front();
       lock.unlock();
       int tokens = 0;
@@ -73,7 +75,7 @@ class ThreadedEngine : public testing::FakeEngine {
 
   std::mutex mutex_;
   std::condition_variable wake_;
-  std::deque<Job> queue_;
+  std::deque<Submission> queue_;
   std::set<std::string> cancelled_;
   bool stop_ = false;
   std::atomic<int> finished_{0};

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -206,6 +207,16 @@ void Fields::Refuse(std::initializer_list<std::string_view> names) const {
 
 void Fields::RefuseUnless(std::string_view name, bool accepted) const {
   if (!accepted && Find(name)) error_->Set(UnsupportedParameterError(Path(name)));
+}
+
+void Fields::RefuseOthers(std::initializer_list<std::string_view> names,
+                          std::string_view known) const {
+  for (const simdjson::dom::key_value_pair field : object_) {
+    if (std::find(names.begin(), names.end(), field.key) != names.end()) continue;
+    const std::string path = Path(field.key.substr(0, 64));
+    error_->Set(InvalidRequestError(fmt::format("'{}' is unknown: {}", path, known), path,
+                                    "unknown_parameter"));
+  }
 }
 
 }  // namespace dsla::openai

@@ -71,6 +71,8 @@ class Fields {
   // Fields that exist in the API but not here: anything but null is refused.
   void Refuse(std::initializer_list<std::string_view> names) const;
   void RefuseUnless(std::string_view name, bool accepted) const;
+  // For objects of this server's own, in which nothing is ignored; `known` says what there is.
+  void RefuseOthers(std::initializer_list<std::string_view> names, std::string_view known) const;
 
   FirstError* error() const { return error_; }
 

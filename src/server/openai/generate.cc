@@ -1,3 +1,6 @@
+#include <algorithm>
+#include <span>
+
 #include "engine/prompt.h"
 #include "server/openai/generation.h"
 #include "server/openai/handlers.h"
@@ -19,13 +22,19 @@ void Truncate(int keep, std::vector<int32_t>* tokens) {
 std::optional<HttpError> AddPrompt(const Service& service, const CompletionRequest& request,
                                    const Prompt& prompt, GenerationPlan* plan) {
   std::vector<int32_t> tokens;
+  size_t before = 0, after = 0;  // tokens that are put around a text
   const auto* text = std::get_if<std::string>(&prompt);
   if (text) {
     EncodeOptions options;
+    options.parse_special = request.parse_special;
     if (!request.add_special_tokens) options.add_bos = false;
     auto encoded = EncodeText(service, *text, options);
     if (const auto* error = std::get_if<HttpError>(&encoded)) return *error;
     tokens = std::move(std::get<std::vector<int32_t>>(encoded));
+    if (request.add_special_tokens) {
+      before = service.tokenizer().prefix().size();
+      after = service.tokenizer().suffix().size();
+    }
   } else {
     tokens = std::get<std::vector<int32_t>>(prompt);
   }
@@ -33,11 +42,14 @@ std::optional<HttpError> AddPrompt(const Service& service, const CompletionReque
   const size_t whole = tokens.size();
   Truncate(request.common.truncate_prompt, &tokens);
   if (request.echo) {
-    plan->echo_control = text == nullptr;
-    plan->echo_texts.push_back(
-        text && tokens.size() == whole
-            ? *text
-            : service.tokenizer().Decode(tokens, {.skip_special = !plan->echo_control}));
+    const size_t cut = whole - tokens.size();
+    GenerationPlan::Echo echo;
+    echo.begin = before - std::min(before, cut);
+    echo.end = tokens.size() - std::min(after, tokens.size());
+    echo.text = text && cut == 0 ? *text
+                                 : service.tokenizer().Decode(std::span(tokens).subspan(
+                                       echo.begin, echo.end - echo.begin));
+    plan->echoes.push_back(std::move(echo));
   }
   plan->prompts.push_back(std::move(tokens));
   return std::nullopt;

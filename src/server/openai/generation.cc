@@ -76,7 +76,7 @@ Generation::Generation(std::shared_ptr<Service> service, std::unique_ptr<Service
     if (plan_.logprobs < 0) continue;
     choice.logprobs.emplace(&service_->tokenizer(), plan_.chat, plan_.logprobs);
     if (!plan_.chat) {
-      choice.offsets.emplace(service_->tokenizer(), !(plan_.echo && plan_.echo_control));
+      choice.offsets.emplace(service_->tokenizer(), /*continues=*/!plan_.echo);
     }
   }
   JsonWriter head(plan_.common.stream ? "data: {" : "{");
@@ -89,7 +89,7 @@ Generation::Generation(std::shared_ptr<Service> service, std::unique_ptr<Service
   head_ = head.Take();
 }
 
-std::optional<HttpError> Generation::Prepare() {
+std::optional<HttpError> Generation::SetMaxTokens() {
   const Common& common = plan_.common;
   const int64_t context = service_->limits().max_context;
   for (const auto& prompt : plan_.prompts) {
@@ -102,13 +102,46 @@ std::optional<HttpError> Generation::Prepare() {
                       context, length + reply, length, reply),
           length, context);
     }
-    max_tokens_.push_back(common.max_tokens.value_or(static_cast<int>(context - length)));
+    if (common.max_tokens) {
+      max_tokens_.push_back(*common.max_tokens);
+    } else {
+      // As much as the context and the cache hold. Where that is nothing, the engine refuses the
+      // one token with its figures.
+      const int64_t room = service_->engine().LongestReply(length, common.tier, common.level);
+      max_tokens_.push_back(static_cast<int>(std::clamp<int64_t>(room, 1, context - length)));
+    }
     if (common.min_tokens > max_tokens_.back()) {
       return InvalidRequestError(fmt::format("'min_tokens' is {}, but there is room for {} tokens",
                                              common.min_tokens, max_tokens_.back()),
                                  "min_tokens", "integer_above_max_value");
     }
   }
+  return std::nullopt;
+}
+
+// An answer is held in memory until it is whole; of a stream only the prompt's part is.
+std::optional<HttpError> Generation::CheckLogprobs() const {
+  const Common& common = plan_.common;
+  int64_t prompt = 0, reply = 0;  // tokens
+  for (size_t i = 0; i < plan_.prompts.size(); ++i) {
+    if (scores_prompt(static_cast<int>(i)))
+      prompt += common.n * static_cast<int64_t>(plan_.prompts[i].size());
+    if (plan_.logprobs >= 0 && !common.stream) reply += common.n * int64_t{max_tokens_[i]};
+  }
+  const int64_t each = 1 + std::max(plan_.logprobs, 0);
+  const int64_t most = service_->limits().max_total_logprobs;
+  if ((prompt + reply) * each <= most) return std::nullopt;
+  return InvalidRequestError(
+      fmt::format("{} log-probabilities are asked for, {} of each of {} prompt tokens and {} reply "
+                  "tokens; one answer may have {}",
+                  (prompt + reply) * each, each, prompt, reply, most),
+      plan_.logprobs < 0 ? "prompt" : "logprobs", "integer_above_max_value");
+}
+
+std::optional<HttpError> Generation::Prepare() {
+  const Common& common = plan_.common;
+  if (auto error = SetMaxTokens()) return error;
+  if (auto error = CheckLogprobs()) return error;
   // The shortest of what the server, the field and the header say.
   double timeout = service_->context().default_timeout;
   const auto shorten = [&](double seconds) {
@@ -143,11 +176,11 @@ Request Generation::RequestOf(int index) const {
   // Who scores a prompt with one token to spare counts on it: an end token counts as well.
   request.ignore_eos = common.ignore_eos || (plan_.echo && plan_.logprobs >= 0 &&
                                              request.max_tokens == 1 && common.stop_ids.empty());
+  request.continues = !plan_.chat;
   request.stop_ids = common.stop_ids;
   request.stop = common.stop;
   request.top_logprobs = plan_.logprobs;
-  // A prompt that is only to be echoed is run all the same: its reply says at which level.
-  request.prompt_logprobs = plan_.echo && (plan_.logprobs >= 0 || request.max_tokens == 0);
+  request.prompt_logprobs = scores_prompt(prompt_of(index));
   request.tier = common.tier;
   request.level = common.level;
   request.cache_salt = common.cache_salt;
@@ -157,24 +190,19 @@ Request Generation::RequestOf(int index) const {
 
 void Generation::Submit() {
   const auto self = shared_from_this();
+  std::vector<Submission> group;
   for (size_t i = 0; i < ids_.size(); ++i) {
     const int index = static_cast<int>(i);
-    const auto rejection =
-        service_->engine().Submit(RequestOf(index), std::make_shared<Sink>(self, index));
-    if (!rejection) continue;
-    const HttpError error =
-        service_->ErrorOf(*rejection, static_cast<int64_t>(plan_.prompts[prompt_of(index)].size()));
-    for (size_t k = 0; k < i; ++k) service_->engine().Cancel(ids_[k]);
-    const std::lock_guard lock(mutex_);
-    ended_ = true;
-    responder_->Respond(ErrorResponse(error));
+    group.push_back({RequestOf(index), std::make_shared<Sink>(self, index)});
+  }
+  if (const auto rejection = service_->engine().SubmitAll(std::move(group))) {
+    const auto& prompt = plan_.prompts[prompt_of(static_cast<int>(rejection->index))];
+    responder_->Respond(
+        ErrorResponse(service_->ErrorOf(*rejection, static_cast<int64_t>(prompt.size()))));
     return;
   }
-  // The client may have left before all were there to be cancelled.
+  // The client may have left before they were there to be cancelled.
   if (disconnected_) CancelAll();
-  const std::lock_guard lock(mutex_);
-  submitting_ = false;
-  Advance();
 }
 
 void Generation::CancelAll() {
@@ -224,8 +252,10 @@ void Generation::OnFinish(int index, const RequestResult& result) {
 void Generation::AddToken(Choice& choice, const TokenOutput& token) {
   if (plan_.common.return_token_ids) choice.token_ids.push_back(token.token);
   if (!choice.logprobs) return;
+  // As TextStream: a control token gives no text.
+  const bool in_text = !service_->tokenizer().IsSpecial(token.token);
   choice.logprobs->Add(token.token, &token.logprob, token.top,
-                       choice.offsets ? choice.offsets->Next(token.token) : 0);
+                       choice.offsets ? choice.offsets->Next(token.token, in_text) : 0);
 }
 
 // What precedes the reply itself: the prompt, where it is to be echoed.
@@ -233,12 +263,13 @@ void Generation::BeginText(int index, std::string* text) {
   Choice& choice = choices_[index];
   if (std::exchange(choice.begun, true)) return;
   if (!plan_.echo) return;
-  text->insert(0, plan_.echo_texts[prompt_of(index)]);
+  const GenerationPlan::Echo& echo = plan_.echoes[prompt_of(index)];
+  text->insert(0, echo.text);
   if (!choice.logprobs) return;
   for (size_t i = 0; i < choice.prompt_logprobs.size(); ++i) {
     const PromptLogprob& token = choice.prompt_logprobs[i];
     choice.logprobs->Add(token.token, i == 0 ? nullptr : &token.logprob, token.top,
-                         choice.offsets->Next(token.token));
+                         choice.offsets->Next(token.token, i >= echo.begin && i < echo.end));
   }
   choice.prompt_logprobs = {};
 }
@@ -363,7 +394,7 @@ void Generation::WriteUsage(JsonWriter& out) const {
 
 // Sends what is due and ends the answer when everything is in.
 void Generation::Advance() {
-  if (submitting_ || ended_) return;
+  if (ended_) return;
   if (failure_) {
     Fail(*std::exchange(failure_, std::nullopt));
   } else if (finished_ == static_cast<int>(choices_.size())) {
@@ -410,7 +441,7 @@ void Generation::Complete() {
   responder_->End();
 }
 
-// On the engine's thread or at the end of Submit; the replies that still run are cancelled.
+// The replies that still run are cancelled.
 void Generation::Fail(HttpError error) {
   NoteUsage();
   if (!disconnected_) responder_->Note("error", error.code);

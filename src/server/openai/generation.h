@@ -27,8 +27,13 @@ struct GenerationPlan {
   std::string model;                          // to answer with
   std::vector<std::vector<int32_t>> prompts;  // none empty
   bool echo = false;
-  std::vector<std::string> echo_texts;  // with echo, of each prompt
-  bool echo_control = false;            // the texts hold those of control tokens
+  // A prompt as it is echoed. The tokens [begin, end) spell the text; the others, put around it, do
+  // not show.
+  struct Echo {
+    std::string text;
+    size_t begin = 0, end = 0;
+  };
+  std::vector<Echo> echoes;  // with echo, of each prompt
   int logprobs = -1;
 };
 
@@ -60,6 +65,8 @@ class Generation : public std::enable_shared_from_this<Generation> {
   };
 
   std::optional<HttpError> Prepare();  // max_tokens, deadline
+  std::optional<HttpError> SetMaxTokens();
+  std::optional<HttpError> CheckLogprobs() const;
   void Submit();
   Request RequestOf(int index) const;
   void CancelAll();
@@ -86,6 +93,10 @@ class Generation : public std::enable_shared_from_this<Generation> {
   HttpError ErrorOf(const RequestResult& result) const;
 
   int prompt_of(int index) const { return index / plan_.common.n; }
+  // A prompt that is only to be echoed is run all the same: its reply says at which level.
+  bool scores_prompt(int prompt) const {
+    return plan_.echo && (plan_.logprobs >= 0 || max_tokens_[prompt] == 0);
+  }
 
   const std::shared_ptr<Service> service_;
   const std::unique_ptr<Service::Permit> permit_;
@@ -102,9 +113,8 @@ class Generation : public std::enable_shared_from_this<Generation> {
 
   std::mutex mutex_;  // of what follows
   std::vector<Choice> choices_;
-  bool submitting_ = true;  // nothing goes out before all replies have been accepted
-  bool started_ = false;    // the first events are out
-  bool ended_ = false;      // nothing more will go out
+  bool started_ = false;  // the first events are out
+  bool ended_ = false;    // nothing more will go out
   int finished_ = 0;
   int first_level_ = 0, highest_level_ = 0;  // of tokens
   bool noted_ = false;                       // usage is, for the log

@@ -101,8 +101,9 @@ std::string Logprobs::Take() {
   return out.EndObject().Take();
 }
 
-int64_t TextOffsets::Next(int32_t token) {
+int64_t TextOffsets::Next(int32_t token, bool in_text) {
   const int64_t before = code_points_;
+  if (!in_text) return before;
   for (const char c : decoder_.Push(token)) {
     code_points_ += (static_cast<unsigned char>(c) & 0xc0) != 0x80;  // not a continuation byte
   }

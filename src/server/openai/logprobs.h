@@ -42,9 +42,11 @@ class Logprobs {
 // Code points before each token of a text.
 class TextOffsets {
  public:
-  TextOffsets(const Tokenizer& tokenizer, bool skip_special)
-      : decoder_(tokenizer, {.skip_special = skip_special}) {}
-  int64_t Next(int32_t token);
+  // continues: the first token follows others.
+  TextOffsets(const Tokenizer& tokenizer, bool continues)
+      : decoder_(tokenizer, {.continues = continues}) {}
+  // in_text: the text holds what the token spells.
+  int64_t Next(int32_t token, bool in_text);
 
  private:
   IncrementalDecoder decoder_;

@@ -90,11 +90,6 @@ void ParseMessage(const Fields& message, ChatMessage* out) {
   ParseContent(message, &out->content);
 }
 
-bool IsEmptyArray(const Fields& fields, std::string_view name) {
-  const auto value = fields.Find(name);
-  return value && value->is_array() && dom::array(*value).size() == 0;
-}
-
 void RefuseUnsupportedChat(const Fields& fields) {
   fields.Refuse({"audio", "prediction", "web_search_options", "chat_template", "documents",
                  "reasoning_effort", "mm_processor_kwargs", "media_io_kwargs"});
@@ -183,7 +178,7 @@ Parsed<ChatRequest> ParseChat(std::string_view body, const Limits& limits) {
     param = "max_tokens";
   }
   if (limited) common.max_tokens = max_tokens;
-  CheckTotalTokens(fields, limits, common.n, param, common);
+  CheckTotals(fields, limits, common.n, param, common);
   if (auto first = error.Take()) return *first;
   return request;
 }

@@ -112,17 +112,9 @@ HttpError NotOneOf(const std::string& path, const std::string& got, const char* 
       fmt::format("'{}' must be one of {}, not '{}'", path, values, got.substr(0, 64)), path);
 }
 
-// The object that only this server knows, so nothing in it is ignored.
 void ParseDsla(const Fields& fields, dom::object object, const Limits& limits, Common* common) {
   const Fields dsla(object, "dsla.", fields.error());
-  for (const dom::key_value_pair field : object) {
-    if (field.key == "level" || field.key == "tier") continue;
-    const std::string path = dsla.Path(field.key.substr(0, 64));
-    fields.error()->Set(
-        InvalidRequestError(fmt::format("'{}' is unknown: 'dsla' has 'level' or 'tier'", path),
-                            path, "unknown_parameter"));
-    return;
-  }
+  dsla.RefuseOthers({"level", "tier"}, "'dsla' has 'level' or 'tier'");
   std::string tier;
   const bool has_tier = dsla.String("tier", kMaxNameBytes, &tier);
   const bool has_level = dsla.Int("level", 0, limits.max_level, &common->level);
@@ -178,7 +170,7 @@ void RefuseUnsupported(const Fields& fields, const Limits& limits, const Common&
   fields.Refuse({"guided_json", "guided_regex", "guided_choice", "guided_grammar",
                  "guided_decoding", "grammar", "json_schema", "structured_outputs", "prompt_embeds",
                  "length_penalty", "logits_processors", "prompt_logprobs", "kv_transfer_params",
-                 "vllm_xargs", "thinking_token_budget"});
+                 "vllm_xargs", "thinking_token_budget", "allowed_token_ids"});
   if (const auto format = fields.Object("response_format")) {
     std::string type;
     Fields(*format, "response_format.", fields.error()).String("type", kMaxNameBytes, &type);
@@ -188,8 +180,20 @@ void RefuseUnsupported(const Fields& fields, const Limits& limits, const Common&
   if (fields.Int("best_of", 1, limits.max_n, &best_of)) {
     fields.RefuseUnless("best_of", best_of == common.n);
   }
-  bool beams = false;
-  if (fields.Bool("use_beam_search", &beams)) fields.RefuseUnless("use_beam_search", !beams);
+  for (const char* name : {"use_beam_search", "include_stop_str_in_output"}) {
+    bool on = false;
+    if (fields.Bool(name, &on)) fields.RefuseUnless(name, !on);
+  }
+  fields.RefuseUnless("bad_words", IsEmptyArray(fields, "bad_words"));
+  // llama.cpp's names, with what they say where they ask for nothing.
+  for (const char* name : {"typical_p", "repeat_penalty"}) {
+    float value = 1;
+    if (fields.Number(name, 0, 100, &value)) fields.RefuseUnless(name, value == 1);
+  }
+  int n_predict = -1;
+  if (fields.Int("n_predict", -2, kMaxTokens, &n_predict)) {
+    fields.RefuseUnless("n_predict", n_predict == -1);
+  }
   bool skip_special = true;
   if (fields.Bool("skip_special_tokens", &skip_special)) {
     fields.RefuseUnless("skip_special_tokens", skip_special);
@@ -225,8 +229,20 @@ void ParseCommon(const Fields& fields, const Limits& limits, Common* common) {
   RefuseUnsupported(fields, limits, *common);
 }
 
-void CheckTotalTokens(const Fields& fields, const Limits& limits, int64_t choices,
-                      std::string_view param, const Common& common) {
+bool IsEmptyArray(const Fields& fields, std::string_view name) {
+  const auto value = fields.Find(name);
+  return value && value->is_array() && dom::array(*value).size() == 0;
+}
+
+void CheckTotals(const Fields& fields, const Limits& limits, int64_t choices,
+                 std::string_view param, const Common& common) {
+  if (choices > limits.max_choices) {
+    fields.error()->Set(InvalidRequestError(
+        fmt::format("{} replies are asked for, 'n' = {} to each prompt; no more than {} may wait "
+                    "in the server's queue",
+                    choices, common.n, limits.max_choices),
+        common.n > 1 ? "n" : "prompt", "integer_above_max_value"));
+  }
   if (!common.max_tokens) return;
   if (common.min_tokens > *common.max_tokens) {
     fields.error()->Set(

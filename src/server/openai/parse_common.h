@@ -16,9 +16,12 @@ constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max();
 // Everything but the prompt, logprobs and max_tokens.
 void ParseCommon(const Fields& fields, const Limits& limits, Common* common);
 
-// max_tokens of each of `choices` replies: within the context and in sum within the limit.
-void CheckTotalTokens(const Fields& fields, const Limits& limits, int64_t choices,
-                      std::string_view param, const Common& common);
+// `choices` replies of max_tokens each, both within their limits; min_tokens within max_tokens.
+// `param`: the name that max_tokens was given by.
+void CheckTotals(const Fields& fields, const Limits& limits, int64_t choices,
+                 std::string_view param, const Common& common);
+
+bool IsEmptyArray(const Fields& fields, std::string_view name);
 
 // messages, with their text parts joined by line breaks.
 void ParseMessages(const Fields& fields, const Limits& limits, std::vector<ChatMessage>* messages);

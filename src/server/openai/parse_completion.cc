@@ -88,6 +88,7 @@ Parsed<CompletionRequest> ParseCompletion(std::string_view body, const Limits& l
   fields.Int("logprobs", 0, limits.max_logprobs, &request.logprobs);
   fields.Bool("echo", &request.echo);
   fields.Bool("add_special_tokens", &request.add_special_tokens);
+  fields.Bool("parse_special", &request.parse_special);
   // No token at all is of use only to score the prompt.
   int max_tokens = 16;
   fields.Int("max_tokens", request.echo ? 0 : 1, kMaxTokens, &max_tokens);
@@ -95,8 +96,8 @@ Parsed<CompletionRequest> ParseCompletion(std::string_view body, const Limits& l
   if (std::string suffix; fields.String("suffix", kMaxTextBytes, &suffix)) {
     fields.RefuseUnless("suffix", suffix.empty());
   }
-  CheckTotalTokens(fields, limits, static_cast<int64_t>(request.prompts.size()) * common.n,
-                   "max_tokens", common);
+  CheckTotals(fields, limits, static_cast<int64_t>(request.prompts.size()) * common.n, "max_tokens",
+              common);
   if (auto first = error.Take()) return *first;
   return request;
 }

@@ -18,19 +18,21 @@ namespace dsla::openai {
 
 struct Limits {
   int64_t vocab_size = 0;
-  int max_context = 0;    // tokens of prompt and reply
-  bool adapter = false;   // whether there are levels besides 0
-  int max_level = 0;      // of an exact level
-  int max_n = 16;         // replies per prompt
-  int max_prompts = 256;  // of one completions request
+  int max_context = 0;     // tokens of prompt and reply
+  bool adapter = false;    // whether there are levels besides 0
+  int max_level = 0;       // of an exact level
+  int max_n = 16;          // replies per prompt
+  int max_prompts = 256;   // of one completions request
+  int max_choices = 1024;  // prompts * n: as many as may wait
   int max_messages = 4096;
   int max_stop = 16;             // strings
   size_t max_stop_bytes = 1024;  // of one
   int max_stop_ids = 64;
   int max_logit_bias = 1024;
   int max_logprobs = 20;
-  int64_t max_total_tokens = 1 << 20;  // prompts * n * max_tokens
-  double max_timeout = 3600;           // seconds
+  int64_t max_total_tokens = 1 << 20;    // prompts * n * max_tokens
+  int64_t max_total_logprobs = 1 << 22;  // that one answer holds, tens of bytes each
+  double max_timeout = 3600;             // seconds
   Tier default_tier = Tier::kAuto;
 };
 
@@ -64,6 +66,7 @@ struct CompletionRequest {
   int logprobs = -1;  // -1: none; else the chosen token's and so many of the likeliest
   bool echo = false;
   bool add_special_tokens = true;
+  bool parse_special = true;  // of prompts given as text
 };
 
 struct ChatRequest {

@@ -182,6 +182,15 @@ TEST(RequestRanges, Integers) {
   BadField(R"("n":0)", "integer_below_min_value", "n");
   BadField(R"("n":17)", "integer_above_max_value", "n");
   BadField(R"("n":16,"max_tokens":100000)", "integer_above_max_value", "max_tokens");
+  BadCompletion(fmt::format(R"({{"prompt":[{}"a"],"n":9}})", Repeat("\"a\",", 127)),
+                "integer_above_max_value", "n");
+  EXPECT_EQ(Completion(fmt::format(R"({{"prompt":[{}"a"],"n":8}})", Repeat("\"a\",", 127)))
+                .prompts.size(),
+            128u);
+  Limits short_queue = TestLimits();
+  short_queue.max_choices = 1;
+  ExpectError(ParseCompletion(R"({"prompt":["a","b"]})", short_queue), "two prompts",
+              "integer_above_max_value", "prompt");
   BadField(R"("min_tokens":-1)", "integer_below_min_value", "min_tokens");
   BadField(R"("min_tokens":6,"max_tokens":5)", "integer_above_max_value", "min_tokens");
   BadField(R"("top_k":-2)", "integer_below_min_value", "top_k");
@@ -268,6 +277,16 @@ TEST(RequestUnsupported, IsRefusedByName) {
   BadField(R"("skip_special_tokens":false)", "unsupported_parameter", "skip_special_tokens");
   BadField(R"("priority":3)", "unsupported_parameter", "priority");
   GoodField(R"("use_beam_search":false,"skip_special_tokens":true,"priority":0)");
+  for (const auto& [name, nothing, something] :
+       std::vector<std::array<std::string, 3>>{{"include_stop_str_in_output", "false", "true"},
+                                               {"bad_words", "[]", R"(["x"])"},
+                                               {"allowed_token_ids", "null", "[1]"},
+                                               {"typical_p", "1.0", "0.9"},
+                                               {"repeat_penalty", "1", "1.1"},
+                                               {"n_predict", "-1", "32"}}) {
+    GoodField(Pair(name, nothing));
+    BadField(Pair(name, something), "unsupported_parameter", name);
+  }
   BadCompletion(R"({"prompt":"x","suffix":"y"})", "unsupported_parameter", "suffix");
   Completion(R"({"prompt":"x","suffix":""})");
   const std::string chat = R"({"messages":[{"role":"user","content":"x"}],)";

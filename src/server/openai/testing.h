@@ -2,6 +2,7 @@
 #pragma once
 
 #include <condition_variable>
+#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -18,22 +19,18 @@ namespace dsla::openai::testing {
 // Takes requests and does with them what the test says.
 class FakeEngine : public Engine {
  public:
-  struct Job {
-    Request request;
-    std::shared_ptr<RequestSink> sink;
-  };
-
-  std::optional<Rejection> Submit(Request request, std::shared_ptr<RequestSink> sink) override {
+  std::optional<Rejection> SubmitAll(std::vector<Submission> group) override {
     const std::lock_guard lock(mutex_);
-    if (reject_after == 0) return rejection;
-    --reject_after;
-    jobs_.push_back({std::move(request), std::move(sink)});
+    if (rejection) return rejection;
+    groups_.push_back(group.size());
+    for (Submission& submission : group) jobs_.push_back(std::move(submission));
     return std::nullopt;
   }
   std::optional<Rejection> RefusesAll() const override {
     if (full) return rejection;
     return std::nullopt;
   }
+  int LongestReply(int64_t, Tier, int) const override { return longest_reply; }
   void Cancel(const std::string& id) override {
     const std::lock_guard lock(mutex_);
     cancelled_.push_back(id);
@@ -46,13 +43,17 @@ class FakeEngine : public Engine {
   void SetMaxLevel(int) override {}
   void Drain() override {}
 
-  Job job(size_t i) const {
+  Submission job(size_t i) const {
     const std::lock_guard lock(mutex_);
     return jobs_.at(i);
   }
   size_t jobs() const {
     const std::lock_guard lock(mutex_);
     return jobs_.size();
+  }
+  std::vector<size_t> groups() const {  // sizes of what was submitted together
+    const std::lock_guard lock(mutex_);
+    return groups_;
   }
   // Lets go of the sinks, as an engine does that is done with the requests.
   void Forget() {
@@ -65,14 +66,15 @@ class FakeEngine : public Engine {
     return cancelled_;
   }
 
-  int reject_after = -1;  // so many are taken, the others get `rejection`; -1: all are taken
-  Rejection rejection;
+  std::optional<Rejection> rejection;  // of whatever is submitted
+  int longest_reply = std::numeric_limits<int>::max();
   bool full = false;  // nobody is taken, as `rejection` says
 
  private:
   mutable std::mutex mutex_;
   std::condition_variable changed_;
-  std::vector<Job> jobs_;
+  std::vector<Submission> jobs_;
+  std::vector<size_t> groups_;
   std::vector<std::string> cancelled_;
 };
 
@@ -186,17 +188,23 @@ class FakeResponder : public Responder {
   std::map<std::string, std::string> notes_;
 };
 
-inline std::unique_ptr<Tokenizer> SmallTokenizer() {
-  auto data = ParseTokenizerJson(dsla::testing::ByteLevelJson().dump(), "t.json");
+inline std::unique_ptr<Tokenizer> NewTokenizer(Expected<TokenizerData> data) {
   DSLA_CHECK(data.ok());
   auto tokenizer = Tokenizer::Create(std::move(data).value());
   DSLA_CHECK(tokenizer.ok());
   return std::move(tokenizer).value();
 }
+inline std::unique_ptr<Tokenizer> SmallTokenizer() {
+  return NewTokenizer(ParseTokenizerJson(dsla::testing::ByteLevelJson().dump(), "t.json"));
+}
+inline std::unique_ptr<Tokenizer> SentencePieceTokenizer() {
+  return NewTokenizer(FromGgufVocab(dsla::testing::SentencePieceVocab()));
+}
 
 // The API over a FakeEngine: ids, times and the context are fixed.
 struct TestApi {
-  explicit TestApi(int max_context = 100) : tokenizer(SmallTokenizer()) {
+  explicit TestApi(int max_context = 100, std::unique_ptr<Tokenizer> with = SmallTokenizer())
+      : tokenizer(std::move(with)) {
     context.engine = &engine;
     context.tokenizer = tokenizer.get();
     context.model_names = {"small", "alias"};
