@@ -23,8 +23,7 @@ struct SequenceLoad {
   int level = 0;             // of a waiting one: the lowest it may start at
   int max_level = 0;         // the highest its tier allows; level == max_level: not to be raised
   double arrival = 0;        // seconds, the clock of LoadSnapshot::now
-  // What is pending is computed again: it was pre-empted.
-  bool has_first_token = false;
+  bool has_first_token = false;  // what is pending then was pre-empted, and is computed again
 };
 
 // Taken between two steps.

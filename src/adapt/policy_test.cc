@@ -446,7 +446,10 @@ TEST(SloPolicy, WhatWasMeasuredBeforeARiseDrivesNoOther) {
   for (int i = 0; i < 20; ++i)
     policy->ObserveFirstToken({.now = -1, .seconds = 60, .prompt_tokens = 100});
   EXPECT_EQ(decide(0), kTop / 8);
-  for (double now = 0.5; now < 8; now += 0.5) EXPECT_EQ(decide(now), kTop / 8) << now;
+  for (double now = 0.5; now < 8; now += 0.5) {
+    policy->ObserveFirstToken({.now = now, .seconds = 60, .prompt_tokens = 100});  // in part
+    EXPECT_EQ(decide(now), kTop / 8) << now;
+  }
   policy->ObserveFirstToken({.now = 8, .seconds = 7.5, .prompt_tokens = 100});
   EXPECT_EQ(decide(8.5), 2 * (kTop / 8));
 }

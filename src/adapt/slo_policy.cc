@@ -55,13 +55,19 @@ SloPolicy::SloPolicy(const SloOptions& options, CostModel cost, int max_level)
       max_level_(max_level),
       ttft_(kFeedbackSeconds),
       tpot_(kFeedbackSeconds),
+      last_rise_(kNever),
       last_look_(kNever),
       last_change_(kNever) {}
 
 void SloPolicy::ObserveFirstToken(const FirstToken& token) {
+  if (token.now - token.seconds < last_rise_) return;
   const double alone = cost_.PromptSeconds(0, token.prompt_tokens - token.cached_tokens,
                                            token.cached_tokens, options_.prefill_chunk);
   ttft_.Add(token.now, token.seconds - alone);
+}
+
+void SloPolicy::ObserveToken(double now, double seconds) {
+  if (now - seconds >= last_rise_) tpot_.Add(now, seconds);
 }
 
 LevelDecision SloPolicy::Decide(const LoadSnapshot& load) {
@@ -221,6 +227,7 @@ void SloPolicy::MoveTarget(const LoadSnapshot& load, const Want& want, LevelDeci
     if (!cool) return;
     decision.reason = UpReason(load, want);
     target_ = want.level;
+    last_rise_ = load.now;
     ttft_.Clear();
     tpot_.Clear();
   } else {

@@ -17,8 +17,8 @@
 // gains next to no time.
 //
 // Where clients see more than the estimate says, and more than a target, the level goes up a step.
-// Of a first token only what the load added counts, as in the estimate, and of what was before the
-// last rise nothing: it says what that rise was for, not what it gave.
+// Of a first token only what the load added counts, as in the estimate. What began before the last
+// rise says what that was for, not what it gave, and does not count.
 //
 // Beside replies, prompts are cut into chunks as small as costs next to nothing by the cost model,
 // and smaller where the target per token asks for it, as far as the loss is bounded: quality is not
@@ -52,7 +52,7 @@ class SloPolicy final : public LevelPolicy {
   void ObserveStep(const StepTime& step) override { correction_.ObserveStep(measured_, step); }
   void ObserveFold(const FoldPoint& fold) override { correction_.ObserveFold(measured_, fold); }
   void ObserveFirstToken(const FirstToken& token) override;
-  void ObserveToken(double now, double seconds) override { tpot_.Add(now, seconds); }
+  void ObserveToken(double now, double seconds) override;
   CostFactors cost_factors() const override { return correction_.factors(); }
 
  private:
@@ -89,9 +89,11 @@ class SloPolicy final : public LevelPolicy {
 
   SlidingQuantile ttft_, tpot_;         // what clients saw since the last rise
   double ttft_p95_ = 0, tpot_p95_ = 0;  // of that, at the last look
+
   int target_ = 0;
   int prefill_limit_ = 0;    // tokens, of the last look
-  double last_look_;         // seconds, -inf before the first
+  double last_rise_;         // of the target, seconds; -inf before the first
+  double last_look_;         // likewise
   double last_change_;       // of the target
   double calm_since_ = 0;    // with calm_
   bool calm_ = false;        // a lower target has sufficed since

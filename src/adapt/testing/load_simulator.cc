@@ -14,7 +14,6 @@ constexpr double kIdleTick = 0.5;
 
 struct Sequence {
   SequenceLoad load;
-  int reply_done = 0;
   double last_token = 0;
 };
 
