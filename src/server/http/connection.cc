@@ -194,17 +194,14 @@ bool Connection::HoldBody() {
   return false;
 }
 
-void Connection::ReleaseBody() {
-  host_->ReleaseBodyBytes(held_);
-  held_ = 0;
-}
+void Connection::ReleaseBody() { *host_->body_bytes() -= std::exchange(held_, 0); }
 
 void Connection::SendContinue() {
   continue_ = "HTTP/1.1 100 Continue\r\n\r\n";
   Send();
 }
 
-std::shared_ptr<Exchange> Connection::NewExchange(bool keep_alive) {
+std::shared_ptr<Exchange> Connection::NewExchange(bool keep_alive, std::string* body) {
   ExchangeOptions options;
   options.stream_buffer = host_->options().stream_buffer;
   options.keep_alive = keep_alive && reader_.keep_alive() && !beyond_limit_;
@@ -212,14 +209,31 @@ std::shared_ptr<Exchange> Connection::NewExchange(bool keep_alive) {
   options.extra = std::move(dispatched_.extra);
   if (dispatched_.route) options.route = dispatched_.route->pattern;
   HttpRequest request = std::move(reader_.request());
+  const auto body_bytes = static_cast<int64_t>(request.body.size());
+  if (body) *body = std::move(request.body);
+  std::string().swap(request.body);
   request.admin = dispatched_.admin;
   request.path_params = std::move(dispatched_.params);
   BeginRequest();
   SetDeadline(Waiting::kHandler, 0);
-  exchange_ = std::make_shared<Exchange>(std::make_shared<HttpRequest>(std::move(request)),
-                                         weak_from_this(), host_->closing(), std::move(options));
+  exchange_ = std::make_shared<Exchange>(std::move(request), body_bytes, weak_from_this(),
+                                         host_->closing(), std::move(options));
   host_->observer().OnRequestStarted();
   return exchange_;
+}
+
+// The request as its handler gets it. Its body counts until nobody holds it any more, which may be
+// on another thread, and after the server.
+std::shared_ptr<const HttpRequest> Connection::WithBody(const HttpRequest& head, std::string body) {
+  struct Counted {
+    HttpRequest request;
+    std::shared_ptr<std::atomic<int64_t>> total;
+    int64_t bytes;
+    ~Counted() { *total -= bytes; }
+  };
+  auto counted = std::make_shared<Counted>(head, host_->body_bytes(), std::exchange(held_, 0));
+  counted->request.body = std::move(body);
+  return {counted, &counted->request};
 }
 
 void Connection::BeginRequest() {
@@ -236,12 +250,13 @@ void Connection::Refuse(HttpResponse response, bool close) {
 }
 
 void Connection::OnRequest() {
-  const std::shared_ptr<Exchange> exchange = NewExchange(true);
+  std::string body;
+  const std::shared_ptr<Exchange> exchange = NewExchange(true, &body);
   const std::shared_ptr<Responder> responder = Exchange::NewResponder(exchange);
   const Dispatched dispatched = std::move(dispatched_);
   dispatched_ = Dispatched();
   try {
-    dispatched.route->handler(exchange->request(), responder);
+    dispatched.route->handler(WithBody(exchange->head(), std::move(body)), responder);
   } catch (const std::bad_alloc&) {
     host_->observer().OnTrouble("out of memory in a request's handler");
     responder->Respond(ErrorResponse(OutOfMemoryError()));
@@ -249,8 +264,6 @@ void Connection::OnRequest() {
     host_->observer().OnTrouble(std::string("a request's handler failed: ") + error.what());
     responder->Respond(ErrorResponse(InternalError()));
   }
-  exchange->ReleaseBody();
-  ReleaseBody();
   if (saw_end_ && !exchange->answered()) return Close();
   AwaitAnswer();
   ReadMore();
@@ -275,7 +288,10 @@ void Connection::Send() {
   } else if (exchange_) {
     write_ = exchange_->Take();
     if (write_.empty()) {
-      if (exchange_->complete()) FinishExchange();
+      if (exchange_->complete())
+        FinishExchange();
+      else if (waiting_ == Waiting::kHandler)
+        AwaitAnswer();
       return;
     }
   } else {

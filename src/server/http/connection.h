@@ -36,7 +36,8 @@ class ConnectionHost {
   virtual void OnFailure(const std::exception& error) = 0;
   // Takes so many more bytes of the bound on bodies; false: they are not to be had.
   virtual bool HoldBodyBytes(int64_t bytes) = 0;
-  virtual void ReleaseBodyBytes(int64_t bytes) = 0;
+  // What is held of it; whoever gives back subtracts.
+  virtual std::shared_ptr<std::atomic<int64_t>> body_bytes() const = 0;
   virtual void Remove(const std::shared_ptr<ConnectionLink>& connection) = 0;
 };
 
@@ -72,7 +73,9 @@ class Connection : public ConnectionLink, public std::enable_shared_from_this<Co
   void SendContinue();
   void OnRequest();
   void Refuse(HttpResponse response, bool close);
-  std::shared_ptr<Exchange> NewExchange(bool keep_alive);
+  // body: gets the request's, which else goes.
+  std::shared_ptr<Exchange> NewExchange(bool keep_alive, std::string* body = nullptr);
+  std::shared_ptr<const HttpRequest> WithBody(const HttpRequest& head, std::string body);
   void BeginRequest();  // counts it, once, when its head has come
   void EndRequest();
   void FillRequest();

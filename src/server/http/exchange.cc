@@ -27,10 +27,10 @@ class Exchange::Handle : public Responder {
   const std::shared_ptr<Exchange> exchange_;
 };
 
-Exchange::Exchange(std::shared_ptr<HttpRequest> request, std::weak_ptr<ConnectionLink> link,
+Exchange::Exchange(HttpRequest head, int64_t body_bytes, std::weak_ptr<ConnectionLink> link,
                    std::shared_ptr<const std::atomic<bool>> closing, ExchangeOptions options)
-    : request_(std::move(request)),
-      body_bytes_(static_cast<int64_t>(request_->body.size())),
+    : head_(std::make_shared<const HttpRequest>(std::move(head))),
+      body_bytes_(body_bytes),
       link_(std::move(link)),
       closing_(std::move(closing)),
       options_(std::move(options)),
@@ -39,8 +39,6 @@ Exchange::Exchange(std::shared_ptr<HttpRequest> request, std::weak_ptr<Connectio
 std::shared_ptr<Responder> Exchange::NewResponder(std::shared_ptr<Exchange> exchange) {
   return std::make_shared<Handle>(std::move(exchange));
 }
-
-void Exchange::ReleaseBody() { std::string().swap(request_->body); }
 
 void Exchange::BeginHead(const HttpResponse& response, bool stream, std::string& bytes) {
   status_ = response.status;
@@ -53,13 +51,13 @@ void Exchange::BeginHead(const HttpResponse& response, bool stream, std::string&
   }
   chunked_ = framing == BodyFraming::kChunked;
   HttpHeaders extra = options_.extra;
-  extra.Add("X-Request-Id", request_->request_id);
+  extra.Add("X-Request-Id", head_->request_id);
   bytes += ResponseHeadBytes(response.status, response.headers, extra, framing,
                              static_cast<int64_t>(response.body.size()), keep_alive_);
 }
 
 void Exchange::AppendBody(std::string_view chunk, std::string& bytes) const {
-  if (request_->method == "HEAD" || status_ == 204 || status_ == 304) return;
+  if (head_->method == "HEAD" || status_ == 204 || status_ == 304) return;
   if (chunked_) {
     AppendChunk(chunk, bytes);
   } else {
@@ -102,6 +100,7 @@ bool Exchange::Respond(HttpResponse response) {
 void Exchange::ExpectStream(HttpResponse head) {
   const std::lock_guard lock(mutex_);
   early_head_ = std::move(head);
+  WakeLocked();  // the connection knows of no comment that is due yet
 }
 
 bool Exchange::StartStream(HttpResponse head) {
@@ -161,7 +160,7 @@ void Exchange::End() {
   state_ = State::kEnded;
   released.swap(on_disconnect_);
   std::string bytes;
-  if (chunked_ && request_->method != "HEAD") AppendLastChunk(bytes);
+  if (chunked_ && head_->method != "HEAD") AppendLastChunk(bytes);
   if (bytes.empty()) {
     WakeLocked();
   } else {
@@ -254,12 +253,12 @@ void Exchange::Disconnect() {
 AccessRecord Exchange::Record() const {
   const std::lock_guard lock(mutex_);
   AccessRecord record;
-  record.request = request_;
+  record.request = head_;
   record.route = options_.route;
   record.status = status_;
   record.body_bytes = body_bytes_;
   record.bytes = bytes_;
-  record.seconds = NowSeconds() - request_->arrival;
+  record.seconds = NowSeconds() - head_->arrival;
   record.notes = notes_;
   return record;
 }

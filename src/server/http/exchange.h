@@ -48,7 +48,7 @@ struct ExchangeOptions {
 class Exchange : public std::enable_shared_from_this<Exchange> {
  public:
   // closing: once true, the answer says Connection: close.
-  Exchange(std::shared_ptr<HttpRequest> request, std::weak_ptr<ConnectionLink> link,
+  Exchange(HttpRequest head, int64_t body_bytes, std::weak_ptr<ConnectionLink> link,
            std::shared_ptr<const std::atomic<bool>> closing, ExchangeOptions options);
 
   // For the handler; when it is dropped without an answer, 500 goes out (or a begun stream breaks
@@ -56,8 +56,7 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
   static std::shared_ptr<Responder> NewResponder(std::shared_ptr<Exchange> exchange);
 
   // --- The connection's side.
-  std::shared_ptr<const HttpRequest> request() const { return request_; }
-  void ReleaseBody();  // the request's; the handler has returned
+  const HttpRequest& head() const { return *head_; }  // the request without its body
   // What is to be sent now; empty: nothing. Before the next Take, Sent says that it is gone.
   std::string Take();
   void Sent();
@@ -90,8 +89,8 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
   void BeginHead(const HttpResponse& response, bool stream, std::string& bytes);
   void WakeLocked();
 
-  const std::shared_ptr<HttpRequest> request_;
-  const int64_t body_bytes_;  // of its body as it came
+  const std::shared_ptr<const HttpRequest> head_;
+  const int64_t body_bytes_;
   const std::weak_ptr<ConnectionLink> link_;
   const std::shared_ptr<const std::atomic<bool>> closing_;
   const ExchangeOptions options_;

@@ -45,7 +45,7 @@ struct HttpRequest {
   std::string path;    // percent-decoded, without the query; one trailing slash is dropped
   std::string query;   // after '?', as sent
   HttpHeaders headers;
-  std::string body;            // there until the handler returns
+  std::string body;            // empty in an AccessRecord
   std::string request_id;      // the client's X-Request-Id where it is sound, else made here
   std::string remote_address;  // "127.0.0.1:51234"
   bool admin = false;          // the admin key was given
@@ -75,7 +75,7 @@ class Responder {
   // The whole answer at once.
   virtual bool Respond(HttpResponse response) = 0;
 
-  // Called by the handler before it returns: a stream of events may follow. When nothing has gone
+  // A stream of events may follow. When nothing has gone
   // out for a while (HttpServerOptions::comment_seconds), a comment does, at first behind `head`,
   // so that proxies keep the connection. From then on StartStream adds only its body, and Respond
   // returns false: an error has to be an event.

@@ -110,7 +110,7 @@ struct HttpServer::Impl : public ConnectionHost {
   void RequestFinished() override;
   void OnFailure(const std::exception& error) override;
   bool HoldBodyBytes(int64_t bytes) override;
-  void ReleaseBodyBytes(int64_t bytes) override { body_bytes_ -= bytes; }
+  std::shared_ptr<std::atomic<int64_t>> body_bytes() const override { return body_bytes_; }
   void Remove(const std::shared_ptr<ConnectionLink>& connection) override;
 
   const HttpServerOptions options_;
@@ -120,7 +120,8 @@ struct HttpServer::Impl : public ConnectionHost {
   std::unique_ptr<asio::ssl::context> tls_;
   asio::io_context io_;
   std::vector<std::unique_ptr<Listener>> listeners_;
-  std::atomic<int64_t> body_bytes_{0};
+  const std::shared_ptr<std::atomic<int64_t>> body_bytes_ =
+      std::make_shared<std::atomic<int64_t>>(0);
   int port_ = 0;
   std::vector<std::thread> threads_;
 
@@ -258,8 +259,8 @@ void HttpServer::Impl::OnFailure(const std::exception& error) {
 }
 
 bool HttpServer::Impl::HoldBodyBytes(int64_t bytes) {
-  if (body_bytes_.fetch_add(bytes) + bytes <= options_.max_body_total) return true;
-  body_bytes_ -= bytes;
+  if (body_bytes_->fetch_add(bytes) + bytes <= options_.max_body_total) return true;
+  *body_bytes_ -= bytes;
   return false;
 }
 
@@ -324,7 +325,7 @@ int HttpServer::requests() const {
   return impl_->requests_;
 }
 
-int64_t HttpServer::body_bytes() const { return impl_->body_bytes_; }
+int64_t HttpServer::body_bytes() const { return *impl_->body_bytes_; }
 
 bool HttpServer::WaitIdle(double seconds) {
   std::unique_lock lock(impl_->mutex_);

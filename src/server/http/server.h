@@ -73,7 +73,7 @@ class HttpServer {
 
   int connections() const;
   int requests() const;        // whose head has come and whose answer has not been sent
-  int64_t body_bytes() const;  // of requests that are being read or whose handler runs
+  int64_t body_bytes() const;  // of requests that are being read or held by somebody
   // Waits until there is none of these requests, or for so long; whether there is none.
   bool WaitIdle(double seconds);
 

@@ -261,39 +261,43 @@ TEST(HttpServerTest, StreamsEventByEvent) {
   EXPECT_EQ(client.Call(Get("/open")).status, 200);
 }
 
+// Whether the handler expects a stream before it returns or another thread does later.
 TEST(HttpServerTest, StreamsThatStandStillGetComments) {
   HttpServerOptions options = TestServer::DefaultOptions();
   options.comment_seconds = 0.05;
   TestServer server(options);
   const std::string comment(kSseComment);
-  RawClient client(server.port());
-  client.Send(PostJson("/stream", "{}"));
-  TestServer::Held held = server.TakeHeld();
-  std::string seen;
-  const auto see = [&](const std::string& text) {
-    while (seen.find(text) == std::string::npos) {
-      const std::string more = client.ReadSome();
-      ASSERT_FALSE(more.empty()) << seen;
-      seen += more;
-    }
-    seen.erase(0, seen.find(text) + text.size());
-  };
-  see("HTTP/1.1 200 OK\r\n");
-  see("text/event-stream");
-  see(comment);
-  see(comment);
-  EXPECT_FALSE(held.responder->Respond(TextResponse(500, "too late")));
-  HttpResponse head = SseHead();
-  head.body = SseEvent("1");
-  EXPECT_TRUE(held.responder->StartStream(head));
-  EXPECT_FALSE(held.responder->StartStream(head));
-  see(SseEvent("1"));
-  see(comment);  // also in the middle
-  EXPECT_TRUE(held.responder->Write(SseEvent("2")));
-  held.responder->End();
-  see(SseEvent("2"));
-  see("\r\n0\r\n\r\n");
-  EXPECT_EQ(seen, "");
+  for (const bool later : {false, true}) {
+    RawClient client(server.port());
+    client.Send(PostJson(later ? "/hold" : "/stream", "{}"));
+    TestServer::Held held = server.TakeHeld();
+    if (later) held.responder->ExpectStream(SseHead());
+    std::string seen;
+    const auto see = [&](const std::string& text) {
+      while (seen.find(text) == std::string::npos) {
+        const std::string more = client.ReadSome();
+        ASSERT_FALSE(more.empty()) << seen;
+        seen += more;
+      }
+      seen.erase(0, seen.find(text) + text.size());
+    };
+    see("HTTP/1.1 200 OK\r\n");
+    see("text/event-stream");
+    see(comment);
+    see(comment);
+    EXPECT_FALSE(held.responder->Respond(TextResponse(500, "too late")));
+    HttpResponse head = SseHead();
+    head.body = SseEvent("1");
+    EXPECT_TRUE(held.responder->StartStream(head));
+    EXPECT_FALSE(held.responder->StartStream(head));
+    see(SseEvent("1"));
+    see(comment);  // also in the middle
+    EXPECT_TRUE(held.responder->Write(SseEvent("2")));
+    held.responder->End();
+    see(SseEvent("2"));
+    see("\r\n0\r\n\r\n");
+    EXPECT_EQ(seen, "");
+  }
 
   // Before the first comment, a failure has its own status.
   TestServer patient;

@@ -121,8 +121,7 @@ void HandleCompletions(const ServicePtr& service, PermitPtr permit, RequestPtr r
     }
   }
   plan.common = std::move(completion.common);
-  Generation::Start(service, std::move(permit), std::move(plan), std::move(request),
-                    std::move(responder));
+  Generation::Start(service, std::move(permit), std::move(plan), *request, std::move(responder));
 }
 
 void HandleChat(const ServicePtr& service, PermitPtr permit, RequestPtr request,
@@ -141,8 +140,7 @@ void HandleChat(const ServicePtr& service, PermitPtr permit, RequestPtr request,
   Truncate(chat.common.truncate_prompt, &plan.prompts[0]);
   plan.logprobs = chat.logprobs;
   plan.common = std::move(chat.common);
-  Generation::Start(service, std::move(permit), std::move(plan), std::move(request),
-                    std::move(responder));
+  Generation::Start(service, std::move(permit), std::move(plan), *request, std::move(responder));
 }
 
 }  // namespace dsla::openai

@@ -33,11 +33,11 @@ class Generation::Sink : public RequestSink {
 };
 
 void Generation::Start(std::shared_ptr<Service> service, std::unique_ptr<Service::Permit> permit,
-                       GenerationPlan plan, std::shared_ptr<const HttpRequest> request,
+                       GenerationPlan plan, const HttpRequest& request,
                        std::shared_ptr<Responder> responder) {
   const auto generation = std::make_shared<Generation>(
-      std::move(service), std::move(permit), std::move(plan), std::move(request), responder);
-  if (auto error = generation->Prepare()) {
+      std::move(service), std::move(permit), std::move(plan), request.request_id, responder);
+  if (auto error = generation->Prepare(request)) {
     responder->Respond(ErrorResponse(*error));
     return;
   }
@@ -59,19 +59,18 @@ void Generation::Start(std::shared_ptr<Service> service, std::unique_ptr<Service
 }
 
 Generation::Generation(std::shared_ptr<Service> service, std::unique_ptr<Service::Permit> permit,
-                       GenerationPlan plan, std::shared_ptr<const HttpRequest> request,
+                       GenerationPlan plan, std::string_view request_id,
                        std::shared_ptr<Responder> responder)
     : service_(std::move(service)),
       permit_(std::move(permit)),
       plan_(std::move(plan)),
-      request_(std::move(request)),
       responder_(std::move(responder)),
       choices_(plan_.prompts.size() * plan_.common.n) {
   const uint64_t serial = service_->Random();
   id_ = fmt::format("{}-{:016x}", plan_.chat ? "chatcmpl" : "cmpl", serial);
   for (size_t i = 0; i < choices_.size(); ++i) {
     // The client's id for the log, the serial number to be unique.
-    ids_.push_back(fmt::format("{}/{:08x}.{}", request_->request_id, serial >> 32, i));
+    ids_.push_back(fmt::format("{}/{:08x}.{}", request_id, serial >> 32, i));
     Choice& choice = choices_[i];
     if (plan_.logprobs < 0) continue;
     choice.logprobs.emplace(&service_->tokenizer(), plan_.chat, plan_.logprobs);
@@ -138,7 +137,7 @@ std::optional<HttpError> Generation::CheckLogprobs() const {
       plan_.logprobs < 0 ? "prompt" : "logprobs", "integer_above_max_value");
 }
 
-std::optional<HttpError> Generation::Prepare() {
+std::optional<HttpError> Generation::Prepare(const HttpRequest& request) {
   const Common& common = plan_.common;
   if (auto error = SetMaxTokens()) return error;
   if (auto error = CheckLogprobs()) return error;
@@ -148,13 +147,13 @@ std::optional<HttpError> Generation::Prepare() {
     if (seconds > 0 && (timeout == 0 || seconds < timeout)) timeout = seconds;
   };
   shorten(common.timeout);
-  if (const std::string* header = request_->headers.Find(kTimeoutHeader)) {
+  if (const std::string* header = request.headers.Find(kTimeoutHeader)) {
     const auto seconds = ParseTimeoutHeader(*header, service_->limits());
     if (const auto* error = std::get_if<HttpError>(&seconds)) return *error;
     shorten(std::get<double>(seconds));
   }
   if (timeout > 0) {
-    deadline_ = (request_->arrival > 0 ? request_->arrival : NowSeconds()) + timeout;
+    deadline_ = (request.arrival > 0 ? request.arrival : NowSeconds()) + timeout;
   }
   for (size_t i = 0; i < choices_.size(); ++i) {
     // Replies to one prompt differ, and are the same again for the same seed.

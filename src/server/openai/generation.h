@@ -41,12 +41,12 @@ class Generation : public std::enable_shared_from_this<Generation> {
  public:
   // Checks lengths, submits everything and returns; the answer comes later.
   static void Start(std::shared_ptr<Service> service, std::unique_ptr<Service::Permit> permit,
-                    GenerationPlan plan, std::shared_ptr<const HttpRequest> request,
+                    GenerationPlan plan, const HttpRequest& request,
                     std::shared_ptr<Responder> responder);
 
   // For Start alone.
   Generation(std::shared_ptr<Service> service, std::unique_ptr<Service::Permit> permit,
-             GenerationPlan plan, std::shared_ptr<const HttpRequest> request,
+             GenerationPlan plan, std::string_view request_id,
              std::shared_ptr<Responder> responder);
 
  private:
@@ -64,7 +64,7 @@ class Generation : public std::enable_shared_from_this<Generation> {
     RequestResult result;
   };
 
-  std::optional<HttpError> Prepare();  // max_tokens, deadline
+  std::optional<HttpError> Prepare(const HttpRequest& request);  // max_tokens, deadline
   std::optional<HttpError> SetMaxTokens();
   std::optional<HttpError> CheckLogprobs() const;
   void Submit();
@@ -101,7 +101,6 @@ class Generation : public std::enable_shared_from_this<Generation> {
   const std::shared_ptr<Service> service_;
   const std::unique_ptr<Service::Permit> permit_;
   const GenerationPlan plan_;
-  const std::shared_ptr<const HttpRequest> request_;
   const std::shared_ptr<Responder> responder_;
   double deadline_ = 0;
   std::vector<int> max_tokens_;   // [prompts]
