@@ -58,7 +58,7 @@ class ThreadedEngine : public testing::FakeEngine {
     for (;;) {
       wake_.wait(lock, [this] { return stop_ || !queue_.empty(); });
       if (queue_.empty()) return;
-      const Submission job = std::move(queue_.front());
+      Submission job = std::move(queue_.front());
       queue_.pop_front();
       lock.unlock();
       int tokens = 0;
@@ -69,6 +69,7 @@ class ThreadedEngine : public testing::FakeEngine {
       if (tokens < 3) result.status = Status(StatusCode::kCancelled, "cancelled");
       job.sink->OnFinish(result);
       ++finished_;
+      job = {};  // without the lock: the last sink may be the last to hold what cancels
       lock.lock();
     }
   }

@@ -19,6 +19,9 @@ namespace dsla::openai::testing {
 // Takes requests and does with them what the test says.
 class FakeEngine : public Engine {
  public:
+  // The last sink may be the last to hold the service, which cancels what it still has to.
+  ~FakeEngine() override { jobs_.clear(); }
+
   std::optional<Rejection> SubmitAll(std::vector<Submission> group) override {
     const std::lock_guard lock(mutex_);
     if (rejection) return rejection;
