@@ -143,11 +143,11 @@ void Worker::ReadMail(Inbox::Mail& mail) {
     const int highest = *mail.max_level;
     policy_->SetMaxLevel(highest);
     scheduler_.set_auto_max_level(highest);
-    SetTarget(std::min(scheduler_.target_level(), highest), NowSeconds(),
-              fmt::format("admin: the highest level is {}", highest));
     next_decision_ = 0;
     admin_change_ +=
-        fmt::format("{}max level {}", admin_change_.empty() ? "admin: " : ", ", *mail.max_level);
+        fmt::format("{}max level {}", admin_change_.empty() ? "admin: " : ", ", highest);
+    if (scheduler_.target_level() > highest)
+      SetTarget(highest, NowSeconds(), std::exchange(admin_change_, {}));
     const std::lock_guard lock(state_mutex_);
     state_.max_level = highest;
   }
@@ -198,7 +198,7 @@ void Worker::Decide() {
 
   scheduler_.set_prefill_limit(decision.prefill_limit);
   scheduler_.set_short_prompt(decision.short_prompt);
-  SetTarget(std::clamp(decision.target, 0, model_->max_level()), now, decision.reason);
+  SetTarget(std::clamp(decision.target, 0, scheduler_.auto_max_level()), now, decision.reason);
   due_ = std::move(decision);
 }
 
