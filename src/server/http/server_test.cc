@@ -194,29 +194,15 @@ TEST(HttpServerTest, HandlerThatThrowsOrForgets) {
   EXPECT_EQ(client.Call(Get("/open")).status, 200);
 }
 
-// Fails where the observer is told, which is outside of any request's handler.
-class FailingServer : public TestServer {
- public:
-  void OnConnections(int delta) override {
-    if (delta > 0 && fail_connection.exchange(false)) throw std::bad_alloc();
-  }
-  void OnRequestFinished(const AccessRecord& record) override {
-    if (fail_request.exchange(false)) throw std::bad_alloc();
-    TestServer::OnRequestFinished(record);
-  }
-
-  static inline std::atomic<bool> fail_connection{false}, fail_request{false};
-};
-
 TEST(HttpServerTest, MemoryThatRunsOutCostsOneConnection) {
-  FailingServer server;
-  FailingServer::fail_request = true;
+  TestServer server;
+  server.FailAtFinish();
   RawClient client(server.port());
   EXPECT_EQ(client.Call(Get("/open")).status, 200);
   EXPECT_TRUE(client.ClosedWithin(10));
   EXPECT_THAT(server.WaitTrouble(), HasSubstr("bad_alloc"));
   EXPECT_TRUE(server.server().WaitIdle(10));
-  FailingServer::fail_connection = true;
+  server.FailAtConnection();
   RawClient never_read(server.port());
   RawClient other(server.port());
   EXPECT_EQ(other.Call(Get("/open")).status, 200);

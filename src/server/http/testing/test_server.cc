@@ -1,6 +1,7 @@
 #include "server/http/testing/test_server.h"
 
 #include <chrono>
+#include <new>
 #include <stdexcept>
 
 namespace dsla::testing {
@@ -78,9 +79,12 @@ std::string TestServer::WaitTrouble() {
   return troubles_.front();
 }
 
-void TestServer::OnConnections(int) {}
+void TestServer::OnConnections(int delta) {
+  if (delta > 0 && fail_connection_.exchange(false)) throw std::bad_alloc();
+}
 
 void TestServer::OnRequestFinished(const AccessRecord& record) {
+  if (fail_finish_.exchange(false)) throw std::bad_alloc();
   const std::lock_guard lock(mutex_);
   finished_.push_back(record);
   changed_.notify_all();

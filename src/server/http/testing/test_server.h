@@ -10,6 +10,7 @@
 //   POST /admin      needs the admin key
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <memory>
@@ -41,12 +42,18 @@ class TestServer : public HttpObserver {
   std::vector<AccessRecord> WaitFinished(size_t n);
   std::string WaitTrouble();  // waits for the first message
 
+  // Memory that runs out where the observer is told of the next connection, or the next request's
+  // end, which is outside of any request's handler.
+  void FailAtConnection() { fail_connection_ = true; }
+  void FailAtFinish() { fail_finish_ = true; }
+
   void OnConnections(int delta) override;
   void OnRequestStarted() override {}
   void OnRequestFinished(const AccessRecord& record) override;
   void OnTrouble(const std::string& message) override;
 
  private:
+  std::atomic<bool> fail_connection_{false}, fail_finish_{false};
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<Held> held_;
