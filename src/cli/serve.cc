@@ -97,7 +97,7 @@ class Program {
   std::unique_ptr<ServerMetrics> metrics_;
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<DslaControl> control_;
-  std::unique_ptr<openai::TextPool> text_pool_;
+  std::unique_ptr<openai::TaskPool> text_pool_;
   std::unique_ptr<HttpServer> server_;
   std::thread loader_;
 
@@ -267,7 +267,7 @@ Status Program::MakeApi() {
   context.version = kVersion;
   context.metrics = metrics_.get();
   context.control = control_.get();
-  text_pool_ = std::make_unique<openai::TextPool>(kTextThreads);
+  text_pool_ = std::make_unique<openai::TaskPool>(kTextThreads);
   context.text_pool = text_pool_.get();
 
   const std::shared_ptr<Router> router = NewRouter();

@@ -231,7 +231,8 @@ std::shared_ptr<const HttpRequest> Connection::WithBody(const HttpRequest& head,
     int64_t bytes;
     ~Counted() { *total -= bytes; }
   };
-  auto counted = std::make_shared<Counted>(head, host_->body_bytes(), std::exchange(held_, 0));
+  auto counted = std::make_shared<Counted>(head, host_->body_bytes(), 0);
+  counted->bytes = std::exchange(held_, 0);
   counted->request.body = std::move(body);
   return {counted, &counted->request};
 }

@@ -75,10 +75,10 @@ class Responder {
   // The whole answer at once.
   virtual bool Respond(HttpResponse response) = 0;
 
-  // A stream of events may follow. When nothing has gone
-  // out for a while (HttpServerOptions::comment_seconds), a comment does, at first behind `head`,
-  // so that proxies keep the connection. From then on StartStream adds only its body, and Respond
-  // returns false: an error has to be an event.
+  // A stream of events may follow. When nothing has gone out for a while (HttpServerOptions::
+  // comment_seconds), a comment does, at first behind `head`, so that proxies keep the connection.
+  // From then on StartStream adds only its body, and Respond returns false: an error has to be an
+  // event.
   virtual void ExpectStream(HttpResponse head) = 0;
   // Status and headers of a streamed answer, sent chunked; each Write is flushed. A body in `head`
   // is the first chunk.

@@ -31,7 +31,7 @@ struct HttpServerOptions {
   // 64 more are taken for one request each: a busy server still answers probes, and 503 to others.
   int max_connections = 1024;
   // Bytes of request bodies that all connections together may hold, from the first byte that comes
-  // until the request's handler returns. A request that would exceed it gets 503 and its connection
+  // until nobody holds the request any more. One that would exceed it gets 503 and its connection
   // ends.
   int64_t max_body_total = 256 << 20;
   // Seconds. A head must be there in `read_timeout`; a body gets as long again, and a second for

@@ -12,7 +12,7 @@ using HandlerOfText = void (*)(const ServicePtr&, PermitPtr, RequestPtr, Respond
 constexpr size_t kLargeBytes = 64 << 10;
 
 // What the handler throws becomes the answer, as on an io thread.
-void RunInPool(TextPool& pool, HandlerOfText handler, const ServicePtr& service, PermitPtr permit,
+void RunInPool(TaskPool& pool, HandlerOfText handler, const ServicePtr& service, PermitPtr permit,
                RequestPtr request, ResponderPtr responder) {
   // Tasks can be copied, a permit cannot.
   pool.Post([=, held = std::make_shared<PermitPtr>(std::move(permit))] {
@@ -37,7 +37,7 @@ void RunOnText(HandlerOfText handler, bool for_engine, const ServicePtr& service
     return;
   }
   PermitPtr permit = std::get<PermitPtr>(std::move(admitted));
-  TextPool* const pool = service->context().text_pool;
+  TaskPool* const pool = service->context().text_pool;
   if (pool != nullptr && request->body.size() > kLargeBytes) {
     RunInPool(*pool, handler, service, std::move(permit), std::move(request), std::move(responder));
   } else {

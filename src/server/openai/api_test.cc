@@ -503,7 +503,7 @@ TEST(Errors, TokenizeNeedsAPermitToo) {
 // Small requests pass a large one whose text is still to be read, in a pool that is busy.
 TEST(LargeTexts, DoNotHoldUpTheCaller) {
   TestApi api(1 << 20);
-  TextPool pool(1);
+  TaskPool pool(1);
   api.context.text_pool = &pool;
   std::promise<void> go;
   pool.Post([free = go.get_future().share()] { free.wait(); });
@@ -527,7 +527,7 @@ TEST(LargeTexts, DoNotHoldUpTheCaller) {
 
 TEST(LargeTexts, AreDroppedWithThePool) {
   TestApi api(1 << 20);
-  auto pool = std::make_unique<TextPool>(0);
+  auto pool = std::make_unique<TaskPool>(0);
   api.context.text_pool = pool.get();
   const auto responder =
       api.Completions(fmt::format(R"({{"prompt":"{}"}})", std::string(100 << 10, 'h')));

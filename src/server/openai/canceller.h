@@ -3,34 +3,25 @@
 // start, as starting it may fail; what is not done at the end is dropped.
 #pragma once
 
-#include <condition_variable>
-#include <mutex>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "engine/engine.h"
+#include "server/openai/task_pool.h"
 
 namespace dsla::openai {
 
 class Canceller {
  public:
-  explicit Canceller(Engine* engine);
-  ~Canceller();
+  explicit Canceller(Engine* engine) : engine_(engine) {}
   Canceller(const Canceller&) = delete;
   Canceller& operator=(const Canceller&) = delete;
 
   void Cancel(std::vector<std::string> ids);  // never waits for the engine
 
  private:
-  void Run();
-
   Engine* const engine_;
-  std::mutex mutex_;  // of what follows
-  std::condition_variable wake_;
-  std::vector<std::string> ids_;
-  bool stop_ = false;
-  std::thread thread_;  // after all that it uses
+  TaskPool thread_{1};
 };
 
 }  // namespace dsla::openai

@@ -1,5 +1,5 @@
 // The handlers behind RegisterApi. Each answers at once or hands over to a Generation. Those with a
-// permit read and tokenise texts; they may run on a thread of the TextPool.
+// permit read and tokenise texts; they may run on a thread of the TaskPool.
 #pragma once
 
 #include <memory>

@@ -20,7 +20,7 @@
 #include "server/metrics.h"
 #include "server/openai/canceller.h"
 #include "server/openai/requests.h"
-#include "server/openai/text_pool.h"
+#include "server/openai/task_pool.h"
 
 namespace dsla::openai {
 
@@ -39,7 +39,7 @@ struct ApiContext {
   std::string version;                 // of the program
   ServerMetrics* metrics = nullptr;    // may be null: no /metrics
   DslaControl* control = nullptr;      // may be null: no /v1/dsla
-  TextPool* text_pool = nullptr;       // may be null: large texts, too, hold up an io thread
+  TaskPool* text_pool = nullptr;       // may be null: large texts, too, hold up an io thread
   std::function<int64_t()> unix_time;  // seconds; unset: the system's clock
   uint64_t random_seed = 0;            // of ids and of seeds not given; 0 = from the system
 };

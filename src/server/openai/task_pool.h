@@ -1,5 +1,5 @@
-// TextPool: threads on which large texts are read and tokenised, so that the io threads go on
-// streaming replies. What has not begun at the end is dropped.
+// TaskPool: threads for work that must not hold up the caller's, in the order in which it comes.
+// What has not begun at the end is dropped.
 #pragma once
 
 #include <condition_variable>
@@ -11,12 +11,12 @@
 
 namespace dsla::openai {
 
-class TextPool {
+class TaskPool {
  public:
-  explicit TextPool(int threads);
-  ~TextPool();  // waits for what has begun
-  TextPool(const TextPool&) = delete;
-  TextPool& operator=(const TextPool&) = delete;
+  explicit TaskPool(int threads);
+  ~TaskPool();  // waits for what has begun
+  TaskPool(const TaskPool&) = delete;
+  TaskPool& operator=(const TaskPool&) = delete;
 
   void Post(std::function<void()> task);  // which must not throw; returns at once
 

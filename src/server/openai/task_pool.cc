@@ -1,14 +1,14 @@
-#include "server/openai/text_pool.h"
+#include "server/openai/task_pool.h"
 
 #include <utility>
 
 namespace dsla::openai {
 
-TextPool::TextPool(int threads) {
+TaskPool::TaskPool(int threads) {
   for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { Run(); });
 }
 
-TextPool::~TextPool() {
+TaskPool::~TaskPool() {
   {
     const std::lock_guard lock(mutex_);
     stop_ = true;
@@ -17,7 +17,7 @@ TextPool::~TextPool() {
   for (std::thread& thread : threads_) thread.join();
 }
 
-void TextPool::Post(std::function<void()> task) {
+void TaskPool::Post(std::function<void()> task) {
   {
     const std::lock_guard lock(mutex_);
     tasks_.push_back(std::move(task));
@@ -25,7 +25,7 @@ void TextPool::Post(std::function<void()> task) {
   wake_.notify_one();
 }
 
-void TextPool::Run() {
+void TaskPool::Run() {
   std::unique_lock lock(mutex_);
   for (;;) {
     wake_.wait(lock, [this] { return stop_ || !tasks_.empty(); });
