@@ -110,8 +110,8 @@ struct DslaArgs {
 // not depend on threads or on the other sequences. A new sequence (pos 0) needs DslaResetSlot
 // first; D must be a multiple of 16, at most 256.
 void DslaForwardCpu(const ExecContext& ctx, const DslaArgs& args);
-// The oracle: the recurrence above in fp64, token by token, scalar, one thread (states are read and
-// written as fp32).
+// The oracle: the recurrence above in fp64, token by token, scalar (states are read and written as
+// fp32).
 void DslaForwardRef(const DslaArgs& args);
 
 // A slot as it stands before any token: all its bytes zero.

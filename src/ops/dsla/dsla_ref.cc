@@ -1,9 +1,11 @@
-// The recurrence of dsla.h in fp64, token by token.
+// The recurrence of dsla.h in fp64, token by token. KV heads have nothing to do with one another: a
+// thread takes one after the other.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
 
+#include "base/exec.h"
 #include "base/half.h"
 #include "ops/dsla/slot.h"
 
@@ -21,14 +23,13 @@ double At(const void* data, DType dtype, int64_t i) {
 // phi(u) [F] for the map M [D, D].
 std::vector<double> Features(const std::vector<double>& u, const float* map, int F) {
   const int D = static_cast<int>(u.size());
-  std::vector<double> phi(static_cast<size_t>(F));
+  std::vector<double> phi(static_cast<size_t>(F)), y(static_cast<size_t>(D));
+  for (int d = 0; d < D; ++d)
+    for (int e = 0; e < D; ++e)
+      y[static_cast<size_t>(e)] += u[static_cast<size_t>(d)] * map[d * D + e];
   for (int half = 0; half < F / D; ++half) {  // softmax(y), then softmax(-y)
     double* out = phi.data() + half * D;
-    for (int e = 0; e < D; ++e) {
-      double y = 0;
-      for (int d = 0; d < D; ++d) y += u[static_cast<size_t>(d)] * map[d * D + e];
-      out[e] = half == 0 ? y : -y;
-    }
+    for (int e = 0; e < D; ++e) out[e] = (half == 0 ? 1 : -1) * y[static_cast<size_t>(e)];
     const double top = *std::max_element(out, out + D);
     double sum = 0;
     for (int e = 0; e < D; ++e) sum += out[e] = std::exp(out[e] - top);
@@ -74,7 +75,7 @@ class RefSlot {
     }
   }
 
-  // The output [D] of query head h at time t, after Push of all KV heads.
+  // The output [D] of query head h at time t, after Push of its KV head.
   std::vector<double> Output(int h, int64_t t, const float* q, const float* claim) const {
     const int D = shape_.D;
     double denominator = 0;
@@ -92,11 +93,17 @@ class RefSlot {
 
  private:
   int64_t RowBytes() const { return shape_.D * SizeOf(shape_.kv_dtype); }
+  std::vector<double> Row(const void* data) const {
+    std::vector<double> row(static_cast<size_t>(shape_.D));
+    for (size_t d = 0; d < row.size(); ++d)
+      row[d] = At(data, shape_.kv_dtype, static_cast<int64_t>(d));
+    return row;
+  }
 
   void Enter(int h, int64_t s, const void* k, const void* v) {
     const int D = shape_.D, F = shape_.F;
-    std::vector<double> key(static_cast<size_t>(D)), unrotated(static_cast<size_t>(D));
-    for (int d = 0; d < D; ++d) key[static_cast<size_t>(d)] = At(k, shape_.kv_dtype, d);
+    const std::vector<double> key = Row(k), value = Row(v);
+    std::vector<double> unrotated(static_cast<size_t>(D));
     const int half = D / 2;
     for (int d = 0; d < half; ++d) {
       const double c = params_.rope_cos[s * half + d], sn = params_.rope_sin[s * half + d];
@@ -108,16 +115,20 @@ class RefSlot {
     for (int i = 0; i < shape_.states; ++i) {
       const int64_t head = static_cast<int64_t>(i) * shape_.Hkv + h;
       const float* U = params_.gate_weight + head * D * F;
+      const float* bias = params_.gate_bias + head * F;
+      std::vector<double> x(bias, bias + F);
+      for (int d = 0; d < D; ++d)
+        for (int f = 0; f < F; ++f)
+          x[static_cast<size_t>(f)] += unrotated[static_cast<size_t>(d)] * U[d * F + f];
       for (int f = 0; f < F; ++f) {
-        double x = params_.gate_bias[head * F + f];
-        for (int d = 0; d < D; ++d) x += unrotated[static_cast<size_t>(d)] * U[d * F + f];
-        const double a = std::max(LogSigmoid(x) / kDslaGateDivisor, double{shape_.gate_floor});
-        const double gain = -std::expm1(a) * phi[static_cast<size_t>(f)];
+        const double a = std::max(LogSigmoid(x[static_cast<size_t>(f)]) / kDslaGateDivisor,
+                                  double{shape_.gate_floor});
+        const double decay = std::exp(a), gain = -std::expm1(a) * phi[static_cast<size_t>(f)];
         const int64_t row = static_cast<int64_t>(h) * shape_.SF() + i * F + f;
         double* S = state_.data() + row * D;
-        for (int d = 0; d < D; ++d) S[d] = std::exp(a) * S[d] + gain * At(v, shape_.kv_dtype, d);
+        for (int d = 0; d < D; ++d) S[d] = decay * S[d] + gain * value[static_cast<size_t>(d)];
         double& z = norm_[static_cast<size_t>(row)];
-        z = std::exp(a) * z + gain;
+        z = decay * z + gain;
       }
     }
   }
@@ -189,20 +200,21 @@ void DslaForwardRef(const DslaArgs& args) {
   for (int n = 0; n < args.rows.N; ++n) {
     if (args.rows.count(n) == 0) continue;
     RefSlot slot(shape, args.params, args.states, args.slots[n]);
-    for (int i = 0; i < args.rows.count(n); ++i) {
-      const int64_t row = args.rows.row_start[n] + i, t = args.rows.pos[n] + i;
-      for (int h = 0; h < shape.Hkv; ++h) {
-        const int64_t at = (row * shape.Hkv + h) * kv_row;
-        slot.Push(h, t, static_cast<const std::byte*>(args.k) + at,
+    ParallelFor({.threads = ThreadCount(0)}, shape.Hkv, [&](int64_t task, int) {
+      const int kv_head = static_cast<int>(task), G = shape.G();
+      for (int i = 0; i < args.rows.count(n); ++i) {
+        const int64_t row = args.rows.row_start[n] + i, t = args.rows.pos[n] + i;
+        const int64_t at = (row * shape.Hkv + kv_head) * kv_row;
+        slot.Push(kv_head, t, static_cast<const std::byte*>(args.k) + at,
                   static_cast<const std::byte*>(args.v) + at);
+        for (int h = kv_head * G; h < (kv_head + 1) * G; ++h) {
+          const float* q = args.q + row * args.q_stride + static_cast<int64_t>(h) * shape.D;
+          const float* claim = args.claim ? args.claim + row * shape.H + h : nullptr;
+          const auto out = slot.Output(h, t, q, claim);
+          std::copy(out.begin(), out.end(), args.out + (row * shape.H + h) * shape.D);
+        }
       }
-      for (int h = 0; h < shape.H; ++h) {
-        const float* q = args.q + row * args.q_stride + static_cast<int64_t>(h) * shape.D;
-        const float* claim = args.claim ? args.claim + row * shape.H + h : nullptr;
-        const auto out = slot.Output(h, t, q, claim);
-        std::copy(out.begin(), out.end(), args.out + (row * shape.H + h) * shape.D);
-      }
-    }
+    });
   }
 }
 
@@ -210,18 +222,19 @@ void DslaFoldRef(const DslaFoldArgs& args) {
   CheckDslaFoldArgs(args);
   const DslaShape& shape = args.shape;
   const auto bytes = static_cast<size_t>(shape.D * SizeOf(shape.kv_dtype));
-  std::vector<std::byte> k(bytes), v(bytes);
   for (int n = 0; n < args.rows.N; ++n) {
     DslaResetSlot(shape, args.states, args.slots[n]);
     RefSlot slot(shape, args.params, args.states, args.slots[n]);
-    for (int64_t t = 0; t < args.rows.pos[n]; ++t) {
-      const int64_t page = args.tables.pages[args.tables.page_start[n] + t / args.kv.page_size];
-      for (int h = 0; h < shape.Hkv; ++h) {
+    ParallelFor({.threads = ThreadCount(0)}, shape.Hkv, [&](int64_t task, int) {
+      const int h = static_cast<int>(task);
+      std::vector<std::byte> k(bytes), v(bytes);
+      for (int64_t t = 0; t < args.rows.pos[n]; ++t) {
+        const int64_t page = args.tables.pages[args.tables.page_start[n] + t / args.kv.page_size];
         DslaCopyCachedRow(args.kv, args.kv.k, page, h, t % args.kv.page_size, k.data());
         DslaCopyCachedRow(args.kv, args.kv.v, page, h, t % args.kv.page_size, v.data());
         slot.Push(h, t, k.data(), v.data());
       }
-    }
+    });
   }
 }
 
