@@ -1,8 +1,9 @@
 // Training by two processes that meet through a file: both end with the same parameters to the bit
 // (Distill itself compares them at every checkpoint), and with those that one process alone gets
-// from the whole batches, but for fp32's order of sums.
+// from the whole batches, but for fp32's order of sums. Once more on two GPUs, where there are two.
 #include "distill/ranks.h"
 
+#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/full.h>
 #include <gmock/gmock.h>
@@ -20,6 +21,7 @@
 #include "distill/distill.h"
 #include "distill/distill_testing.h"
 #include "distill/sampler.h"
+#include "distill/torch_device.h"
 
 extern char** environ;
 
@@ -105,8 +107,10 @@ TEST(PartOfTest, PartsPutTogetherAreTheBatch) {
 
 // Documents of unequal length apart, all losses: all that must be weighed by the whole batch and
 // not by a part of it.
-DistillJob Job(const std::string& folder, const std::string& name) {
+DistillJob Job(const std::string& folder, const std::string& name, const std::string& device) {
   DistillJob job = testing::TrainingJob(folder, name);
+  job.config.device = device;
+  job.config.dtype = "fp32";
   job.config.documents = "separate";
   job.config.align_weight = 0.1;
   job.config.cosine_weight = 0.05;
@@ -124,6 +128,7 @@ TEST(RanksTest, Worker) {
   const char* const folder = std::getenv("DSLA_RANKS_FOLDER");
   if (folder == nullptr) GTEST_SKIP() << "started by the other tests";
   const std::string mode = std::getenv("DSLA_RANKS_MODE");
+  const std::string device = std::getenv("DSLA_RANKS_DEVICE");
   RankOptions meet;
   meet.rendezvous = std::string("file:") + folder + "/meet";
   const auto options = CompleteRanks(meet, [](const char* name) { return std::getenv(name); });
@@ -132,8 +137,9 @@ TEST(RanksTest, Worker) {
     auto ranks = Ranks::Join(*options);
     ASSERT_TRUE(ranks.ok()) << ranks.status().message();
     const int own = (*ranks)->rank();
-    at::Tensor x = at::full({5}, own + 1.5);
-    x = x.to(at::kFloat);
+    const auto place = distill::OpenDevice(device == "cpu" ? device : fmt::format("cuda:{}", own));
+    ASSERT_TRUE(place.ok()) << place.status().message();
+    at::Tensor x = at::full({5}, own + 1.5).to(*place, at::kFloat);
     (*ranks)->Sum(x);
     EXPECT_EQ(x.sum().item().toDouble(), 5 * (1.5 + 2.5));
     EXPECT_EQ((*ranks)->Max({own, -own}), (std::vector<int64_t>{1, 0}));
@@ -141,10 +147,10 @@ TEST(RanksTest, Worker) {
     const Status status = (*ranks)->Agree(own == 1 ? InvalidArgument("bad data") : Status::Ok());
     EXPECT_EQ(status.message(), own == 1 ? "bad data" : "rank 1 of 2 failed");
     if (own == 1) std::_Exit(0);  // gone, without a word
-    EXPECT_ANY_THROW((*ranks)->Sum(x));
+    EXPECT_ANY_THROW((*ranks)->Max({0}));
     return;
   }
-  DistillJob job = Job(folder, "two.safetensors");
+  DistillJob job = Job(folder, "two.safetensors", device);
   job.ranks = *options;
   int asked = 0;
   if (mode == "stop") {  // the rank that writes nothing is asked to end
@@ -158,14 +164,15 @@ class TwoRanksTest : public ::testing::Test {
  protected:
   void SetUp() override { testing::WriteTrainingFiles(folder_); }
 
-  // Runs Worker in two processes with what torchrun would set; true if both succeed.
-  void RunWorkers(const std::string& mode) {
+  // Runs Worker in two processes with what torchrun would set.
+  void RunWorkers(const std::string& mode, const std::string& device) {
     std::filesystem::remove(folder_.path() + "/meet");
     std::vector<pid_t> processes;
     for (int rank = 0; rank < kRanks; ++rank) {
-      std::vector<std::string> variables = {"DSLA_RANKS_FOLDER=" + folder_.path(),
-                                            "DSLA_RANKS_MODE=" + mode, fmt::format("RANK={}", rank),
-                                            fmt::format("WORLD_SIZE={}", kRanks)};
+      std::vector<std::string> variables = {
+          "DSLA_RANKS_FOLDER=" + folder_.path(), "DSLA_RANKS_MODE=" + mode,
+          "DSLA_RANKS_DEVICE=" + device, fmt::format("RANK={}", rank),
+          fmt::format("WORLD_SIZE={}", kRanks)};
       for (char** v = environ; *v != nullptr; ++v) variables.emplace_back(*v);
       std::vector<char*> environment;
       for (std::string& v : variables) environment.push_back(v.data());
@@ -208,16 +215,36 @@ class TwoRanksTest : public ::testing::Test {
   TempDir folder_;
 };
 
-TEST_F(TwoRanksTest, CollectivesAndARankThatIsGone) { RunWorkers("sums"); }
+class TwoGpusTest : public TwoRanksTest {
+ protected:
+  void SetUp() override {
+    const auto device = distill::OpenDevice("cuda");
+    if (!device.ok()) GTEST_SKIP() << "SKIPPED: " << device.status().message();
+    if (at::getNumGPUs() < 2) GTEST_SKIP() << "SKIPPED: one GPU";
+    TwoRanksTest::SetUp();
+  }
+};
+
+TEST_F(TwoRanksTest, CollectivesAndARankThatIsGone) { RunWorkers("sums", "cpu"); }
 
 TEST_F(TwoRanksTest, TrainAsOneProcessDoes) {
-  const Status alone = RunIn(folder_.path(), Job(folder_.path(), "one.safetensors"));
+  const Status alone = RunIn(folder_.path(), Job(folder_.path(), "one.safetensors", "cpu"));
   ASSERT_TRUE(alone.ok()) << alone.message();
-  RunWorkers("stop");  // cut short, by a rank that is not the first
+  RunWorkers("stop", "cpu");  // cut short, by a rank that is not the first
   const auto cut = LoadCheckpoint(folder_.path() + "/two.safetensors.work", "align");
   ASSERT_TRUE(cut.ok() && cut->has_value());
   EXPECT_FALSE((*cut)->done);
-  RunWorkers("train");
+  RunWorkers("train", "cpu");
+  ExpectSameTraining("align", "init");
+  ExpectSameTraining("chain", "align");
+}
+
+TEST_F(TwoGpusTest, Collectives) { RunWorkers("sums", "cuda"); }
+
+TEST_F(TwoGpusTest, TrainAsOneGpuDoes) {
+  const Status alone = RunIn(folder_.path(), Job(folder_.path(), "one.safetensors", "cuda"));
+  ASSERT_TRUE(alone.ok()) << alone.message();
+  RunWorkers("train", "cuda");
   ExpectSameTraining("align", "init");
   ExpectSameTraining("chain", "align");
 }
