@@ -127,7 +127,7 @@ void AddEngine(CLI::App& command, ServeArgs& args) {
   command.add_flag("--no-prefix-cache", args.no_prefix_cache, "do not reuse prompts' beginnings")
       ->group(group);
   count("--snapshot-stride", engine.snapshot_stride, 64,
-        "tokens between states kept for reuse, a multiple of 64");
+        "least tokens between states kept for reuse, a multiple of 64");
   command
       .add_flag("--deterministic", engine.deterministic,
                 "the same reply bit for bit, whatever else is running (slower)")

@@ -31,7 +31,7 @@ struct EngineOptions {
   int64_t max_queued_tokens = 0;  // prompt tokens waiting; 0 = no bound of its own
   int max_preemptions = 4;        // of one request, after which it waits for room to its end
   bool prefix_cache = true;
-  int snapshot_stride = 512;  // tokens between state snapshots; a multiple of the page size
+  int snapshot_stride = 512;  // least tokens between state snapshots; a multiple of the page size
   // Replies do not depend on batch, chunking, pre-emption or prefix-cache hits, bit for bit.
   bool deterministic = false;
   int default_max_level = 0;  // highest level for Tier::kAuto

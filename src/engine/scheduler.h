@@ -57,7 +57,7 @@ struct SchedulerOptions {
   // Of one request. Afterwards it is admitted only with room for its longest reply.
   int max_preemptions = 4;
   bool prefix_cache = true;
-  int snapshot_stride = 512;  // tokens; a multiple of the page size
+  int snapshot_stride = 512;  // tokens, at least; a multiple of the page size
   bool deterministic = false;
   int deterministic_chunk =
       0;  // a multiple of the page size; 0 = max_batch_tokens / 2, at most 256
@@ -242,6 +242,9 @@ class Scheduler {
   int PrefixFrom(Sequence& leader, Sequence& sequence) const;
   bool PlanRows(Sequence& sequence, int end);
   int ChunkEnd(const Sequence& sequence, int from, int rows) const;
+  int WidestSnapshotDistance() const;
+  int SnapshotAfter(int length) const;
+  int SnapshotUpTo(int length) const;
   bool IsDecode(const Sequence& sequence) const;
   void FailOldest();
 

@@ -72,13 +72,38 @@ int Scheduler::ChunkEnd(const Sequence& sequence, int from, int rows) const {
     return from == length && last - length <= rows ? last : from;
   }
   if (prefix_cache_ != nullptr && sequence.cache->level() > 0) {
-    const int stride = options_.snapshot_stride;
-    last = std::min(last, (length / stride + 1) * stride);
+    last = std::min(last, SnapshotAfter(length));
     const int prompt_end = sequence.prompt_tokens / page * page;
     if (prompt_end > length) last = std::min(last, prompt_end);
   }
   if (from + rows >= last) return std::max(from, last);
   return std::max(from, (from + rows) / page * page);
+}
+
+// A prompt above level 0 is cut where it leaves a snapshot: at multiples of the widest distance,
+// and at doubling ones before the first of those, where prompts share the most. At every stride,
+// steps of thousands of rows would have no more of a prompt than that.
+int Scheduler::WidestSnapshotDistance() const {
+  int distance = options_.snapshot_stride;
+  while (2 * distance <= options_.max_batch_tokens) distance *= 2;
+  return distance;
+}
+
+int Scheduler::SnapshotAfter(int length) const {
+  const int widest = WidestSnapshotDistance();
+  if (length >= widest) return (length / widest + 1) * widest;
+  int place = options_.snapshot_stride;
+  while (place <= length) place *= 2;
+  return place;
+}
+
+int Scheduler::SnapshotUpTo(int length) const {
+  const int widest = WidestSnapshotDistance();
+  if (length >= widest) return length / widest * widest;
+  int place = options_.snapshot_stride;
+  if (place > length) return 0;
+  while (2 * place <= length) place *= 2;
+  return place;
 }
 
 void Scheduler::PlanDecodes() {
@@ -257,10 +282,9 @@ int Scheduler::PrefixFrom(Sequence& leader, Sequence& sequence) const {
                                                Tokens(leader, leader.prompt_tokens));
   const int prompt_end = leader.prompt_tokens / PrefillUnit() * PrefillUnit();
   if (same >= prompt_end) return prompt_end;
-  // Above level 0 a sequence resumes at snapshots only.
-  const int unit = leader.cache->level() == 0 || options_.deterministic ? PrefillUnit()
-                                                                        : options_.snapshot_stride;
-  return same / unit * unit;
+  if (leader.cache->level() == 0 || options_.deterministic)
+    return same / PrefillUnit() * PrefillUnit();
+  return SnapshotUpTo(same);  // above level 0 a sequence resumes at snapshots only
 }
 
 // Plans the rows up to `end`, or up to an earlier page's end where memory does not reach; false if

@@ -404,6 +404,24 @@ TEST_F(SchedulerTest, ACachedPrefixIsCountedHonestlyAndFoldedToTheLevel) {
   EXPECT_EQ(ended_.at(again).cached_tokens, 20) << "the snapshot at the prompt's end";
 }
 
+TEST_F(SchedulerTest, APromptAboveLevel0IsCutAtSnapshotsThatGrowApartToAWholeStep) {
+  Make(100 * kTokenPages);
+  scheduler_->set_auto_max_level(2);
+  scheduler_->set_target_level(2);
+  const int64_t alone = Add(150, 1);
+  for (const Shape& shape : {Shape(0, 8), Shape(8, 8), Shape(16, 16), Shape(32, 32), Shape(64, 32),
+                             Shape(96, 32), Shape(128, 20), Shape(148, 2)}) {
+    Step();
+    EXPECT_EQ(shapes_[alone], shape);
+  }
+  // One that begins alike waits for the last snapshot of what both have.
+  const int64_t leader = Add(100, 1, Tier::kAuto, 1);
+  const int64_t same = Add(70, 1, Tier::kAuto, 1);
+  RunUntilIdle();
+  EXPECT_EQ(ended_.at(leader).cached_tokens, 0);
+  EXPECT_EQ(ended_.at(same).cached_tokens, 64);
+}
+
 TEST_F(SchedulerTest, APromptThatIsBeingComputedIsNotComputedTwice) {
   Make(100 * kTokenPages);
   const int64_t leader = Add(81, 3);
