@@ -177,6 +177,8 @@ void CudaModel::SendTables(const StepTables& tables, const PlacedRows& rows,
   if (device.bytes() < 4 * tables.size) device.Grow(8 * tables.size);
   host.Grow(device.bytes());
   tables.Pack(rows, spec_.rank, row_before, host.as<int32_t>());
+  // A step's kernels read tables and slots before those before them have ended: this copy waits for
+  // all that wrote either.
   Check(cudaMemcpyAsync(device.as(), host.as(), static_cast<size_t>(4 * tables.size),
                         cudaMemcpyHostToDevice, stream_),
         "sending a step's tables");

@@ -95,15 +95,31 @@ void CheckShape(const DslaShape& shape, const DslaSlotLayout& layout, const Dsla
 // Whether the current device has the shared memory that `prepare` needs.
 bool PrepareFits(const DslaShape& shape);
 
+// What launchers ask of the current device: found out once by each thread for the device in use.
+struct Device {
+  int major = 0, minor = 0, multiprocessors = 0;
+  int most_shared = 0;  // bytes of a block
+};
+inline const Device& CurrentDevice() {
+  thread_local int known = -1;
+  thread_local Device device;
+  int now = 0;
+  cudaGetDevice(&now);
+  if (now == known) return device;
+  known = now;
+  cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, now);
+  cudaDeviceGetAttribute(&device.minor, cudaDevAttrComputeCapabilityMinor, now);
+  cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, now);
+  cudaDeviceGetAttribute(&device.most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, now);
+  return device;
+}
+
 // Launches a kernel that may start while the one before it ends, since it says itself where it must
 // wait. `cluster` blocks along z make a cluster: 1 below compute capability 9.0. An error stays for
 // cudaGetLastError.
 template <typename Params>
 void StartEarly(void (*kernel)(Params), dim3 grid, int threads, const Params& p,
                 cudaStream_t stream, size_t dynamic_shared_bytes = 0, int cluster = 1) {
-  int device = 0, major = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
@@ -115,7 +131,7 @@ void StartEarly(void (*kernel)(Params), dim3 grid, int threads, const Params& p,
   config.dynamicSmemBytes = dynamic_shared_bytes;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = major < 9 ? 0 : cluster > 1 ? 2 : 1;
+  config.numAttrs = CurrentDevice().major < 9 ? 0 : cluster > 1 ? 2 : 1;
   cudaLaunchKernelEx(&config, kernel, p);
 }
 

@@ -7,8 +7,11 @@
 //   window tile kStrands * i + s     is strand s's in step steps - 1 - i % steps
 // so that the steps with states have the fewest tiles of the window. Sums are made for each step
 // from zero, then added up over the steps of a strand, in their order, and over strands. So it does
-// not matter to the bits who does a step: one warp all of a strand's, or a warp each.
+// not matter to the bits who does a step: one warp all of a strand's (`whole`), or a warp each
+// (`split`).
 #pragma once
+
+#include <type_traits>
 
 #include "ops/dsla/cuda/common.cuh"
 
@@ -28,10 +31,8 @@ struct DecodeParams {
   // Each strand has something to do in each step: there are no more steps than state_steps, or more
   // than 8 tiles of the window for each step but the last.
   int steps, state_steps;
-  // How `update` is launched, if it has a warp for each step: strands of a block, and places for
-  // tiles of a warp.
-  int own_strands, places;
-  // Workspace, fp32.
+  int own_strands;  // of a block of `split`
+  // Workspace, fp32: what `project` leaves.
   float* phi_q;  // [N, H, F]
   float* phi_k;  // [N, Hkv, F]
   float* gate;   // [N, Hkv, SF]: e^a - 1, 0 where no token enters
@@ -100,7 +101,24 @@ struct Scales {
   }
 };
 
-// Both kernels of a step ask for the same division of an SM's memory, since blocks that want
+// Calls run(std::integral_constant<int, kG>()) with the group size that kernels are made for.
+template <typename Run>
+void ForGroup(int G, const Run& run) {
+  switch (G) {
+    case 1:
+      return run(std::integral_constant<int, 1>());
+    case 2:
+      return run(std::integral_constant<int, 2>());
+    case 3:
+      return run(std::integral_constant<int, 3>());
+    case 4:
+      return run(std::integral_constant<int, 4>());
+    default:
+      return run(std::integral_constant<int, kMaxGroup>());
+  }
+}
+
+// All kernels of a step ask for the same division of an SM's memory, since blocks that want
 // another one do not start beside those that run. An error stays for cudaGetLastError.
 template <typename Kernel>
 void PreferShared(Kernel kernel) {
@@ -109,5 +127,7 @@ void PreferShared(Kernel kernel) {
 }
 
 void LaunchProject(const DecodeParams& p, int D, cudaStream_t stream);
+// False, and nothing launched, where a task had better not be split.
+bool LaunchSplit(DecodeParams p, int D, cudaStream_t stream);
 
 }  // namespace dsla::cuda

@@ -69,7 +69,17 @@ __device__ __forceinline__ float Merge(const DecodeParams& p, const Sums<D, kG>*
   return Blend(share, linear, 1 - share, window / weights);
 }
 
-// Sums that the blocks of a cluster send to the first one, which awaits `bytes` of them.
+// The merged outputs of a task, from the sums of its strands' first `steps` steps; by a block.
+template <int D, int kG>
+__device__ __forceinline__ void StoreOutputs(const DecodeParams& p, const Task<D>& task,
+                                             const Sums<D, kG>* sums, int steps,
+                                             const float (&claims)[kG]) {
+  __nv_bfloat16* const out = p.out + (int64_t{task.n} * p.layer.H + task.h * p.layer.G) * D;
+  for (int i = threadIdx.x; i < p.layer.G * D; i += blockDim.x)
+    out[i] = __float2bfloat16_rn(Merge(p, sums, steps, i / D, i % D, claims[i / D]));
+}
+
+// What blocks of a cluster send to one another: a block awaits `bytes` of them at its mailbox.
 __device__ __forceinline__ void OpenMailbox(uint64_t& mailbox, int bytes) {
 #if __CUDA_ARCH__ >= 900
   if (threadIdx.x == 0)
@@ -79,24 +89,29 @@ __device__ __forceinline__ void OpenMailbox(uint64_t& mailbox, int bytes) {
         "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(&mailbox)),
         "r"(bytes)
         : "memory");
+#endif
+}
+// This block's are open; then, that all blocks' are.
+__device__ __forceinline__ void TellOpenMailboxes() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #endif
 }
-__device__ __forceinline__ void AwaitOpenMailbox() {
+__device__ __forceinline__ void AwaitOpenMailboxes() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
-// To the place that `to` is in the first block.
-__device__ __forceinline__ void Send(uint64_t& mailbox, float& to, float x) {
+// To the place that `to` is in the cluster's block `block`.
+__device__ __forceinline__ void Send(uint64_t& mailbox, float& to, float x, int block) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "{\n.reg .b32 to, box;\n"
-      "mapa.shared::cluster.u32 to, %0, 0;\n"
-      "mapa.shared::cluster.u32 box, %1, 0;\n"
+      "mapa.shared::cluster.u32 to, %0, %3;\n"
+      "mapa.shared::cluster.u32 box, %1, %3;\n"
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [to], %2, [box];\n}" ::"r"(
           SharedAddress(&to)),
-      "r"(SharedAddress(&mailbox)), "f"(x)
+      "r"(SharedAddress(&mailbox)), "f"(x), "r"(block)
       : "memory");
 #endif
 }
@@ -125,12 +140,12 @@ __device__ __forceinline__ void SendStrands(const DecodeParams& p, const Sums<D,
     StrandSums strand[1];
     AddSteps(strand, p, sums + own * p.steps, p.steps, g, column);
     Sums<D, kG>& at = to[blockIdx.z * p.own_strands + own];
-    Send(mailbox, at.linear[g][column], strand[0].linear);
-    Send(mailbox, at.window[g][column], strand[0].window);
+    Send(mailbox, at.linear[g][column], strand[0].linear, 0);
+    Send(mailbox, at.window[g][column], strand[0].window, 0);
     if (column > 0) continue;
-    Send(mailbox, at.norm[g], strand[0].norm);
-    Send(mailbox, at.top[g], strand[0].top);
-    Send(mailbox, at.weights[g], strand[0].weights);
+    Send(mailbox, at.norm[g], strand[0].norm, 0);
+    Send(mailbox, at.top[g], strand[0].top, 0);
+    Send(mailbox, at.weights[g], strand[0].weights, 0);
   }
 }
 template <int D>

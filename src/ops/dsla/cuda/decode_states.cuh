@@ -3,7 +3,7 @@
 // where a warp's load has two rows.
 #pragma once
 
-#include "ops/dsla/cuda/decode.cuh"
+#include "ops/dsla/cuda/decode_project.cuh"
 
 namespace dsla::cuda {
 
@@ -30,21 +30,23 @@ struct States {
     alignas(16) float query[kTile][kStride];
     float2 factor[kTile];  // e^a, k'
   };
-  // What `project` has made for channel lane % 16, and the channel's sum of keys.
-  float gate, phi_k, z, q[kG];
-  uint2 entering;  // value of the token that enters, in this lane's columns
+  // What does not wait for features and gates.
+  struct Slot {
+    float z;         // of channel lane % 16, the sum of keys
+    uint2 entering;  // value of the token that enters, in this lane's columns
+  } slot;
+  float gate, phi_k, q[kG];  // of channel lane % 16
 
-  // What does not wait for `project`.
   __device__ __forceinline__ void LoadSlot(const DecodeParams& p, const Task<D>& task, int tile) {
     const Layer& l = p.layer;
-    z = *Norm(l, task, tile);
-    entering = {};
+    slot = {*Norm(l, task, tile), {}};
     if (Entering(l, task.t) >= 0) {  // from the ring's place that token t is going to take
       const __nv_bfloat16* from =
           l.W > 0 ? task.Rows(l.at.ring_v, l.W) + int64_t{task.newest} * D : task.NewValue(p);
-      entering = *reinterpret_cast<const uint2*>(from + Column());
+      slot.entering = *reinterpret_cast<const uint2*>(from + Column());
     }
   }
+  // Of `project`.
   __device__ __forceinline__ void LoadProjected(const DecodeParams& p, const Task<D>& task,
                                                 int tile) {
     const Layer& l = p.layer;
@@ -55,7 +57,23 @@ struct States {
 #pragma unroll
     for (int g = 0; g < kG; ++g) {  // without a branch, so that no load waits for another
       const int qh = task.h * l.G + min(g, l.G - 1);
-      q[g] = l.mix[qh * l.states + second] * p.phi_q[(task.n * l.H + qh) * l.F + f];
+      q[g] = __fmul_rn(l.mix[qh * l.states + second], p.phi_q[(task.n * l.H + qh) * l.F + f]);
+    }
+  }
+  // Of the block's own.
+  __device__ __forceinline__ void LoadProjected(const Layer& l, int tile,
+                                                const Projected<D, kG>& from) {
+    const int c = tile * kTile + Lane() % kTile, second = c >= l.F, f = c - second * l.F;
+    // A tile's channels are all of one part: lane i has the share of matrix i.
+    const PartSum* const parts = from.parts[min(static_cast<int>(Lane()), l.G)][f / D];
+    const float share = ShareOf<D>(parts, f % D / kPartColumns);
+    gate = from.gate[c];
+    phi_k = __fmul_rn(from.phi[l.G][f], __shfl_sync(~0u, share, l.G));
+#pragma unroll
+    for (int g = 0; g < kG; ++g) {
+      const int head = min(g, l.G - 1);
+      q[g] = __fmul_rn(from.mix[head * l.states + second],
+                       __fmul_rn(from.phi[head][f], __shfl_sync(~0u, share, head)));
     }
   }
 
@@ -67,7 +85,7 @@ struct States {
     constexpr int kRows = 128 / D;  // channels per load of a warp
     const int lane = Lane(), sub = lane / (D / 4), column = Column();
     const float decay = 1 + gate, k = Entering(l, task.t) >= 0 ? -gate * phi_k : 0;
-    z = __fmaf_rn(decay, z, k);
+    const float z = __fmaf_rn(decay, slot.z, k);
     if (lane < kTile) {
       *Norm(l, task, tile) = z;
       shared.factor[lane] = {decay, k};
@@ -82,6 +100,7 @@ struct States {
       if (lane == 0) sums.norm[g] = begins ? sum : sums.norm[g] + sum;
     }
     __syncwarp();
+    const uint2 entering = slot.entering;
     const float4 v{Low(entering.x), High(entering.x), Low(entering.y), High(entering.y)};
     std::byte* const to = StateTile(l, task, tile);
     float4 acc[kG] = {};

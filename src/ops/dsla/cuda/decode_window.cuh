@@ -21,10 +21,11 @@ __device__ __forceinline__ bool IsThere(const Layer& l, const Task<D>& task, int
 }
 
 // Keys [first, first + 16), then their values, to a tile of shared memory: K [16, D] and V [16, D]
-// in bf16, swizzled; zeros where there are none. By one warp.
+// in bf16, swizzled; zeros where there are none. By one warp. Without `rows` the new token's are
+// left out, for FetchNewKey.
 template <int D>
 __device__ __forceinline__ void FetchKeys(const DecodeParams& p, const Task<D>& task, uint4* to,
-                                          int first) {
+                                          int first, bool rows) {
   constexpr int kPieces = D / 8, kRows = 32 / kPieces;
   const Layer& l = p.layer;
   const uint32_t lane = Lane();
@@ -52,11 +53,24 @@ __device__ __forceinline__ void FetchKeys(const DecodeParams& p, const Task<D>& 
     const int j = first + row, place = Swizzle<kPieces>(row, c);
     const int64_t at = int64_t{j} * D;
     const bool is_new = j == taken, valid = IsThere(l, task, j);
+    if (is_new && !rows) continue;
     CopyAsync(to + place, is_new ? task.NewKey(p) + 8 * c : (j < l.W ? ring_k : sinks_k) + at,
               valid);
     CopyAsync(to_v + place, is_new ? task.NewValue(p) + 8 * c : (j < l.W ? ring_v : sinks_v) + at,
               valid);
   }
+}
+
+// The new token's key and value, to the tile that FetchKeys has left them out of. By one warp.
+template <int D>
+__device__ __forceinline__ void FetchNewKey(const DecodeParams& p, const Task<D>& task, uint4* to) {
+  constexpr int kPieces = D / 8;
+  const int lane = Lane(), c = lane % kPieces,
+            place = Swizzle<kPieces>(task.Taken(p.layer) % kTile, c);
+  if (lane < kPieces)
+    CopyAsync(to + place, task.NewKey(p) + 8 * c);
+  else if (lane < 2 * kPieces)
+    CopyAsync(to + kTile * kPieces + place, task.NewValue(p) + 8 * c);
 }
 
 // Tiles that a warp has at a time: 8 KB, where places for them are 16 KB or nothing would be on its

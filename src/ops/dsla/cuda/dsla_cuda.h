@@ -58,7 +58,13 @@ struct DslaCudaArgs {
   int64_t workspace_bytes = 0;
 };
 
-// One new row per sequence: row n belongs to sequence n. Two launches; safe in a CUDA graph.
+// One new row per sequence: row n belongs to sequence n. One launch, or two where rows are many;
+// safe in a CUDA graph.
+// Programmatic dependent launch: weights, rows.pos, slots and the slots themselves are read before
+// the kernels launched just before have ended, so they must come from a copy, or from a kernel that
+// has ended by then. A copy to the device between two steps, as of their tables, sees to that: so
+// two calls in a row with nothing but kernels between must have different slots. All else is
+// awaited, and nothing is written before. The kernel launched next may start as early.
 DSLA_CUDA_EXPORT int64_t DecodeWorkspaceBytes(const DslaShape& shape, int N);
 DSLA_CUDA_EXPORT int Decode(const DslaCudaArgs& args, Stream stream);
 

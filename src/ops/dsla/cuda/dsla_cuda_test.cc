@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "ops/dsla/cuda/dsla_cuda_cases.cuh"
+#include "ops/norm_rope/cuda/norm_rope_cuda.h"
 
 namespace dsla {
 namespace {
@@ -116,8 +117,9 @@ TEST_P(DslaCudaTest, Decode) {
 }
 
 TEST_P(DslaCudaTest, DecodeOfManyRows) {
-  // The same few rows over and over, with padding rows between them, so many that a GPU has no
-  // multiprocessor for each: a row has the bits that it has among few.
+  // The same few rows over and over, with padding rows between them: as many as a GPU has a cluster
+  // of four, of two or a multiprocessor for, one more, and many more. A row has the bits that it
+  // has among few.
   const DslaShape s = shape();
   const GpuLayer layer(s, GetParam().gates, 512, 12);
   const std::vector<int> before{0, 3, 100, s.window + s.sinks};
@@ -142,27 +144,87 @@ TEST_P(DslaCudaTest, DecodeOfManyRows) {
 
   const auto decode = [&](size_t rows) {
     TestBatch batch(layer.host, pool, std::span(parts).first(rows));
-    GpuCall gpu(layer, batch, pool, static_cast<int>(many));
+    GpuCall gpu(layer, batch, pool, static_cast<int>(rows));
     const DeviceBytes device_slots(std::span<const int32_t>(slots).first(rows));
     gpu.args.slots = device_slots.as<int32_t>();
     gpu.Decode();
-    TestPool after(s, static_cast<int>(many));
+    TestPool after(s, static_cast<int>(rows));
     gpu.ReadPool(after);
     return std::pair(gpu.Out(), std::move(after));
   };
   const auto [want, want_pool] = decode(few);
-  const auto [got, got_pool] = decode(many);
   const auto row = static_cast<size_t>(s.H * s.D);
-  for (size_t i = 0; i < many; ++i) {
-    SCOPED_TRACE("row " + std::to_string(i));
-    const int slot = static_cast<int>(i), like = static_cast<int>(i % few);
-    if (slots[i] < 0) {
-      EXPECT_EQ(got_pool.Bytes(slot), pool.Bytes(slot));
-      continue;
+  int multiprocessors = 0;
+  CheckCuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
+  std::vector<size_t> counts{many};
+  for (int blocks : {4, 2, 1}) {
+    const auto most = static_cast<size_t>(multiprocessors / (blocks * s.Hkv));
+    for (size_t rows : {most, most + 1})
+      if (rows > few && rows < many) counts.push_back(rows);
+  }
+  for (size_t rows : counts) {
+    SCOPED_TRACE("of " + std::to_string(rows));
+    const auto [got, got_pool] = decode(rows);
+    for (size_t i = 0; i < rows; ++i) {
+      SCOPED_TRACE("row " + std::to_string(i));
+      const int slot = static_cast<int>(i), like = static_cast<int>(i % few);
+      if (slots[i] < 0) {
+        EXPECT_EQ(got_pool.Bytes(slot), pool.Bytes(slot));
+        continue;
+      }
+      EXPECT_TRUE(std::equal(want.begin() + like * row, want.begin() + (like + 1) * row,
+                             got.begin() + slot * row));
+      EXPECT_EQ(got_pool.Bytes(slot), want_pool.Bytes(like));
     }
-    EXPECT_TRUE(std::equal(want.begin() + like * row, want.begin() + (like + 1) * row,
-                           got.begin() + slot * row));
-    EXPECT_EQ(got_pool.Bytes(slot), want_pool.Bytes(like));
+  }
+}
+
+TEST_P(DslaCudaTest, DecodeAwaitsItsRows) {
+  // Rows that the kernel just before leaves, which a launch that overlaps with it must not read
+  // early: the bits are those of rows that have lain there for long.
+  const DslaShape s = shape();
+  const GpuLayer layer(s, GetParam().gates, 512, 13);
+  for (const int N : {1, 6, 150}) {
+    SCOPED_TRACE("of " + std::to_string(N));
+    const int t = s.window + s.sinks + 1, C = (s.H + 2 * s.Hkv) * s.D;
+    const auto tokens = MakeSequences(s, {t + 1});
+    TestPool pool(s, N);
+    std::vector<TestPart> parts;
+    for (int i = 0; i < N; ++i) {
+      pool.Reset(i);
+      parts.push_back({&tokens[0], t, 1, i});
+    }
+    TestBatch batch(layer.host, pool, parts);
+    std::vector<float> hidden(static_cast<size_t>(N * C));
+    for (size_t i = 0; i < hidden.size(); ++i) hidden[i] = static_cast<float>(i * 37 % 101) - 50;
+    const DeviceBytes d_hidden(hidden), weight(std::vector<float>(static_cast<size_t>(C), 1.f));
+    DeviceBytes rows(int64_t{N} * C * 2);
+    const auto decode = [&](bool apart) {
+      GpuCall gpu(layer, batch, pool, N);
+      gpu.args.q = rows.as<bf16>();
+      gpu.args.k = rows.as<bf16>() + s.H * s.D;
+      gpu.args.v = rows.as<bf16>() + (s.H + s.Hkv) * s.D;
+      gpu.args.q_stride = gpu.args.k_stride = gpu.args.v_stride = C;
+      gpu.Work(cuda::DecodeWorkspaceBytes(s, N));
+      rows.Poison();
+      CheckCuda(cuda::AddRmsNorm({.hidden = d_hidden.as<float>(),
+                                  .weight = weight.as<float>(),
+                                  .eps = 1e-5f,
+                                  .T = N,
+                                  .C = C,
+                                  .normed = rows.as<void>()},
+                                 nullptr));
+      if (apart) CheckCuda(cudaDeviceSynchronize());
+      CheckCuda(cuda::Decode(gpu.args, nullptr));
+      CheckCuda(cudaDeviceSynchronize());
+      TestPool after(s, N);
+      gpu.ReadPool(after);
+      return std::pair(gpu.Out(), std::move(after));
+    };
+    const auto [want, want_pool] = decode(true);
+    const auto [got, got_pool] = decode(false);
+    EXPECT_EQ(got, want);
+    for (int i = 0; i < N; ++i) EXPECT_EQ(got_pool.Bytes(i), want_pool.Bytes(i)) << "slot " << i;
   }
 }
 
@@ -278,6 +340,7 @@ INSTANTIATE_TEST_SUITE_P(
                       Case{"wide_floor", 2, 2, 128, 128, 2, 64, 4, TestGates::kFloor},
                       Case{"wide_still", 4, 1, 128, 128, 2, 64, 4, TestGates::kSlow},
                       Case{"wide_no_window", 3, 1, 128, 128, 2, 0, 0, TestGates::kTrained},
+                      Case{"wide_seven", 7, 1, 128, 128, 2, 64, 4, TestGates::kTrained},
                       Case{"wide_one_floor", 2, 2, 128, 128, 1, 64, 0, TestGates::kFloor},
                       Case{"wide_slow", 4, 1, 128, 256, 1, 64, 4, TestGates::kSlow},
                       Case{"wide_largest", 1, 1, 128, 256, 2, 64, 1, TestGates::kTrained},

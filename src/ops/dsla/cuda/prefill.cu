@@ -235,11 +235,8 @@ void CheckCommon(const Args& a) {
 }  // namespace
 
 bool OnHopper() {
-  int device = 0, major = 0, minor = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return major == 9 && minor == 0;
+  const Device& device = CurrentDevice();
+  return device.major == 9 && device.minor == 0;
 }
 
 int MaxChunks(int N, int64_t T) { return static_cast<int>(T / kChunk) + 2 * N; }

@@ -75,20 +75,12 @@ constexpr int SharedBytes(int teams) {
          (kTeams<D> - teams) * sizeof(TeamShared<D, kSigns>);
 }
 
-// Of a block, in bytes.
-int MostShared() {
-  int device = 0, most = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return most;
-}
-
 template <int D, int kBlocks, int kSigns, bool kFold>
 void Launch(const PrefillParams& p, cudaStream_t stream) {
-  int device = 0, processors = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  const int teams = SharedBytes<D, kBlocks, kSigns>(kTeams<D>) <= MostShared() ? kTeams<D> : 1;
+  const Device& device = CurrentDevice();
+  const int processors = device.multiprocessors;
+  const int teams =
+      SharedBytes<D, kBlocks, kSigns>(kTeams<D>) <= device.most_shared ? kTeams<D> : 1;
   const int bytes = SharedBytes<D, kBlocks, kSigns>(teams);
   const int threads = teams * 2 * D + (kHasFetchers<D, kFold> && OnHopper() ? kFetchThreads : 0);
   // How many chunks each team takes: weights are loaded once per block, at the cost of a quarter of
@@ -122,7 +114,7 @@ bool PrepareFits(const DslaShape& s) {
   const int bytes = s.F > s.D       ? SharedBytes<128, 2, 2>(1)
                     : s.states == 2 ? SharedBytes<128, 2, 1>(1)
                                     : SharedBytes<128, 1, 1>(1);
-  return bytes <= MostShared();
+  return bytes <= CurrentDevice().most_shared;
 }
 
 void LaunchPrepare(const PrefillParams& p, int D, cudaStream_t stream) {

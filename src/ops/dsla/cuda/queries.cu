@@ -258,9 +258,7 @@ __global__ void __launch_bounds__((kHeads + 1) * kTeam, kHeads == 1 ? 2 : 1)
 
 template <int kHeads>
 void Launch(const PrefillParams& p, int parts, int heads, cudaStream_t stream) {
-  int device = 0, processors = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  const int processors = CurrentDevice().multiprocessors;
   // As few rounds of the multiprocessors as kMostChunks allows, all of one length.
   const int64_t blocks = processors * (kHeads == 1 ? 2 : 1);
   const int64_t work = int64_t{p.wave_chunks} * p.layer.Hkv * parts;
