@@ -144,12 +144,20 @@ __device__ __forceinline__ void WarpgroupMma(float (&c)[8][4], const uint32_t (&
 #undef DSLA_SIXTEEN
 #undef DSLA_FOUR
 
+// compute-sanitizer's racecheck takes what one lane says to be done for that lane's work alone, so
+// for it (DSLA_ALL_LANES_ARRIVE) all say it.
+#ifdef DSLA_ALL_LANES_ARRIVE
+inline constexpr int kArrivingLanes = 32;
+#else
+inline constexpr int kArrivingLanes = 1;
+#endif
+
 // Barriers in shared memory between warps of different tasks. A phase ends when `arrivals` warps
 // have arrived; what they did before is seen by those that have awaited it. Phases count from 0;
 // only the last one and the one before can be awaited, so their parity will do.
 __device__ __forceinline__ void InitBarrier(uint64_t& barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(&barrier)),
-               "r"(arrivals)
+               "r"(arrivals * kArrivingLanes)
                : "memory");
 }
 // By all lanes of a warp. No branch: products may be under way, and the compiler would have them
@@ -157,9 +165,9 @@ __device__ __forceinline__ void InitBarrier(uint64_t& barrier, int arrivals) {
 __device__ __forceinline__ void Arrive(uint64_t& barrier) {
   __syncwarp();
   asm volatile(
-      "{\n.reg .pred p;\nsetp.eq.u32 p, %1, 0;\n"
+      "{\n.reg .pred p;\nsetp.lt.u32 p, %1, %2;\n"
       "@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(SharedAddress(&barrier)),
-      "r"(threadIdx.x % 32)
+      "r"(threadIdx.x % 32), "n"(kArrivingLanes)
       : "memory");
 }
 __device__ __forceinline__ void Await(uint64_t& barrier, int phase) {
