@@ -47,6 +47,9 @@ if("90" IN_LIST DSLA_CUDA_ARCHS)
   message(FATAL_ERROR "DSLA_CUDA_ARCHS has 90: say 90a, as compute capability 9.0 gets kernels of Hopper's own instructions")
 endif()
 
+# For compute-sanitizer --tool racecheck, which counts an mbarrier's arrival by one lane for that lane alone.
+option(DSLA_ALL_LANES_ARRIVE "All lanes arrive at the kernels' barriers in shared memory" OFF)
+
 # dsla_cuda_library(NAME <name> SRCS <files.cu>): the shared library dsla_<name>, with a runtime of its own linked in, so
 # that nothing of CUDA is needed to link against it or to start. No CUDA language is enabled: nvcc runs by plain commands, so
 # that configuring tries no compiler. A kernel that spills registers or uses local memory fails the build, as does every other
@@ -64,6 +67,9 @@ function(dsla_cuda_library)
       -isystem ${DSLA_FLASHINFER_DIR}/cutlass/include -isystem ${DSLA_FLASHINFER_DIR}/cutlass/tools/util/include)
   if(NOT CMAKE_BUILD_TYPE STREQUAL "Debug")
     list(APPEND flags -DNDEBUG)
+  endif()
+  if(DSLA_ALL_LANES_ARRIVE)
+    list(APPEND flags -DDSLA_ALL_LANES_ARRIVE)
   endif()
   set(objects)
   foreach(source ${ARG_SRCS})

@@ -1,55 +1,48 @@
 // The states before each segment of a wave:  S_{s+1} = e^{decay of s} S_s + what s adds.
 // A prefill's last segment of a sequence is left to `carry`, which ends with the sequence's state.
+#include <algorithm>
+
 #include "ops/dsla/cuda/prefill.cuh"
 
 namespace dsla::cuda {
 namespace {
 
-constexpr int kThreads = 128, kChannels = 32, kAhead = 8;
+constexpr int kThreads = 128, kChannels = 32;
+// Segments whose loads are under way at once: with D 128 there are few, and many blocks.
+template <int D>
+constexpr int kAhead = D == 64 ? 8 : 4;
+template <int D>
+constexpr int kBlocks = D == 64 ? 4 : 7;
 
 // Goes over `count` segments `stride` apart. Of them `adds` add something; at `keep`, what is there
-// is replaced by the state before the segment. While some are added, as many are on their way.
-template <typename T, typename Load, typename Update>
+// is replaced by the state before the segment.
+template <int kAhead, typename T, typename Load, typename Update>
 __device__ __forceinline__ T Scan(T state, T* at, int64_t stride, int count, int adds, bool keep,
                                   const Load& decay_of, const Update& update) {
-  using Decay = decltype(decay_of(0));
-  T added[2][kAhead];
-  Decay decay[2][kAhead];
-  const auto load = [&](int half, int base) {
+  for (int base = 0; base < count; base += kAhead) {
+    T added[kAhead];
+    decltype(decay_of(0)) decay[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (base + i >= adds) continue;
-      added[half][i] = at[(base + i) * stride];
-      decay[half][i] = decay_of(base + i);
+      added[i] = at[(base + i) * stride];
+      decay[i] = decay_of(base + i);
     }
-  };
-  load(0, 0);
-  for (int base = 0; base < count; base += 2 * kAhead) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int begin = base + half * kAhead;
-      load(1 - half, begin + kAhead);
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (keep && begin + i < count) at[(begin + i) * stride] = state;
-        if (begin + i < adds) state = update(state, decay[half][i], added[half][i]);
-      }
+    for (int i = 0; i < kAhead; ++i) {
+      if (keep && base + i < count) at[(base + i) * stride] = state;
+      if (base + i < adds) state = update(state, decay[i], added[i]);
     }
   }
   return state;
 }
 
-// grid (SF / 32 blocks of channels times D / 16 quads of a thread of `carry`, Hkv, segments)
+// A block's channels of the segments from `s` on that the wave has of a sequence.
 template <int D>
-__global__ void __launch_bounds__(kThreads) ScanKernel(const __grid_constant__ PrefillParams p) {
+__device__ __forceinline__ void ScanRun(const PrefillParams& p, const Segment& s) {
   constexpr int kQuads = D / 16;
   const Layer& l = p.layer;
-  const Segment s = SegmentOf(p, blockIdx.z);
   const int count = s.flags >> kRunShift;
-  if (s.count < 0 || count == 0 || IsWhole(s)) {
-    AwaitPrevious();
-    return;
-  }
   const bool ends = s.flags & kRunEnds;
   const int adds = ends && !p.fold ? count - 1 : count;
   const bool zero = p.fold && (s.flags & kFirst), keep = !p.fold, write = p.fold || !ends;
@@ -74,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) ScanKernel(const __grid_constant__ P
   }
   AwaitPrevious();
   AllowNext();
-  state = Scan(
+  state = Scan<kAhead<D>>(
       state, reinterpret_cast<float4*>(p.start) + part * (D / 4) + quad * kThreads + threadIdx.x,
       stride * (D / 4), count, adds, keep,
       [&](int i) {
@@ -90,16 +83,35 @@ __global__ void __launch_bounds__(kThreads) ScanKernel(const __grid_constant__ P
     to[D + 8] = state.w;
   }
   if (!has_norm) return;
-  norm = Scan(
+  norm = Scan<kAhead<D>>(
       norm, p.start_norm + part + threadIdx.x, stride, count, adds, keep,
       [&](int i) { return p.start_decay[part + i * stride + threadIdx.x]; },
       [](float x, float d, float y) { return d * x + y; });
   if (write) *to_norm = norm;
 }
 
+// grid (SF / 32 blocks of channels times D / 16 quads of a thread of `carry`, Hkv, so many runs at
+// a time)
+template <int D>
+__global__ void __launch_bounds__(kThreads, kBlocks<D>)
+    ScanKernel(const __grid_constant__ PrefillParams p) {
+  const int count = __ldcg(p.wave_first + p.wave + 1) - __ldcg(p.wave_first + p.wave);
+  int runs = 0;
+  for (int base = 0; base < count; base += 32) {
+    const int lane = threadIdx.x % 32;
+    const bool first = base + lane < count && SegmentOf(p, base + lane).flags >> kRunShift;
+    for (uint32_t left = __ballot_sync(~0u, first); left != 0; left &= left - 1) {
+      if (runs++ % gridDim.z != blockIdx.z) continue;
+      const Segment s = SegmentOf(p, base + __ffs(left) - 1);
+      if (s.count > 0 && !IsWhole(s)) ScanRun<D>(p, s);
+    }
+  }
+  AwaitPrevious();
+}
+
 template <int D>
 void Launch(const PrefillParams& p, cudaStream_t stream) {
-  const dim3 grid(p.layer.SF / kChannels * (D / 16), p.layer.Hkv, p.wave_segments);
+  const dim3 grid(p.layer.SF / kChannels * (D / 16), p.layer.Hkv, std::min(p.layer.N, 8));
   Start<ScanKernel<D>>("scan", grid, kThreads, 0, p, stream);
 }
 

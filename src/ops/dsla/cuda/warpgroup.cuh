@@ -101,6 +101,17 @@ __device__ __forceinline__ void WarpgroupMma(float (&c)[8][4], uint64_t a, uint6
       : "l"(a), "l"(b), "n"(kTransposedA), "n"(kTransposedB));
 }
 template <int kTransposedA = 0, int kTransposedB = 0>
+__device__ __forceinline__ void WarpgroupMma(float (&c)[9][4], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35}, %36, "
+      "%37, p, 1, 1, %38, %39;\n}"
+      : DSLA_SIXTEEN(c, 0), DSLA_SIXTEEN(c, 4), DSLA_FOUR(c, 8)
+      : "l"(a), "l"(b), "n"(kTransposedA), "n"(kTransposedB));
+}
+template <int kTransposedA = 0, int kTransposedB = 0>
 __device__ __forceinline__ void WarpgroupMma(float (&c)[16][4], uint64_t a, uint64_t b) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"
@@ -144,12 +155,20 @@ __device__ __forceinline__ void WarpgroupMma(float (&c)[8][4], const uint32_t (&
 #undef DSLA_SIXTEEN
 #undef DSLA_FOUR
 
+// compute-sanitizer's racecheck takes what one lane says to be done for that lane's work alone, so
+// for it (DSLA_ALL_LANES_ARRIVE) all say it.
+#ifdef DSLA_ALL_LANES_ARRIVE
+inline constexpr int kArrivingLanes = 32;
+#else
+inline constexpr int kArrivingLanes = 1;
+#endif
+
 // Barriers in shared memory between warps of different tasks. A phase ends when `arrivals` warps
 // have arrived; what they did before is seen by those that have awaited it. Phases count from 0;
 // only the last one and the one before can be awaited, so their parity will do.
 __device__ __forceinline__ void InitBarrier(uint64_t& barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(&barrier)),
-               "r"(arrivals)
+               "r"(arrivals * kArrivingLanes)
                : "memory");
 }
 // By all lanes of a warp. No branch: products may be under way, and the compiler would have them
@@ -157,9 +176,9 @@ __device__ __forceinline__ void InitBarrier(uint64_t& barrier, int arrivals) {
 __device__ __forceinline__ void Arrive(uint64_t& barrier) {
   __syncwarp();
   asm volatile(
-      "{\n.reg .pred p;\nsetp.eq.u32 p, %1, 0;\n"
+      "{\n.reg .pred p;\nsetp.lt.u32 p, %1, %2;\n"
       "@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(SharedAddress(&barrier)),
-      "r"(threadIdx.x % 32)
+      "r"(threadIdx.x % 32), "n"(kArrivingLanes)
       : "memory");
 }
 __device__ __forceinline__ void Await(uint64_t& barrier, int phase) {
