@@ -48,9 +48,9 @@ struct ProductArgs {
 };
 DSLA_CUDA_EXPORT int SmallProduct(const ProductArgs& args, Stream stream);
 
-// An adapter's first product and its split: low_rank[t] = the first r of W x[t], rounded to bf16,
-// zeros for rows below *first_row; claim[t] = the other H + bias, of the rows from *first_row on.
-// If *first_row is T or more nothing is read or written.
+// An adapter's first product and its split, of the rows from *first_row on: low_rank[t] = the first
+// r of W x[t], rounded to bf16; claim[t] = the other H + bias.
+// If *first_row is T or more nothing is read.
 struct AdapterInArgs {
   const void* weight = nullptr;  // [r + H, in] bf16, dense, 16-byte aligned
   int in = 0, r = 0, H = 0;      // in a multiple of 8
@@ -63,5 +63,16 @@ struct AdapterInArgs {
   const float* claim_bias = nullptr;   // [H]
 };
 DSLA_CUDA_EXPORT int AdapterIn(const AdapterInArgs& args, Stream stream);
+
+// SmallProduct (of all rows, not gated) and AdapterIn in one launch, the same bits: of as many rows
+// and the same `in`.
+DSLA_CUDA_EXPORT int JointProduct(const ProductArgs& product, const AdapterInArgs& adapter,
+                                  Stream stream);
+
+// Whether JointProduct rather than cuBLAS and AdapterIn is to do a product with a weight [out, in].
+inline bool PrefersJointProduct(int64_t out, int64_t in, int64_t T) {
+  const bool few = T <= 16, small = T <= 256 && 2 * out * in <= int64_t{5} << 18;
+  return in % 8 == 0 && (few || small || PrefersSmallProduct(out, in, T));
+}
 
 }  // namespace dsla::cuda
