@@ -345,10 +345,9 @@ int LaunchTiled(const ProductPair& pair, Stream stream) {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (in > 1024 && major >= 9)
     return StartSmallest<Tile<64, 32, 64, 4>, Tile<64, 64, 64, 4>>(params, processors, stream);
-  // A block of few stages leaves a processor room for another.
+  // Two blocks fit a processor.
   return StartSmallest<Tile<32, 32, 128, 1>, Tile<64, 32, 128, 1>, Tile<64, 64, 64, 1>,
-                       Tile<128, 64, 64, 1>>(params, in <= 256 ? 2 * processors : processors,
-                                             stream);
+                       Tile<128, 64, 64, 1>>(params, 2 * processors, stream);
 }
 
 }  // namespace dsla::cuda
