@@ -93,27 +93,29 @@ void CudaModel::QueriesKeysValues(const Step& step, const CudaDslaLayer* dsla, i
   const ModelConfig& c = spec_.config;
   const Activations& a = *step.a;
   const int64_t T = step.tables->T, stride = int64_t{c.H + 2 * c.Hkv} * c.D;
-  const Matrix& weight = weights_->layers[static_cast<size_t>(l)].qkv;
-  if (dsla == nullptr || dsla->in.empty()) {
+  const bool merged = OneLevel(step) && dsla && !dsla->merged_qkv.empty();
+  const Matrix& weight = merged ? dsla->merged_qkv : weights_->layers[static_cast<size_t>(l)].qkv;
+  const int r = dsla && !merged ? dsla->r : 0, H = dsla && dsla->claims ? c.H : 0;
+  if (r + H == 0) {
     gemm_->Run(weight, a.normed, c.C, T, a.qkv, stride);
     return;
   }
-  AdapterInArgs in = FirstProduct(step, dsla->in, dsla->r, a.normed, l);
-  if (dsla->claims) {
-    in.H = c.H;
-    in.claim = a.claim;
-    in.claim_bias = dsla->claim_bias.as<float>();
-  }
+  AdapterInArgs in = FirstProduct(step, dsla->in, r, a.normed, l);
+  if (merged) in.weight = dsla->in.data.as(2 * dsla->r * dsla->in.in);
+  in.H = H;
+  in.claim = a.claim;
+  in.claim_bias = dsla->claim_bias.as<float>();
   gemm_->RunJoint(weight, a.qkv, stride, in);
-  if (dsla->r > 0) SecondProduct(dsla->q_out, in, a.qkv, stride);
+  if (r > 0) SecondProduct(dsla->q_out, in, a.qkv, stride);
 }
 
 // delta = W out, of DSLA rows += B_o A_o out.
 void CudaModel::Output(const Step& step, const CudaDslaLayer* dsla, int l) {
   const ModelConfig& c = spec_.config;
   const Activations& a = *step.a;
-  const Matrix& weight = weights_->layers[static_cast<size_t>(l)].o;
-  if (dsla == nullptr || dsla->r == 0) {
+  const bool merged = OneLevel(step) && dsla && !dsla->merged_o.empty();
+  const Matrix& weight = merged ? dsla->merged_o : weights_->layers[static_cast<size_t>(l)].o;
+  if (merged || dsla == nullptr || dsla->r == 0) {
     gemm_->Run(weight, a.attention, weight.in, step.tables->T, a.delta, c.C);
     return;
   }
@@ -132,7 +134,7 @@ AdapterInArgs CudaModel::FirstProduct(const Step& step, const Matrix& weight, in
           .x_stride = weight.in,
           .T = static_cast<int>(step.tables->T),
           .first_row = step.device + step.tables->softmax_rows + l,
-          .low_rank = r > 0 ? step.a->low_rank : nullptr};
+          .low_rank = step.a->low_rank};
 }
 
 // y += B low_rank, of the same rows.

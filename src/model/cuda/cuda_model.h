@@ -100,6 +100,8 @@ class CudaModel : public DeviceModel {
                   std::span<const int32_t> row_before, PinnedBuffer& host, DeviceBuffer& device);
   void RunLayers(const Step& step);
   void AttentionBlock(const Step& step, int layer);
+  // Whether, where any row of a layer is DSLA, all are.
+  static bool OneLevel(const Step& step) { return step.padded && step.level != kMixed; }
   // dsla: the adapter's layer, or null where no row is DSLA.
   void QueriesKeysValues(const Step& step, const CudaDslaLayer* dsla, int layer);
   void Output(const Step& step, const CudaDslaLayer* dsla, int layer);
