@@ -1,9 +1,10 @@
 // Times the products of a decode step, SmallProduct beside cuBLAS: of each shape and number of
 // rows, the median time of a call within a CUDA graph of many, and the share of the bandwidth of a
-// device copy of the same run that it reaches; and of a layer's four products one after the other,
-// without and with the elementwise steps between them (of which SmallProduct does the activation
-// itself). Calls rotate over weights of more than 400 MB in
-// all, so that they come from memory, not from the L2 cache.
+// device copy of the same run that it reaches; of a product with an adapter's first one,
+// JointProduct beside AdapterIn after the better of those two; and of a layer's four products one
+// after the other, without and with the elementwise steps between them (of which SmallProduct does
+// the activation itself). Calls rotate over weights of more than 400 MB in all, so that they come
+// from memory, not from the L2 cache.
 //
 //   linear_gpu [--only "small qkv"] [--rows 8]
 #include <cublas_v2.h>
@@ -70,6 +71,7 @@ class Bench {
 
   void* x() const { return x_.as<void>(); }
   void* y() const { return y_.as<void>(); }
+  const int32_t* zero() const { return zero_.as<int32_t>(); }
   const std::byte* weights() const { return pool_.as<std::byte>(); }
 
   void Small(const void* weight, int out, int in, const void* x, int64_t x_stride, int T, void* y,
@@ -103,7 +105,7 @@ class Bench {
  private:
   static constexpr int64_t kArrayBytes = 1 << 27, kWorkspaceBytes = 1 << 25;
   cublasHandle_t blas_ = nullptr;
-  DeviceBytes pool_, x_, y_, workspace_;
+  DeviceBytes pool_, x_, y_, workspace_, zero_{std::vector<int32_t>{0}};
 };
 
 struct Shape {
@@ -111,10 +113,16 @@ struct Shape {
   int out, in;
   bool f32 = false;
 };
+// A product beside an adapter's first: [out, in] and [r + H, in].
+struct Joint {
+  const char* name;
+  int out, in, r, H;
+};
 struct Model {
   const char* name;
   int C, ffn, qkv;
   std::vector<Shape> shapes;
+  std::vector<Joint> joint;
 };
 
 void TimeShape(const Bench& b, const Model& model, const Shape& s, int T) {
@@ -133,6 +141,53 @@ void TimeShape(const Bench& b, const Model& model, const Shape& s, int T) {
   std::printf("%-15s [%5d,%6d] T %3d %9.2f us %5.1f%%  cuBLAS %9.2f us %5.1f%%%s\n", name.c_str(),
               s.out, s.in, T, small * 1e6, share(small), blas * 1e6, share(blas),
               cuda::PrefersSmallProduct(s.out, s.in, T) ? "" : ", taken");
+  std::fflush(stdout);
+}
+
+void TimeJoint(const Bench& b, const Model& model, const Joint& s, int T) {
+  const std::string name = std::string(model.name) + " " + s.name;
+  if (!b.Wanted(name)) return;
+  const int64_t main = int64_t{2} * s.out * s.in, bytes = main + int64_t{2} * (s.r + s.H) * s.in;
+  const int count =
+      static_cast<int>(std::min(kPoolBytes, std::max(4 * bytes, int64_t{400000000})) / bytes);
+  constexpr int64_t kPart = 1 << 24;
+  auto* const y = static_cast<std::byte*>(b.y());
+  const auto main_args = [&](int i) -> cuda::ProductArgs {
+    return {.weight = b.weights() + i * bytes,
+            .out = s.out,
+            .in = s.in,
+            .x = b.x(),
+            .x_stride = s.in,
+            .T = T,
+            .y = y,
+            .y_stride = s.out};
+  };
+  const auto adapter = [&](int i) -> cuda::AdapterInArgs {
+    return {.weight = b.weights() + i * bytes + main,
+            .in = s.in,
+            .r = s.r,
+            .H = s.H,
+            .x = b.x(),
+            .x_stride = s.in,
+            .T = T,
+            .first_row = b.zero(),
+            .low_rank = y + 2 * kPart,
+            .claim = reinterpret_cast<float*>(y + 3 * kPart),
+            .claim_bias = reinterpret_cast<const float*>(b.weights())};
+  };
+  const double joint = b.Time(
+      count, [&](int i) { CheckCuda(cuda::JointProduct(main_args(i), adapter(i), b.stream)); });
+  const double small = b.Time(count, [&](int i) {
+    CheckCuda(cuda::SmallProduct(main_args(i), b.stream));
+    CheckCuda(cuda::AdapterIn(adapter(i), b.stream));
+  });
+  const double blas = b.Time(count, [&](int i) {
+    b.Blas(main_args(i).weight, s.out, s.in, b.x(), s.in, T, y);
+    CheckCuda(cuda::AdapterIn(adapter(i), b.stream));
+  });
+  std::printf("%-15s [%5d,%6d] + %3d T %3d %9.2f us, apart %9.2f us, cuBLAS %9.2f us%s\n",
+              name.c_str(), s.out, s.in, s.r + s.H, T, joint * 1e6, small * 1e6, blas * 1e6,
+              cuda::PrefersJointProduct(s.out, s.in, T) ? "" : ", taken");
   std::fflush(stdout);
 }
 
@@ -223,7 +278,8 @@ int Main(int argc, char** argv) {
                             {"down", 4096, 11008},
                             {"head", 32000, 4096, true},
                             {"adapter_in", 96, 4096, true},
-                            {"adapter_out", 4096, 64}}},
+                            {"adapter_out", 4096, 64}},
+                           {{"joint_qkv", 12288, 4096, 64, 32}, {"joint_o", 4096, 4096, 64, 0}}},
                           {"medium",
                            1024,
                            3072,
@@ -233,7 +289,8 @@ int Main(int argc, char** argv) {
                             {"gate_up", 6144, 1024},
                             {"down", 1024, 3072},
                             {"adapter_in", 80, 1024, true},
-                            {"adapter_out", 2048, 64}}},
+                            {"adapter_out", 2048, 64}},
+                           {{"joint_qkv", 4096, 1024, 64, 16}}},
                           {"small",
                            576,
                            1536,
@@ -244,11 +301,13 @@ int Main(int argc, char** argv) {
                             {"down", 576, 1536},
                             {"head", 49152, 576, true},
                             {"adapter_in", 57, 576, true},
-                            {"adapter_out", 576, 48}}}};
+                            {"adapter_out", 576, 48}},
+                           {{"joint_qkv", 960, 576, 48, 9}, {"joint_o", 576, 576, 48, 0}}}};
   for (const Model& m : models)
     for (const int T : {1, 4, 8, 16, 32, 64, 128, 256}) {
       if (b.rows != 0 && b.rows != T) continue;
       for (const Shape& s : m.shapes) TimeShape(b, m, s, T);
+      for (const Joint& s : m.joint) TimeJoint(b, m, s, T);
       TimeLayer(b, m, T);
     }
   return 0;

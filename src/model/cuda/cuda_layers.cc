@@ -49,8 +49,6 @@ void CudaModel::AttentionBlock(const Step& step, int l) {
   const Activations& a = *step.a;
   const StepTables& tables = *step.tables;
   const CudaLayer& layer = weights_->layers[static_cast<size_t>(l)];
-  const int64_t q = int64_t{c.H} * c.D, stride = q + 2 * int64_t{c.Hkv} * c.D;
-  gemm_->Run(layer.qkv, a.normed, c.C, tables.T, a.qkv, stride);
 
   // A graph of mixed levels has both branches for all rows, another the one that all rows take;
   // without a graph the host knows where they part.
@@ -61,9 +59,10 @@ void CudaModel::AttentionBlock(const Step& step, int l) {
     softmax = step.rows->SoftmaxSequences(rank);
     first = step.rows->row_start[softmax];
   }
-  const bool some_softmax = softmax > 0, some_dsla = first < tables.T;
-  if (some_dsla) AdapterIn(step, adapter_->layers[static_cast<size_t>(l)], l, first);
+  const CudaDslaLayer* const dsla =
+      first < tables.T ? &adapter_->layers[static_cast<size_t>(l)] : nullptr;
 
+  QueriesKeysValues(step, dsla, l);
   Check(RopeKv(
             {.qkv = a.qkv,
              .bias = c.qkv_bias ? layer.qkv_bias.as<float>() : nullptr,
@@ -84,62 +83,65 @@ void CudaModel::AttentionBlock(const Step& step, int l) {
              .kv = step.cache.pages},
             stream_),
         "rotating queries and keys");
-  if (some_softmax) SoftmaxRows(step, l);
-  if (some_dsla) DslaRows(step, l);
-
-  gemm_->Run(layer.o, a.attention, q, tables.T, a.delta, c.C);
-  if (some_dsla) AdapterOut(step, adapter_->layers[static_cast<size_t>(l)], l, first);
+  if (softmax > 0) SoftmaxRows(step, l);
+  if (dsla) DslaRows(step, l);
+  Output(step, dsla, l);
 }
 
-// The claims, and q += B_q A_q x, of the DSLA rows: from row `first` on, and in a graph of those
-// that the tables say.
-void CudaModel::AdapterIn(const Step& step, const CudaDslaLayer& dsla, int l, int64_t first) {
+// q, k, v = W x; of DSLA rows also the claims, and q += B_q A_q x.
+void CudaModel::QueriesKeysValues(const Step& step, const CudaDslaLayer* dsla, int l) {
   const ModelConfig& c = spec_.config;
   const Activations& a = *step.a;
-  const StepTables& tables = *step.tables;
-  if (dsla.in.empty()) return;
-  const int64_t T = tables.T - first, stride = int64_t{c.H + 2 * c.Hkv} * c.D;
-  const int32_t* const parting =
-      step.device + (step.padded ? tables.softmax_rows + l : tables.zero);
-  FirstProduct(a, dsla.in, dsla.r, dsla.claims ? c.H : 0, a.normed + 2 * first * c.C, T, parting,
-               dsla.claims ? a.claim + first * c.H : nullptr, dsla.claim_bias.as<float>());
-  if (dsla.r > 0)
-    gemm_->Run(dsla.q_out, a.low_rank, dsla.r, T, a.qkv + 2 * first * stride, stride,
-               Gemm::Out::kBf16, parting);
+  const int64_t T = step.tables->T, stride = int64_t{c.H + 2 * c.Hkv} * c.D;
+  const bool merged = OneLevel(step) && dsla && !dsla->merged_qkv.empty();
+  const Matrix& weight = merged ? dsla->merged_qkv : weights_->layers[static_cast<size_t>(l)].qkv;
+  const int r = dsla && !merged ? dsla->r : 0, H = dsla && dsla->claims ? c.H : 0;
+  if (r + H == 0) {
+    gemm_->Run(weight, a.normed, c.C, T, a.qkv, stride);
+    return;
+  }
+  AdapterInArgs in = FirstProduct(step, dsla->in, r, a.normed, l);
+  if (merged) in.weight = dsla->in.data.as(2 * dsla->r * dsla->in.in);
+  in.H = H;
+  in.claim = a.claim;
+  in.claim_bias = dsla->claim_bias.as<float>();
+  gemm_->RunJoint(weight, a.qkv, stride, in);
+  if (r > 0) SecondProduct(dsla->q_out, in, a.qkv, stride);
 }
 
-// low_rank = A x, zero in rows below *parting, and with claims those of the rows from there on.
-// Nothing is written where all rows lie below it: then the second product does nothing.
-void CudaModel::FirstProduct(const Activations& a, const Matrix& in, int r, int H,
-                             const std::byte* x, int64_t T, const int32_t* parting, float* claim,
-                             const float* claim_bias) {
-  Check(cuda::AdapterIn({.weight = in.data.as(),
-                         .in = static_cast<int>(in.in),
-                         .r = r,
-                         .H = H,
-                         .x = x,
-                         .x_stride = in.in,
-                         .T = static_cast<int>(T),
-                         .first_row = parting,
-                         .low_rank = r > 0 ? a.low_rank : nullptr,
-                         .claim = claim,
-                         .claim_bias = claim_bias},
-                        stream_),
-        "the adapter's first product");
-}
-
-// y += B_o A_o out.
-void CudaModel::AdapterOut(const Step& step, const CudaDslaLayer& dsla, int l, int64_t first) {
-  if (dsla.r == 0) return;
+// delta = W out, of DSLA rows += B_o A_o out.
+void CudaModel::Output(const Step& step, const CudaDslaLayer* dsla, int l) {
   const ModelConfig& c = spec_.config;
   const Activations& a = *step.a;
-  const StepTables& tables = *step.tables;
-  const int64_t T = tables.T - first, q = int64_t{c.H} * c.D;
-  const int32_t* const parting =
-      step.device + (step.padded ? tables.softmax_rows + l : tables.zero);
-  FirstProduct(a, dsla.o_in, dsla.r, 0, a.attention + 2 * first * q, T, parting, nullptr, nullptr);
-  gemm_->Run(dsla.o_out, a.low_rank, dsla.r, T, a.delta + 2 * first * c.C, c.C, Gemm::Out::kBf16,
-             parting);
+  const bool merged = OneLevel(step) && dsla && !dsla->merged_o.empty();
+  const Matrix& weight = merged ? dsla->merged_o : weights_->layers[static_cast<size_t>(l)].o;
+  if (merged || dsla == nullptr || dsla->r == 0) {
+    gemm_->Run(weight, a.attention, weight.in, step.tables->T, a.delta, c.C);
+    return;
+  }
+  const AdapterInArgs in = FirstProduct(step, dsla->o_in, dsla->r, a.attention, l);
+  gemm_->RunJoint(weight, a.delta, c.C, in);
+  SecondProduct(dsla->o_out, in, a.delta, c.C);
+}
+
+// low_rank = A x, without claims, of the rows that are DSLA in layer l.
+AdapterInArgs CudaModel::FirstProduct(const Step& step, const Matrix& weight, int r,
+                                      const std::byte* x, int l) const {
+  return {.weight = weight.data.as(),
+          .in = static_cast<int>(weight.in),
+          .r = r,
+          .x = x,
+          .x_stride = weight.in,
+          .T = static_cast<int>(step.tables->T),
+          .first_row = step.device + step.tables->softmax_rows + l,
+          .low_rank = step.a->low_rank};
+}
+
+// y += B low_rank, of the same rows.
+void CudaModel::SecondProduct(const Matrix& weight, const AdapterInArgs& first, std::byte* y,
+                              int64_t y_stride) {
+  gemm_->Run(weight, first.low_rank, first.r, first.T, y, y_stride, Gemm::Out::kBf16,
+             first.first_row);
 }
 
 void CudaModel::SoftmaxRows(const Step& step, int l) {

@@ -100,10 +100,15 @@ class CudaModel : public DeviceModel {
                   std::span<const int32_t> row_before, PinnedBuffer& host, DeviceBuffer& device);
   void RunLayers(const Step& step);
   void AttentionBlock(const Step& step, int layer);
-  void AdapterIn(const Step& step, const CudaDslaLayer& dsla, int layer, int64_t first);
-  void FirstProduct(const Activations& a, const Matrix& in, int r, int H, const std::byte* x,
-                    int64_t T, const int32_t* parting, float* claim, const float* claim_bias);
-  void AdapterOut(const Step& step, const CudaDslaLayer& dsla, int layer, int64_t first);
+  // Whether, where any row of a layer is DSLA, all are.
+  static bool OneLevel(const Step& step) { return step.padded && step.level != kMixed; }
+  // dsla: the adapter's layer, or null where no row is DSLA.
+  void QueriesKeysValues(const Step& step, const CudaDslaLayer* dsla, int layer);
+  void Output(const Step& step, const CudaDslaLayer* dsla, int layer);
+  AdapterInArgs FirstProduct(const Step& step, const Matrix& weight, int r, const std::byte* x,
+                             int layer) const;
+  void SecondProduct(const Matrix& weight, const AdapterInArgs& first, std::byte* y,
+                     int64_t y_stride);
   void SoftmaxRows(const Step& step, int layer);
   void DslaRows(const Step& step, int layer);
   void FinishTile(const Activations& a, const int32_t* rows, const RowSampling* sampling,

@@ -160,6 +160,22 @@ TEST_P(BothTest, AllLevelsInOneBatchWithRaisesInBetween) {
   Step(pairs);
 }
 
+// Steps of one level have graphs of their own.
+TEST_P(BothTest, AllRowsAtOneLevel) {
+  for (const int level : {1, GetParam().L}) {
+    std::deque<Pair> pairs;
+    for (int n = 0; n < 5; ++n) {
+      pairs.push_back(NewPair(level));
+      pairs.back().tokens = Tokens(90 + n);
+    }
+    Step(pairs);
+    for (int step = 0; step < 4; ++step) {
+      for (Pair& pair : pairs) pair.tokens = Tokens(1);
+      Step(pairs);
+    }
+  }
+}
+
 TEST_P(BothTest, BatchesOfChangingSizeShareTheGraphs) {
   std::deque<Pair> pairs;
   for (int n = 0; n < 9; ++n) {

@@ -8,6 +8,7 @@
 
 #include "base/half.h"
 #include "format/model_file.h"
+#include "ops/linear/cuda/linear_cuda.h"
 
 namespace dsla::cuda {
 namespace {
@@ -46,6 +47,46 @@ std::vector<float> Padded(std::span<const float> from, int64_t columns, int64_t 
     padded[static_cast<size_t>(row * to_columns + column)] = from[i];
   }
   return padded;
+}
+
+// [columns, rows] of [rows, columns].
+std::vector<float> Transposed(std::span<const float> from, int64_t rows, int64_t columns) {
+  std::vector<float> to(from.size());
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j)
+      to[static_cast<size_t>(j * rows + i)] = from[static_cast<size_t>(i * columns + j)];
+  return to;
+}
+
+// The largest qkv of a layer that is also held with the deltas in it. Where weights are larger,
+// that would take the room of caches, and launches no longer decide how long a step takes.
+constexpr int64_t kMostMergedBytes = int64_t{8} << 20;
+
+// W + B A of the first rows of W, as many as B [out, r] has; a: [r, in].
+Matrix Merged(const Matrix& weight, const Matrix& b, std::span<const float> a,
+              cudaStream_t stream) {
+  Matrix merged;
+  merged.out = weight.out;
+  merged.in = weight.in;
+  merged.data.Grow(weight.bytes());
+  Check(cudaMemcpyAsync(merged.data.as(), weight.data.as(), static_cast<size_t>(weight.bytes()),
+                        cudaMemcpyDeviceToDevice, stream),
+        "copying weights");
+  const Matrix transposed = UploadMatrix(Transposed(a, b.in, weight.in), weight.in, b.in);
+  AwaitUploads();
+  Check(SmallProduct({.weight = transposed.data.as(),
+                      .out = static_cast<int>(weight.in),
+                      .in = static_cast<int>(b.in),
+                      .x = b.data.as(),
+                      .x_stride = b.in,
+                      .T = static_cast<int>(b.out),
+                      .y = merged.data.as(),
+                      .y_stride = weight.in,
+                      .add = true},
+                     stream),
+        "merging an adapter");
+  Check(cudaStreamSynchronize(stream), "merging an adapter");
+  return merged;
 }
 
 struct Part {
@@ -179,13 +220,20 @@ std::shared_ptr<const CudaAdapter> UploadAdapter(const DeviceModelSpec& spec,
     CudaDslaLayer layer;
     layer.r = (from.rank + 7) / 8 * 8;  // the products' rows are multiples of 16 bytes
     layer.claims = from.window > 0;
-    std::vector<float> in = Padded(from.q_a, C, layer.r, C);
+    const std::vector<float> q_a = Padded(from.q_a, C, layer.r, C);
+    std::vector<float> in = q_a;
     in.insert(in.end(), from.claim.begin(), from.claim.end());
     if (!in.empty()) layer.in = UploadMatrix(in, static_cast<int64_t>(in.size()) / C, C);
     if (from.rank > 0) {
+      const std::vector<float> o_a = Padded(from.o_a, q, layer.r, q);
       layer.q_out = UploadMatrix(Padded(from.q_b, from.rank, q, layer.r), q, layer.r);
-      layer.o_in = UploadMatrix(Padded(from.o_a, q, layer.r, q), layer.r, q);
+      layer.o_in = UploadMatrix(o_a, layer.r, q);
       layer.o_out = UploadMatrix(Padded(from.o_b, from.rank, C, layer.r), C, layer.r);
+      const CudaLayer& base = weights.layers[l];
+      if (base.qkv.bytes() <= kMostMergedBytes) {
+        layer.merged_qkv = Merged(base.qkv, layer.q_out, q_a, stream);
+        layer.merged_o = Merged(base.o, layer.o_out, o_a, stream);
+      }
     }
     if (layer.claims) layer.claim_bias = UploadVector(from.claim_bias);
     std::vector<float> mix(from.mix);

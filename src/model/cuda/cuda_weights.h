@@ -44,12 +44,18 @@ struct CudaDslaLayer {
   Matrix q_out;  // [H D, r]
   Matrix o_in;   // [r, H D]
   Matrix o_out;  // [C, r]
+  // qkv and o with the deltas in them, W + B A, for steps whose rows are all DSLA; empty where the
+  // model is large.
+  Matrix merged_qkv, merged_o;
   DeviceBuffer claim_bias;  // [H]
   DeviceBuffer packed;      // what the operator reads
   DeviceBuffer mix;         // [H, states]
 
+  // What a step of one level reads of them beside the layer's weights, or those merged.
   int64_t bytes() const {
-    return in.bytes() + q_out.bytes() + o_in.bytes() + o_out.bytes() + packed.bytes() + mix.bytes();
+    const int64_t deltas =
+        merged_qkv.empty() ? q_out.bytes() + o_in.bytes() + o_out.bytes() : -2 * r * in.in;
+    return in.bytes() + deltas + packed.bytes() + mix.bytes();
   }
 };
 

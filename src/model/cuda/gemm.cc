@@ -1,6 +1,5 @@
 #include "model/cuda/gemm.h"
 
-#include "ops/linear/cuda/linear_cuda.h"
 #include "ops/norm_rope/cuda/norm_rope_cuda.h"
 
 namespace dsla::cuda {
@@ -56,6 +55,16 @@ void Gemm::Run(const Matrix& weight, const void* x, int64_t x_stride, int64_t T,
                            type == Out::kBf16 ? CUDA_R_16BF : CUDA_R_32F,
                            static_cast<int>(y_stride), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
               "a product");
+}
+
+void Gemm::RunJoint(const Matrix& weight, void* y, int64_t y_stride, const AdapterInArgs& adapter) {
+  if (PrefersJointProduct(weight.out, weight.in, adapter.T)) {
+    const ProductArgs args = Product(weight, adapter.x, adapter.x_stride, adapter.T, y, y_stride);
+    Check(JointProduct(args, adapter, stream_), "a product and the adapter's first");
+    return;
+  }
+  Run(weight, adapter.x, adapter.x_stride, adapter.T, y, y_stride);
+  Check(AdapterIn(adapter, stream_), "the adapter's first product");
 }
 
 void Gemm::RunGated(const Matrix& gate_up, const void* x, int64_t T, void* room, void* y) {

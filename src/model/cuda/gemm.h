@@ -6,6 +6,7 @@
 
 #include "model/cuda/cuda_util.h"
 #include "model/cuda/cuda_weights.h"
+#include "ops/linear/cuda/linear_cuda.h"
 
 namespace dsla::cuda {
 
@@ -21,6 +22,8 @@ class Gemm {
   enum class Out { kBf16, kF32 };
   void Run(const Matrix& weight, const void* x, int64_t x_stride, int64_t T, void* y,
            int64_t y_stride, Out type = Out::kBf16, const int32_t* from = nullptr);
+  // y = x W^T, and the adapter's first product with the same rows.
+  void RunJoint(const Matrix& weight, void* y, int64_t y_stride, const AdapterInArgs& adapter);
   // y = silu(x G^T) * (x U^T), [T, out / 2] bf16, of a weight whose first half is G and whose
   // second is U; x and y are dense. The product may need `room`: [T, out] bf16.
   void RunGated(const Matrix& gate_up, const void* x, int64_t T, void* room, void* y);

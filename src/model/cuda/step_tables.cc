@@ -28,7 +28,6 @@ StepTables::StepTables(const PlacedRows& rows, const std::vector<int>& rank, int
   sequence = take(T);
   pos = take(N);
   softmax_rows = take(L);
-  zero = take(1);
   slots = take(int64_t{L} * N);
   page_start = take(int64_t{L} * (N + 1));
   static_assert(sizeof(RowSampling) % 4 == 0);
@@ -89,7 +88,6 @@ void StepTables::Pack(const PlacedRows& rows, const std::vector<int>& rank,
     }
   }
   PackSampling(rows, to);
-  to[zero] = 0;
   int64_t next_page = 0;
   for (int layer = 0; layer < L; ++layer) {
     const int softmax = rows.SoftmaxSequences(rank[layer]);

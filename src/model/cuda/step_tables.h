@@ -32,7 +32,6 @@ struct StepTables {
   int64_t wanted = 0;        // [wanted] rows whose logits are asked for; without padding alone
   int64_t sampling = 0;      // RowSampling of each of `wanted`, or with padding of all rows
   int64_t softmax_rows = 0;  // [L] the first rows, which are softmax in this layer
-  int64_t zero = 0;          // [1]
   int64_t slots = 0;         // [L, N], -1: softmax in this layer, or padding
   int64_t page_start = 0;    // [L, N + 1]
   int64_t pages = 0;         // the page tables of all layers

@@ -10,7 +10,7 @@
 // read only what is as constant.
 //
 // Measured on an H200 (docs/gpu.md), it beats cuBLAS or equals it with up to 64 rows where weights
-// are small, up to some 8 MB, with up to 128 where they are a megabyte, and up to 4 rows where out
+// are small, up to some 8 MB, with up to 256 where they are a megabyte, and up to 4 rows where out
 // is at most 4096; for a large out and for many rows cuBLAS is better.
 #pragma once
 
@@ -27,7 +27,7 @@ inline constexpr int kMostSkinnyRows = 32;
 // small weights as long as T rows leave cuBLAS's tiles too few to fill the card.
 inline bool PrefersSmallProduct(int64_t out, int64_t in, int64_t T) {
   const int64_t bytes = 2 * out * in;
-  const int64_t small = T <= 64 ? int64_t{8} << 20 : T <= 128 ? int64_t{5} << 18 : 0;
+  const int64_t small = T <= 64 ? int64_t{8} << 20 : T <= 256 ? int64_t{5} << 18 : 0;
   return in % 8 == 0 && (bytes <= small || (T <= 4 && out <= 4096));
 }
 
@@ -48,9 +48,9 @@ struct ProductArgs {
 };
 DSLA_CUDA_EXPORT int SmallProduct(const ProductArgs& args, Stream stream);
 
-// An adapter's first product and its split: low_rank[t] = the first r of W x[t], rounded to bf16,
-// zeros for rows below *first_row; claim[t] = the other H + bias, of the rows from *first_row on.
-// If *first_row is T or more nothing is read or written.
+// An adapter's first product and its split, of the rows from *first_row on: low_rank[t] = the first
+// r of W x[t], rounded to bf16; claim[t] = the other H + bias.
+// If *first_row is T or more nothing is read.
 struct AdapterInArgs {
   const void* weight = nullptr;  // [r + H, in] bf16, dense, 16-byte aligned
   int in = 0, r = 0, H = 0;      // in a multiple of 8
@@ -63,5 +63,16 @@ struct AdapterInArgs {
   const float* claim_bias = nullptr;   // [H]
 };
 DSLA_CUDA_EXPORT int AdapterIn(const AdapterInArgs& args, Stream stream);
+
+// SmallProduct (of all rows, not gated) and AdapterIn in one launch, the same bits: of as many rows
+// and the same `in`.
+DSLA_CUDA_EXPORT int JointProduct(const ProductArgs& product, const AdapterInArgs& adapter,
+                                  Stream stream);
+
+// Whether JointProduct rather than cuBLAS and AdapterIn is to do a product with a weight [out, in].
+inline bool PrefersJointProduct(int64_t out, int64_t in, int64_t T) {
+  const int few = out <= 4096 ? kMostSkinnyRows : 16;
+  return in % 8 == 0 && (T <= few || PrefersSmallProduct(out, in, T));
+}
 
 }  // namespace dsla::cuda

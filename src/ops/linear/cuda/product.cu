@@ -5,13 +5,18 @@
 namespace dsla::cuda {
 namespace {
 
-int Launch(const ProductParams& p, Stream stream) {
+void CheckProduct(const ProductParams& p) {
   DSLA_CHECK(p.out > 0 && p.in > 0 && p.in % 8 == 0 && p.x_stride % 8 == 0 && p.T >= 0);
-  if (p.T == 0) return cudaSuccess;
+  if (p.T == 0) return;
   DSLA_CHECK(p.weight && p.x && (p.y || p.split == 0) && (p.claim || p.split == p.results()));
   DSLA_CHECK(reinterpret_cast<uintptr_t>(p.weight) % 16 == 0);
   DSLA_CHECK(reinterpret_cast<uintptr_t>(p.x) % 16 == 0);
-  return p.T <= kMostSkinnyRows ? LaunchSkinny(p, stream) : LaunchTiled(p, stream);
+}
+
+int Launch(const ProductPair& pair, Stream stream) {
+  const int T = pair.of[0].T;
+  if (T == 0) return cudaSuccess;
+  return T <= kMostSkinnyRows ? LaunchSkinny(pair, stream) : LaunchTiled(pair, stream);
 }
 
 // What both have.
@@ -27,9 +32,7 @@ ProductParams Common(const Args& a) {
   return p;
 }
 
-}  // namespace
-
-int SmallProduct(const ProductArgs& a, Stream stream) {
+ProductParams Params(const ProductArgs& a) {
   DSLA_CHECK(!a.gated || (a.out % 2 == 0 && !a.add));
   ProductParams p = Common(a);
   p.out = a.out;
@@ -39,20 +42,34 @@ int SmallProduct(const ProductArgs& a, Stream stream) {
   p.y_stride = a.y_stride;
   p.y_f32 = a.y_f32;
   p.add = a.add;
-  return Launch(p, stream);
+  CheckProduct(p);
+  return p;
 }
 
-int AdapterIn(const AdapterInArgs& a, Stream stream) {
+ProductParams Params(const AdapterInArgs& a) {
   DSLA_CHECK(a.r >= 0 && a.H >= 0 && a.first_row && (a.H == 0 || a.claim_bias));
   ProductParams p = Common(a);
   p.out = a.r + a.H;
   p.split = a.r;
   p.y = a.low_rank;
   p.y_stride = a.r;
-  p.clear = true;
   p.claim = a.claim;
   p.claim_bias = a.claim_bias;
-  return Launch(p, stream);
+  CheckProduct(p);
+  return p;
+}
+
+}  // namespace
+
+int SmallProduct(const ProductArgs& args, Stream stream) { return Launch({Params(args)}, stream); }
+
+int AdapterIn(const AdapterInArgs& args, Stream stream) { return Launch({Params(args)}, stream); }
+
+int JointProduct(const ProductArgs& product, const AdapterInArgs& adapter, Stream stream) {
+  // A block whose product has no rows leaves without a wait, so one of them must have all.
+  DSLA_CHECK(product.first_row == nullptr && !product.gated);
+  DSLA_CHECK(product.in == adapter.in && product.T == adapter.T);
+  return Launch({Params(product), Params(adapter)}, stream);
 }
 
 }  // namespace dsla::cuda

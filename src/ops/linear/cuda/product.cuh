@@ -17,22 +17,36 @@ struct ProductParams {
   int64_t y_stride;
   bool y_f32, add;
   bool gated;  // the results are silu(W x) of the first half of the features times the second half
-  bool clear;  // zeros to y's rows below *first_row
   float* claim;
   const float* claim_bias;
 
   __host__ __device__ int results() const { return gated ? out / 2 : out; }
 };
 
+// Products of one launch: as many rows and `in` have both. The second one may have no features.
+struct ProductPair {
+  ProductParams of[2];
+};
+
 // For up to kMostSkinnyRows rows, and for any number.
-int LaunchSkinny(const ProductParams& p, Stream stream);
-int LaunchTiled(const ProductParams& p, Stream stream);
+int LaunchSkinny(const ProductPair& pair, Stream stream);
+int LaunchTiled(const ProductPair& pair, Stream stream);
 
 // A tile of kFeatures features; with a gate one half of it is gates, the other what they multiply,
 // and it makes half as many results.
 template <int kFeatures>
 __host__ __device__ __forceinline__ int TileResults(const ProductParams& p) {
   return p.gated ? kFeatures / 2 : kFeatures;
+}
+template <int kFeatures>
+__host__ __device__ __forceinline__ int Tiles(const ProductParams& p) {
+  const int width = TileResults<kFeatures>(p);
+  return (p.results() + width - 1) / width;
+}
+// The second product's tiles follow those of the first.
+template <int kFeatures>
+__host__ __device__ __forceinline__ int Tiles(const ProductPair& pair) {
+  return Tiles<kFeatures>(pair.of[0]) + Tiles<kFeatures>(pair.of[1]);
 }
 // The weight's row that is feature m of a tile, or -1.
 template <int kFeatures>

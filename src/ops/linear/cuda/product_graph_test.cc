@@ -57,19 +57,24 @@ class Layers {
     };
     for (int l = 0; l < kLayers; ++l) {
       norm(l > 0);
-      done(cuda::SmallProduct(Weight(up_, l, 2 * ffn_, C_, normed_, gate_up_), stream));
-      done(cuda::AdapterIn({.weight = in_.as<void>(),
-                            .in = C_,
-                            .r = r_,
-                            .H = kHeads,
-                            .x = normed_.as<void>(),
-                            .x_stride = C_,
-                            .T = T_,
-                            .first_row = first_.as<int32_t>(),
-                            .low_rank = low_.as<void>(),
-                            .claim = claim.as<float>(),
-                            .claim_bias = bias_.as<float>()},
-                           stream));
+      const cuda::ProductArgs up = Weight(up_, l, 2 * ffn_, C_, normed_, gate_up_);
+      const cuda::AdapterInArgs in{.weight = in_.as<void>(),
+                                   .in = C_,
+                                   .r = r_,
+                                   .H = kHeads,
+                                   .x = normed_.as<void>(),
+                                   .x_stride = C_,
+                                   .T = T_,
+                                   .first_row = first_.as<int32_t>(),
+                                   .low_rank = low_.as<void>(),
+                                   .claim = claim.as<float>(),
+                                   .claim_bias = bias_.as<float>()};
+      if (l % 2 == 0) {
+        done(cuda::SmallProduct(up, stream));
+        done(cuda::AdapterIn(in, stream));
+      } else {
+        done(cuda::JointProduct(up, in, stream));
+      }
       cuda::ProductArgs add = Weight(out_, 0, 2 * ffn_, r_, low_, gate_up_);
       add.add = true;
       add.first_row = first_.as<int32_t>();

@@ -178,6 +178,61 @@ TEST_F(ProductTest, FirstRow) {
   }
 }
 
+// An adapter's first product with what it writes, which is NaN before.
+struct FirstProduct {
+  FirstProduct(const Product& product, int r, int T, int first)
+      : product(product),
+        r(r),
+        H(product.shape.out - r),
+        T(T),
+        first(first),
+        bias(Random(H, 4)),
+        device_bias(bias),
+        from(std::vector<int32_t>{first}),
+        low_rank(int64_t{T} * r * 2),
+        claim(int64_t{T} * H * 4) {}
+
+  // For rows of x with `gap` elements between them.
+  cuda::AdapterInArgs Args(const DeviceBytes& x, int gap) const {
+    cuda::AdapterInArgs a;
+    // Nobody can read there.
+    a.weight = first >= T ? reinterpret_cast<void*>(0x1000) : product.device_weight.as<void>();
+    a.in = product.shape.in;
+    a.r = r;
+    a.H = H;
+    a.x = x.as<void>();
+    a.x_stride = a.in + gap;
+    a.T = T;
+    a.first_row = from.as<int32_t>();
+    if (r > 0) a.low_rank = low_rank.as<void>();
+    if (H > 0) a.claim = claim.as<float>(), a.claim_bias = device_bias.as<float>();
+    return a;
+  }
+  // To the bit; `sums` are the product of all rows.
+  void Check(const std::vector<float>& sums) const {
+    std::vector<uint16_t> low;
+    std::vector<float> claims;
+    for (int t = 0; t < T; ++t)
+      for (int j = 0; j < r + H; ++j) {
+        const float value = sums[static_cast<size_t>(t * (r + H) + j)];
+        if (j < r)
+          low.push_back(t < first ? 0xFFFF : ToBf16(value).bits);
+        else
+          claims.push_back(t < first ? kNaN : value + bias[static_cast<size_t>(j - r)]);
+      }
+    EXPECT_EQ(ReadBits(low_rank), low);
+    const std::vector<float> got = ReadAll<float>(claim);
+    ASSERT_EQ(got.size(), claims.size());
+    for (size_t i = 0; i < got.size(); ++i)
+      ASSERT_TRUE(std::isnan(claims[i]) ? std::isnan(got[i]) : got[i] == claims[i]) << i;
+  }
+
+  const Product& product;
+  int r, H, T, first;
+  std::vector<float> bias;
+  DeviceBytes device_bias, from, low_rank, claim;
+};
+
 TEST_F(AdapterInTest, IsTheProductSplit) {
   struct {
     int in, r, H;
@@ -185,43 +240,47 @@ TEST_F(AdapterInTest, IsTheProductSplit) {
                       {576, 8, 0},  {1024, 0, 7},   {104, 128, 32}};
   for (const auto& s : shapes) {
     const Product p({s.r + s.H, s.in});
-    const std::vector<float> bias = Random(s.H, 4);
-    const DeviceBytes x(Spread(p.x, s.in, 8)), device_bias(bias);
+    const DeviceBytes x(Spread(p.x, s.in, 8));
     for (const int T : AllRows()) {
-      const std::vector<float> product = Dense(p, p.x, T);
+      const std::vector<float> sums = Dense(p, p.x, T);
       for (const int first : {0, 1, T / 2, T - 1, T, T + 1}) {
         SCOPED_TRACE(testing::Message() << "in " << s.in << ", r " << s.r << ", H " << s.H << ", T "
                                         << T << ", from row " << first);
-        std::vector<uint16_t> low;
-        std::vector<float> claim;
-        for (int t = 0; t < T; ++t)
-          for (int j = 0; j < s.r + s.H; ++j) {
-            const float value = product[static_cast<size_t>(t * (s.r + s.H) + j)];
-            const bool none = first >= T;
-            if (j < s.r)
-              low.push_back(none ? 0xFFFF : t < first ? 0 : ToBf16(value).bits);
-            else
-              claim.push_back(t < first ? kNaN : value + bias[static_cast<size_t>(j - s.r)]);
-          }
-        const DeviceBytes from(std::vector<int32_t>{first}), d_low(int64_t{T} * s.r * 2),
-            d_claim(int64_t{T} * s.H * 4);
-        cuda::AdapterInArgs a;
-        a.weight = first >= T ? reinterpret_cast<void*>(0x1000) : p.device_weight.as<void>();
-        a.in = s.in;
-        a.r = s.r;
-        a.H = s.H;
+        const FirstProduct adapter(p, s.r, T, first);
+        CheckCuda(cuda::AdapterIn(adapter.Args(x, 8), nullptr));
+        adapter.Check(sums);
+      }
+    }
+  }
+}
+
+// Both have the bits that each has by itself.
+TEST_F(AdapterInTest, JointProduct) {
+  struct {
+    int out, in, r, H;
+  } const shapes[] = {{960, 576, 48, 9},
+                      {576, 576, 48, 0},
+                      {576, 576, 0, 9},
+                      {40, 104, 8, 7},
+                      {1000, 4096, 64, 32}};
+  for (const auto& s : shapes) {
+    const Product main({s.out, s.in}), p({s.r + s.H, s.in});
+    const DeviceBytes x(p.x);
+    for (const int T : AllRows()) {
+      const std::vector<float> want = Dense(main, main.x, T), sums = Dense(p, p.x, T);
+      for (const int first : {0, T / 2, T}) {
+        SCOPED_TRACE(testing::Message() << "[" << s.out << ", " << s.in << "], r " << s.r << ", H "
+                                        << s.H << ", T " << T << ", from row " << first);
+        const FirstProduct adapter(p, s.r, T, first);
+        const DeviceBytes y(int64_t{T} * s.out * 4);
+        cuda::ProductArgs a = main.args();
         a.x = x.as<void>();
-        a.x_stride = s.in + 8;
         a.T = T;
-        a.first_row = from.as<int32_t>();
-        if (s.r > 0) a.low_rank = d_low.as<void>();
-        if (s.H > 0) a.claim = d_claim.as<float>(), a.claim_bias = device_bias.as<float>();
-        CheckCuda(cuda::AdapterIn(a, nullptr));
-        EXPECT_EQ(ReadBits(d_low), low);
-        const std::vector<float> got = ReadAll<float>(d_claim);
-        ASSERT_EQ(got.size(), claim.size());
-        for (size_t i = 0; i < got.size(); ++i)
-          ASSERT_TRUE(std::isnan(claim[i]) ? std::isnan(got[i]) : got[i] == claim[i]) << i;
+        a.y = y.as<void>();
+        a.y_f32 = true;
+        CheckCuda(cuda::JointProduct(a, adapter.Args(x, 0), nullptr));
+        EXPECT_EQ(ReadAll<float>(y), want);
+        adapter.Check(sums);
       }
     }
   }

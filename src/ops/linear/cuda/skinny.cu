@@ -39,8 +39,13 @@ struct Cut {
 };
 
 template <typename C>
-__global__ void __launch_bounds__(kThreads, 2) SkinnyKernel(ProductParams p) {
+__global__ void __launch_bounds__(kThreads, 2)
+    SkinnyKernel(const __grid_constant__ ProductPair pair) {
   extern __shared__ uint4 ring[];
+  const int first_tiles = Tiles<C::kFeatures>(pair.of[0]);
+  const bool second = static_cast<int>(blockIdx.x) >= first_tiles;
+  const ProductParams& p = pair.of[second];
+  const int tile = second ? blockIdx.x - first_tiles : blockIdx.x;
   int first_row = 0;
   if (p.first_row) {
     first_row = __ldcg(p.first_row);
@@ -58,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, 2) SkinnyKernel(ProductParams p) {
   const __nv_bfloat16* w[2 * C::kTiles];
 #pragma unroll
   for (int i = 0; i < 2 * C::kTiles; ++i) {
-    const int row = WeightRow<C::kFeatures>(p, blockIdx.x, 8 * i + g);
+    const int row = WeightRow<C::kFeatures>(p, tile, 8 * i + g);
     w[i] = row >= 0 ? p.weight + static_cast<int64_t>(row) * p.in + first_k : nullptr;
   }
   const auto copy_w = [&](int stage, int slot) {
@@ -99,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, 2) SkinnyKernel(ProductParams p) {
     for (int i = 0; i < C::kOwn; ++i) {
       const int index = i * kThreads + threadIdx.x;
       const int row = index / C::kFeatures, m = index % C::kFeatures;
-      const int result = blockIdx.x * width + m;
+      const int result = tile * width + m;
       if (row < p.T && row < C::kColumns * 8 && m < width && result < p.results())
         f(i, row, m, result);
     }
@@ -154,57 +159,54 @@ __global__ void __launch_bounds__(kThreads, 2) SkinnyKernel(ProductParams p) {
     return total;
   };
   own([&](int i, int row, int m, int result) {
-    if (row >= first_row) {
-      const float y = sum(row, m);
-      StoreResult(p, row, result, p.gated ? SiluTimes(y, sum(row, width + m)) : y + before[i]);
-    } else if (p.clear && result < p.split) {
-      StoreResult(p, row, result, 0);
-    }
+    if (row < first_row) return;
+    const float y = sum(row, m);
+    StoreResult(p, row, result, p.gated ? SiluTimes(y, sum(row, width + m)) : y + before[i]);
   });
 }
 
 template <typename C>
-int StartCut(const ProductParams& p, Stream stream) {
+int StartCut(const ProductPair& pair, Stream stream) {
   const cudaError_t status =
       cudaFuncSetAttribute(SkinnyKernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kBytes);
   if (status != cudaSuccess) return status;
-  const int width = TileResults<C::kFeatures>(p);
-  StartEarly(SkinnyKernel<C>, dim3((p.results() + width - 1) / width), kThreads, p, stream,
-             C::kBytes);
+  StartEarly(SkinnyKernel<C>, dim3(Tiles<C::kFeatures>(pair)), kThreads, pair, stream, C::kBytes);
   return cudaGetLastError();
 }
 
 template <int columns, int tiles, int stages>
-int StartColumns(const ProductParams& p, Stream stream) {
+int StartColumns(const ProductPair& pair, Stream stream) {
   using Most = Cut<columns, tiles, stages, kMostShared>;
   if constexpr (Most::kBytes > kLeastShared) {
     int device = 0, shared = 0;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (shared < Most::kBytes)
-      return StartCut<Cut<columns, tiles, stages, kLeastShared>>(p, stream);
+      return StartCut<Cut<columns, tiles, stages, kLeastShared>>(pair, stream);
   }
-  return StartCut<Most>(p, stream);
+  return StartCut<Most>(pair, stream);
 }
 
 template <int tiles, int stages>
-int Start(const ProductParams& p, Stream stream) {
-  if (p.T <= 8) return StartColumns<1, tiles, stages>(p, stream);
-  if (p.T <= 16) return StartColumns<2, tiles, stages>(p, stream);
-  return StartColumns<4, tiles, stages>(p, stream);
+int Start(const ProductPair& pair, Stream stream) {
+  const int T = pair.of[0].T;
+  if (T <= 8) return StartColumns<1, tiles, stages>(pair, stream);
+  if (T <= 16) return StartColumns<2, tiles, stages>(pair, stream);
+  return StartColumns<4, tiles, stages>(pair, stream);
 }
 
 }  // namespace
 
-int LaunchSkinny(const ProductParams& p, Stream stream) {
+int LaunchSkinny(const ProductPair& pair, Stream stream) {
+  const ProductParams& p = pair.of[0];
   // The fastest of those tried on an H200 with up to 8 rows. Two tiles per warp read x half as
   // often, one where so few features would leave too few blocks; a deep ring hides the memory's
   // latency where blocks are few, and would keep blocks waiting for a place where they are many and
   // short.
-  if (p.out <= 128) return p.in > 1024 ? Start<1, 12>(p, stream) : Start<1, 3>(p, stream);
-  if (p.out >= 16384) return p.in > 1024 ? Start<2, 4>(p, stream) : Start<2, 3>(p, stream);
-  if (p.in <= 128 || (p.in <= 1024 && p.out > 2048)) return Start<2, 4>(p, stream);
-  return Start<2, 6>(p, stream);
+  if (p.out <= 128) return p.in > 1024 ? Start<1, 12>(pair, stream) : Start<1, 3>(pair, stream);
+  if (p.out >= 16384) return p.in > 1024 ? Start<2, 4>(pair, stream) : Start<2, 3>(pair, stream);
+  if (p.in <= 128 || (p.in <= 1024 && p.out > 2048)) return Start<2, 4>(pair, stream);
+  return Start<2, 6>(pair, stream);
 }
 
 }  // namespace dsla::cuda

@@ -45,14 +45,13 @@ struct Tile {
 };
 
 struct TiledParams {
-  ProductParams p;
-  bool quads;  // y's rows can be moved 4 values at a time
+  ProductPair pair;
+  bool quads[2];  // y's rows can be moved 4 values at a time, and what is added to is bf16
 };
 
-__device__ __forceinline__ float4 LoadQuad(const ProductParams& p, int row, int result) {
+__device__ __forceinline__ uint2 LoadQuad(const ProductParams& p, int row, int result) {
   const int64_t at = row * p.y_stride + result;
-  if (p.y_f32) return *reinterpret_cast<const float4*>(static_cast<const float*>(p.y) + at);
-  return Widen(*reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(p.y) + at));
+  return *reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(p.y) + at);
 }
 __device__ __forceinline__ void StoreQuad(const ProductParams& p, int row, int result, float4 x) {
   const int64_t at = row * p.y_stride + result;
@@ -72,7 +71,7 @@ __host__ __device__ __forceinline__ int Stages(const ProductParams& p, int rank)
 template <typename C>
 class Copies {
  public:
-  __device__ __forceinline__ Copies(const ProductParams& p, uint4* ring) : in_(p.in) {
+  __device__ __forceinline__ Copies(const ProductParams& p, int tile, uint4* ring) : in_(p.in) {
     const int row = threadIdx.x / C::kPieces, piece = threadIdx.x % C::kPieces;
     k_ = blockIdx.z * C::kDepth + piece * 8;
     to_ = ring + Swizzle<C::kPieces>(row, piece);
@@ -83,7 +82,7 @@ class Copies {
     }
 #pragma unroll
     for (int i = 0; i < kW; ++i) {
-      const int from = WeightRow<C::kFeatures>(p, blockIdx.y, row + i * C::kRowsAtOnce);
+      const int from = WeightRow<C::kFeatures>(p, tile, row + i * C::kRowsAtOnce);
       w_[i] = {p.weight + static_cast<int64_t>(from) * p.in, from >= 0};
     }
   }
@@ -179,13 +178,13 @@ struct Place {
   int tile_row, tile_feature, row, result;
 };
 template <typename C>
-__device__ __forceinline__ Place PlaceOf(const ProductParams& p, int i) {
+__device__ __forceinline__ Place PlaceOf(const ProductParams& p, int tile, int i) {
   const int index = (blockIdx.z * C::kOwn + i) * C::kThreads + threadIdx.x;
   const int row = index / (C::kFeatures / 4), feature = index % (C::kFeatures / 4) * 4;
   const int width = TileResults<C::kFeatures>(p);
   // The second half of a gated tile is for no results of its own.
   return {row, feature, static_cast<int>(blockIdx.x) * C::kRows + row,
-          feature < width ? static_cast<int>(blockIdx.y) * width + feature : p.results()};
+          feature < width ? tile * width + feature : p.results()};
 }
 
 // The results of a place: the sums of all groups of all blocks.
@@ -210,9 +209,13 @@ __device__ __forceinline__ float4 Results(const ProductParams& p, const float* s
 }
 
 template <typename C>
-__global__ void __launch_bounds__(C::kThreads, 2) TiledKernel(TiledParams params) {
+__global__ void __launch_bounds__(C::kThreads, 2)
+    TiledKernel(const __grid_constant__ TiledParams params) {
   extern __shared__ uint4 ring[];
-  const ProductParams& p = params.p;
+  const int first_tiles = Tiles<C::kFeatures>(params.pair.of[0]);
+  const bool second = static_cast<int>(blockIdx.y) >= first_tiles;
+  const ProductParams& p = params.pair.of[second];
+  const int tile = second ? blockIdx.y - first_tiles : blockIdx.y;
   int first_row = 0;
   if (p.first_row) {
     first_row = __ldcg(p.first_row);
@@ -222,12 +225,12 @@ __global__ void __launch_bounds__(C::kThreads, 2) TiledKernel(TiledParams params
       return;
     }
   }
-  const bool used = first_row < static_cast<int>(blockIdx.x + 1) * C::kRows;
-  if (!used && !p.clear) return;  // the last rows' blocks wait
-  const int stages = used ? Stages<C>(p, blockIdx.z) : 0;
+  // The last rows' blocks wait.
+  if (first_row >= static_cast<int>(blockIdx.x + 1) * C::kRows) return;
+  const int stages = Stages<C>(p, blockIdx.z);
 
   // A slot stays free: a stage is copied when the one before the current one has been used.
-  const Copies<C> copies(p, ring);
+  const Copies<C> copies(p, tile, ring);
 #pragma unroll 1
   for (int i = 0; i < min(stages, C::kStages - 1); ++i) copies.Weight(i, i);
   AllowNext();
@@ -238,16 +241,16 @@ __global__ void __launch_bounds__(C::kThreads, 2) TiledKernel(TiledParams params
     CommitCopies();
   }
   // What is added to is on its way too.
-  float4 before[C::kOwn] = {};
-  if (p.add && params.quads) {
+  uint2 before[C::kOwn] = {};
+  if (p.add && params.quads[second]) {
 #pragma unroll
     for (int i = 0; i < C::kOwn; ++i) {
-      const Place at = PlaceOf<C>(p, i);
+      const Place at = PlaceOf<C>(p, tile, i);
       if (at.row < p.T && at.result < p.results()) before[i] = LoadQuad(p, at.row, at.result);
     }
   }
 
-  WarpTile<C> tile(ring);
+  WarpTile<C> part(ring);
   int slot = 0;
   for (int stage = 0; stage < stages; ++stage) {
     WaitCopies<C::kStages - 2>();
@@ -258,45 +261,37 @@ __global__ void __launch_bounds__(C::kThreads, 2) TiledKernel(TiledParams params
       copies.X(next, free);
     }
     CommitCopies();
-    tile.Multiply(slot);
+    part.Multiply(slot);
     slot = slot + 1 == C::kStages ? 0 : slot + 1;
   }
 
   __syncthreads();  // the sums take the ring's place
   float* const sums = reinterpret_cast<float*>(ring);
-  tile.Store(sums);
+  part.Store(sums);
   if constexpr (C::kCluster == 1)
     __syncthreads();
   else
     SyncCluster();
 
-  if (params.quads) {
+  if (params.quads[second]) {
 #pragma unroll
     for (int i = 0; i < C::kOwn; ++i) {
-      const Place at = PlaceOf<C>(p, i);
-      if (at.row >= p.T || at.result >= p.results()) continue;
-      if (at.row >= first_row)
-        StoreQuad(p, at.row, at.result, Results<C>(p, sums, at) + before[i]);
-      else if (p.clear)
-        StoreQuad(p, at.row, at.result, {});
+      const Place at = PlaceOf<C>(p, tile, i);
+      if (at.row < first_row || at.row >= p.T || at.result >= p.results()) continue;
+      StoreQuad(p, at.row, at.result, Results<C>(p, sums, at) + Widen(before[i]));
     }
   } else {
 #pragma unroll 1
     for (int i = 0; i < C::kOwn; ++i) {
-      const Place at = PlaceOf<C>(p, i);
-      if (at.row >= p.T || at.result >= p.results()) continue;
-      // Only what is stored is read of a neighbour, which may leave once it has nothing to read.
-      const float4 quad = at.row >= first_row ? Results<C>(p, sums, at) : float4{};
+      const Place at = PlaceOf<C>(p, tile, i);
+      if (at.row < first_row || at.row >= p.T || at.result >= p.results()) continue;
+      const float4 quad = Results<C>(p, sums, at);
       const float values[] = {quad.x, quad.y, quad.z, quad.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int result = at.result + j;
         if (result >= p.results()) break;
-        if (at.row >= first_row)
-          StoreResult(p, at.row, result,
-                      p.add ? values[j] + LoadOld(p, at.row, result) : values[j]);
-        else if (p.clear && result < p.split)
-          StoreResult(p, at.row, result, 0);
+        StoreResult(p, at.row, result, p.add ? values[j] + LoadOld(p, at.row, result) : values[j]);
       }
     }
   }
@@ -304,9 +299,8 @@ __global__ void __launch_bounds__(C::kThreads, 2) TiledKernel(TiledParams params
 }
 
 template <typename C>
-dim3 Grid(const ProductParams& p) {
-  const int width = TileResults<C::kFeatures>(p);
-  return dim3((p.T + C::kRows - 1) / C::kRows, (p.results() + width - 1) / width, C::kCluster);
+dim3 Grid(const ProductPair& pair) {
+  return dim3((pair.of[0].T + C::kRows - 1) / C::kRows, Tiles<C::kFeatures>(pair), C::kCluster);
 }
 
 template <typename C>
@@ -316,8 +310,8 @@ int Start(const TiledParams& params, Stream stream) {
                            std::max(C::kStages * C::kStageBytes, C::kSumBytes));
   if (status != cudaSuccess) return status;
   // Short products take no more than they need, so that more blocks find a place.
-  const int stages = std::min(C::kStages, Stages<C>(params.p, 0));
-  StartEarly(TiledKernel<C>, Grid<C>(params.p), C::kThreads, params, stream,
+  const int stages = std::min(C::kStages, Stages<C>(params.pair.of[0], 0));
+  StartEarly(TiledKernel<C>, Grid<C>(params.pair), C::kThreads, params, stream,
              std::max(stages * C::kStageBytes, C::kSumBytes), C::kCluster);
   return cudaGetLastError();
 }
@@ -327,29 +321,33 @@ int Start(const TiledParams& params, Stream stream) {
 template <typename Smallest, typename... Larger>
 int StartSmallest(const TiledParams& params, int most, Stream stream) {
   if constexpr (sizeof...(Larger) > 0) {
-    const dim3 grid = Grid<Smallest>(params.p);
+    const dim3 grid = Grid<Smallest>(params.pair);
     if (int64_t{grid.x} * grid.y * grid.z > most)
       return StartSmallest<Larger...>(params, most, stream);
   }
   return Start<Smallest>(params, stream);
 }
 
+bool InQuads(const ProductParams& p) {
+  const auto y = reinterpret_cast<uintptr_t>(p.y);
+  return p.split == p.results() && p.results() % 4 == 0 && p.y_stride % 4 == 0 &&
+         y % (p.y_f32 ? 16 : 8) == 0 && !(p.add && p.y_f32);
+}
+
 }  // namespace
 
-int LaunchTiled(const ProductParams& p, Stream stream) {
-  const auto y = reinterpret_cast<uintptr_t>(p.y);
-  const TiledParams params{p, p.split == p.results() && p.results() % 4 == 0 &&
-                                  p.y_stride % 4 == 0 && y % (p.y_f32 ? 16 : 8) == 0};
+int LaunchTiled(const ProductPair& pair, Stream stream) {
+  const TiledParams params{pair, {InQuads(pair.of[0]), InQuads(pair.of[1])}};
+  const int in = pair.of[0].in;
   int device = 0, processors = 0, major = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (p.in > 1024 && major >= 9)
+  if (in > 1024 && major >= 9)
     return StartSmallest<Tile<64, 32, 64, 4>, Tile<64, 64, 64, 4>>(params, processors, stream);
-  // A block of few stages leaves a processor room for another.
+  // Two blocks fit a processor.
   return StartSmallest<Tile<32, 32, 128, 1>, Tile<64, 32, 128, 1>, Tile<64, 64, 64, 1>,
-                       Tile<128, 64, 64, 1>>(params, p.in <= 256 ? 2 * processors : processors,
-                                             stream);
+                       Tile<128, 64, 64, 1>>(params, 2 * processors, stream);
 }
 
 }  // namespace dsla::cuda

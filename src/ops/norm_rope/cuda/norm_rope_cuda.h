@@ -3,7 +3,9 @@
 // are multiples of 8, D an even number.
 //
 // The kernel launched next may start before those before these have ended (programmatic dependent
-// launch); until it has waited it must read only constants, as in ops/linear/cuda/linear_cuda.h.
+// launch); until it has waited it must read only constants, as in ops/linear/cuda/linear_cuda.h. So
+// does RopeKv with its tables and angles: they must come from a copy, or from a kernel that has
+// ended by then.
 #pragma once
 
 #include <cstdint>

@@ -59,9 +59,11 @@ template <bool kVector>
 __global__ void __launch_bounds__(kThreads) RopeKernel(RopeParams p) {
   const RopeKvArgs& a = p.a;
   AllowNext();
-  AwaitPrevious();
   const int t = blockIdx.x, position = a.positions[t];
-  if (position < 0) return;
+  if (position < 0) {  // who waits for this grid also relies on what it would have waited for
+    AwaitPrevious();
+    return;
+  }
   const int half = a.D / 2, heads = a.H + 2 * a.Hkv;
   const int lane = threadIdx.x % p.lanes, groups = kThreads / p.lanes;
   const int d = lane * kOwn;
@@ -82,6 +84,7 @@ __global__ void __launch_bounds__(kThreads) RopeKernel(RopeParams p) {
     Load<kVector>(cos, a.rope_cos + static_cast<int64_t>(position) * half + d, own);
     Load<kVector>(sin, a.rope_sin + static_cast<int64_t>(position) * half + d, own);
   }
+  AwaitPrevious();
 
   // All lanes of a warp go round equally often, for the shuffles.
   for (int first = blockIdx.y * groups; first < heads; first += gridDim.y * groups) {
