@@ -329,28 +329,39 @@ TEST_F(EngineDeviceTest, NothingIsLostWhenTheRequestEndsInBetween) {
 }
 
 // States are copied between steps: a failure there ends all requests as one in a step does its own.
+// Where states are to be kept, and in the middle of a plan, where a request starts from some.
 TEST_F(EngineDeviceTest, ADeviceThatFailsAtACopyFailsEverybody) {
-  OnStream on({.choose = OneMore,
-               .note =
-                   [](const char*, int) {
-                     std::this_thread::sleep_for(
-                         std::chrono::milliseconds(5));  // to be met running
-                   },
-               .copies = [] { throw DeviceError("gone"); }});
-  TestEngine engine(on.small.model(), *tokenizer_, Options());
-  Request request = Ask(400);
-  request.tier = Tier::kFull;
-  const auto running = engine.Submit(request);
-  running->WaitForTokens(2);
-  request = Ask(9, std::vector<int32_t>(40, 7));
-  request.tier = Tier::kExact;
-  request.level = kL;
-  const auto copied = engine.Submit(request);
-  for (const auto& sink : {running, copied}) {
-    EXPECT_EQ(sink->Wait().status.code(), StatusCode::kInternal);
-    EXPECT_EQ(sink->Wait().status.message(), "the device failed: gone");
+  for (const bool from_cache : {false, true}) {
+    std::atomic<bool> fails = !from_cache;
+    OnStream on({.choose = OneMore,
+                 .note =
+                     [](const char*, int) {
+                       std::this_thread::sleep_for(
+                           std::chrono::milliseconds(5));  // to be met running
+                     },
+                 .copies =
+                     [&] {
+                       if (fails) throw DeviceError("gone");
+                     }});
+    TestEngine engine(on.small.model(), *tokenizer_, Options());
+    Request copied = Ask(9, std::vector<int32_t>(40, 7));
+    copied.tier = Tier::kExact;
+    copied.level = kL;
+    if (from_cache) {
+      EXPECT_TRUE(engine.Submit(copied)->Wait().status.ok());
+    }
+    fails = true;
+    Request request = Ask(400);
+    request.tier = Tier::kFull;
+    const auto running = engine.Submit(request);
+    running->WaitForTokens(2);
+    for (const auto& sink : {running, engine.Submit(copied)}) {
+      EXPECT_EQ(sink->Wait().status.code(), StatusCode::kInternal);
+      EXPECT_EQ(sink->Wait().status.message(), "the device failed: gone");
+    }
+    EXPECT_EQ(engine->state().device_error, "gone");
+    EXPECT_TRUE(engine.Submit(Ask(3))->Wait().status.ok()) << "nothing of it is left";
   }
-  EXPECT_EQ(engine->state().device_error, "gone");
 }
 
 TEST_F(EngineDeviceTest, WithoutMemoryForACopyThereIsNoSnapshot) {

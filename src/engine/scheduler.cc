@@ -346,7 +346,7 @@ std::vector<EndedSequence> Scheduler::Clear() {
   if (prefix_cache_ != nullptr) prefix_cache_->Clear();
   surplus_.clear();
   in_step_ = pause_due_ = false;
-  plan_ = ahead_ = {};
+  next_ = plan_ = ahead_ = {};
   return ended;
 }
 
