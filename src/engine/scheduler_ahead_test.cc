@@ -1,6 +1,7 @@
 // Steps that are planned before the results of those before them are known.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <string>
 
 #include "engine/scheduler_fixture.h"
@@ -168,6 +169,32 @@ TEST_F(SchedulerAheadTest, NothingIsPlannedAheadOfWhatNeedsResults) {
   EXPECT_TRUE(scheduler_->PlanAhead(1).rows.empty()) << "two more pages that there are not";
   scheduler_->Clear();
   EXPECT_EQ(ledger_->used_bytes(), 0);
+}
+
+// Replies have outgrown what prompts were promised, the older of two prompts takes what is left,
+// and the younger would have somebody pre-empted: not while rows of those are in flight.
+TEST_F(SchedulerAheadTest, NobodyIsPreemptedAhead) {
+  Make(39 * kTokenPages, NoPrefixCache());
+  scheduler_->set_prefill_limit(kPage);
+  for (int text = 1; text <= 4; ++text) Add(4, 60, Tier::kFull, text);
+  Step();
+  Add(64, 60, Tier::kFull, 5);
+  const int64_t younger = Add(24, 60, Tier::kFull, 6);
+  Add(4, 60, Tier::kFull, 7);
+  for (int i = 0; i < 11; ++i) Step();
+  const size_t in_flight = Begin().rows.size();
+  scheduler_->set_prefill_limit(0);
+  const StepPlan ahead = StepAhead();
+  EXPECT_EQ(ahead.rows.size(), 6u);
+  EXPECT_TRUE(std::ranges::none_of(ahead.rows,
+                                   [&](const PlannedRows& rows) { return rows.id == younger; }));
+  EXPECT_TRUE(ahead.preempted.empty());
+  EXPECT_EQ(scheduler_->running(), 7);
+  CommitRows(in_flight);
+  EXPECT_TRUE(StepAhead().rows.empty());
+  CommitRows(6);
+  EXPECT_FALSE(scheduler_->Plan(1).preempted.empty());
+  scheduler_->Clear();
 }
 
 TEST_F(SchedulerAheadTest, NothingIsPlannedAheadOfTheHostsTokens) {
