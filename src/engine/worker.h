@@ -146,6 +146,7 @@ class Worker : private CacheOps {
 
   Flight current_, ahead_;  // the step to be committed next, and the one behind it
   int64_t launched_ = 0;
+  double lead_seconds_ = 0;  // that late steps with prompts took to be planned and begun
   // Of the step that is looked at, kept for their memory.
   std::vector<ActiveRequest*> row_requests_;  // of each of plan.rows; null: it has ended
   std::mutex failure_mutex_;  // of outcomes' statuses, while rows are sampled side by side

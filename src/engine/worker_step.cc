@@ -9,14 +9,6 @@
 #include "engine/worker.h"
 
 namespace dsla {
-namespace {
-
-// The step behind one with prompts is planned when that one has so long to go: enough to plan it
-// and to begin it, and little for a request that comes meanwhile and has missed it.
-constexpr double kLeadSeconds = 2e-3;
-
-}  // namespace
-
 // Each call commits one step. What changes more than the next rows, such as a raise or a new
 // prompt, waits until nothing is in flight.
 void Worker::Step() {
@@ -61,17 +53,22 @@ void Worker::NoteStarted(const StepPlan& plan) {
 
 // The device goes on with the next step when it has done this one; the host reads this one's tokens
 // meanwhile. Who ends by them has had rows for nothing. Steps with prompts may be long: the one
-// behind is planned late, so that new requests still come into it.
+// behind is planned as late as that takes, so that new requests still come into it.
 void Worker::LaunchAhead() {
   if (!current_.begun || !due_.raises.empty()) return;
   if (current_.plan.prefill_rows > 0) {
     HandOnAll();
-    const auto wait = [&] { model_->AwaitNearlyDone(kLeadSeconds); };
+    const auto wait = [&] { model_->AwaitNearlyDone(lead_seconds_); };
     if (!Try(current_.plan, wait).ok() || !TakeMail(std::nullopt)) return;
   }
-  ahead_.plan = scheduler_.PlanAhead(NowSeconds());
+  const double begin = NowSeconds();
+  ahead_.plan = scheduler_.PlanAhead(begin);
   NoteStarted(ahead_.plan);
-  if (!ahead_.plan.rows.empty()) Launch(ahead_);
+  if (ahead_.plan.rows.empty()) return;
+  Launch(ahead_);
+  if (ahead_.plan.prefill_rows == 0) return;
+  const double seconds = NowSeconds() - begin;
+  lead_seconds_ = std::max(seconds, 0.5 * (lead_seconds_ + seconds));
 }
 
 // Steps in which the device chooses all tokens from the logits as they are are begun. Those with
