@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <map>
 #include <random>
 #include <thread>
 #include <tuple>
@@ -149,7 +150,7 @@ TEST_F(EngineDeviceTest, ANewPromptComesIntoTheStepBehindOneWithPrompts) {
                            static_cast<int>(rows.sequences[n]->tokens.size()),
                            rows.sequences[n]->feed >= 0};
                    },
-               .nearly_done = [&](int step) { nearly_done(step); }});
+               .nearly_done = [&](int step, double) { nearly_done(step); }});
   EngineOptions options = Options();
   options.max_batch_tokens = 2 * kPage;
   TestEngine engine(on.small.model(), *tokenizer_, options);
@@ -168,6 +169,27 @@ TEST_F(EngineDeviceTest, ANewPromptComesIntoTheStepBehindOneWithPrompts) {
   ExpectNoLeak(engine);
 }
 
+// As early as that took of late, and no earlier.
+TEST_F(EngineDeviceTest, TheStepBehindOneWithPromptsIsBegunInTime) {
+  using namespace std::chrono_literals;
+  int begun = 0;
+  std::map<int, double> leads;  // by step
+  OnStream on({.choose = ChooseRow,
+               .begins =
+                   [&](const PlacedRows&) {
+                     if (++begun == 3) std::this_thread::sleep_for(50ms);
+                   },
+               .nearly_done = [&](int step, double seconds) { leads[step] = seconds; }});
+  EngineOptions options = Options();
+  options.max_batch_tokens = 2 * kPage;
+  TestEngine engine(on.small.model(), *tokenizer_, options);
+  EXPECT_TRUE(engine.Submit(Ask(2, std::vector<int32_t>(14 * kPage, 7)))->Wait().status.ok());
+  ASSERT_EQ(leads.size(), 7u);
+  EXPECT_EQ(leads[1], 0);
+  EXPECT_GE(leads[3], 0.05);
+  EXPECT_LT(leads[6], leads[3]);
+}
+
 // What happens to one of three requests at any moment of two steps that are under way costs nobody
 // else anything, and leaves no trace of it.
 TEST_F(EngineDeviceTest, WhateverHappensBetweenTwoStepsWithPrompts) {
@@ -180,7 +202,7 @@ TEST_F(EngineDeviceTest, WhateverHappensBetweenTwoStepsWithPrompts) {
       std::atomic<bool> raise = false;
       OnStream on({.choose = ChooseRow,
                    .note = [&](const char* what, int step) { note(what, step); },
-                   .nearly_done = [&](int step) { note("nearly done", step); }});
+                   .nearly_done = [&](int step, double) { note("nearly done", step); }});
       EngineOptions options = Options();
       options.max_batch_tokens = 2 * kPage;
       options.snapshot_stride = kPage;
@@ -249,7 +271,7 @@ TEST_F(EngineDeviceTest, TheStepBehindOneThatFailsIsSound) {
                      if (std::string_view(what) == "end" && step == 1)
                        throw std::runtime_error("lost");
                    },
-               .nearly_done = [&](int step) { nearly_done(step); }});
+               .nearly_done = [&](int step, double) { nearly_done(step); }});
   TestEngine engine(on.small.model(), *tokenizer_, Options());
   const Request newcomer = Ask(4);
   const auto sink = std::make_shared<RecordingSink>();

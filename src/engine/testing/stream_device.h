@@ -32,7 +32,8 @@ struct StreamOptions {
   std::function<int32_t(const RowContext&)> choose;
   std::function<void(const char* what, int step)> note = [](const char*, int) {};  // may throw
   std::function<void(const PlacedRows& rows)> begins = [](const PlacedRows&) {};
-  std::function<void(int step)> nearly_done = [](int) {};  // while one with prompts runs
+  // While a step with prompts runs, with what was asked of AwaitNearlyDone.
+  std::function<void(int step, double seconds)> nearly_done = [](int, double) {};
   // Before memory is put behind a block, or one is copied; may throw.
   std::function<void()> backs = [] {}, copies = [] {};
   // Of each sequence whose token Forward chooses.
@@ -132,9 +133,9 @@ class StreamModel : public DeviceModel {
     Push(cache, rows);
     begun_.push_back(steps_);
   }
-  void AwaitNearlyDone(double) override {
+  void AwaitNearlyDone(double seconds) override {
     EXPECT_EQ(begun_.size(), 1u);
-    options_->nearly_done(begun_.back());
+    options_->nearly_done(begun_.back(), seconds);
   }
   void End(std::span<TokenChoice> choices) override {
     while (choices_.empty() && stream_->RunOne()) {
