@@ -3,6 +3,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
+#include <map>
 #include <random>
 #include <thread>
 #include <tuple>
@@ -128,10 +130,161 @@ TEST_F(EngineDeviceTest, TheNextStepBeginsBeforeTokensAreRead) {
       engine.Submit(Ask(5), [&](int count) { log.push_back(fmt::format("token {}", count)); });
   EXPECT_TRUE(sink->Wait().status.ok());
   EXPECT_THAT(sink->tokens(), ElementsAre(10, 11, 12, 13, 14));
-  EXPECT_THAT(log, ElementsAre("forward 1", "runs 1", "begin 2", "begin 3", "token 1", "end 2",
+  EXPECT_THAT(log, ElementsAre("begin 1", "begin 2", "end 1", "begin 3", "token 1", "end 2",
                                "begin 4", "token 2", "end 3", "begin 5", "token 3", "end 4",
                                "token 4", "end 5", "token 5"))
       << "no step for tokens beyond max_tokens";
+  ExpectNoLeak(engine);
+}
+
+// So do those with prompts, and whoever comes while one runs is in the next.
+TEST_F(EngineDeviceTest, ANewPromptComesIntoTheStepBehindOneWithPrompts) {
+  std::vector<std::vector<std::pair<int, bool>>> begun;  // rows of each sequence, whether fed
+  std::function<void(int)> nearly_done = [](int) {};
+  OnStream on({.choose = ChooseRow,
+               .begins =
+                   [&](const PlacedRows& rows) {
+                     begun.emplace_back(rows.N());
+                     for (int n = 0; n < rows.N(); ++n)
+                       begun.back()[rows.batch_index[n]] = {
+                           static_cast<int>(rows.sequences[n]->tokens.size()),
+                           rows.sequences[n]->feed >= 0};
+                   },
+               .nearly_done = [&](int step, double) { nearly_done(step); }});
+  EngineOptions options = Options();
+  options.max_batch_tokens = 2 * kPage;
+  TestEngine engine(on.small.model(), *tokenizer_, options);
+  const Request longer = Ask(3, std::vector<int32_t>(40, 7)), newcomer = Ask(2);
+  const auto other = std::make_shared<RecordingSink>();
+  nearly_done = [&](int step) {
+    if (step != 1) return;
+    EXPECT_FALSE(engine->Submit(newcomer, other).has_value());
+  };
+  const auto sink = engine.Submit(longer);
+  ExpectTrue(longer, *sink);
+  ExpectTrue(newcomer, *other);
+  using Step = std::vector<std::pair<int, bool>>;
+  EXPECT_THAT(begun, ElementsAre(Step{{32, false}}, Step{{8, false}, {3, false}},
+                                 Step{{1, true}, {1, true}}, Step{{1, true}}));
+  ExpectNoLeak(engine);
+}
+
+// As early as that took of late, and no earlier.
+TEST_F(EngineDeviceTest, TheStepBehindOneWithPromptsIsBegunInTime) {
+  using namespace std::chrono_literals;
+  int begun = 0;
+  std::map<int, double> leads;  // by step
+  OnStream on({.choose = ChooseRow,
+               .begins =
+                   [&](const PlacedRows&) {
+                     if (++begun == 3) std::this_thread::sleep_for(50ms);
+                   },
+               .nearly_done = [&](int step, double seconds) { leads[step] = seconds; }});
+  EngineOptions options = Options();
+  options.max_batch_tokens = 2 * kPage;
+  TestEngine engine(on.small.model(), *tokenizer_, options);
+  EXPECT_TRUE(engine.Submit(Ask(2, std::vector<int32_t>(14 * kPage, 7)))->Wait().status.ok());
+  ASSERT_EQ(leads.size(), 7u);
+  EXPECT_EQ(leads[1], 0);
+  EXPECT_GE(leads[3], 0.05);
+  EXPECT_LT(leads[6], leads[3]);
+}
+
+// What happens to one of three requests at any moment of two steps that are under way costs nobody
+// else anything, and leaves no trace of it.
+TEST_F(EngineDeviceTest, WhateverHappensBetweenTwoStepsWithPrompts) {
+  enum Event { kCancelReply, kCancelPrompt, kSubmit, kFail, kRaise, kEvents };
+  int64_t cancelled = 0, failed = 0, raised = 0;
+  for (int event = 0; event < kEvents; ++event) {
+    for (int moment = 0; moment < 24; ++moment) {
+      SCOPED_TRACE(::testing::Message() << "event " << event << " at moment " << moment);
+      std::function<void(const char*, int)> note = [](const char*, int) {};
+      std::atomic<bool> raise = false;
+      OnStream on({.choose = ChooseRow,
+                   .note = [&](const char* what, int step) { note(what, step); },
+                   .nearly_done = [&](int step, double) { note("nearly done", step); }});
+      EngineOptions options = Options();
+      options.max_batch_tokens = 2 * kPage;
+      options.snapshot_stride = kPage;
+      TestEngine engine(on.small.model(), *tokenizer_, options,
+                        std::make_unique<FunctionPolicy>([&](const LoadSnapshot& load) {
+                          LevelDecision decision{.target = 0, .raises = {}, .reason = "a test"};
+                          for (const SequenceLoad& sequence : load.running) {
+                            if (sequence.level < sequence.max_level && raise.exchange(false))
+                              decision.raises.push_back({sequence.id, 1});
+                          }
+                          return decision;
+                        }));
+      std::vector<Request> requests = {Ask(8, {1, 2, 3}), Ask(4, std::vector<int32_t>(150, 7)),
+                                       Ask(3, std::vector<int32_t>(70, 8))};
+      requests[1].tier = Tier::kExact;  // states at each page
+      requests[1].level = 1;
+      std::vector<std::shared_ptr<RecordingSink>> sinks(3);
+      for (auto& sink : sinks) sink = std::make_shared<RecordingSink>();
+      const auto submit = [&](int i) {
+        EXPECT_FALSE(engine->Submit(requests[i], sinks[i]).has_value());
+      };
+      std::atomic<int> now = 0;
+      note = [&](const char*, int) {
+        if (now++ != moment) return;
+        if (event == kCancelPrompt) engine->Cancel(requests[1].id);
+        if (event == kCancelReply) engine->Cancel(requests[0].id);
+        if (event == kSubmit) submit(2);
+        if (event == kRaise) raise = true;
+        if (event == kFail) throw std::runtime_error("lost");
+      };
+      std::vector<Submission> together = {{requests[0], sinks[0]}, {requests[1], sinks[1]}};
+      if (event != kSubmit) together.push_back({requests[2], sinks[2]});
+      EXPECT_FALSE(engine->SubmitAll(std::move(together)).has_value());
+      for (int i = 0; i < 3; ++i) {
+        if (i == 2 && event == kSubmit && now <= moment) submit(2);  // that was never reached
+        const RequestResult& result = sinks[i]->Wait();
+        ExpectTrue(requests[i], *sinks[i]);
+        if (event == kFail && !result.status.ok()) {
+          EXPECT_EQ(result.status.message(), "a step failed: lost");
+          ++failed;
+        } else if (result.finish == FinishReason::kCancelled) {
+          EXPECT_EQ(i, event == kCancelPrompt ? 1 : 0);
+          ++cancelled;
+        } else {
+          EXPECT_EQ(result.generated_tokens, requests[i].max_tokens);
+        }
+      }
+      ExpectNoLeak(engine);
+      raised += engine->state().raises;
+      // What was left in the prefix cache is sound.
+      note = [](const char*, int) {};
+      ExpectTrue(requests[1], *engine.Submit(requests[1]));
+    }
+  }
+  EXPECT_GT(cancelled, 20);
+  EXPECT_GT(failed, 20);
+  EXPECT_GT(raised, 10);
+}
+
+// A request that came into the step behind one that fails goes on.
+TEST_F(EngineDeviceTest, TheStepBehindOneThatFailsIsSound) {
+  std::function<void(int)> nearly_done = [](int) {};
+  OnStream on({.choose = ChooseRow,
+               .note =
+                   [](const char* what, int step) {
+                     if (std::string_view(what) == "end" && step == 1)
+                       throw std::runtime_error("lost");
+                   },
+               .nearly_done = [&](int step, double) { nearly_done(step); }});
+  TestEngine engine(on.small.model(), *tokenizer_, Options());
+  const Request newcomer = Ask(4);
+  const auto sink = std::make_shared<RecordingSink>();
+  nearly_done = [&](int step) {
+    if (step != 1) return;
+    EXPECT_FALSE(engine->Submit(newcomer, sink).has_value());
+  };
+  const auto failed = engine.Submit(Ask(3, std::vector<int32_t>(40, 7)));
+  EXPECT_EQ(failed->Wait().status.message(), "a step failed: lost");
+  EXPECT_EQ(failed->Wait().generated_tokens, 0);
+  EXPECT_TRUE(sink->Wait().status.ok());
+  ExpectTrue(newcomer, *sink);
+  EXPECT_EQ(sink->Wait().generated_tokens, 4);
   ExpectNoLeak(engine);
 }
 
@@ -198,28 +351,39 @@ TEST_F(EngineDeviceTest, NothingIsLostWhenTheRequestEndsInBetween) {
 }
 
 // States are copied between steps: a failure there ends all requests as one in a step does its own.
+// Where states are to be kept, and in the middle of a plan, where a request starts from some.
 TEST_F(EngineDeviceTest, ADeviceThatFailsAtACopyFailsEverybody) {
-  OnStream on({.choose = OneMore,
-               .note =
-                   [](const char*, int) {
-                     std::this_thread::sleep_for(
-                         std::chrono::milliseconds(5));  // to be met running
-                   },
-               .copies = [] { throw DeviceError("gone"); }});
-  TestEngine engine(on.small.model(), *tokenizer_, Options());
-  Request request = Ask(400);
-  request.tier = Tier::kFull;
-  const auto running = engine.Submit(request);
-  running->WaitForTokens(2);
-  request = Ask(9, std::vector<int32_t>(40, 7));
-  request.tier = Tier::kExact;
-  request.level = kL;
-  const auto copied = engine.Submit(request);
-  for (const auto& sink : {running, copied}) {
-    EXPECT_EQ(sink->Wait().status.code(), StatusCode::kInternal);
-    EXPECT_EQ(sink->Wait().status.message(), "the device failed: gone");
+  for (const bool from_cache : {false, true}) {
+    std::atomic<bool> fails = !from_cache;
+    OnStream on({.choose = OneMore,
+                 .note =
+                     [](const char*, int) {
+                       std::this_thread::sleep_for(
+                           std::chrono::milliseconds(5));  // to be met running
+                     },
+                 .copies =
+                     [&] {
+                       if (fails) throw DeviceError("gone");
+                     }});
+    TestEngine engine(on.small.model(), *tokenizer_, Options());
+    Request copied = Ask(9, std::vector<int32_t>(40, 7));
+    copied.tier = Tier::kExact;
+    copied.level = kL;
+    if (from_cache) {
+      EXPECT_TRUE(engine.Submit(copied)->Wait().status.ok());
+    }
+    fails = true;
+    Request request = Ask(400);
+    request.tier = Tier::kFull;
+    const auto running = engine.Submit(request);
+    running->WaitForTokens(2);
+    for (const auto& sink : {running, engine.Submit(copied)}) {
+      EXPECT_EQ(sink->Wait().status.code(), StatusCode::kInternal);
+      EXPECT_EQ(sink->Wait().status.message(), "the device failed: gone");
+    }
+    EXPECT_EQ(engine->state().device_error, "gone");
+    EXPECT_TRUE(engine.Submit(Ask(3))->Wait().status.ok()) << "nothing of it is left";
   }
-  EXPECT_EQ(engine->state().device_error, "gone");
 }
 
 TEST_F(EngineDeviceTest, WithoutMemoryForACopyThereIsNoSnapshot) {
@@ -258,11 +422,12 @@ TEST_F(EngineDeviceTest, AnEngineEndsWithStepsUnderWay) {
 
 // All kinds of requests at once, on such a device and on one whose steps all run to their end.
 TEST_F(EngineDeviceTest, RepliesAreThoseOfStepsThatRunToTheirEnd) {
-  int begun = 0;
-  OnStream ahead({.choose = ChooseRow, .note = [&](const char* what, int) {
-                    begun += std::string_view(what) == "begin";
+  int begun = 0, with_prompts = 0;
+  OnStream ahead({.choose = ChooseRow, .begins = [&](const PlacedRows& rows) {
+                    ++begun;
+                    with_prompts += rows.T() > rows.N();
                   }});
-  OnStream in_order({.most_decode_rows = 0, .choose = ChooseRow});
+  OnStream in_order({.most_choices = 0, .choose = ChooseRow});
   for (uint32_t seed = 1; seed <= 20; ++seed) {
     SCOPED_TRACE(::testing::Message() << "seed " << seed);
     std::mt19937 random(seed);
@@ -275,6 +440,7 @@ TEST_F(EngineDeviceTest, RepliesAreThoseOfStepsThatRunToTheirEnd) {
     if (seed % 4 == 0) requests[5].sampling.presence_penalty = 0.1f;
     EngineOptions options = Options();
     options.snapshot_stride = 2 * kPage;
+    if (seed % 3 != 0) options.max_batch_tokens = 2 * kPage;
     // Down to less than all of them need.
     options.memory_bytes = int64_t{4096} * (seed % 2 == 0 ? 2000 : 40);
     std::vector<std::shared_ptr<RecordingSink>> sinks[2];
@@ -299,6 +465,7 @@ TEST_F(EngineDeviceTest, RepliesAreThoseOfStepsThatRunToTheirEnd) {
     }
   }
   EXPECT_GT(begun, 500);
+  EXPECT_GT(with_prompts, 100);
 }
 
 // Raises, pre-emption, cancels and the prefix cache: what was recorded is what happened.
@@ -310,6 +477,7 @@ TEST_F(EngineDeviceTest, HistoriesAreTrueUnderPressure) {
     std::mt19937 random(seed);
     EngineOptions options = Options();
     options.snapshot_stride = kPage;
+    if (seed % 2 == 0) options.max_batch_tokens = 2 * kPage;
     // Of three: room for all, room for few, and many short prompts whose replies grow beyond it.
     const bool tight = seed % 3 == 2;
     options.memory_bytes = int64_t{4096} * (seed % 3 == 0 ? 2000 : tight ? 28 : 24 + random() % 60);

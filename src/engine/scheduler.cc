@@ -138,7 +138,6 @@ int64_t Scheduler::Add(ScheduledRequest request) {
   sequence->request = std::move(request);
   const int64_t id = sequence->id;
   waiting_.emplace(id, std::move(sequence));
-  queue_settled_ = false;
   return id;
 }
 
@@ -169,7 +168,6 @@ EndedSequence Scheduler::End(Sequence& sequence, Status status) {
   ended.levels = sequence.history.size() < sequence.preempted_history.size()
                      ? sequence.preempted_history
                      : sequence.history;
-  queue_settled_ = false;
   if (sequence.ahead) {
     surplus_.push_back(std::move(running_.extract(ended.id).mapped()));
   } else if (running_.erase(ended.id) == 0) {
@@ -185,16 +183,16 @@ std::vector<EndedSequence> Scheduler::Commit(std::span<const RowResult> results)
   for (size_t i = 0; i < results.size(); ++i) {
     const PlannedRows& rows = plan_.rows[i];
     Sequence* const running = FindRunning(rows.id);
-    if (running == nullptr) continue;  // a surplus row
+    if (running == nullptr) continue;  // surplus rows
     Sequence& sequence = *running;
-    if (!sequence.ahead) sequence.cache->Commit(static_cast<int>(rows.tokens.size()));
+    if (sequence.in_flight == 0) sequence.cache->Commit(static_cast<int>(rows.tokens.size()));
     sequence.ran = true;
     if (rows.logits == RowLogits::kAll)
       sequence.logits_done = std::max(sequence.logits_done, sequence.length());
     if (!results[i].failed) {
       RecordInPrefixCache(sequence);
-    } else if (prefix_cache_ != nullptr && sequence.entered == sequence.length()) {
-      prefix_cache_->Clear();  // its row was entered when the next step was planned
+    } else if (prefix_cache_ != nullptr && sequence.entered > sequence.computed()) {
+      prefix_cache_->Clear();  // its rows were entered when the next step was planned
     }
     if (sequence.cancelled) continue;
     if (results[i].finish) {
@@ -206,6 +204,8 @@ std::vector<EndedSequence> Scheduler::Commit(std::span<const RowResult> results)
   }
   for (auto it = running_.begin(); it != running_.end();) {
     Sequence& sequence = *(it++)->second;
+    sequence.in_flight = 0;
+    sequence.feed = -1;
     if (sequence.cancelled)
       ended.push_back(End(sequence, Status(StatusCode::kCancelled, "cancelled")));
     else
@@ -345,8 +345,8 @@ std::vector<EndedSequence> Scheduler::Clear() {
   }
   if (prefix_cache_ != nullptr) prefix_cache_->Clear();
   surplus_.clear();
-  in_step_ = false;
-  plan_ = ahead_ = {};
+  in_step_ = pause_due_ = false;
+  next_ = plan_ = ahead_ = {};
   return ended;
 }
 

@@ -11,8 +11,8 @@
 // Add, Cancel and the setters may be called at any time between Plan/Commit pairs; Cancel and Add
 // also between Plan and Commit (Cancel then takes effect at the Commit).
 //
-// On a device that takes a step's tokens over from the one before, a decode step may follow before
-// the results of the one in flight are known:
+// On a device that takes a step's tokens over from the one before, a step may follow before the
+// results of the one in flight are known:
 //   next = scheduler.PlanAhead(now);     // where it is not empty, begin it
 //   ended = scheduler.Commit(results);   // of the first of the two; the other is then in flight
 #pragma once
@@ -73,6 +73,7 @@ struct ScheduledRequest {
   Tier tier = Tier::kAuto;
   int level = 0;  // with Tier::kExact
   bool prompt_logprobs = false;
+  int host_tokens = 0;  // so many first ones of its reply are chosen with the host's help
   std::string cache_salt;
   double arrival = 0;
   double deadline = 0;  // 0 = none
@@ -151,16 +152,16 @@ class Scheduler {
   // to run, and nothing to commit, before Add.
   StepPlan Plan(double now);
 
-  // The step after the one in flight, before that one's results are known: a row for everybody but
-  // those that are cancelled or whose reply will have all its tokens. Who ends with the step in
-  // flight for another reason has a surplus row in this one. Without rows the Commit comes first:
-  // after prompts, replies that are recomputed, or where a prompt might come in, a deadline has
-  // passed, or the rows do not fit beside all others. Pre-empts nobody.
+  // The step after the one in flight, before that one's results are known: as Plan would have it,
+  // but without those whose reply will have all its tokens. Who ends with the step in flight for
+  // another reason has surplus rows in this one. Without rows the Commit comes first: where a
+  // reply is recomputed, the host has a part in a token, somebody waits for a prefix that is in
+  // flight, a deadline has passed, or the rows do not fit beside all others. Pre-empts nobody.
   StepPlan PlanAhead(double now);
 
   // The rows of the step in flight are in the caches. Returns the requests that finished or were
-  // cancelled. Those of them that have a surplus row give their memory back with the next Commit,
-  // which ignores the row's result.
+  // cancelled. Those of them that have surplus rows give their memory back with the next Commit,
+  // which ignores the rows' results.
   std::vector<EndedSequence> Commit(std::span<const RowResult> results);
   bool in_step() const { return in_step_; }  // there is something to commit
 
@@ -170,22 +171,13 @@ class Scheduler {
   // got only part of the way.
   Status Raise(int64_t id, int level);
 
-  void set_target_level(int level) {  // new sequences start at, in bounds
-    queue_settled_ &= level == target_level_;
-    target_level_ = level;
-  }
+  void set_target_level(int level) { target_level_ = level; }  // new sequences start at, in bounds
   // Prompt tokens of a step that also writes replies, so that these do not wait long; 0 = as many
   // as max_batch_tokens leaves. Never less than a page; not if deterministic.
   void set_prefill_limit(int tokens) { prefill_limit_ = tokens; }
   // Prompts of fewer tokens start at the lowest level of tier auto, whatever the target.
-  void set_short_prompt(int tokens) {
-    queue_settled_ &= tokens == short_prompt_;
-    short_prompt_ = tokens;
-  }
-  void set_auto_max_level(int level) {  // Tier::kAuto's highest
-    queue_settled_ &= level == auto_max_level_;
-    auto_max_level_ = level;
-  }
+  void set_short_prompt(int tokens) { short_prompt_ = tokens; }
+  void set_auto_max_level(int level) { auto_max_level_ = level; }  // Tier::kAuto's highest
   int target_level() const { return target_level_; }
   int auto_max_level() const { return auto_max_level_; }
 
@@ -228,6 +220,7 @@ class Scheduler {
   Sequence* FindRunning(int64_t id) const;
 
   // scheduler_plan.cc
+  StepPlan TakePlan();
   void Expire(double now);
   void PlanDecodes();
   void PlanPrefills();
@@ -249,7 +242,12 @@ class Scheduler {
   void FailOldest();
 
   // scheduler_ahead.cc
+  void CountRowsInFlight();
   bool MayPlanAhead(double now) const;
+  bool HostChooses(const Sequence& sequence) const;
+  bool AwaitsRowsInFlight(Sequence& sequence) const;
+  int64_t LeastBytesAhead(const Sequence& sequence) const;
+  bool MayStartAhead(const Sequence& sequence, int level, const PrefixCache::Hit& hit) const;
 
   // scheduler_memory.cc
   bool TryAdmit(Sequence& sequence);
@@ -266,6 +264,7 @@ class Scheduler {
   int64_t ReservedBytes(const Sequence& in_need) const;
   int64_t SnapshotBytes(const Sequence& sequence, int level) const;
   int64_t ObtainableBytes() const { return ledger_->free_bytes() + ledger_->idle_bytes(); }
+  bool MayPreempt() const { return !in_step_; }
   Sequence* Victim(const Sequence& in_need) const;
   void Preempt(Sequence& victim);
 
@@ -283,12 +282,12 @@ class Scheduler {
   int64_t preemptions_ = 0;
   Sequences running_;
   Sequences waiting_;
-  StepPlan plan_;   // of this step
-  StepPlan ahead_;  // of the next one, if it is planned
+  StepPlan next_;   // being planned
+  StepPlan plan_;   // of the step in flight
+  StepPlan ahead_;  // of the one behind it, if it is planned
   bool in_step_ = false;
-  // Nobody could be admitted when the queue was last looked at, and nothing has changed that.
-  bool queue_settled_ = false;
-  // Ended, but for a row of theirs in the step in flight.
+  bool pause_due_ = false;  // a request can only be admitted when nothing is in flight
+  // Ended, but for rows of theirs in the step in flight.
   std::vector<std::unique_ptr<Sequence>> surplus_;
 };
 

@@ -42,9 +42,9 @@ Scheduler::Sequence* Scheduler::Victim(const Sequence& in_need) const {
 }
 
 void Scheduler::Preempt(Sequence& victim) {
-  std::erase_if(plan_.rows, [&](const PlannedRows& rows) {
+  std::erase_if(next_.rows, [&](const PlannedRows& rows) {
     if (rows.id != victim.id) return false;
-    (rows.phase == Phase::kDecode ? plan_.decode_rows : plan_.prefill_rows) -=
+    (rows.phase == Phase::kDecode ? next_.decode_rows : next_.prefill_rows) -=
         static_cast<int>(rows.tokens.size());
     return true;
   });
@@ -55,7 +55,7 @@ void Scheduler::Preempt(Sequence& victim) {
     }
     ++victim.preemptions;
     ++preemptions_;
-    plan_.preempted.push_back(victim.id);
+    next_.preempted.push_back(victim.id);
   }
   victim.cache.reset();
   victim.history.clear();
@@ -243,6 +243,11 @@ bool Scheduler::TryAdmit(Sequence& sequence) {
                            options_.page_size * ledger_->config().page_bytes;
     const int64_t tokens = IsSettled(sequence) ? sequence.final_length() : sequence.size();
     if (SequenceBytes(sizes_, last_level, tokens) - shared > room) return false;
+  }
+  if (in_step_ && !MayStartAhead(sequence, level, hit)) {
+    sequence.blocked_level = -1;
+    pause_due_ = true;
+    return false;
   }
   if (!Start(sequence, level, hit)) {
     if (!first) return false;

@@ -16,22 +16,25 @@ struct Scheduler::Grant {
 
 StepPlan Scheduler::Plan(double now) {
   DSLA_CHECK(!in_step_);
-  plan_ = {};
+  pause_due_ = false;
   Expire(now);
   while (true) {
     PlanDecodes();
     PlanPrefills();
-    if (!plan_.rows.empty() || idle()) break;
+    if (!next_.rows.empty() || idle()) break;
     FailOldest();  // nothing is in flight, so nothing would ever change
   }
-  for (const PlannedRows& rows : plan_.rows) {
-    Sequence& sequence = *FindRunning(rows.id);
-    if (!std::exchange(sequence.started, true)) plan_.started.push_back(rows.id);
-  }
+  plan_ = TakePlan();
   in_step_ = !plan_.rows.empty();
-  // Whoever was pre-empted has not been tried yet.
-  queue_settled_ = plan_.prefill_rows == 0 && plan_.preempted.empty();
   return plan_;
+}
+
+StepPlan Scheduler::TakePlan() {
+  for (const PlannedRows& rows : next_.rows) {
+    Sequence& sequence = *FindRunning(rows.id);
+    if (!std::exchange(sequence.started, true)) next_.started.push_back(rows.id);
+  }
+  return std::exchange(next_, {});
 }
 
 void Scheduler::Expire(double now) {
@@ -40,7 +43,7 @@ void Scheduler::Expire(double now) {
       Sequence& sequence = *(it++)->second;
       const double deadline = sequence.request.deadline;
       if (deadline <= 0 || now < deadline) continue;
-      plan_.ended.push_back(End(
+      next_.ended.push_back(End(
           sequence, Error(StatusCode::kDeadlineExceeded,
                           "the deadline passed {:.3f} s after arrival, with {} of at most {} "
                           "tokens made",
@@ -111,8 +114,8 @@ void Scheduler::PlanDecodes() {
   for (const auto& [id, sequence] : running_) order.push_back(sequence.get());
   for (Sequence* sequence : order) {
     // May have been pre-empted for an older one.
-    if (!sequence->cache || !IsDecode(*sequence)) continue;
-    if (ReplayRaises(*sequence, true)) PlanRows(*sequence, sequence->length() + 1);
+    if (!sequence->cache || !IsDecode(*sequence) || !sequence->goes_on()) continue;
+    if (ReplayRaises(*sequence, MayPreempt())) PlanRows(*sequence, sequence->length() + 1);
   }
 }
 
@@ -122,17 +125,17 @@ void Scheduler::PlanDecodes() {
 void Scheduler::PlanPrefills() {
   std::vector<Sequence*> prefills, by_age;
   for (const auto& [id, sequence] : running_) {
-    if (!IsDecode(*sequence)) prefills.push_back(sequence.get());
+    if (!IsDecode(*sequence) && sequence->goes_on()) prefills.push_back(sequence.get());
   }
   for (Sequence* sequence : prefills) {
-    if (sequence->cache && ReplayRaises(*sequence, true)) by_age.push_back(sequence);
+    if (sequence->cache && ReplayRaises(*sequence, MayPreempt())) by_age.push_back(sequence);
   }
   // An older one's raise may have pre-empted one that was looked at before.
   std::erase_if(by_age, [](const Sequence* sequence) { return !sequence->cache; });
   for (const auto& [id, sequence] : waiting_) {
     AwaitsPrefix(*sequence);
     // Whoever was pre-empted for this step would only take the memory back.
-    if (std::ranges::find(plan_.preempted, id) == plan_.preempted.end())
+    if (std::ranges::find(next_.preempted, id) == next_.preempted.end())
       by_age.push_back(sequence.get());
   }
   std::ranges::sort(by_age, {}, &Sequence::id);
@@ -140,10 +143,10 @@ void Scheduler::PlanPrefills() {
   NoteReadyPrefixes();
   std::ranges::stable_sort(by_rest, {}, [](const Sequence* s) { return s->to_compute(); });
 
-  int left = options_.max_batch_tokens - plan_.decode_rows;
+  int left = options_.max_batch_tokens - next_.decode_rows;
   int oldest = std::max(left / 2, PrefillUnit());
   const int limit = std::max(prefill_limit_, options_.page_size);
-  if (plan_.decode_rows > 0 && prefill_limit_ > 0 && limit < left && !options_.deterministic) {
+  if (next_.decode_rows > 0 && prefill_limit_ > 0 && limit < left && !options_.deterministic) {
     left = limit;
     oldest = left / 2;
     if (left < 2 * options_.page_size) {
@@ -268,7 +271,7 @@ bool Scheduler::AwaitsPrefix(Sequence& sequence) const {
 // Whether `leader` will leave a prefix of `shared` tokens at a level that serves `sequence`, and
 // has more than a page of it still to compute.
 bool Scheduler::Leads(const Sequence& leader, const Sequence& sequence, int shared) const {
-  if (shared - leader.length() <= options_.page_size || leader.replaying()) return false;
+  if (shared - leader.computed() <= options_.page_size || leader.replaying()) return false;
   if (sequence.request.tier == Tier::kExact || options_.deterministic)
     return leader.history == LevelHistory{{0, StartLevel(sequence)}};
   return leader.cache->level() <= PrefixLevel(sequence);
@@ -276,7 +279,7 @@ bool Scheduler::Leads(const Sequence& leader, const Sequence& sequence, int shar
 
 // How much of `sequence` can start from what `leader` will have entered with the end of its prompt.
 int Scheduler::PrefixFrom(Sequence& leader, Sequence& sequence) const {
-  if (leader.length() >= leader.prompt_tokens) return 0;
+  if (leader.computed() >= leader.prompt_tokens) return 0;
   // At least one token is left to compute.
   const int same = prefix_cache_->CommonTokens(Tokens(sequence, sequence.size() - 1),
                                                Tokens(leader, leader.prompt_tokens));
@@ -302,21 +305,24 @@ bool Scheduler::PlanRows(Sequence& sequence, int end) {
     }
   }
   const int count = end - length;
-  if (!MakeRoom(sequence, cache.BytesToReserve(count), true)) return false;
+  if (!MakeRoom(sequence, cache.BytesToReserve(count), MayPreempt())) return false;
   const Status reserved = cache.Reserve(count);
   DSLA_CHECK(reserved.ok());
+  static constexpr int32_t kNotKnown[1] = {0};
+  const std::span<const int32_t> known = sequence.tokens;
   PlannedRows rows{.id = sequence.id,
                    .phase = decode ? Phase::kDecode : Phase::kPrefill,
                    .cache = &cache,
-                   .tokens = std::span(sequence.tokens).subspan(length, count),
-                   .samples = end == sequence.size()};
+                   .tokens = sequence.feed >= 0 ? kNotKnown : known.subspan(length, count),
+                   .samples = end == sequence.size(),
+                   .feed = sequence.feed};
   if (rows.samples) rows.logits = RowLogits::kLast;
   if (sequence.request.prompt_logprobs && length < sequence.prompt_tokens &&
       end > sequence.logits_done) {
     rows.logits = RowLogits::kAll;
   }
-  (decode ? plan_.decode_rows : plan_.prefill_rows) += count;
-  plan_.rows.push_back(rows);
+  (decode ? next_.decode_rows : next_.prefill_rows) += count;
+  next_.rows.push_back(rows);
   return true;
 }
 
@@ -328,7 +334,7 @@ void Scheduler::FailOldest() {
       "cache memory: no room to go on from token {} of {}: {} of {} bytes can be had, {} requests "
       "hold the rest and none of them can be pre-empted",
       oldest.length(), oldest.size(), ObtainableBytes(), config.budget_bytes, running_.size());
-  plan_.ended.push_back(End(oldest, std::move(status)));
+  next_.ended.push_back(End(oldest, std::move(status)));
 }
 
 }  // namespace dsla

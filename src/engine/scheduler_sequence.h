@@ -28,7 +28,10 @@ struct Scheduler::Sequence {
   bool started = false;    // ran a step
   bool ran = false;        // since it was last admitted
   bool cancelled = false;  // takes effect at the commit
-  bool ahead = false;      // a row of it is planned ahead; its row before that one counts as cached
+  // While a step is planned behind the one in flight.
+  int in_flight = 0;   // rows of it in that one, where they count as cached already
+  int feed = -1;       // the row of that one whose result will be its last token; -1: all are known
+  bool ahead = false;  // it has rows in the step behind
   int preemptions = 0;
   int overtaken = 0;
   // While it waits for a prefix that a running prompt is computing: whose, and how much of it.
@@ -42,8 +45,13 @@ struct Scheduler::Sequence {
   int cached_tokens = 0;
   int logits_done = 0;  // prompt rows whose logits were handed out
 
-  int size() const { return static_cast<int>(tokens.size()); }
+  int size() const { return static_cast<int>(tokens.size()) + (feed >= 0 ? 1 : 0); }
   int length() const { return cache ? cache->length() : 0; }
+  int computed() const { return length() - in_flight; }  // cached, and the step's results known
+  // Whether rows of it follow, as far as can be known.
+  bool goes_on() const {
+    return !cancelled && (feed < 0 || size() - prompt_tokens < request.max_tokens);
+  }
   int to_compute() const { return size() - (cache ? cache->length() : ready); }
   // Most tokens that will ever be cached: the last one of the reply is not run.
   int64_t final_length() const {

@@ -41,7 +41,8 @@ struct Totals {
   int64_t steps = 0, requests = 0, preemptions = 0, hits = 0, folds = 0, copies = 0, raises = 0;
   int64_t awaited = 0;  // steps in which somebody waited for a prefix
   int64_t ahead = 0;    // steps that began before the results of those before them were known
-  int64_t surplus = 0;  // rows of those for who had ended
+  int64_t ahead_prompts = 0, ahead_starts = 0;  // of those: with prompts, with new ones
+  int64_t surplus = 0;                          // rows of those for who had ended
   int64_t expired = 0, cancelled = 0, finished = 0;
 };
 
@@ -116,6 +117,8 @@ class Trace {
     totals->hits += hits_;
     totals->awaited += awaited_;
     totals->ahead += ahead_;
+    totals->ahead_prompts += ahead_prompts_;
+    totals->ahead_starts += ahead_starts_;
     totals->surplus += surplus_;
     totals->expired += ends_[StatusCode::kDeadlineExceeded];
     totals->cancelled += ends_[StatusCode::kCancelled];
@@ -138,6 +141,7 @@ class Trace {
     request.tier = static_cast<Tier>(Pick(0, 3));
     request.level = Pick(0, options_.max_level);
     request.prompt_logprobs = request.max_tokens == 0 || Pick(0, 9) == 0;
+    if (Pick(0, 9) == 0) request.host_tokens = Pick(0, 1) == 0 ? Pick(1, 5) : 1000;
     request.cache_salt = Pick(0, 3) == 0 ? "salt" : "";
     request.arrival = now_;
     if (Pick(0, 9) == 0) request.deadline = now_ + Pick(0, 40);
@@ -183,13 +187,14 @@ class Trace {
     StepPlan plan;
     std::vector<RowResult> results;
     std::vector<std::pair<BlockKind, int32_t>> blocks;  // that its rows read and write
+    bool host_has_a_part = false;                       // its results are not for a device alone
   };
 
   void Step() {
     if (!flight_.has_value()) Begin();
     if (!flight_.has_value()) return;
     std::optional<Flight> next;
-    if (!raise_due_ && Pick(0, ahead_odds_) > 0) BeginAhead(&next);
+    if (!raise_due_ && !flight_->host_has_a_part && Pick(0, ahead_odds_) > 0) BeginAhead(&next);
     if (Pick(0, 63) == 0) CancelSomebody();  // in mid-step
     for (const EndedSequence& ended : scheduler_->Commit(flight_->results)) End(ended);
     ASSERT_EQ(scheduler_->in_step(), next.has_value());
@@ -220,6 +225,7 @@ class Trace {
 
   void RunStep(StepPlan plan, std::optional<Flight>* flight) {
     Flight step;
+    step.host_has_a_part = HostHasAPart(plan);
     int rows = 0;
     std::set<int64_t> seen;
     for (const PlannedRows& planned : plan.rows) {
@@ -239,26 +245,52 @@ class Trace {
     *flight = std::move(step);
   }
 
-  // The step behind the one in flight. Whoever runs has a row, but for those of whom it is known
-  // that there will be nothing to run.
+  // The step behind the one in flight. Whoever writes a reply has a row, but for those of whom it
+  // is known that there will be nothing to run.
   void BeginAhead(std::optional<Flight>* next) {
+    const auto was_running = RunningIds();
+    const int64_t folds = model_->folds();
     StepPlan plan = scheduler_->PlanAhead(now_);
-    ASSERT_TRUE(plan.ended.empty() && plan.started.empty() && plan.preempted.empty());
+    ASSERT_TRUE(plan.ended.empty() && plan.preempted.empty());
+    ASSERT_EQ(model_->folds(), folds);
     ExpectExactAccounts(*ledger_, *scheduler_);
+    CheckFairness(was_running, plan);
     if (plan.rows.empty()) return;
     ++ahead_;
+    ahead_prompts_ += plan.prefill_rows > 0;
+    ahead_starts_ += !plan.started.empty();
+    ASSERT_FALSE(HostHasAPart(plan));
     std::set<int64_t> with_rows;
     for (const PlannedRows& rows : plan.rows) {
-      ASSERT_EQ(rows.phase, Phase::kDecode);
-      ASSERT_EQ(flight_->plan.rows.at(rows.feed).id, rows.id);
+      int feed = -1;
+      for (int i = 0; i < static_cast<int>(flight_->plan.rows.size()); ++i) {
+        const PlannedRows& before = flight_->plan.rows[i];
+        if (before.id == rows.id && before.samples) feed = i;
+      }
+      ASSERT_EQ(rows.feed, feed);
       with_rows.insert(rows.id);
     }
     for (const int64_t id : RunningIds()) {
       const Client& client = clients_.at(id);
-      const bool full = client.generated() == client.request.max_tokens;
-      ASSERT_EQ(with_rows.count(id) == 0, full || client.cancelled);
+      if (!GoesOn(client)) {
+        ASSERT_EQ(with_rows.count(id), 0u);
+      } else if (client.generated() > 0) {
+        ASSERT_EQ(with_rows.count(id), 1u);
+      }
     }
     RunStep(std::move(plan), next);
+  }
+
+  static bool GoesOn(const Client& client) {
+    return !client.cancelled && client.generated() < client.request.max_tokens;
+  }
+
+  bool HostHasAPart(const StepPlan& plan) const {
+    return std::ranges::any_of(plan.rows, [&](const PlannedRows& rows) {
+      const Client& client = clients_.at(rows.id);
+      return rows.logits == RowLogits::kAll ||
+             (rows.samples && client.generated() < client.request.host_tokens);
+    });
   }
 
   std::set<int64_t> RunningIds() const {
@@ -291,7 +323,7 @@ class Trace {
     const bool rows = std::any_of(plan.rows.begin(), plan.rows.end(),
                                   [&](const PlannedRows& r) { return r.id == oldest; });
     const bool missed_before = std::exchange(oldest_missed_, runs && !rows ? oldest : 0) == oldest;
-    if (!runs || rows) return;
+    if (!runs || rows || (flight_.has_value() && !GoesOn(clients_.begin()->second))) return;
     const bool takes_turns =
         prefill_limit_ > 0 && prefill_limit_ < 2 * kPage && !options_.deterministic;
     if (takes_turns && !missed_before) return;
@@ -402,7 +434,7 @@ class Trace {
   std::vector<int32_t> conversation_;  // the last prompt and reply that came to its end
   std::map<int64_t, Client> clients_;
   std::map<StatusCode, int64_t> ends_;
-  int64_t hits_ = 0, awaited_ = 0, ahead_ = 0, surplus_ = 0;
+  int64_t hits_ = 0, awaited_ = 0, ahead_ = 0, ahead_prompts_ = 0, ahead_starts_ = 0, surplus_ = 0;
   std::optional<Flight> flight_;
   int ahead_odds_ = 0;      // 0: every step is committed before the next is planned
   bool raise_due_ = false;  // for when nothing is in flight
@@ -422,14 +454,15 @@ TEST(SchedulerSimulationTest, RandomTracesKeepTheInvariants) {
   std::printf(
       "%ld steps, %ld requests: %ld finished, %ld expired, %ld cancelled; %ld pre-emptions, "
       "%ld prefix hits, %ld steps in which a prefix was awaited, %ld raises, %ld "
-      "folds, %ld state copies, %ld steps ahead with %ld surplus rows\n",
+      "folds, %ld state copies, %ld steps ahead, %ld of them with prompts and %ld with new ones, "
+      "and %ld surplus rows\n",
       totals.steps, totals.requests, totals.finished, totals.expired, totals.cancelled,
       totals.preemptions, totals.hits, totals.awaited, totals.raises, totals.folds, totals.copies,
-      totals.ahead, totals.surplus);
+      totals.ahead, totals.ahead_prompts, totals.ahead_starts, totals.surplus);
   // The traces reach what they are there for.
-  for (int64_t count :
-       {totals.finished, totals.expired, totals.cancelled, totals.preemptions, totals.hits,
-        totals.awaited, totals.raises, totals.copies, totals.ahead, totals.surplus})
+  for (int64_t count : {totals.finished, totals.expired, totals.cancelled, totals.preemptions,
+                        totals.hits, totals.awaited, totals.raises, totals.copies, totals.ahead,
+                        totals.ahead_prompts, totals.ahead_starts, totals.surplus})
     EXPECT_GT(count, 20);
 }
 

@@ -60,6 +60,7 @@ Worker::Worker(const HybridModel* model, const ExecContext& ctx, const EngineOpt
       inbox_(inbox),
       pool_(std::move(pool)),
       scheduler_(&pool_.ledger(), this, SchedulerOptionsOf(*model, options)),
+      begins_steps_(scheduler_.max_running() <= model->most_choices()),
       policy_(std::move(policy)),
       prefill_rate_(kRateWindowSeconds),
       decode_rate_(kRateWindowSeconds) {
@@ -111,36 +112,41 @@ Status Worker::CopySlot(int32_t from, int32_t to) {
 }
 
 void Worker::Run() {
-  Inbox::Mail mail;
-  while (true) {
+  while (!mail_.stop) {
     std::optional<std::chrono::duration<double>> wait;
     if (scheduler_.idle()) {
       const bool settled = scheduler_.target_level() == 0;
       wait.emplace(settled ? std::numeric_limits<double>::infinity() : kIdleDecisionSeconds);
     }
-    inbox_->Take(mail, wait);
-    if (mail.stop) break;
-    ReadMail(mail);
+    if (!TakeMail(wait)) break;
     try {
       Step();
     } catch (const DeviceError& error) {  // where cache blocks are copied
       EndAll(NoteDeviceFailure(error.what()));
     }
   }
-  for (auto& request : mail.requests) Admit(std::move(request));
+  for (auto& request : mail_.requests) Admit(std::move(request));
   EndAll(Status(StatusCode::kCancelled, "cancelled: the server is shutting down"));
 }
 
-void Worker::ReadMail(Inbox::Mail& mail) {
-  if (mail.policy != nullptr) {
-    policy_ = std::move(mail.policy);
+// False if it is to stop: what has come with that is for the end.
+bool Worker::TakeMail(std::optional<std::chrono::duration<double>> wait) {
+  inbox_->Take(mail_, wait);
+  if (mail_.stop) return false;
+  ReadMail();
+  return true;
+}
+
+void Worker::ReadMail() {
+  if (mail_.policy != nullptr) {
+    policy_ = std::move(mail_.policy);
     next_decision_ = 0;
     admin_change_ = fmt::format("admin: policy {}", policy_->name());
     const std::lock_guard lock(state_mutex_);
     state_.policy = policy_->name();
   }
-  if (mail.max_level.has_value()) {
-    const int highest = *mail.max_level;
+  if (mail_.max_level.has_value()) {
+    const int highest = *mail_.max_level;
     policy_->SetMaxLevel(highest);
     scheduler_.set_auto_max_level(highest);
     next_decision_ = 0;
@@ -151,8 +157,8 @@ void Worker::ReadMail(Inbox::Mail& mail) {
     const std::lock_guard lock(state_mutex_);
     state_.max_level = highest;
   }
-  for (auto& request : mail.requests) Admit(std::move(request));
-  for (const std::string& id : mail.cancels) {
+  for (auto& request : mail_.requests) Admit(std::move(request));
+  for (const std::string& id : mail_.cancels) {
     const auto found = ids_.find(id);
     if (found == ids_.end()) continue;
     if (const auto ended = scheduler_.Cancel(found->second); ended.has_value()) Finish(*ended);
@@ -172,6 +178,7 @@ void Worker::Admit(std::unique_ptr<ActiveRequest> active) {
                                .tier = request.tier,
                                .level = request.level,
                                .prompt_logprobs = request.prompt_logprobs,
+                               .host_tokens = HostTokens(*active),
                                .cache_salt = request.cache_salt,
                                .arrival = active->submitted,
                                .deadline = request.deadline});

@@ -1,7 +1,7 @@
 // Worker: the engine's thread. It owns the cache pool, the scheduler, the prefix cache and the
 // policy, and runs step after step: mail, policy, plan, forward, sampling, text, sinks, commit. On
-// a device that chooses a decode step's tokens, the next step is planned and begun before they are
-// read. Internal to the engine (engine.h is the public face).
+// a device that chooses a step's tokens, the next step is planned and begun before they are read.
+// Internal to the engine (engine.h is the public face).
 #pragma once
 
 #include <cstdint>
@@ -79,7 +79,8 @@ class Worker : private CacheOps {
   Status CopySlot(int32_t from, int32_t to) override;
 
   // worker.cc
-  void ReadMail(Inbox::Mail& mail);
+  bool TakeMail(std::optional<std::chrono::duration<double>> wait);
+  void ReadMail();
   void Admit(std::unique_ptr<ActiveRequest> active);
   void Decide();
   void RaiseSequences();  // as decided; nothing is in flight
@@ -95,6 +96,7 @@ class Worker : private CacheOps {
   // worker_step.cc
   void Step();
   void PlanStep();
+  void NoteStarted(const StepPlan& plan);
   void Launch(Flight& step);  // runs it, or begins it
   void LaunchAhead();
   void Await(Flight& step);
@@ -106,6 +108,7 @@ class Worker : private CacheOps {
   void VisitLogits(Flight& step, std::span<const LogitsRow> rows, float* logits,
                    const TokenChoice* choices);
   static void SetChoice(const TokenChoice& choice, Outcome& outcome);
+  static int HostTokens(const ActiveRequest& active);
   // What a device needs in order to choose the token of `rows`, if their request needs no more of
   // the logits than it tells.
   static void LetDeviceChoose(const ActiveRequest& active, const PlannedRows& planned,
@@ -128,12 +131,14 @@ class Worker : private CacheOps {
   const FaultInjector fault_injector_;
   Inbox* inbox_;
   FinishObserver observer_;
+  Inbox::Mail mail_;
 
   CachePool pool_;
   // Before the scheduler, whose sequences free their blocks at the end.
   std::unordered_map<int64_t, std::unique_ptr<ActiveRequest>> active_;  // by the scheduler's id
   std::unordered_map<std::string, int64_t> ids_;                        // by the request's
   Scheduler scheduler_;
+  const bool begins_steps_;  // the device can have all choices of a step
   std::unique_ptr<LevelPolicy> policy_;
   double next_decision_ = 0;
   LevelDecision due_;         // its raises wait until nothing is in flight
@@ -141,6 +146,7 @@ class Worker : private CacheOps {
 
   Flight current_, ahead_;  // the step to be committed next, and the one behind it
   int64_t launched_ = 0;
+  double lead_seconds_ = 0;  // that late steps with prompts took to be planned and begun
   // Of the step that is looked at, kept for their memory.
   std::vector<ActiveRequest*> row_requests_;  // of each of plan.rows; null: it has ended
   std::mutex failure_mutex_;  // of outcomes' statuses, while rows are sampled side by side

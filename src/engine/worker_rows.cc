@@ -1,5 +1,6 @@
 // From the logits of a step to tokens, text and events.
 #include <algorithm>
+#include <limits>
 #include <new>
 #include <utility>
 
@@ -22,6 +23,15 @@ void Worker::LetDeviceChoose(const ActiveRequest& active, const PlannedRows& pla
   rows.edits = active.sampler.edits();
   rows.ruled_out = RuledOut(active);
   rows.top = std::max(request.top_logprobs, 0);
+}
+
+// So many first tokens of the reply are chosen with the host's help: their logits are changed by
+// the token before, or more is told than the token.
+int Worker::HostTokens(const ActiveRequest& active) {
+  const bool always = !active.sampler.edits().empty() || active.sampler.counts_output() ||
+                      active.request.top_logprobs > 0;
+  if (always) return std::numeric_limits<int>::max();
+  return active.end_ids.empty() ? 0 : active.request.min_tokens;
 }
 
 // The end tokens while the reply must go on.

@@ -9,7 +9,6 @@
 #include "engine/worker.h"
 
 namespace dsla {
-
 // Each call commits one step. What changes more than the next rows, such as a raise or a new
 // prompt, waits until nothing is in flight.
 void Worker::Step() {
@@ -37,7 +36,12 @@ void Worker::PlanStep() {
   RaiseSequences();
   current_.plan = scheduler_.Plan(NowSeconds());
   for (const EndedSequence& ended : current_.plan.ended) Finish(ended);
-  for (const int64_t id : current_.plan.started) {
+  NoteStarted(current_.plan);
+  if (!current_.plan.rows.empty()) Launch(current_);
+}
+
+void Worker::NoteStarted(const StepPlan& plan) {
+  for (const int64_t id : plan.started) {
     ActiveRequest& active = *active_.at(id);
     active.started = NowSeconds();
     --unstarted_;
@@ -45,20 +49,31 @@ void Worker::PlanStep() {
     left_queue_tokens_ += static_cast<int64_t>(active.request.prompt.size());
   }
   SettleQueue();
-  if (!current_.plan.rows.empty()) Launch(current_);
 }
 
-// The device goes on with the next decode step when it has done this one; the host reads this one's
-// tokens meanwhile. Who ends by them has had a row for nothing.
+// The device goes on with the next step when it has done this one; the host reads this one's tokens
+// meanwhile. Who ends by them has had rows for nothing. Steps with prompts may be long: the one
+// behind is planned as late as that takes, so that new requests still come into it.
 void Worker::LaunchAhead() {
   if (!current_.begun || !due_.raises.empty()) return;
-  ahead_.plan = scheduler_.PlanAhead(NowSeconds());
-  if (!ahead_.plan.rows.empty()) Launch(ahead_);
+  if (current_.plan.prefill_rows > 0) {
+    HandOnAll();
+    const auto wait = [&] { model_->AwaitNearlyDone(lead_seconds_); };
+    if (!Try(current_.plan, wait).ok() || !TakeMail(std::nullopt)) return;
+  }
+  const double begin = NowSeconds();
+  ahead_.plan = scheduler_.PlanAhead(begin);
+  NoteStarted(ahead_.plan);
+  if (ahead_.plan.rows.empty()) return;
+  Launch(ahead_);
+  if (ahead_.plan.prefill_rows == 0) return;
+  const double seconds = NowSeconds() - begin;
+  lead_seconds_ = std::max(seconds, 0.5 * (lead_seconds_ + seconds));
 }
 
-// Decode steps in which the device chooses all tokens from the logits as they are are begun. Rows
-// with penalties, which count the token before, with biases or with other tokens' probabilities,
-// and prompts, are run to their end.
+// Steps in which the device chooses all tokens from the logits as they are are begun. Those with
+// rows whose penalties count the token before, with biases, other tokens' probabilities or those of
+// prompts, are run to their end.
 void Worker::Launch(Flight& step) {
   const StepPlan& plan = step.plan;
   step.time = StepTimeOf(plan);
@@ -66,7 +81,7 @@ void Worker::Launch(Flight& step) {
   step.begun = false;
   step.batch.clear();
   ResolveRequests(plan);
-  bool chosen = plan.prefill_rows == 0 && plan.decode_rows <= model_->most_decode_rows();
+  bool chosen = begins_steps_;
   for (size_t i = 0; i < plan.rows.size(); ++i) {
     const PlannedRows& rows = plan.rows[i];
     const int logits = rows.logits == RowLogits::kNone   ? 0
@@ -75,15 +90,16 @@ void Worker::Launch(Flight& step) {
     step.batch.push_back(
         {.cache = rows.cache, .tokens = rows.tokens, .logits_rows = logits, .feed = rows.feed});
     SequenceRows& row = step.batch.back();
-    LetDeviceChoose(*row_requests_[i], rows, row);
-    chosen &= row.sampling != nullptr && row.edits.empty() && row.ruled_out.empty() &&
-              row.top == 0 && !row_requests_[i]->sampler.counts_output();
+    const ActiveRequest& active = *row_requests_[i];
+    LetDeviceChoose(active, rows, row);
+    chosen &= rows.logits == RowLogits::kNone ||
+              (rows.logits == RowLogits::kLast && active.generated >= HostTokens(active));
   }
   DSLA_CHECK(chosen || &step == &current_);
   const int64_t number = launched_++;
   step.failed = Try(plan, [&] {
     if (fault_injector_) fault_injector_(number);
-    if (chosen) return model_->BeginDecode(ctx_, pool_, step.batch);
+    if (chosen) return model_->Begin(ctx_, pool_, step.batch);
     model_->Forward(
         ctx_, pool_, step.batch, options_.deterministic ? Products::kInvariant : Products::kFastest,
         [&](std::span<const LogitsRow> rows, float* logits, const TokenChoice* choices) {
@@ -97,8 +113,8 @@ void Worker::Launch(Flight& step) {
 // Its outcomes are known.
 void Worker::Await(Flight& step) {
   if (std::exchange(step.begun, false)) {
-    choices_.resize(step.plan.rows.size());
-    step.failed = Try(step.plan, [&] { model_->EndDecode(choices_); });
+    choices_.assign(step.plan.rows.size(), {});
+    step.failed = Try(step.plan, [&] { model_->End(choices_); });
     for (size_t i = 0; i < choices_.size() && step.failed.ok(); ++i)
       SetChoice(choices_[i], step.outcomes[i]);
   }

@@ -71,9 +71,10 @@ class DeviceModel {
   virtual void Forward(const CacheViews& cache, const PlacedRows& rows,
                        const DeviceLogitsVisitor& visit, const LaunchedHook& launched) = 0;
   // See HybridModel.
-  virtual int most_decode_rows() const = 0;
-  virtual void BeginDecode(const CacheViews& cache, const PlacedRows& rows) = 0;
-  virtual void EndDecode(std::span<TokenChoice> choices) = 0;
+  virtual int most_choices() const = 0;
+  virtual void Begin(const CacheViews& cache, const PlacedRows& rows) = 0;
+  virtual void AwaitNearlyDone(double seconds) = 0;
+  virtual void End(std::span<TokenChoice> choices) = 0;
   // Builds `slot` from the sequence's pages of this layer, of which there are some.
   virtual void Fold(const CacheViews& cache, const SequenceCache& sequence, int layer,
                     int32_t slot) = 0;

@@ -224,12 +224,14 @@ void HybridModel::Forward(const ExecContext& ctx, CachePool& pool,
   }
 }
 
-void HybridModel::BeginDecode(const ExecContext& ctx, CachePool& pool,
-                              std::span<const SequenceRows> batch) const {
+void HybridModel::Begin(const ExecContext& ctx, CachePool& pool,
+                        std::span<const SequenceRows> batch) const {
   const Workspace::Scope scope(*ctx.workspace);
-  for (const SequenceRows& rows : batch)
-    DSLA_CHECK(rows.tokens.size() == 1 && rows.logits_rows == 1 && rows.sampling != nullptr);
-  on_device_->BeginDecode(Views(pool), Place(pool, batch, *ctx.workspace));
+  for (const SequenceRows& rows : batch) {
+    DSLA_CHECK(rows.logits_rows <= 1 && (rows.logits_rows == 0 || rows.sampling != nullptr));
+    DSLA_CHECK(rows.feed < 0 || rows.tokens.size() == 1);
+  }
+  on_device_->Begin(Views(pool), Place(pool, batch, *ctx.workspace));
 }
 
 Status HybridModel::Raise(const ExecContext& ctx, CachePool& pool, SequenceCache& cache,

@@ -104,18 +104,19 @@ class HybridModel {
                Products products, const LogitsVisitor& visit,
                const LaunchedHook& launched = {}) const;
 
-  // A decode step of at most most_decode_rows() rows (0: the CPU has no such steps), all of them
-  // with `sampling`. BeginDecode returns when the device has been told of it, and EndDecode waits
-  // for the oldest step that was begun and gives the batch's choices. Two may be under way: the
-  // second takes its tokens from the first (SequenceRows::feed), whose rows the caches must count
-  // by then. Forward may not come between the two, nor a step after one that was not begun because
-  // it threw. What else is asked of the device meanwhile, it does after them.
-  int most_decode_rows() const {
-    return on_device_ == nullptr ? 0 : on_device_->most_decode_rows();
-  }
-  void BeginDecode(const ExecContext& ctx, CachePool& pool,
-                   std::span<const SequenceRows> batch) const;
-  void EndDecode(std::span<TokenChoice> choices) const { on_device_->EndDecode(choices); }
+  // A step in which at most most_choices() sequences (0: the CPU has no such steps) ask for the
+  // logits of their last row, with `sampling` alone, and the others for none. Begin returns when
+  // the device has been told of it, and End waits for the oldest step that was begun and gives the
+  // batch's choices, where there are any. Two may be under way: the second takes tokens from the
+  // first (SequenceRows::feed), whose rows the caches must count by then. Forward may not come
+  // between the two, nor a step after one that was not begun because it threw. What else is asked
+  // of the device meanwhile, it does after them.
+  int most_choices() const { return on_device_ == nullptr ? 0 : on_device_->most_choices(); }
+  void Begin(const ExecContext& ctx, CachePool& pool, std::span<const SequenceRows> batch) const;
+  void End(std::span<TokenChoice> choices) const { on_device_->End(choices); }
+  // Until the step that was begun last has no more than about so long to go, as far as that can be
+  // told; a decode step's end is near at once.
+  void AwaitNearlyDone(double seconds) const { on_device_->AwaitNearlyDone(seconds); }
 
   // Raises a sequence by folding the pages of the layers that convert, one layer after another, so
   // that one free slot is enough. On kResourceExhausted the sequence stands at the level reached,

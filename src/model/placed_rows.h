@@ -26,7 +26,7 @@ struct SequenceRows {
   std::span<const LogitEdit> edits = {};    // of steps 1 to 3: each token once
   std::span<const int32_t> ruled_out = {};  // tokens
   int top = 0;  // how many of the likeliest tokens to tell, at most kMostDeviceTop
-  // HybridModel::BeginDecode: not negative, the token is the one chosen for this row of the batch
+  // HybridModel::Begin: not negative, the token is the one chosen for this sequence of the batch
   // begun before; `tokens` then holds one that is not read.
   int feed = -1;
 };

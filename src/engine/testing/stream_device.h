@@ -28,9 +28,12 @@ struct RowContext {
 };
 
 struct StreamOptions {
-  int most_decode_rows = 256;  // 0: there are no steps to begin
+  int most_choices = 256;  // 0: there are no steps to begin
   std::function<int32_t(const RowContext&)> choose;
   std::function<void(const char* what, int step)> note = [](const char*, int) {};  // may throw
+  std::function<void(const PlacedRows& rows)> begins = [](const PlacedRows&) {};
+  // While a step with prompts runs, with what was asked of AwaitNearlyDone.
+  std::function<void(int step, double seconds)> nearly_done = [](int, double) {};
   // Before memory is put behind a block, or one is copied; may throw.
   std::function<void()> backs = [] {}, copies = [] {};
   // Of each sequence whose token Forward chooses.
@@ -122,21 +125,28 @@ class StreamModel : public DeviceModel {
       }
     }
   }
-  int most_decode_rows() const override { return options_->most_decode_rows; }
-  void BeginDecode(const CacheViews& cache, const PlacedRows& rows) override {
+  int most_choices() const override { return options_->most_choices; }
+  void Begin(const CacheViews& cache, const PlacedRows& rows) override {
     EXPECT_LT(begun_.size(), 2u);
     options_->note("begin", ++steps_);
+    options_->begins(rows);
     Push(cache, rows);
     begun_.push_back(steps_);
   }
-  void EndDecode(std::span<TokenChoice> choices) override {
-    options_->note("end", begun_.front());
-    begun_.pop_front();
+  void AwaitNearlyDone(double seconds) override {
+    EXPECT_EQ(begun_.size(), 1u);
+    options_->nearly_done(begun_.back(), seconds);
+  }
+  void End(std::span<TokenChoice> choices) override {
     while (choices_.empty() && stream_->RunOne()) {
     }
-    ASSERT_EQ(choices_.front().size(), choices.size());
-    for (size_t i = 0; i < choices.size(); ++i) choices[i] = {.token = choices_.front()[i]};
+    const std::vector<int32_t> chosen = std::move(choices_.front());
     choices_.pop_front();
+    const int step = begun_.front();
+    begun_.pop_front();
+    options_->note("end", step);
+    ASSERT_EQ(chosen.size(), choices.size());
+    for (size_t i = 0; i < choices.size(); ++i) choices[i] = {.token = chosen[i]};
   }
   void Fold(const CacheViews& cache, const SequenceCache& sequence, int layer,
             int32_t slot) override {

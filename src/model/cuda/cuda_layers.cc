@@ -16,7 +16,7 @@ void CudaModel::RunLayers(const Step& step) {
   const int T = static_cast<int>(tables.T);
   Check(EmbedRows({.tokens = step.device + tables.tokens,
                    .feed = step.device + tables.feed,
-                   .chosen = &a.choices->token,
+                   .chosen = &choices_.as<RowChoice>()->token,
                    .chosen_stride = sizeof(RowChoice) / sizeof(int32_t),
                    .embedding = weights_->embedding.data.as(),
                    .T = T,
@@ -25,6 +25,7 @@ void CudaModel::RunLayers(const Step& step) {
                   stream_),
         "embedding");
   for (int l = 0; l < c.L; ++l) {
+    if (step.begun != nullptr) MarkParts(*step.begun, l);
     const CudaLayer& layer = weights_->layers[static_cast<size_t>(l)];
     AddRmsNormArgs norm{.hidden = a.hidden,
                         .delta = l == 0 ? nullptr : a.delta,
@@ -42,6 +43,16 @@ void CudaModel::RunLayers(const Step& step) {
     gemm_->RunGated(layer.gate_up, a.normed, T, a.gate_up, a.activation);
     gemm_->Run(layer.down, a.activation, c.ffn, T, a.delta, c.C);
   }
+}
+
+// Of the step's equal parts those that begin with the layer.
+void CudaModel::MarkParts(const Begun& step, int l) {
+  const auto parts = static_cast<int>(step.parts.size());
+  const auto first = [&](int layer) {
+    return (layer * parts + spec_.config.L - 1) / spec_.config.L;
+  };
+  for (int part = first(l); part < first(l + 1); ++part)
+    Check(cudaEventRecord(step.parts[static_cast<size_t>(part)], stream_), "marking a layer");
 }
 
 void CudaModel::AttentionBlock(const Step& step, int l) {
@@ -154,7 +165,7 @@ void CudaModel::SoftmaxRows(const Step& step, int l) {
   const int32_t* const pages = step.device + tables.pages;
 
   const auto decode = [&](int first, int count, int64_t first_row, const int32_t* limit) {
-    if (!step.padded) step.scratch->Grow(DecodeAttentionWorkspaceBytes(count, c.H, c.Hkv, c.D));
+    if (!step.padded) Grow(*step.scratch, DecodeAttentionWorkspaceBytes(count, c.H, c.Hkv, c.D));
     Check(DecodeAttention({.N = count,
                            .rows = limit,
                            .pos = step.device + tables.pos + first,
@@ -187,7 +198,7 @@ void CudaModel::SoftmaxRows(const Step& step, int l) {
     }
     if (plans_.size() <= g) plans_.resize(g + 1);
     const int64_t bytes = PrefillAttentionWorkspaceBytes(group.count, group.rows, c.H, c.Hkv, c.D);
-    plans_[g].Grow(bytes);
+    Grow(plans_[g], bytes);
     // The first layer of the step that has this group makes its plan.
     const bool new_plan = !planned_[g];
     planned_[g] = true;
@@ -247,8 +258,8 @@ void CudaModel::DslaRows(const Step& step, int l) {
                       .claim = dsla.claims ? a.claim + group.first_row * c.H : nullptr,
                       .out = a.attention + 2 * group.first_row * q};
     if (!step.padded) {
-      step.scratch->Grow(group.single ? DecodeWorkspaceBytes(shape, group.count)
-                                      : PrefillWorkspaceBytes(shape, group.count, group.rows));
+      Grow(*step.scratch, group.single ? DecodeWorkspaceBytes(shape, group.count)
+                                       : PrefillWorkspaceBytes(shape, group.count, group.rows));
     }
     args.workspace = step.scratch->as();
     args.workspace_bytes = step.scratch->bytes();
@@ -281,13 +292,13 @@ void CudaModel::Fold(const CacheViews& cache, const SequenceCache& sequence, int
   host[2] = 0;
   host[3] = count;
   std::copy(pages.begin(), pages.end(), host + 4);
-  tables_.Grow(4 * int64_t{4 + count});
+  Grow(tables_, 4 * int64_t{4 + count});
   Check(cudaMemcpyAsync(tables_.as(), host, static_cast<size_t>(4 * (4 + count)),
                         cudaMemcpyHostToDevice, stream_),
         "sending a page table");
   Check(cudaEventRecord(tables_sent_, stream_), "marking a copy");
   const auto* const device = tables_.as<int32_t>();
-  scratch_.Grow(FoldWorkspaceBytes(shape, 1, sequence.length()));
+  Grow(scratch_, FoldWorkspaceBytes(shape, 1, sequence.length()));
   Check(cuda::Fold({.shape = shape,
                     .layout = adapter_->layouts[layer],
                     .weights = {.packed = dsla.packed.as(),

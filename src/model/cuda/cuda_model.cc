@@ -51,6 +51,9 @@ CudaModel::CudaModel(int device, cudaStream_t stream, std::shared_ptr<Gemm> gemm
   spec_.rope_cos = spec_.rope_sin = nullptr;
   for (cudaEvent_t* const event : {&tables_sent_, &steps_[0].done, &steps_[1].done})
     Check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "creating an event");
+  for (Begun& step : steps_)
+    for (cudaEvent_t& part : step.parts) Check(cudaEventCreate(&part), "creating an event");
+  choices_.Grow(kMostChoices * int64_t{sizeof(RowChoice)});
 }
 
 CudaModel::~CudaModel() {
@@ -59,6 +62,8 @@ CudaModel::~CudaModel() {
   DropGraphs();
   for (const cudaEvent_t event : {tables_sent_, steps_[0].done, steps_[1].done})
     cudaEventDestroy(event);
+  for (const Begun& step : steps_)
+    for (const cudaEvent_t part : step.parts) cudaEventDestroy(part);
 }
 
 Expected<std::unique_ptr<DeviceModel>> CudaModel::WithAdapter(const DeviceModelSpec& spec) const {
@@ -132,7 +137,6 @@ void CudaModel::Carve(Activations& a, int64_t T, int64_t tile) const {
     place(a.claim, T * heads, 4);
     place(a.last, tile * c.C, 2);
     place(a.logits, tile * c.V, 4);
-    place(a.choices, tile, sizeof(RowChoice));
     place(a.top, tile * kMostTop, sizeof(TokenLogprob));
     if (pass == 0) a.memory.Grow(size);
   }
@@ -142,12 +146,23 @@ void CudaModel::Carve(Activations& a, int64_t T, int64_t tile) const {
 void CudaModel::Forward(const CacheViews& cache, const PlacedRows& rows,
                         const DeviceLogitsVisitor& visit, const LaunchedHook& launched) {
   cudaSetDevice(device_);
-  const bool single = rows.T() == rows.N();
-  if (single && rows.N() <= kMostGraphRows && rows.wanted_rows.size() == rows.sequences.size()) {
+  if (IsReplayed(rows)) {
     ForwardGraph(cache, rows, visit, launched);
   } else {
     ForwardLaunched(cache, rows, visit, launched);
   }
+}
+
+bool CudaModel::IsReplayed(const PlacedRows& rows) {
+  return rows.T() == rows.N() && rows.N() <= kMostGraphRows &&
+         rows.wanted_rows.size() == rows.sequences.size();
+}
+
+// What a step in flight may still use is given back when that is done.
+void CudaModel::Grow(DeviceBuffer& buffer, int64_t bytes) {
+  if (bytes <= buffer.bytes()) return;
+  Check(cudaStreamSynchronize(stream_), "waiting for a step");
+  buffer.Grow(bytes);
 }
 
 CudaModel::Fixed& CudaModel::FixedMemory() {
@@ -170,13 +185,13 @@ CudaModel::Fixed& CudaModel::FixedMemory() {
 }
 
 void CudaModel::SendTables(const StepTables& tables, const PlacedRows& rows,
-                           std::span<const int32_t> row_before, PinnedBuffer& host,
+                           std::span<const int32_t> choice_before, PinnedBuffer& host,
                            DeviceBuffer& device) {
   // The host's copy is rewritten: the last one must have been sent.
   Check(cudaEventSynchronize(tables_sent_), "waiting for a copy");
-  if (device.bytes() < 4 * tables.size) device.Grow(8 * tables.size);
+  if (device.bytes() < 4 * tables.size) Grow(device, 8 * tables.size);
   host.Grow(device.bytes());
-  tables.Pack(rows, spec_.rank, row_before, host.as<int32_t>());
+  tables.Pack(rows, spec_.rank, choice_before, host.as<int32_t>());
   // A step's kernels read tables and slots before those before them have ended: this copy waits for
   // all that wrote either.
   Check(cudaMemcpyAsync(device.as(), host.as(), static_cast<size_t>(4 * tables.size),
@@ -187,7 +202,7 @@ void CudaModel::SendTables(const StepTables& tables, const PlacedRows& rows,
 
 // The last norm and the head of `count` rows (null: the first ones), and their choices.
 void CudaModel::FinishTile(const Activations& a, const int32_t* rows, const RowSampling* sampling,
-                           LogitEdit* edits, int count, DeviceBuffer& scratch) {
+                           LogitEdit* edits, int count, RowChoice* choices, DeviceBuffer& scratch) {
   const ModelConfig& c = spec_.config;
   Check(AddRmsNorm({.hidden = a.hidden,
                     .delta = a.delta,
@@ -205,7 +220,7 @@ void CudaModel::FinishTile(const Activations& a, const int32_t* rows, const RowS
                 .V = c.V,
                 .rows = sampling,
                 .edits = edits,
-                .choices = a.choices,
+                .choices = choices,
                 .top = a.top,
                 .workspace = scratch.as(),
                 .workspace_bytes = scratch.bytes()},
@@ -213,9 +228,9 @@ void CudaModel::FinishTile(const Activations& a, const int32_t* rows, const RowS
         "choosing tokens");
 }
 
-// Leaves the rows' choices in the fixed activations.
+// Leaves the rows' choices in choices_.
 void CudaModel::RunGraph(const CacheViews& cache, const PlacedRows& rows,
-                         std::span<const int32_t> row_before) {
+                         std::span<const int32_t> choice_before) {
   Fixed& fixed = FixedMemory();
   const int bucket = Bucket(rows.N());
   const int highest = rows.sequences.back()->cache->level();
@@ -226,7 +241,7 @@ void CudaModel::RunGraph(const CacheViews& cache, const PlacedRows& rows,
     DropGraphs();  // they hold the address
     fixed.tables.Grow(std::max(8 * tables.size, kLeastTableBytes));
   }
-  SendTables(tables, rows, row_before, fixed.host_tables, fixed.tables);
+  SendTables(tables, rows, choice_before, fixed.host_tables, fixed.tables);
 
   Graph& graph = GraphOf(bucket, level);
   const auto launch = [&] {
@@ -240,7 +255,7 @@ void CudaModel::RunGraph(const CacheViews& cache, const PlacedRows& rows,
                .rows = &rows,
                .scratch = &fixed.scratch});
     FinishTile(fixed.activations, nullptr, fixed.tables.as<RowSampling>(4 * tables.sampling),
-               fixed.tables.as<LogitEdit>(), bucket, fixed.scratch);
+               fixed.tables.as<LogitEdit>(), bucket, choices_.as<RowChoice>(), fixed.scratch);
   };
   if (!SameViews(graph.cache, cache)) DropGraph(graph);
   if (graph.exec == nullptr && graph.runs > 0) {
@@ -271,7 +286,7 @@ void CudaModel::RunGraph(const CacheViews& cache, const PlacedRows& rows,
 void CudaModel::ForwardGraph(const CacheViews& cache, const PlacedRows& rows,
                              const DeviceLogitsVisitor& visit, const LaunchedHook& launched) {
   RunGraph(cache, rows, {});
-  Check(cudaMemcpyAsync(fixed_->choices.as(), fixed_->activations.choices,
+  Check(cudaMemcpyAsync(fixed_->choices.as(), choices_.as(),
                         rows.sequences.size() * sizeof(RowChoice), cudaMemcpyDeviceToHost, stream_),
         "fetching choices");
   if (launched) launched();
@@ -280,63 +295,108 @@ void CudaModel::ForwardGraph(const CacheViews& cache, const PlacedRows& rows,
             fixed_->choices.as<RowChoice>(), visit);
 }
 
-void CudaModel::BeginDecode(const CacheViews& cache, const PlacedRows& rows) {
+void CudaModel::Begin(const CacheViews& cache, const PlacedRows& rows) {
   cudaSetDevice(device_);
   DSLA_CHECK(begun_ - ended_ < std::ssize(steps_));
-  DSLA_CHECK(rows.T() == rows.N() && rows.N() <= kMostGraphRows);
+  const auto wanted = static_cast<int64_t>(rows.wanted.size());
+  DSLA_CHECK(wanted <= kMostChoices);
   Begun& step = steps_[begun_ % 2];
-  step.choices.Grow(kMostGraphRows * int64_t{sizeof(RowChoice)});
-  RunGraph(cache, rows, steps_[(begun_ + 1) % 2].row_of);
-  Check(cudaMemcpyAsync(step.choices.as(), fixed_->activations.choices,
-                        rows.sequences.size() * sizeof(RowChoice), cudaMemcpyDeviceToHost, stream_),
+  const std::span<const int32_t> choice_before = steps_[(begun_ + 1) % 2].choice_of;
+  step.launched = !IsReplayed(rows);
+  if (step.launched) {
+    const StepTables tables = RunLaunched(cache, rows, choice_before, &step);
+    for (int64_t begin = 0; begin < wanted; begin += kTileRows) {
+      FinishLaunchedTile(tables, begin, std::min(kTileRows, wanted - begin),
+                         choices_.as<RowChoice>() + begin);
+    }
+  } else {
+    RunGraph(cache, rows, choice_before);
+  }
+  step.choices.Grow(kMostChoices * int64_t{sizeof(RowChoice)});
+  Check(cudaMemcpyAsync(step.choices.as(), choices_.as(),
+                        static_cast<size_t>(wanted) * sizeof(RowChoice), cudaMemcpyDeviceToHost,
+                        stream_),
         "fetching choices");
   Check(cudaEventRecord(step.done, stream_), "marking a step");
-  step.row_of.resize(rows.sequences.size());
-  for (size_t n = 0; n < rows.batch_index.size(); ++n)
-    step.row_of[static_cast<size_t>(rows.batch_index[n])] = static_cast<int32_t>(n);
+  step.choice_of.assign(rows.sequences.size(), -1);
+  if (step.launched) {  // those that are wanted, in the batch's order
+    for (size_t i = 0; i < rows.wanted.size(); ++i)
+      step.choice_of[static_cast<size_t>(rows.wanted[i].sequence)] = static_cast<int32_t>(i);
+  } else {  // the step's rows
+    for (size_t n = 0; n < rows.batch_index.size(); ++n)
+      step.choice_of[static_cast<size_t>(rows.batch_index[n])] = static_cast<int32_t>(n);
+  }
   ++begun_;
 }
 
-void CudaModel::EndDecode(std::span<TokenChoice> choices) {
+// What is left of it follows from the time that its parts have taken.
+void CudaModel::AwaitNearlyDone(double seconds) {
+  cudaSetDevice(device_);
+  DSLA_CHECK(ended_ < begun_);
+  const Begun& step = steps_[(begun_ - 1) % 2];
+  if (!step.launched) return;
+  const auto parts = static_cast<int>(step.parts.size());
+  for (int done = 1; done < parts; ++done) {
+    Check(cudaEventSynchronize(step.parts[done]), "a part of a step");
+    float milliseconds = 0;
+    Check(cudaEventElapsedTime(&milliseconds, step.parts[0], step.parts[done]), "timing a step");
+    if (1e-3 * milliseconds / done * (parts - done) <= seconds) return;
+  }
+}
+
+void CudaModel::End(std::span<TokenChoice> choices) {
   cudaSetDevice(device_);
   DSLA_CHECK(ended_ < begun_);
   const Begun& step = steps_[ended_++ % 2];
-  DSLA_CHECK(choices.size() == step.row_of.size());
+  DSLA_CHECK(choices.size() == step.choice_of.size());
   Check(cudaEventSynchronize(step.done), "a step");
   for (size_t i = 0; i < choices.size(); ++i)
-    choices[i] = ChoiceOf(step.choices.as<RowChoice>()[step.row_of[i]]);
+    if (const int32_t of = step.choice_of[i]; of >= 0)
+      choices[i] = ChoiceOf(step.choices.as<RowChoice>()[of]);
 }
 
-void CudaModel::ForwardLaunched(const CacheViews& cache, const PlacedRows& rows,
-                                const DeviceLogitsVisitor& visit, const LaunchedHook& launched) {
+StepTables CudaModel::RunLaunched(const CacheViews& cache, const PlacedRows& rows,
+                                  std::span<const int32_t> choice_before, const Begun* begun) {
   if (rows.T() > activations_.T) {
+    Check(cudaStreamSynchronize(stream_), "waiting for a step");
     activations_ = {};  // freed first: both may not fit
     Carve(activations_, rows.T(), kTileRows);
   }
-  const StepTables tables(rows, spec_.rank, 0);
-  SendTables(tables, rows, {}, host_tables_, tables_);
+  StepTables tables(rows, spec_.rank, 0);
+  SendTables(tables, rows, choice_before, host_tables_, tables_);
   planned_.assign(tables.groups.size(), false);
-  const auto* const device = tables_.as<int32_t>();
   RunLayers({.tables = &tables,
              .host = host_tables_.as<int32_t>(),
-             .device = device,
+             .device = tables_.as<int32_t>(),
              .a = &activations_,
              .cache = cache,
              .padded = false,
              .rows = &rows,
-             .scratch = &scratch_});
+             .scratch = &scratch_,
+             .begun = begun});
+  return tables;
+}
+
+void CudaModel::FinishLaunchedTile(const StepTables& tables, int64_t begin, int64_t count,
+                                   RowChoice* choices) {
+  Grow(scratch_, ChooseWorkspaceBytes(static_cast<int>(kTileRows), spec_.config.V));
+  FinishTile(activations_, tables_.as<int32_t>() + tables.wanted + begin,
+             tables_.as<RowSampling>(4 * tables.sampling) + begin, tables_.as<LogitEdit>(),
+             static_cast<int>(count), choices, scratch_);
+}
+
+void CudaModel::ForwardLaunched(const CacheViews& cache, const PlacedRows& rows,
+                                const DeviceLogitsVisitor& visit, const LaunchedHook& launched) {
+  const StepTables tables = RunLaunched(cache, rows, {}, nullptr);
   const auto wanted = static_cast<int64_t>(rows.wanted.size());
   host_choices_.Grow(kTileRows * int64_t{sizeof(RowChoice)});
-  scratch_.Grow(ChooseWorkspaceBytes(static_cast<int>(kTileRows), spec_.config.V));
   if (launched && wanted == 0) launched();
   std::vector<int64_t> tile_row;
   for (int64_t begin = 0; begin < wanted; begin += kTileRows) {
     const auto count = static_cast<size_t>(std::min(kTileRows, wanted - begin));
     const std::span<const LogitsRow> of(rows.wanted.data() + begin, count);
-    FinishTile(activations_, device + tables.wanted + begin,
-               tables_.as<RowSampling>(4 * tables.sampling) + begin, tables_.as<LogitEdit>(),
-               static_cast<int>(count), scratch_);
-    Check(cudaMemcpyAsync(host_choices_.as(), activations_.choices, count * sizeof(RowChoice),
+    FinishLaunchedTile(tables, begin, static_cast<int64_t>(count), choices_.as<RowChoice>());
+    Check(cudaMemcpyAsync(host_choices_.as(), choices_.as(), count * sizeof(RowChoice),
                           cudaMemcpyDeviceToHost, stream_),
           "fetching choices");
     if (launched && begin == 0) launched();

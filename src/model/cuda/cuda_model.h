@@ -1,9 +1,12 @@
 // A hybrid model on one GPU. Steps in which every sequence has one row are replayed from CUDA
-// graphs, one per bucket of rows; all others are launched kernel by kernel. Which rows are softmax
+// graphs, one per bucket of rows; all others are launched kernel by kernel. All goes to one stream,
+// so a step may be begun while the one before runs: what the host writes for it is copied behind
+// that one's kernels, and memory is only given back when they are done. Which rows are softmax
 // and which DSLA in a layer is in device arrays alone, so a graph fits any mix of levels. Where all
 // rows are at one level, another graph leaves out the branch that no row takes.
 #pragma once
 
+#include <array>
 #include <map>
 #include <memory>
 #include <span>
@@ -22,6 +25,8 @@ class CudaModel : public DeviceModel {
   // The largest step that is replayed from a graph; larger ones are launched.
   static constexpr int kMostGraphRows = 256;
   static constexpr size_t kMostGraphs = 128;
+  // Of a step that is begun.
+  static constexpr int kMostChoices = 4096;
 
   CudaModel(int device, cudaStream_t stream, std::shared_ptr<Gemm> gemm, DeviceModelSpec spec,
             std::shared_ptr<const CudaWeights> weights, std::shared_ptr<const CudaAdapter> adapter);
@@ -29,9 +34,10 @@ class CudaModel : public DeviceModel {
 
   void Forward(const CacheViews& cache, const PlacedRows& rows, const DeviceLogitsVisitor& visit,
                const LaunchedHook& launched) override;
-  int most_decode_rows() const override { return kMostGraphRows; }
-  void BeginDecode(const CacheViews& cache, const PlacedRows& rows) override;
-  void EndDecode(std::span<TokenChoice> choices) override;
+  int most_choices() const override { return kMostChoices; }
+  void Begin(const CacheViews& cache, const PlacedRows& rows) override;
+  void AwaitNearlyDone(double seconds) override;
+  void End(std::span<TokenChoice> choices) override;
   void Fold(const CacheViews& cache, const SequenceCache& sequence, int layer,
             int32_t slot) override;
   Expected<std::unique_ptr<DeviceModel>> WithAdapter(const DeviceModelSpec& spec) const override;
@@ -52,10 +58,9 @@ class CudaModel : public DeviceModel {
     std::byte* low_rank = nullptr;    // [T, r]
     float* claim = nullptr;           // [T, H]
     // Of the rows whose logits are asked for, a tile at a time.
-    std::byte* last = nullptr;     // [tile, C]
-    float* logits = nullptr;       // [tile, V]
-    RowChoice* choices = nullptr;  // [tile]
-    TokenLogprob* top = nullptr;   // [tile, kMostTop]
+    std::byte* last = nullptr;    // [tile, C]
+    float* logits = nullptr;      // [tile, V]
+    TokenLogprob* top = nullptr;  // [tile, kMostTop]
   };
   // What a graph's launches read and write, at addresses that stay.
   struct Fixed {
@@ -63,11 +68,14 @@ class CudaModel : public DeviceModel {
     DeviceBuffer tables, scratch;
     PinnedBuffer host_tables, choices;
   };
-  // A decode step between BeginDecode and EndDecode.
+  // A step between Begin and End.
   struct Begun {
-    PinnedBuffer choices;         // of its rows
-    cudaEvent_t done = nullptr;   // they are there
-    std::vector<int32_t> row_of;  // of each of the batch, its row in the step
+    PinnedBuffer choices;
+    cudaEvent_t done = nullptr;      // they are there
+    std::vector<int32_t> choice_of;  // of each of the batch, which is its; -1: none
+    // Where each of so many equal parts of its layers begins, if it was launched.
+    std::array<cudaEvent_t, 16> parts = {};
+    bool launched = false;
   };
   static constexpr int kMixed = -1;  // levels
   // One step as the layers see it.
@@ -81,6 +89,7 @@ class CudaModel : public DeviceModel {
     int level = kMixed;   // of all rows of a graph
     const PlacedRows* rows = nullptr;
     DeviceBuffer* scratch = nullptr;
+    const Begun* begun = nullptr;  // the launches of one that is begun
   };
   struct Graph {
     int runs = 0;  // before it is captured, its launches are done one by one
@@ -90,15 +99,22 @@ class CudaModel : public DeviceModel {
   };
 
   void Carve(Activations& a, int64_t T, int64_t tile) const;
+  static bool IsReplayed(const PlacedRows& rows);
   void RunGraph(const CacheViews& cache, const PlacedRows& rows,
-                std::span<const int32_t> row_before);
+                std::span<const int32_t> choice_before);
+  StepTables RunLaunched(const CacheViews& cache, const PlacedRows& rows,
+                         std::span<const int32_t> choice_before, const Begun* begun);
+  void FinishLaunchedTile(const StepTables& tables, int64_t begin, int64_t count,
+                          RowChoice* choices);
   void ForwardGraph(const CacheViews& cache, const PlacedRows& rows,
                     const DeviceLogitsVisitor& visit, const LaunchedHook& launched);
   void ForwardLaunched(const CacheViews& cache, const PlacedRows& rows,
                        const DeviceLogitsVisitor& visit, const LaunchedHook& launched);
   void SendTables(const StepTables& tables, const PlacedRows& rows,
-                  std::span<const int32_t> row_before, PinnedBuffer& host, DeviceBuffer& device);
+                  std::span<const int32_t> choice_before, PinnedBuffer& host, DeviceBuffer& device);
+  void Grow(DeviceBuffer& buffer, int64_t bytes);
   void RunLayers(const Step& step);
+  void MarkParts(const Begun& step, int layer);
   void AttentionBlock(const Step& step, int layer);
   // Whether, where any row of a layer is DSLA, all are.
   static bool OneLevel(const Step& step) { return step.padded && step.level != kMixed; }
@@ -112,7 +128,7 @@ class CudaModel : public DeviceModel {
   void SoftmaxRows(const Step& step, int layer);
   void DslaRows(const Step& step, int layer);
   void FinishTile(const Activations& a, const int32_t* rows, const RowSampling* sampling,
-                  LogitEdit* edits, int count, DeviceBuffer& scratch);
+                  LogitEdit* edits, int count, RowChoice* choices, DeviceBuffer& scratch);
   void VisitTile(std::span<const LogitsRow> wanted, const PlacedRows& rows,
                  std::span<const int64_t> tile_row, const Activations& a, const RowChoice* choices,
                  const DeviceLogitsVisitor& visit);
@@ -134,6 +150,7 @@ class CudaModel : public DeviceModel {
   int64_t graph_steps_ = 0;
   Begun steps_[2];  // by turns
   int64_t begun_ = 0, ended_ = 0;
+  DeviceBuffer choices_;  // [kMostChoices] RowChoice of the last step
 
   // Of steps that are launched.
   Activations activations_;

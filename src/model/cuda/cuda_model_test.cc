@@ -276,19 +276,13 @@ TEST_P(BothTest, ChoicesAreThoseOfTheLogits) {
   EXPECT_LE(different, 1);
 }
 
-// Two steps under way at once, the second fed by the first, with the rows in ever another order and
-// fewer of them: the same tokens as step after step.
+// Two steps under way at once, the second fed by the first, with the rows in ever another order,
+// prompts in pieces among them and then fewer and fewer sequences: the same tokens as step after
+// step.
 TEST_P(BothTest, TokensGoFromStepToStepOnTheDevice) {
   const HybridModel& model = *models_[1];
   CachePool& pool = *pools_[1];
-  constexpr int kSequences = 7, kSteps = 10;
-  const auto levels = [&](int i) { return i % (GetParam().L + 1); };
-  const auto batch_of = [&](int step) {  // whose rows it has
-    std::vector<int> batch;
-    for (int i = 0; i < kSequences - step / 4; ++i)
-      batch.push_back((i + step) % (kSequences - step / 4));
-    return batch;
-  };
+  constexpr int kSequences = 7, kPiece = 40, kSteps = 18;
   std::vector<SamplingParams> params(kSequences);
   std::vector<std::vector<int32_t>> prompts;
   for (int i = 0; i < kSequences; ++i) {
@@ -296,59 +290,77 @@ TEST_P(BothTest, TokensGoFromStepToStepOnTheDevice) {
     prompts.push_back(Tokens(30 + 17 * i));
   }
   std::deque<SequenceCache> caches;
-  std::vector<int32_t> last(kSequences);  // each one's last token
-  const auto forward = [&](const std::vector<int>& batch, bool prompt) {
+  std::vector<int32_t> last(kSequences);  // each one's last token, where steps are not begun
+  struct Batch {
     std::vector<SequenceRows> rows;
-    for (const int i : batch) {
-      const std::span<const int32_t> tokens =
-          prompt ? std::span<const int32_t>(prompts[i]) : std::span<const int32_t>(&last[i], 1);
-      EXPECT_TRUE(caches[i].Reserve(static_cast<int>(tokens.size())).ok());
-      rows.push_back({.cache = &caches[i], .tokens = tokens, .sampling = &params[i]});
+    std::vector<int> sequence;  // of each
+  };
+  // One sequence more in each of the first steps, one less in each of the last.
+  const auto batch_of = [&](int step, const Batch* before) {
+    Batch batch;
+    const int leaving = std::max(0, step - (kSteps - kSequences));
+    const int there = std::min(step + 1, kSequences) - leaving;
+    for (int k = 0; k < there; ++k) {
+      const int i = (k + step) % there;
+      const int cached = caches[i].length();
+      const int rest = static_cast<int>(prompts[i].size()) - cached;
+      SequenceRows rows{.cache = &caches[i], .tokens = {&last[i], 1}, .sampling = &params[i]};
+      if (rest > 0) rows.tokens = std::span(prompts[i]).subspan(cached, std::min(rest, kPiece));
+      rows.logits_rows = rest > kPiece ? 0 : 1;
+      if (before != nullptr && rest <= 0) {
+        rows.feed =
+            static_cast<int>(std::ranges::find(before->sequence, i) - before->sequence.begin());
+      }
+      EXPECT_TRUE(caches[i].Reserve(static_cast<int>(rows.tokens.size())).ok());
+      batch.rows.push_back(rows);
+      batch.sequence.push_back(i);
     }
-    std::vector<int32_t> chosen(batch.size());
-    model.Forward(ctx_, pool, rows, Products::kFastest,
+    return batch;
+  };
+  const auto commit = [](const Batch& batch) {
+    for (const SequenceRows& of : batch.rows) of.cache->Commit(static_cast<int>(of.tokens.size()));
+  };
+  const auto restart = [&] {
+    caches.clear();
+    for (int i = 0; i < kSequences; ++i)
+      caches.push_back(model.NewSequence(pool, i % (GetParam().L + 1)));
+  };
+
+  restart();
+  std::vector<std::vector<int32_t>> want;
+  for (int step = 0; step < kSteps; ++step) {
+    const Batch batch = batch_of(step, nullptr);
+    want.emplace_back(batch.rows.size(), -1);
+    model.Forward(ctx_, pool, batch.rows, Products::kFastest,
                   [&](std::span<const LogitsRow> of, float*, const TokenChoice* choices) {
                     for (size_t i = 0; i < of.size(); ++i)
-                      chosen[of[i].sequence] = choices[i].token;
+                      want.back()[of[i].sequence] = choices[i].token;
                   });
-    for (const SequenceRows& of : rows) of.cache->Commit(static_cast<int>(of.tokens.size()));
-    for (size_t i = 0; i < batch.size(); ++i) last[batch[i]] = chosen[i];
-    return chosen;
-  };
-  std::vector<std::vector<int32_t>> want;
-  for (const bool ahead : {false, true}) {
-    caches.clear();
-    for (int i = 0; i < kSequences; ++i) caches.push_back(model.NewSequence(pool, levels(i)));
-    forward(batch_of(0), true);
-    if (!ahead) {
-      for (int step = 0; step < kSteps; ++step) want.push_back(forward(batch_of(step), false));
-      continue;
+    commit(batch);
+    for (size_t i = 0; i < batch.rows.size(); ++i) last[batch.sequence[i]] = want.back()[i];
+  }
+
+  restart();
+  last.assign(kSequences, 0);
+  Batch in_flight;
+  for (int step = 0; step <= kSteps; ++step) {
+    commit(in_flight);
+    Batch next;
+    if (step < kSteps) {
+      next = batch_of(step, &in_flight);
+      model.Begin(ctx_, pool, next.rows);
+      if (step % 3 == 0) model.AwaitNearlyDone(step % 2 == 0 ? 0 : 1e-4);
     }
-    const auto end = [&](int step) {
-      std::vector<TokenChoice> choices(batch_of(step).size());
-      model.EndDecode(choices);
+    if (step > 0) {
+      std::vector<TokenChoice> choices(in_flight.rows.size());
+      model.End(choices);
       for (size_t i = 0; i < choices.size(); ++i) {
-        EXPECT_EQ(choices[i].broken, 0);
-        EXPECT_EQ(choices[i].token, want[step][i]) << "step " << step << ", row " << i;
+        if (in_flight.rows[i].logits_rows == 0) continue;
+        EXPECT_FALSE(choices[i].broken);
+        EXPECT_EQ(choices[i].token, want[step - 1][i]) << "step " << step - 1 << ", row " << i;
       }
-    };
-    for (int step = 0; step < kSteps; ++step) {
-      const std::vector<int> batch = batch_of(step);
-      const std::vector<int> before = step == 0 ? batch : batch_of(step - 1);
-      std::vector<SequenceRows> rows;
-      for (const int i : batch) {
-        const auto feed = std::find(before.begin(), before.end(), i) - before.begin();
-        if (step > 0) caches[i].Commit(1);  // its row in the step that is under way
-        ASSERT_TRUE(caches[i].Reserve(1).ok());
-        rows.push_back({.cache = &caches[i],
-                        .tokens = {&last[i], 1},  // read in the first step alone
-                        .sampling = &params[i],
-                        .feed = step == 0 ? -1 : static_cast<int>(feed)});
-      }
-      model.BeginDecode(ctx_, pool, rows);
-      if (step > 0) end(step - 1);
     }
-    end(kSteps - 1);
+    in_flight = std::move(next);
   }
 }
 

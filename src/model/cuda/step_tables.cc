@@ -61,7 +61,7 @@ StepTables::StepTables(const PlacedRows& rows, const std::vector<int>& rank, int
 }
 
 void StepTables::Pack(const PlacedRows& rows, const std::vector<int>& rank,
-                      std::span<const int32_t> row_before, int32_t* to) const {
+                      std::span<const int32_t> choice_before, int32_t* to) const {
   const int real = rows.N();
   std::fill_n(to + feed, T, -1);
   for (int n = 0; n < real; ++n) {
@@ -69,8 +69,10 @@ void StepTables::Pack(const PlacedRows& rows, const std::vector<int>& rank,
     std::copy(of.tokens.begin(), of.tokens.end(), to + tokens + rows.row_start[n]);
     std::fill_n(to + sequence + rows.row_start[n], of.tokens.size(), n);
     if (of.feed < 0) continue;
-    DSLA_CHECK(of.feed < static_cast<int>(row_before.size()));
-    to[feed + rows.row_start[n]] = row_before[static_cast<size_t>(of.feed)];
+    DSLA_CHECK(of.feed < static_cast<int>(choice_before.size()));
+    const int32_t choice = choice_before[static_cast<size_t>(of.feed)];
+    DSLA_CHECK(choice >= 0);
+    to[feed + rows.row_start[n]] = choice;
   }
   std::copy(rows.positions.begin(), rows.positions.end(), to + positions);
   std::copy(rows.pos.begin(), rows.pos.end(), to + pos);

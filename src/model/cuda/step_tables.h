@@ -25,7 +25,7 @@ struct StepTables {
   int L = 0, N = 0;
   int64_t T = 0;
   int64_t tokens = 0;        // [T]
-  int64_t feed = 0;          // [T] the row of the step before that chose the token, -1: `tokens`
+  int64_t feed = 0;          // [T] the choice before that is the token, -1: `tokens`
   int64_t positions = 0;     // [T], -1 for padding
   int64_t sequence = 0;      // [T] which row belongs to
   int64_t pos = 0;           // [N] tokens cached before, -1 for padding
@@ -42,9 +42,10 @@ struct StepTables {
 
   // For `rows`, padded to `padded` sequences of one row each, or not at all if that is 0.
   StepTables(const PlacedRows& rows, const std::vector<int>& rank, int padded);
-  // to: [size]. row_before: of each of the batch before, its row in that step (where rows are fed).
+  // to: [size]. choice_before: of each of the batch before, which choice is its (where rows are
+  // fed).
   void Pack(const PlacedRows& rows, const std::vector<int>& rank,
-            std::span<const int32_t> row_before, int32_t* to) const;
+            std::span<const int32_t> choice_before, int32_t* to) const;
 
  private:
   void PackSampling(const PlacedRows& rows, int32_t* to) const;
