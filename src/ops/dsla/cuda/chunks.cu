@@ -17,16 +17,30 @@ constexpr int kStateRegisters = 200, kQueryRegisters = 104;
 
 template <int kChannels>
 struct States {
-  const PrefillParams& p;
+  const ChunksParams& p;
   ChunksShared<kChannels>& s;
   const Work& work;
 
-  __device__ __forceinline__ States(const PrefillParams& p, ChunksShared<kChannels>& s)
+  __device__ __forceinline__ States(const ChunksParams& p, ChunksShared<kChannels>& s)
       : p(p), s(s), work(s.work) {}
 
-  __device__ __forceinline__ void FetchV(int i) const {
+  // This team's panels of the window's result, and with a chunk's first head of V. Without a window
+  // zeros, as of rows that there are not.
+  __device__ __forceinline__ void Fetch(const Item& item) const {
     const int thread = ThreadIndex(), team = thread / kTeam;
-    FetchValues(p, p.rows, s.v[team], work.chunk(i), work.h, 64 * team, thread % kTeam);
+    const int warp = __shfl_sync(~0u, thread % kTeam / 32, 0);
+    uint64_t& barrier = s.tile_full[team];
+    const bool values = item.head == 0 && work.whole(item.i);
+    if (warp == 1 && Elect()) {
+      ArriveExpecting(barrier, (values ? 2 : 1) * kPanelBytes);
+      CopyTile(s.out[team], p.maps.window, p.layer.W > 0 ? work.row(item.i) : p.total_rows,
+               2 * (work.h * p.layer.G + item.head) + team, barrier);
+    } else if (warp == 2 && values && Elect()) {
+      CopyTile(s.v[team], p.maps.v, work.v0 + item.i * kChunk, 2 * work.h + team, barrier);
+    }
+    if (item.head > 0 || values) return;
+    FetchValues<kTeam>(p, s.v[team], work.chunk(item.i), work.h, team, thread % kTeam);
+    CommitCopies();
   }
 
   // Rows and columns of a warp's part of `out`: piece i of 4 of this lane's.
@@ -42,17 +56,9 @@ struct States {
     const Chunk chunk = work.chunk(item.i);
     const int64_t head = work.h * p.layer.G + item.head;
     return {s.out[at.team] + Swizzle<kPanelPieces>(row, c),
-            p.out + ((work.row(item.i) + row) * p.layer.H + head) * kWidth + 64 * at.team + 8 * c,
-            item.i < work.count && row >= chunk.lo && row < chunk.hi};
-  }
-  // Nothing but zeros of chunks that the segment does not have.
-  __device__ __forceinline__ void FetchWindow(const Item& item) const {
-    const StatePlace at(ThreadIndex());
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const OutPiece piece = out_piece(at, item, i);
-      CopyAsync(piece.shared, piece.global, piece.valid && p.layer.W > 0);
-    }
+            p.out + (int64_t{work.row(item.i) + row} * p.layer.H + head) * kWidth + 64 * at.team +
+                8 * c,
+            row >= chunk.lo && row < chunk.hi};
   }
   // From O^T: the merge with the window's result, and to memory.
   __device__ __forceinline__ void WriteOut(const float (&o)[kChunk / 8][4], const Item& item,
@@ -137,6 +143,15 @@ struct States {
     }
   }
 
+  // Issues S^T += V^T K~: this warpgroup's panel of V, all panels of K~.
+  static __device__ __forceinline__ void AddKeys(float (&acc)[kChannels / 8][4], uint32_t v,
+                                                 uint32_t key) {
+#pragma unroll
+    for (int c = 0; c < kChunk / 16; ++c)
+      WarpgroupMma<1, 1>(acc, PanelDescriptor(v, c * (16 * 128)),
+                         PanelDescriptor(key, c * (16 * 128), kKeyPanelBytes));
+  }
+
   // An item's output; then, with the last of a chunk, its keys into the states.
   template <bool kLastHead>
   __device__ __forceinline__ void Attend(float (&acc)[kChannels / 8][4], const Item& item,
@@ -147,9 +162,12 @@ struct States {
     Await(s.query_full[k % 2], Parity(k));
     AddStates(o, acc, k, item);
     Arrive(s.query_free[k % 2]);
-    WaitCopies<0>();
-    PublishCopies();
-    Barrier<kTeam>(team);  // V is there
+    Await(s.tile_full[team], k);
+    if (item.head == 0 && !work.whole(item.i)) {
+      WaitCopies<0>();
+      PublishCopies();
+      Barrier<kTeam>(team);  // V is there
+    }
     Await(s.score_full, k % 2);
     Pin(acc);
     Pin(o);
@@ -159,7 +177,7 @@ struct States {
       WarpgroupMma<1, 0>(o, PanelDescriptor(v, c * (16 * 128)), PanelDescriptor(score, c * 32));
     CommitProducts();
     if constexpr (kLastHead) {
-      AddKeys<kChannels>(acc, v, SharedAddress(s.key[item.i % 2]));
+      AddKeys(acc, v, SharedAddress(s.key) + KeyRow(item.i) * 128);
       CommitProducts();
       WaitProducts<1>();
     } else {
@@ -168,24 +186,22 @@ struct States {
     Pin(o);
     Arrive(s.score_free);
     WriteOut(o, item, k);
-    __syncwarp();
-    FetchWindow(kLastHead ? Item{item.i + 1, 0} : Item{item.i, item.head + 1});
+    PublishCopies();  // before the next window's result is copied to the same place
     if constexpr (kLastHead) {
       WaitProducts<0>();
       Pin(acc);
       Arrive(s.key_free[item.i % 2]);
-    } else {
-      CommitCopies();
+      if (item.i + 1 == work.count) return;
     }
+    Barrier<kTeam>(team);  // V and the window's result have been read
+    Fetch(item.Next(p.layer.G));
   }
 
   __device__ __forceinline__ void Run() const {
     const Layer& l = p.layer;
     AwaitPrevious();
     AllowNext();
-    FetchV(0);
-    FetchWindow({0, 0});
-    CommitCopies();
+    Fetch({0, 0});
     float acc[kChannels / 8][4];
     const auto slot = [&] {
       return reinterpret_cast<float*>(SlotBase(l, work.n) + l.at.state) +
@@ -198,9 +214,6 @@ struct States {
       for (int head = 0; head + 1 < l.G; ++head) Attend<false>(acc, {i, head}, k++);
       Attend<true>(acc, {i, l.G - 1}, k++);
       if (i + 1 == work.count) break;
-      Barrier<kTeam>(ThreadIndex() / kTeam);  // V has been read
-      FetchV(i + 1);
-      CommitCopies();
     }
     if (!work.ends) return;
     Await(s.query_full[k % 2], Parity(k));
@@ -214,7 +227,7 @@ struct States {
       acc[j][2] *= d.x;
       acc[j][3] *= d.y;
     }
-    StoreStates<kChannels>(acc, at, slot(), nullptr);
+    StoreStates<kChannels>(acc, at, slot());
   }
 };
 
@@ -223,7 +236,7 @@ struct States {
 // grid (Hkv, segments)
 template <int kChannels>
 __global__ void __launch_bounds__(kThreads, 1)
-    ChunksKernel(const __grid_constant__ PrefillParams p) {
+    ChunksKernel(const __grid_constant__ ChunksParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) std::byte memory[];
   auto& s = *reinterpret_cast<ChunksShared<kChannels>*>(memory);
@@ -235,17 +248,26 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     const Layer& l = p.layer;
     const bool alone = p.segment == 0 || IsWhole(segment);
+    const int row_start = l.row_start[segment.n], pos = l.pos[segment.n];
+    const int h = blockIdx.x, row0 = row_start + (segment.e0 + l.W - pos);
+    const int64_t part = int64_t{segment.at} * l.Hkv + h;
     s.work = {segment.n,
               segment.e0,
               segment.at,
               segment.count,
               segment.lo,
               segment.hi,
-              static_cast<int>(blockIdx.x),
+              h,
               segment.store,
               alone,
               alone || (segment.flags & kLast),
-              l.row_start[segment.n] + (segment.e0 + l.W - l.pos[segment.n])};
+              row0,
+              row_start + (segment.e0 - pos),
+              max(pos, l.S),
+              reinterpret_cast<const float4*>(p.decay) + part * (kChannels / 2),
+              reinterpret_cast<const float2*>(p.key_sum) + part * (2 * kChannels),
+              p.lse + (int64_t{segment.at} * l.H + h * l.G) * kChunk,
+              p.claim + int64_t{row0} * l.H + h * l.G};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       InitBarrier(s.query_full[i], kTeam / 32);
@@ -254,6 +276,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     InitBarrier(s.score_full, kTeam / 32);
     InitBarrier(s.score_free, 2 * kTeam / 32);
+    InitCopyBarrier(s.q_full);
+    InitCopyBarrier(s.growth_full);
+    InitCopyBarrier(s.key_full);
+#pragma unroll
+    for (int team = 0; team < 2; ++team) InitCopyBarrier(s.tile_full[team]);
+    PublishCopies();  // the barriers, to the copies
   }
   __syncthreads();
   if (__shfl_sync(~0u, threadIdx.x / kTeam, 0) == 2) {
@@ -271,7 +299,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <int kChannels>
 void Launch(const PrefillParams& p, cudaStream_t stream) {
   Start<ChunksKernel<kChannels>>("chunks", dim3(p.layer.Hkv, p.wave_segments), kThreads,
-                                 sizeof(ChunksShared<kChannels>), p, stream);
+                                 sizeof(ChunksShared<kChannels>), WithMaps(p), stream);
 }
 
 }  // namespace

@@ -20,11 +20,13 @@ namespace dsla::cuda {
 inline constexpr int kChunk = kDslaChunk;
 
 // Parts of the packed weights: [H] phi_q, [Hkv] phi_k, [Hkv, states * F / D] gates, each D x D in
-// fragment order, then the biases [Hkv, SF].
+// fragment order; where D and F are 128 [H] phi_q again, channels as rows of panels in the order of
+// warpgroup.cuh; then the biases [Hkv, SF].
 struct PackedWeights {
-  const __nv_bfloat16 *phi_q, *phi_k, *gates;
+  const __nv_bfloat16 *phi_q, *phi_k, *gates, *phi_q_panels;
   const float* bias;
 };
+inline int PanelMatrices(const DslaShape& s) { return s.D == 128 && s.F == s.D ? s.H : 0; }
 inline PackedWeights UnpackWeights(const DslaShape& s, const void* packed) {
   const auto* base = static_cast<const __nv_bfloat16*>(packed);
   const int64_t tile = int64_t{s.D} * s.D, gates = int64_t{s.Hkv} * s.SF() / s.D;
@@ -32,7 +34,8 @@ inline PackedWeights UnpackWeights(const DslaShape& s, const void* packed) {
   w.phi_q = base;
   w.phi_k = w.phi_q + s.H * tile;
   w.gates = w.phi_k + s.Hkv * tile;
-  w.bias = reinterpret_cast<const float*>(w.gates + gates * tile);
+  w.phi_q_panels = w.gates + gates * tile;
+  w.bias = reinterpret_cast<const float*>(w.phi_q_panels + PanelMatrices(s) * tile);
   return w;
 }
 

@@ -273,6 +273,7 @@ int Prefill(const DslaCudaArgs& a, Stream stream) {
             a.k_stride, a.v_stride};
   p.q = static_cast<const __nv_bfloat16*>(a.q);
   p.q_stride = a.q_stride;
+  p.total_rows = a.T;
   p.claim = a.claim;
   p.out = static_cast<__nv_bfloat16*>(a.out);
   CarveAll(a.shape, a.rows.N, a.T, false, a.workspace, a.workspace_bytes, &p);

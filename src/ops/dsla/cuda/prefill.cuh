@@ -61,6 +61,7 @@ struct PrefillParams {
   PagedRows pages;
   const __nv_bfloat16* q;
   int64_t q_stride;
+  int total_rows;  // of q and out
   const float* claim;
   __nv_bfloat16* out;
   bool fold;
@@ -124,8 +125,8 @@ __device__ __forceinline__ int64_t FirstRow(const Layer& l, const Chunk& c) {
 // one before it, and allows the next one only after that has ended: so all but the direct
 // predecessor have ended when a kernel starts. `window` allows it at once, while `carry` may still
 // run: before `output` or `chunks` awaits them it reads only the plan and the call's inputs.
-template <auto kKernel>
-void Start(const char* name, dim3 grid, int threads, int shared_bytes, const PrefillParams& p,
+template <auto kKernel, typename Params>
+void Start(const char* name, dim3 grid, int threads, int shared_bytes, const Params& p,
            cudaStream_t stream) {
   if (shared_bytes > 0) {
     static std::atomic<uint64_t> done{0};  // by device

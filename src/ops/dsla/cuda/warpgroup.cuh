@@ -101,6 +101,17 @@ __device__ __forceinline__ void WarpgroupMma(float (&c)[8][4], uint64_t a, uint6
       : "l"(a), "l"(b), "n"(kTransposedA), "n"(kTransposedB));
 }
 template <int kTransposedA = 0, int kTransposedB = 0>
+__device__ __forceinline__ void WarpgroupMma(float (&c)[9][4], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35}, %36, "
+      "%37, p, 1, 1, %38, %39;\n}"
+      : DSLA_SIXTEEN(c, 0), DSLA_SIXTEEN(c, 4), DSLA_FOUR(c, 8)
+      : "l"(a), "l"(b), "n"(kTransposedA), "n"(kTransposedB));
+}
+template <int kTransposedA = 0, int kTransposedB = 0>
 __device__ __forceinline__ void WarpgroupMma(float (&c)[16][4], uint64_t a, uint64_t b) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"

@@ -1,4 +1,5 @@
-// Packs an adapter's fp32 matrices into bf16 tiles in the order of mma's B operand.
+// Packs an adapter's fp32 matrices into bf16 tiles in the order of mma's B operand, and phi_q into
+// panels too.
 #include "base/check.h"
 #include "ops/dsla/cuda/common.cuh"
 
@@ -12,11 +13,23 @@ struct PackParams {
   int H, Hkv, D, F, states;
 };
 
+// phi_q of a head with channels as rows: pieces of eight of their dimensions in swizzled panels.
+__device__ __forceinline__ void PackPanels(const float* from, __nv_bfloat16* to, int D) {
+  for (int i = threadIdx.x; i < D * D; i += blockDim.x) {
+    const int panel = i / (64 * D), channel = i / 64 % D, piece = i / 8 % 8 ^ channel % 8;
+    to[i] = __float2bfloat16_rn(from[int64_t{64 * panel + 8 * piece + i % 8} * D + channel]);
+  }
+}
+
 // One block per matrix; matrix m as ordered in PackedWeights.
 __global__ void PackKernel(PackParams p) {
   const int m = blockIdx.x, D = p.D, blocks = p.states * (p.F / D);
   const float* from;
   int stride = D;
+  if (const int head = m - p.H - p.Hkv - p.Hkv * blocks; head >= 0) {
+    PackPanels(p.phi_q + int64_t{head} * D * D, p.tiles + int64_t{m} * D * D, D);
+    return;
+  }
   if (m < p.H) {
     from = p.phi_q + int64_t{m} * D * D;
   } else if (m < p.H + p.Hkv) {
@@ -63,7 +76,7 @@ void CheckShape(const DslaShape& s, const DslaSlotLayout& layout, const DslaStat
 }
 
 int64_t PackedWeightBytes(const DslaShape& s) {
-  const int64_t matrices = s.H + s.Hkv + int64_t{s.Hkv} * s.SF() / s.D;
+  const int64_t matrices = s.H + s.Hkv + int64_t{s.Hkv} * s.SF() / s.D + PanelMatrices(s);
   return matrices * s.D * s.D * 2 + int64_t{s.Hkv} * s.SF() * 4;
 }
 
@@ -81,7 +94,8 @@ int PackWeights(const DslaShape& s, const DslaParams& params, void* packed, Stre
                      s.D,
                      s.F,
                      s.states};
-  PackKernel<<<s.H + s.Hkv + s.Hkv*(s.SF() / s.D), 256, 0, stream>>>(p);
+  const int matrices = s.H + s.Hkv + s.Hkv * (s.SF() / s.D) + PanelMatrices(s);
+  PackKernel<<<matrices, 256, 0, stream>>>(p);
   return cudaGetLastError();
 }
 
