@@ -185,14 +185,14 @@ INSTANTIATE_TEST_SUITE_P(
                     {1300, 40, 600},
                     {700, 0, 900},
                     {17}},
-        // With D 128 twelve KV heads have segments of 16 chunks on compute capability 9.0, 24 have
-        // segments of 32.
+        // With D and F 128 segments have 8 chunks here on compute capability 9.0, and 4 above.
         SegmentCase{{"wide_longer", 12, 12, 128, 128, 1, 64, 4, TestGates::kTrained},
                     {1100, 65},
                     {1025, 0},
                     {1, 40}},
+        // 2700 rows of 24 KV heads are segments of 9.
         SegmentCase{{"wide_longest", 24, 24, 128, 128, 1, 64, 4, TestGates::kTrained},
-                    {2200, 64},
+                    {2700, 64},
                     {63, 1},
                     {1}},
         SegmentCase{{"largest", 2, 1, 128, 256, 2, 64, 1, TestGates::kTrained},

@@ -79,8 +79,9 @@ int MostSegments(const PrefillParams& p, int N) {
 // the other sequences of a call.
 Cut CutOf(const DslaShape& s, int64_t T, bool keeps_states) {
   Cut cut;
-  if (keeps_states) {  // 8192 tokens are some 128 blocks
-    cut.least = cut.most = s.Hkv >= 96 ? 0 : s.Hkv >= 24 ? 32 : s.Hkv >= 12 ? 16 : 8;
+  if (keeps_states) {  // a block an SM, and 8192 tokens are as many as there are
+    const int most = s.Hkv >= 24 ? 32 : s.Hkv >= 12 ? 16 : 8;
+    if (s.Hkv < 96) cut = {most == 8 ? 4 : 8, most, std::max(132 / s.Hkv, 1)};
   } else {
     // As many as a GPU of 132 multiprocessors has room for at once, of those that `carry` has.
     const int blocks = s.Hkv * s.SF() / (s.D == 128 ? 32 : 64);
