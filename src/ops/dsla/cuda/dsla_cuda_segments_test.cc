@@ -190,9 +190,9 @@ INSTANTIATE_TEST_SUITE_P(
                     {1100, 65},
                     {1025, 0},
                     {1, 40}},
-        // 1300 rows of 48 KV heads are segments of 11.
-        SegmentCase{{"wide_longest", 48, 48, 128, 128, 1, 64, 4, TestGates::kTrained},
-                    {1300, 64},
+        // 2700 rows of 24 KV heads are segments of 9.
+        SegmentCase{{"wide_longest", 24, 24, 128, 128, 1, 64, 4, TestGates::kTrained},
+                    {2700, 64},
                     {63, 1},
                     {1}},
         SegmentCase{{"largest", 2, 1, 128, 256, 2, 64, 1, TestGates::kTrained},
