@@ -23,7 +23,9 @@ namespace {
 
 struct Options {
   std::string trace, cost;
-  int layers = 30, max_level = 22;
+  int layers = 30, level = 0, max_level = 22,
+      max_batch_tokens = SchedulerOptions().max_batch_tokens;
+  double speed = 1;
   double memory = 256;                                    // MiB
   int64_t page_bytes = 64 * 768, slot_bytes = 400 * 768;  // of one layer, SmolLM2-135M's
   std::string texts = "/usr/share/common-licenses";
@@ -46,7 +48,9 @@ Expected<std::vector<Request>> ReadTrace(const Options& options) {
   try {
     const nlohmann::json trace = nlohmann::json::parse(text);
     for (const auto& from : trace.at("burst")) {
-      Request request{.arrival = from.at("at"), .prompt = {}, .reply = from.at("max_tokens")};
+      Request request{.arrival = from.at("at").get<double>() / options.speed,
+                      .prompt = {},
+                      .reply = from.at("max_tokens")};
       double bytes = 0;
       if (from.contains("text")) {
         const std::string names = from.at("text");
@@ -86,6 +90,7 @@ class Simulation : public CacheOps {
                    {.layers = options.layers,
                     .max_level = options.layers,
                     .top_level = options.max_level,
+                    .max_batch_tokens = options.max_batch_tokens,
                     .adapter_id = "simulated"}) {
     for (int i = 0; i < options.layers; ++i) ladder_.push_back(i);
     scheduler_.set_auto_max_level(options.max_level);
@@ -214,12 +219,14 @@ Status Simulate(const Options& options) {
   std::printf("%-8s %8s %9s %9s %9s %9s %9s %9s %6s %5s\n", "", "burst, s", "tokens/s", "TTFT p50",
               "p95, s", "TPOT p50", "p95, ms", "cached", "level", "pre-empted");
   for (const auto& [name, policy] :
-       {std::pair{"level 0", "fixed"}, {"paper", "paper"}, {"ours", "slo"}}) {
+       {std::pair{"fixed", "fixed"}, {"paper", "paper"}, {"ours", "slo"}}) {
     PolicyOptions of;
     of.policy = policy;
     of.layers = options.layers;
     of.max_level = options.max_level;
+    of.fixed_level = options.level;
     of.cost = cost;
+    of.slo.prefill_chunk = options.max_batch_tokens;
     DSLA_ASSIGN_OR_RETURN(auto made, MakePolicy(of));
     Simulation simulation(options, cost, requests, std::move(made));
     simulation.Run();
@@ -237,10 +244,16 @@ int main(int argc, char** argv) {
   app.add_option("trace", options.trace, "of bench/serving/trace.py")->required();
   app.add_option("cost", options.cost, "of dsla serve --cost-model")->required();
   app.add_option("--memory", options.memory, "cache memory, MiB")->capture_default_str();
+  app.add_option("--level", options.level, "of the first line")->capture_default_str();
   app.add_option("--max-level", options.max_level, "of tier auto")->capture_default_str();
   app.add_option("--layers", options.layers, "of the model")->capture_default_str();
   app.add_option("--page-bytes", options.page_bytes, "of one layer")->capture_default_str();
   app.add_option("--slot-bytes", options.slot_bytes, "of one layer")->capture_default_str();
+  app.add_option("--max-batch-tokens", options.max_batch_tokens, "of a step")
+      ->capture_default_str();
+  app.add_option("--speed", options.speed, "requests come so many times as fast")
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
   app.add_option("--texts", options.texts, "folder of the texts")->capture_default_str();
   CLI11_PARSE(app, argc, argv);
   const dsla::Status status = dsla::Simulate(options);

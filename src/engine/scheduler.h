@@ -226,9 +226,11 @@ class Scheduler {
   void PlanPrefills();
   void NoteReadyPrefixes();
   void AdmitReady(std::span<Sequence* const> order);
-  bool GrantInOrder(std::span<Sequence* const> order, int rows, bool may_admit, int* left,
-                    std::vector<Grant>* grants);
+  bool GrantInOrder(std::span<Sequence* const> order, int rows, bool may_admit, bool in_turn,
+                    int* left, std::vector<Grant>* grants);
   int PrefillUnit() const;
+  bool MayPass(const Sequence& sequence, const Sequence& older) const;
+  bool AwaitsTurn(const Sequence& sequence) const;
   bool MayOvertake(const Sequence& sequence) const;
   bool AwaitsPrefix(Sequence& sequence) const;
   bool Leads(const Sequence& leader, const Sequence& sequence, int shared) const;

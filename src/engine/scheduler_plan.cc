@@ -83,12 +83,12 @@ int Scheduler::ChunkEnd(const Sequence& sequence, int from, int rows) const {
   return std::max(from, (from + rows) / page * page);
 }
 
-// A prompt above level 0 is cut where it leaves a snapshot: at multiples of the widest distance,
-// and at doubling ones before the first of those, where prompts share the most. At every stride,
-// steps of thousands of rows would have no more of a prompt than that.
+// A prompt above level 0 is cut where it leaves a snapshot: at multiples of the widest distance, a
+// quarter of a step, and at doubling ones before the first of those, where prompts share the most.
+// At every stride a long prompt would take many steps; a step's other rows are for others.
 int Scheduler::WidestSnapshotDistance() const {
   int distance = options_.snapshot_stride;
-  while (2 * distance <= options_.max_batch_tokens) distance *= 2;
+  while (2 * distance <= options_.max_batch_tokens / 4) distance *= 2;
   return distance;
 }
 
@@ -121,7 +121,8 @@ void Scheduler::PlanDecodes() {
 
 // Half of the rows goes to prompts by age, so that a long one always advances; the other half to
 // those with the least left, so that a short one does not wait for the long; what is left over, by
-// age again. Of rows that cannot be halved, those of every other step.
+// age again, now also to those whose turn it is not. Of rows that cannot be halved, those of every
+// other step.
 void Scheduler::PlanPrefills() {
   std::vector<Sequence*> prefills, by_age;
   for (const auto& [id, sequence] : running_) {
@@ -156,9 +157,11 @@ void Scheduler::PlanPrefills() {
   }
   AdmitReady(by_rest);
   std::vector<Grant> grants;
-  const bool may_admit = GrantInOrder(by_age, oldest, true, &left, &grants);
-  GrantInOrder(by_rest, left, true, &left, &grants);
-  GrantInOrder(by_age, left, may_admit, &left, &grants);
+  const bool may_admit = GrantInOrder(by_age, oldest, true, true, &left, &grants);
+  GrantInOrder(by_rest, left, true, true, &left, &grants);
+  // In steps of no more than a stride a snapshot cuts off little, and a short step is soon over.
+  const bool in_turn = options_.max_batch_tokens <= options_.snapshot_stride;
+  GrantInOrder(by_age, left, may_admit, in_turn, &left, &grants);
   std::ranges::sort(grants, {}, [](const Grant& grant) { return grant.sequence->id; });
   for (const Grant& grant : grants) {
     if (grant.sequence->cache) PlanRows(*grant.sequence, grant.end);
@@ -202,12 +205,14 @@ int Scheduler::PrefillUnit() const {
   return options_.deterministic ? options_.deterministic_chunk : options_.page_size;
 }
 
-// False once an admission failed: then nobody later in that order was admitted either.
-bool Scheduler::GrantInOrder(std::span<Sequence* const> order, int rows, bool may_admit, int* left,
-                             std::vector<Grant>* grants) {
+// With in_turn only to those whose turn it is. False once an admission failed: then nobody later in
+// that order was admitted either.
+bool Scheduler::GrantInOrder(std::span<Sequence* const> order, int rows, bool may_admit,
+                             bool in_turn, int* left, std::vector<Grant>* grants) {
   rows = std::min(rows, *left);
   for (Sequence* sequence : order) {
     if (rows <= 0) break;
+    if (in_turn && AwaitsTurn(*sequence)) continue;
     if (!sequence->cache) {
       if (!may_admit || rows < std::min(PrefillUnit(), sequence->size())) continue;
       if (AwaitsPrefix(*sequence) || !MayOvertake(*sequence)) continue;
@@ -231,21 +236,29 @@ bool Scheduler::GrantInOrder(std::span<Sequence* const> order, int rows, bool ma
   return may_admit;
 }
 
-// Whether it may start before prompts that are older: a long one only if it is much shorter, as two
-// that are read by turns both take longer, and hold their memory longer, than one after the other.
-bool Scheduler::MayOvertake(const Sequence& sequence) const {
+// Whether all of it fits a step, or it is much shorter: two that are read by turns both take
+// longer, and hold their memory longer, than one after the other.
+bool Scheduler::MayPass(const Sequence& sequence, const Sequence& older) const {
   const int tokens = sequence.to_compute();
-  const auto much_shorter = [&](const Sequence& other) {
-    return tokens <= options_.max_batch_tokens || 2 * tokens <= other.to_compute();
-  };
-  for (const auto& [id, other] : running_) {
-    if (id < sequence.id && !IsDecode(*other) && !much_shorter(*other)) return false;
-  }
+  return tokens <= options_.max_batch_tokens || 2 * tokens <= older.to_compute();
+}
+
+// Whether an older prompt is being read that it may not pass, so that it has the rows which that
+// one has no use for: the last step's rest, or what a snapshot cuts off.
+bool Scheduler::AwaitsTurn(const Sequence& sequence) const {
+  return std::ranges::any_of(running_, [&](const auto& entry) {
+    const auto& [id, other] = entry;
+    return id < sequence.id && !IsDecode(*other) && !MayPass(sequence, *other);
+  });
+}
+
+// Whether it may start before those that wait longer.
+bool Scheduler::MayOvertake(const Sequence& sequence) const {
   for (const auto& [id, other] : waiting_) {
     if (id >= sequence.id) break;
     if (other->leader != 0) continue;
-    if (!much_shorter(*other)) return false;
-    if (other->overtaken + tokens > options_.max_overtaken_tokens) return false;
+    if (!MayPass(sequence, *other)) return false;
+    if (other->overtaken + sequence.to_compute() > options_.max_overtaken_tokens) return false;
   }
   return true;
 }

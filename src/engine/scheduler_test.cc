@@ -81,6 +81,45 @@ TEST_F(SchedulerTest, LongPromptsAreReadOneAfterTheOther) {
   EXPECT_EQ(shapes_.count(alike), 1u);
 }
 
+TEST_F(SchedulerTest, RowsThatALongPromptHasNoUseForGoToTheNext) {
+  SchedulerOptions options;
+  options.max_batch_tokens = 128;
+  Make(1000 * kTokenPages, options);
+  const int64_t oldest = Add(300, 1, Tier::kAuto, 1);
+  const int64_t alike = Add(280, 1, Tier::kAuto, 2);
+  for (const int place : {0, 128}) {
+    Step();
+    EXPECT_EQ(shapes_[oldest], Shape(place, 128));
+    EXPECT_EQ(shapes_.count(alike), 0u) << "not by turns";
+  }
+  Step();
+  EXPECT_EQ(shapes_[oldest], Shape(256, 44));
+  EXPECT_EQ(shapes_[alike], Shape(0, 84));
+  RunUntilIdle();
+  // Above level 0 snapshots cut both.
+  scheduler_->set_auto_max_level(2);
+  scheduler_->set_target_level(2);
+  const int64_t cut = Add(300, 1, Tier::kAuto, 3);
+  const int64_t cut_alike = Add(280, 1, Tier::kAuto, 4);
+  for (const int place : {0, 8, 16, 32, 64}) {
+    Step();
+    EXPECT_EQ(shapes_[cut].first, place);
+    EXPECT_EQ(shapes_[cut_alike], shapes_[cut]);
+  }
+}
+
+TEST_F(SchedulerTest, InStepsOfAStrideLongPromptsAreReadOneAfterTheOther) {
+  SchedulerOptions options;
+  options.snapshot_stride = 32;
+  Make(1000 * kTokenPages, options);
+  const int64_t oldest = Add(100, 1, Tier::kAuto, 1);
+  const int64_t alike = Add(90, 1, Tier::kAuto, 2);
+  while (!ended_.contains(oldest)) {
+    Step();
+    EXPECT_EQ(shapes_.count(alike), 0u);
+  }
+}
+
 TEST_F(SchedulerTest, StartLevelIsTheTargetWithinTheTiersBounds) {
   Make(1000 * kTokenPages);
   scheduler_->set_auto_max_level(2);
@@ -309,8 +348,10 @@ TEST_F(SchedulerTest, ACachedPrefixIsCountedHonestlyAndFoldedToTheLevel) {
   EXPECT_EQ(ended_.at(again).cached_tokens, 20) << "the snapshot at the prompt's end";
 }
 
-TEST_F(SchedulerTest, APromptAboveLevel0IsCutAtSnapshotsThatGrowApartToAWholeStep) {
-  Make(100 * kTokenPages);
+TEST_F(SchedulerTest, APromptAboveLevel0IsCutAtSnapshotsThatGrowApartToAQuarterOfAStep) {
+  SchedulerOptions options;
+  options.max_batch_tokens = 128;
+  Make(100 * kTokenPages, options);
   scheduler_->set_auto_max_level(2);
   scheduler_->set_target_level(2);
   const int64_t alone = Add(150, 1);
