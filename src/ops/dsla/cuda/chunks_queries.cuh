@@ -271,9 +271,10 @@ struct Queries {
       WriteQueries(item, k, y, scale);
       PublishCopies();
       Arrive(s.query_full[k % 2]);
-      // All of Q~ is there, and z. K~ is awaited before the copy of the next begins a new phase.
-      Meet();
+      // Here, as a warp that came to it after the copy of the next K~ would wait for ever: two
+      // phases later a barrier looks as it did.
       if (item.head == 0) Await(s.key_full, item.i);
+      Meet();  // all of Q~ is there, and z
 
       if (has_next && fetcher == 2) {
         if (k > 0) Await(s.query_free[(k + 1) % 2], Parity(k - 1));
