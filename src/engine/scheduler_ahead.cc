@@ -64,9 +64,10 @@ bool Scheduler::HostChooses(const Sequence& sequence) const {
          (sequence.request.prompt_logprobs && sequence.length() < sequence.prompt_tokens);
 }
 
-// Whether the prefix that it waits for will be there with the results of the step in flight.
+// Whether the prefix that it has been found to wait for will be there with the results of the step
+// in flight. Whom somebody new waits for is found when rows are planned.
 bool Scheduler::AwaitsRowsInFlight(Sequence& sequence) const {
-  if (!AwaitsPrefix(sequence)) return false;
+  if (sequence.leader == 0 || !AwaitsPrefix(sequence)) return false;
   return sequence.shared - FindRunning(sequence.leader)->length() <= options_.page_size;
 }
 

@@ -92,14 +92,6 @@ int Scheduler::WidestSnapshotDistance() const {
   return distance;
 }
 
-int Scheduler::SnapshotAfter(int length) const {
-  const int widest = WidestSnapshotDistance();
-  if (length >= widest) return (length / widest + 1) * widest;
-  int place = options_.snapshot_stride;
-  while (place <= length) place *= 2;
-  return place;
-}
-
 int Scheduler::SnapshotUpTo(int length) const {
   const int widest = WidestSnapshotDistance();
   if (length >= widest) return length / widest * widest;
@@ -107,6 +99,12 @@ int Scheduler::SnapshotUpTo(int length) const {
   if (place > length) return 0;
   while (2 * place <= length) place *= 2;
   return place;
+}
+
+int Scheduler::SnapshotAfter(int length) const {
+  const int place = SnapshotUpTo(length);
+  return place == 0 ? options_.snapshot_stride
+                    : place + std::min(place, WidestSnapshotDistance());
 }
 
 void Scheduler::PlanDecodes() {
@@ -212,9 +210,10 @@ bool Scheduler::GrantInOrder(std::span<Sequence* const> order, int rows, bool ma
   rows = std::min(rows, *left);
   for (Sequence* sequence : order) {
     if (rows <= 0) break;
+    const bool waits = !sequence->cache.has_value();
+    if (waits && (!may_admit || rows < std::min(PrefillUnit(), sequence->size()))) continue;
     if (in_turn && AwaitsTurn(*sequence)) continue;
-    if (!sequence->cache) {
-      if (!may_admit || rows < std::min(PrefillUnit(), sequence->size())) continue;
+    if (waits) {
       if (AwaitsPrefix(*sequence) || !MayOvertake(*sequence)) continue;
       if (!TryAdmit(*sequence)) {
         may_admit = false;
@@ -246,6 +245,7 @@ bool Scheduler::MayPass(const Sequence& sequence, const Sequence& older) const {
 // Whether an older prompt is being read that it may not pass, so that it has the rows which that
 // one has no use for: the last step's rest, or what a snapshot cuts off.
 bool Scheduler::AwaitsTurn(const Sequence& sequence) const {
+  if (sequence.to_compute() <= options_.max_batch_tokens) return false;
   return std::ranges::any_of(running_, [&](const auto& entry) {
     const auto& [id, other] = entry;
     return id < sequence.id && !IsDecode(*other) && !MayPass(sequence, *other);
