@@ -103,8 +103,7 @@ int Scheduler::SnapshotUpTo(int length) const {
 
 int Scheduler::SnapshotAfter(int length) const {
   const int place = SnapshotUpTo(length);
-  return place == 0 ? options_.snapshot_stride
-                    : place + std::min(place, WidestSnapshotDistance());
+  return place == 0 ? options_.snapshot_stride : place + std::min(place, WidestSnapshotDistance());
 }
 
 void Scheduler::PlanDecodes() {
