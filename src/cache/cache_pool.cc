@@ -1,5 +1,6 @@
 #include "cache/cache_pool.h"
 
+#include <new>
 #include <utility>
 
 namespace dsla {
@@ -84,7 +85,14 @@ void CachePool::Touch(BlockKind kind, std::span<const int32_t> ids) {
     // Room first: what a device gives back is what it has for the next block.
     const int64_t over = resident_bytes() + config.bytes(kind) - config.budget_bytes;
     if (over > 0) Trim(over);
-    memory_->Back(Block(kind, id), config.bytes(kind));
+    try {
+      memory_->Back(Block(kind, id), config.bytes(kind));
+    } catch (const std::bad_alloc&) {
+      // A unit of memory is only given back with the last block in it, so what was trimmed may have
+      // freed none. Of all free blocks some may.
+      Trim(resident_bytes());
+      memory_->Back(Block(kind, id), config.bytes(kind));
+    }
     resident_[k][id] = true;
     ++resident_count_[k];
   }

@@ -3,6 +3,11 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
+#include <iterator>
+#include <map>
+#include <new>
+#include <set>
+#include <vector>
 
 namespace dsla {
 namespace {
@@ -38,6 +43,66 @@ TEST(CachePoolTest, FreeBlocksGoBackToTheSystemWhenTheOtherKindGrows) {
   EXPECT_LE(pool->resident_bytes(), budget);
   EXPECT_GE(pool->resident_bytes(),
             static_cast<int64_t>(slots->slots().size()) * pool->slots().slot_bytes);
+}
+
+// As on a device: memory comes in units, of which there are so many.
+class UnitMemory : public BlockMemory {
+ public:
+  UnitMemory(int64_t unit, int most) : unit_(unit), left_(most) {}
+  Expected<std::byte*> Reserve(int64_t bytes) override {
+    auto reserved = HostMemory().Reserve(bytes);
+    if (reserved.ok()) spaces_.insert(*reserved);
+    return reserved;
+  }
+  void Release(std::byte* begin, int64_t bytes) override { HostMemory().Release(begin, bytes); }
+  void Back(std::byte* block, int64_t) override {
+    int& blocks = blocks_[Unit(block)];
+    if (blocks == 0 && left_ == 0) throw std::bad_alloc();
+    if (blocks++ == 0) --left_;
+  }
+  void GiveBack(std::byte* block, int64_t) override {
+    if (--blocks_[Unit(block)] == 0) ++left_;
+  }
+  void Copy(std::byte*, const std::byte*, int64_t) override {}
+  void Zero(std::byte*, int64_t) override {}
+
+ private:
+  const std::byte* Unit(const std::byte* block) const {
+    const std::byte* const space = *std::prev(spaces_.upper_bound(block));
+    return space + (block - space) / unit_ * unit_;
+  }
+  const int64_t unit_;
+  int left_;
+  std::set<const std::byte*> spaces_;
+  std::map<const std::byte*, int> blocks_;  // by unit
+};
+
+TEST(CachePoolTest, MemoryBehindScatteredFreeBlocksIsFound) {
+  // Pages of a quarter of a unit and slots of one; eight pages and two units are all there is.
+  constexpr int64_t kPage = 4096, kUnit = 4 * kPage;
+  UnitMemory memory(kUnit, 2);
+  auto pool = CachePool::Create(
+      {.page_size = 8, .Hkv = 1, .D = 128, .kv_dtype = DType::kBF16, .slot_bytes = kUnit},
+      8 * kPage, memory);
+  ASSERT_TRUE(pool.ok());
+  ASSERT_EQ(pool->geometry().page_bytes(), kPage);
+  Ledger& ledger = pool->ledger();
+  auto pages = ledger.Reserve(8, 0);
+  ASSERT_TRUE(pages.ok());
+  const std::vector<int32_t> ids = pages->pages();
+  pages->Commit();
+  pool->Touch(BlockKind::kPage, ids);
+  // One of the upper unit stays, so that the four that the slot is to replace free none.
+  for (const int page : {0, 1, 2, 3, 5, 6, 7}) ledger.Free(BlockKind::kPage, ids[page]);
+  auto slot = ledger.Reserve(0, 1);
+  ASSERT_TRUE(slot.ok());
+  pool->Touch(BlockKind::kSlot, slot->slots());
+  EXPECT_EQ(pool->resident_bytes(), kPage + kUnit);
+  // Without any there is none.
+  auto another = ledger.Reserve(2, 0);
+  ASSERT_TRUE(another.ok());
+  EXPECT_THROW(pool->Touch(BlockKind::kPage, another->pages()), std::bad_alloc);
+  ledger.Free(BlockKind::kPage, ids[4]);
 }
 
 }  // namespace
