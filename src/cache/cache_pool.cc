@@ -1,5 +1,6 @@
 #include "cache/cache_pool.h"
 
+#include <bit>
 #include <new>
 #include <utility>
 
@@ -32,7 +33,7 @@ Expected<CachePool> CachePool::Create(const CacheGeometry& geometry, int64_t bud
     const int64_t bytes = blocks * pool.ledger_->config().bytes(static_cast<BlockKind>(kind));
     DSLA_ASSIGN_OR_RETURN(pool.arena_[kind], memory.Reserve(bytes));
     pool.arena_bytes_[kind] = bytes;
-    pool.resident_[kind].assign(blocks, false);
+    pool.resident_[kind].assign((blocks + 63) / 64, 0);
   }
   return pool;
 }
@@ -81,7 +82,8 @@ void CachePool::Touch(BlockKind kind, std::span<const int32_t> ids) {
   const int k = static_cast<int>(kind);
   const LedgerConfig& config = ledger_->config();
   for (int32_t id : ids) {
-    if (resident_[k][id]) continue;
+    uint64_t& word = resident_[k][id / 64];
+    if (word & Ledger::Bit(id)) continue;
     // Room first: what a device gives back is what it has for the next block.
     const int64_t over = resident_bytes() + config.bytes(kind) - config.budget_bytes;
     if (over > 0) Trim(over);
@@ -93,7 +95,7 @@ void CachePool::Touch(BlockKind kind, std::span<const int32_t> ids) {
       Trim(resident_bytes());
       memory_->Back(Block(kind, id), config.bytes(kind));
     }
-    resident_[k][id] = true;
+    word |= Ledger::Bit(id);
     ++resident_count_[k];
   }
 }
@@ -108,21 +110,28 @@ void CachePool::ZeroBlock(BlockKind kind, int32_t to) {
   memory_->Zero(Block(kind, to), ledger_->config().bytes(kind));
 }
 
+// Called for every block that is touched while the budget is full, of millions: hence words.
 void CachePool::Trim(int64_t bytes_over) {
-  for (int kind = 0; kind < kBlockKinds; ++kind) {
-    const int64_t bytes = ledger_->config().bytes(static_cast<BlockKind>(kind));
+  for (const BlockKind kind : {BlockKind::kPage, BlockKind::kSlot}) {
+    const std::span<const uint64_t> freed = ledger_->freed(kind);
+    const int64_t bytes = ledger_->config().bytes(kind);
     // From the top: the ledger hands out the lowest free ids first.
-    for (int64_t id = static_cast<int64_t>(resident_[kind].size()) - 1; id >= 0 && bytes_over > 0;
-         --id) {
-      if (!resident_[kind][id] ||
-          !ledger_->is_free(static_cast<BlockKind>(kind), static_cast<int32_t>(id)))
-        continue;
-      memory_->GiveBack(arena_[kind] + id * bytes, bytes);
-      resident_[kind][id] = false;
-      --resident_count_[kind];
-      bytes_over -= bytes;
+    for (auto at = static_cast<int32_t>(freed.size()) - 1; at >= 0 && bytes_over > 0; --at) {
+      uint64_t left = freed[at] & resident_[static_cast<int>(kind)][at];
+      for (; left != 0 && bytes_over > 0; bytes_over -= bytes) {
+        const int32_t id = at * 64 + 63 - std::countl_zero(left);
+        left &= ~Ledger::Bit(id);
+        GiveBack(kind, id);
+      }
     }
   }
+}
+
+void CachePool::GiveBack(BlockKind kind, int32_t id) {
+  const int k = static_cast<int>(kind);
+  memory_->GiveBack(Block(kind, id), ledger_->config().bytes(kind));
+  resident_[k][id / 64] &= ~Ledger::Bit(id);
+  --resident_count_[k];
 }
 
 }  // namespace dsla

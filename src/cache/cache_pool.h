@@ -62,6 +62,7 @@ class CachePool {
  private:
   CachePool() = default;
   void Trim(int64_t bytes_over);
+  void GiveBack(BlockKind kind, int32_t id);
   std::byte* Block(BlockKind kind, int32_t id) const;
 
   BlockMemory* memory_ = nullptr;
@@ -69,7 +70,7 @@ class CachePool {
   std::unique_ptr<Ledger> ledger_;
   std::byte* arena_[kBlockKinds] = {nullptr, nullptr};
   int64_t arena_bytes_[kBlockKinds] = {0, 0};
-  std::vector<bool> resident_[kBlockKinds];
+  std::vector<uint64_t> resident_[kBlockKinds];  // bits, as the ledger's freed()
   int64_t resident_count_[kBlockKinds] = {0, 0};
 };
 

@@ -5,7 +5,6 @@
 #include <utility>
 
 namespace dsla {
-
 Reservation::Reservation(Reservation&& other) noexcept
     : ledger_(std::exchange(other.ledger_, nullptr)) {
   for (int kind = 0; kind < kBlockKinds; ++kind) ids_[kind] = std::exchange(other.ids_[kind], {});
@@ -99,9 +98,11 @@ Expected<Reservation> Ledger::Reserve(int64_t pages, int64_t slots) {
         std::pop_heap(free_[kind].begin(), free_[kind].end(), std::greater<>());
         id = free_[kind].back();
         free_[kind].pop_back();
+        freed_[kind][id / 64] &= ~Bit(id);
       } else {
         id = next_[kind]++;
         blocks_[kind].emplace_back();
+        if (id % 64 == 0) freed_[kind].push_back(0);
       }
       blocks_[kind][id].references = 1;
       ids.push_back(id);
@@ -119,6 +120,7 @@ void Ledger::Free(BlockKind kind, int32_t id) {
   --used_[k];
   free_[k].push_back(id);
   std::push_heap(free_[k].begin(), free_[k].end(), std::greater<>());
+  freed_[k][id / 64] |= Bit(id);
 }
 
 }  // namespace dsla

@@ -111,8 +111,9 @@ class PrefixCache {
   // In whole pages, how many tokens of one could be had from the other: 0 if their salts differ.
   int CommonTokens(const PrefixTokens& a, const PrefixTokens& b);
 
-  // Gives up entries until `bytes` bytes of the ledger's budget are free; false, with nothing given
-  // up, if free and idle memory together are less than that.
+  // Gives up entries until `bytes` bytes of the ledger's budget are free, and where they were not
+  // some more (1/128 of the budget), as looking for them takes time; false, with nothing given up,
+  // if free and idle memory together are less than that.
   bool Reclaim(int64_t bytes);
   void Clear();
 
@@ -134,8 +135,10 @@ class PrefixCache {
   void KeepSnapshot(Node* node, Reservation slots, const SequenceCache& sequence);
   void ThinSnapshots(const Node& newest);
   void DropSnapshot(Node* node);
-  bool Shed(Node* leaf);
-  void ShedSnapshots(Node* leaf, int64_t bytes, int64_t time);
+  void Enrich(Node* node);
+  void Prune(Node* leaf, int64_t bytes, int64_t time);
+  bool ShedPages(Node* leaf);
+  bool ShedSnapshots(Node* leaf, int64_t bytes, int64_t time);
   int64_t Gain(const Node& node) const;  // bytes that dropping it would free
   bool ReclaimUsedBefore(int64_t bytes, int64_t time);
   void Drop(Node* leaf);
@@ -147,6 +150,7 @@ class PrefixCache {
   int64_t time_ = 0;  // counts uses
   int64_t snapshots_ = 0;
   int64_t changes_ = 0;
+  int64_t enriched_ = 0;  // rises when branches may have more to give up than they had
   std::unordered_multimap<PrefixKey, std::unique_ptr<Node>, PrefixKeyHash> nodes_;
   std::set<std::pair<int64_t, Node*>> leaves_;  // by last use
 };

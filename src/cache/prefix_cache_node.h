@@ -27,6 +27,7 @@ struct PrefixCache::Node {
   std::vector<int32_t> snapshot;  // [L], -1: softmax; empty: no snapshot
   int64_t last_use = 0;           // never later than the parent's
   int children = 0;
+  int64_t bare = -1;  // of a leaf: nothing of its branch can be shed while enriched_ is this
 
   int level() const { return history.empty() ? 0 : history.back().level; }  // of its last token
   // A sequence can resume here.

@@ -349,6 +349,54 @@ TEST_F(PrefixCacheTest, ReclaimTakesFirstWhatOnlyLowerLevelsWouldRead) {
   EXPECT_EQ(cache_.entries(), 0);
 }
 
+TEST_F(PrefixCacheTest, WhatABranchLosesItsOtherEndsForIsGivenUpThen) {
+  // Two replies to a prompt that ran at level 3, the prompt's pages of level 0 among them.
+  const auto prompt = Tokens(8);
+  auto first = Tokens(12), second = Tokens(12);
+  std::iota(second.begin() + 8, second.end(), 500);
+  for (const auto& tokens : {first, second}) {
+    SequenceCache raised = Run(prompt, 0);
+    Insert(prompt, {{0, 0}}, raised);
+    Raise(&raised, 3);
+    ASSERT_TRUE(raised.Reserve(4).ok());
+    raised.Commit(4);
+    Insert(tokens, {{0, 0}, {8, 3}}, raised, true);
+  }
+  // Both need the prompt's pages, of all layers, as long as it branches.
+  const int64_t used = ledger_.used(BlockKind::kPage);
+  EXPECT_EQ(used, 8 + 2);
+  ASSERT_TRUE(cache_.Reclaim(ledger_.free_bytes() + 1));
+  EXPECT_EQ(ledger_.used(BlockKind::kPage), 8 + 1) << "the older branch";
+  ASSERT_TRUE(cache_.Reclaim(ledger_.free_bytes() + 1));
+  EXPECT_EQ(ledger_.used(BlockKind::kPage), 2 + 1) << "what only lower levels would read";
+  const std::vector<int32_t> longer = [&] {
+    auto tokens = second;
+    tokens.push_back(7);
+    return tokens;
+  }();
+  EXPECT_EQ(cache_.Lookup({.tokens = longer, .level = 3}).tokens, 12);
+}
+
+TEST_F(PrefixCacheTest, AFullCacheIsNotLookedThroughForEveryPage) {
+  Ledger ledger({.budget_bytes = 128 * 100 * 20, .page_bytes = 100, .slot_bytes = 150});
+  PrefixCache cache(&ledger, this, {.layers = 1, .page_size = kPage, .adapter_id = "a"});
+  const std::vector<int> ladder = {0};
+  for (int i = 0; ledger.free_bytes() > 0; ++i) {
+    const auto tokens = Tokens(kPage, i * kPage);
+    SequenceCache sequence(&ledger, ladder, kPage, 0);
+    ASSERT_TRUE(sequence.Reserve(kPage).ok());
+    sequence.Commit(kPage);
+    PrefixPath path;
+    cache.Insert({tokens, "", &path}, LevelHistory{{0, 0}}, sequence, false);
+  }
+  ASSERT_TRUE(cache.Reclaim(100));
+  EXPECT_EQ(ledger.free_bytes(), 100 + 20 * 100);
+  ASSERT_TRUE(cache.Reclaim(2100));
+  EXPECT_EQ(ledger.free_bytes(), 2100) << "there was enough";
+  ASSERT_TRUE(cache.Reclaim(ledger.config().budget_bytes));
+  EXPECT_EQ(cache.entries(), 0);
+}
+
 TEST_F(PrefixCacheTest, ClearGivesEverythingBack) {
   const auto tokens = Tokens(8);
   {

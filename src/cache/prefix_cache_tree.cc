@@ -43,8 +43,18 @@ void PrefixCache::Touch(Node* node) {
     const bool leaf = node->children == 0;
     if (leaf) leaves_.erase({node->last_use, node});
     node->last_use = time_;
-    if (leaf) leaves_.emplace(time_, node);
+    if (!leaf) continue;
+    leaves_.emplace(time_, node);
+    node->bare = -1;
   }
+}
+
+// The node's branch has more to give up than when it was last looked at.
+void PrefixCache::Enrich(Node* node) {
+  if (node->children == 0)
+    node->bare = -1;
+  else
+    ++enriched_;
 }
 
 void PrefixCache::FillPages(Node* node, const SequenceCache& sequence) {
@@ -58,6 +68,7 @@ void PrefixCache::FillPages(Node* node, const SequenceCache& sequence) {
     node->pages[layer] = page;
   }
   node->covers = sequence.level();
+  Enrich(node);
 }
 
 // Copies of the sequence's states, in the order of the layers.
@@ -84,6 +95,7 @@ void PrefixCache::KeepSnapshot(Node* node, Reservation slots, const SequenceCach
   }
   slots.Commit();
   ++snapshots_;
+  Enrich(node);
 }
 
 // A long prompt leaves many, each as large as hundreds of tokens; who begins like it parts from it
@@ -126,16 +138,21 @@ int64_t PrefixCache::Gain(const Node& node) const {
 }
 
 // In order of use: first what costs next to nothing to lose, of all; then leaves that free
-// something; then, as they may stand before others that do, all leaves.
+// something; then, as they may stand before others that do, all leaves. Where it has to look, it
+// frees more than was asked for, as far as that is cheap, so that a full cache is not looked
+// through for every page.
 bool PrefixCache::ReclaimUsedBefore(int64_t bytes, int64_t time) {
+  if (ledger_->free_bytes() >= bytes) return true;
+  const int64_t ample = bytes + ledger_->config().budget_bytes / 128;
   for (auto it = leaves_.begin(); it != leaves_.end() && it->first < time; ++it) {
-    if (ledger_->free_bytes() >= bytes) return true;
-    Shed(it->second);
-    ShedSnapshots(it->second, bytes, time);
+    if (ledger_->free_bytes() >= ample) return true;
+    Prune(it->second, ample, time);
   }
+  if (ledger_->free_bytes() >= bytes) return true;
   for (const bool all : {false, true}) {
+    const int64_t enough = all ? bytes : ample;
     for (auto it = leaves_.begin(); it != leaves_.end() && it->first < time;) {
-      if (ledger_->free_bytes() >= bytes) return true;
+      if (ledger_->free_bytes() >= enough) return true;
       Node* node = it->second;
       if (!all && Gain(*node) == 0) {
         ++it;
@@ -149,11 +166,18 @@ bool PrefixCache::ReclaimUsedBefore(int64_t bytes, int64_t time) {
   return ledger_->free_bytes() >= bytes;
 }
 
+// Gives up what the leaf's branch can lose and still be resumed from, snapshots only until `bytes`
+// bytes are free. A leaf that has no more of that is not looked at again until it has.
+void PrefixCache::Prune(Node* leaf, int64_t bytes, int64_t time) {
+  if (leaf->bare == enriched_) return;
+  const bool pages = ShedPages(leaf), snapshots = ShedSnapshots(leaf, bytes, time);
+  if (pages && snapshots) leaf->bare = enriched_;
+}
+
 // Gives up the pages that the leaf and the snapshots on its own branch do not need: those of layers
 // that have their states there. What is left is a small part of the memory and all of the tokens;
-// only to resume at a lower level is no longer possible. False if that frees nothing.
-bool PrefixCache::Shed(Node* leaf) {
-  const int64_t free = ledger_->free_bytes();
+// only to resume at a lower level is no longer possible. False if a sequence holds some of them.
+bool PrefixCache::ShedPages(Node* leaf) {
   const Node* needs = nullptr;  // the snapshot of the lowest level so far
   for (Node* node = leaf; node->parent != nullptr; node = node->parent) {
     if (node != leaf && node->children > 1) break;
@@ -169,7 +193,7 @@ bool PrefixCache::Shed(Node* leaf) {
     // A sequence holds it, and with it all before it: nothing is to be had.
     bool any = false;
     for (int layer = 0; layer < options_.layers && !any; ++layer) any = idle(layer);
-    if (!any) break;
+    if (!any) return false;
     for (int layer = 0; layer < options_.layers; ++layer) {
       int32_t& page = node->pages[layer];
       if (page < 0 || needs->snapshot[layer] < 0) continue;
@@ -180,24 +204,31 @@ bool PrefixCache::Shed(Node* leaf) {
     node->covers = needs->level();
     ++changes_;
   }
-  return ledger_->free_bytes() > free;
+  return true;
 }
 
 // Gives up snapshots of the leaf's own branch used before `time`, all but the last two before each
-// place that was used: who begins like it most likely parts from it near its end.
-void PrefixCache::ShedSnapshots(Node* leaf, int64_t bytes, int64_t time) {
+// place that was used: who begins like it most likely parts from it near its end. False if some of
+// them may be left.
+bool PrefixCache::ShedSnapshots(Node* leaf, int64_t bytes, int64_t time) {
   std::vector<Node*> spare;
   int64_t use = leaf->last_use;
   int kept = 0;
-  for (Node* node = leaf; node->parent != nullptr && node->last_use < time; node = node->parent) {
+  bool whole = true;
+  for (Node* node = leaf; node->parent != nullptr; node = node->parent) {
     if (node != leaf && node->children > 1) break;
+    if (node->last_use >= time) {
+      whole = false;
+      break;
+    }
     if (std::exchange(use, node->last_use) != node->last_use) kept = 0;
     if (!node->snapshot.empty() && ++kept > 2) spare.push_back(node);
   }
   for (auto node = spare.rbegin(); node != spare.rend(); ++node) {
-    if (ledger_->free_bytes() >= bytes) return;
+    if (ledger_->free_bytes() >= bytes) return false;
     DropSnapshot(*node);
   }
+  return whole;
 }
 
 void PrefixCache::Drop(Node* node) {
@@ -211,11 +242,12 @@ void PrefixCache::Drop(Node* node) {
     }
     DropSnapshot(node);
     Node* parent = node->parent;
-    if (parent != nullptr) --parent->children;
+    if (parent != nullptr && --parent->children == 1) ++enriched_;  // a branch has become longer
     leaves_.erase({node->last_use, node});
     const auto [begin, end] = nodes_.equal_range(node->key);
     nodes_.erase(std::find_if(begin, end, [&](const auto& e) { return e.second.get() == node; }));
     if (parent != nullptr && parent->children == 0 && parent->useful()) {
+      parent->bare = -1;
       leaves_.emplace(parent->last_use, parent);
       return;
     }
