@@ -7,7 +7,8 @@
 //
 // --tflops is the rate of a large bf16 matrix product on this card (bench/gpu/rivals.py measures
 // it). --wave does only waves of so many chunks, not those that the operator chooses. --kernels
-// also prints the time of each kernel, between events, so that none overlaps another.
+// also prints the time of each kernel, between events, so that none overlaps another, and of a
+// prompt the sum of those that come after the features of keys and the gates are there.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -77,12 +78,16 @@ void ReportKernels(cudaStream_t stream, const std::function<void()>& run) {
     marks.clear();
   }
   std::printf("   ");
+  float prepared = 0;
   for (const std::string& name : names) {
     std::vector<float>& t = times[name];
     std::sort(t.begin(), t.end());
     std::printf(" %s %.1f", name.c_str(), t[t.size() / 2]);
+    if (name != "plan" && name != "prepare") prepared += t[t.size() / 2];
   }
-  std::printf(" us\n");
+  std::printf(" us");
+  if (times.count("prepare") > 0) std::printf("; after prepare %.1f", prepared);
+  std::printf("\n");
   std::fflush(stdout);
 }
 
@@ -280,11 +285,12 @@ int Main(int argc, char** argv) {
   const Setup bare{"H32 D128 F128x2 W0", 32, 32, 128, 128, 0, 0};
   const Setup grouped{"H32 Hkv8 D128 F128x2 W256", 32, 8, 128, 128, 256, 4};
   const Setup small{"H9 Hkv3 D64 F128x2 W64", 9, 3, 64, 128, 64, 4};
+  const Setup small_bare{"H9 Hkv3 D64 F128x2 W0", 9, 3, 64, 128, 0, 0};
   const Setup shipped{"H9 Hkv3 D64 F64x1 W320", 9, 3, 64, 64, 320, 4, 1};
   for (int N : {1, 8, 32, 64, 128, 256}) BenchDecode(shipped, N, stream, m);
   for (const Setup& s : {wide, bare, grouped, small})
     for (int N : {1, 8, 32, 128}) BenchDecode(s, N, stream, m);
-  for (const Setup& s : {wide, bare, grouped, small, shipped})
+  for (const Setup& s : {wide, bare, grouped, small, small_bare, shipped})
     for (int T : {2048, 8192, 65536})
       for (int wave : m.wave > 0 ? std::vector<int>{m.wave} : std::vector<int>{32, 0})
         BenchPrefill(s, T, wave, stream, m);

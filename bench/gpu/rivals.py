@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Times what the dual-state operator is measured against, on the same card: PyTorch's softmax attention (cuDNN and
-FlashAttention, whichever is faster), causal over a prompt and of one new token over a cache, a device copy and a large
-matrix product. Medians of CUDA events.
+FlashAttention, whichever is faster), causal over a prompt, and, where flash-linear-attention is installed, its chunk_gla,
+whose keys have the features of both states; a device copy and a large matrix product. Medians of CUDA events.
 
 Usage: rivals.py   (needs PyTorch with CUDA)
 """
@@ -10,6 +10,11 @@ import sys
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+try:
+    from fla.ops.gla import chunk_gla
+except ImportError:
+    chunk_gla = None
 
 
 def median_ms(run, repeats=11):
@@ -41,6 +46,14 @@ def attention(q, k, v, causal, grouped):
     return best
 
 
+def gated_linear_attention(heads, tokens, features, dim):
+    """Features and log gates are given; what a layer of DSLA makes of q and k before that is not in it."""
+    q, k, g = (torch.rand(1, tokens, heads, features, device="cuda") for _ in range(3))
+    q, k, g = q.bfloat16(), k.bfloat16(), -0.1 * g
+    v = torch.randn(1, tokens, heads, dim, device="cuda", dtype=torch.bfloat16)
+    return median_ms(lambda: chunk_gla(q, k, v, g, scale=1.0, output_final_state=True))
+
+
 def main():
     if not torch.cuda.is_available():
         print("rivals: no CUDA device here", file=sys.stderr)
@@ -59,6 +72,13 @@ def main():
             )
             ms, name = attention(q, k, v, True, heads != kv_heads)
             print(f"causal softmax H {heads} Hkv {kv_heads} D {dim} T {tokens}: {1000 * ms:.1f} us ({name})")
+    if chunk_gla is None:
+        print("chunk_gla: skipped, flash-linear-attention is not installed")
+        return 0
+    for heads, dim in ((32, 128), (9, 64)):
+        for tokens in (2048, 8192, 65536):
+            ms = gated_linear_attention(heads, tokens, 256, dim)
+            print(f"chunk_gla H {heads} F 256 D {dim} T {tokens}: {1000 * ms:.1f} us")
     return 0
 
 
