@@ -8,7 +8,9 @@
 #include <random>
 #include <thread>
 #include <tuple>
+#include <utility>
 
+#include "base/clock.h"
 #include "engine/engine.h"
 #include "engine/testing/stream_device.h"
 #include "engine/testing/test_engine.h"
@@ -383,6 +385,46 @@ TEST_F(EngineDeviceTest, ADeviceThatFailsAtACopyFailsEverybody) {
     }
     EXPECT_EQ(engine->state().device_error, "gone");
     EXPECT_TRUE(engine.Submit(Ask(3))->Wait().status.ok()) << "nothing of it is left";
+  }
+}
+
+// Whoever has just had the last token, or whose deadline has passed, when the copy fails, too.
+TEST_F(EngineDeviceTest, ADeviceThatFailsAtACopyLosesNoEnd) {
+  for (const bool at_commit : {true, false}) {
+    std::atomic<bool> fails = at_commit;
+    std::function<void()> note = [] {};
+    OnStream on({.choose = OneMore,
+                 .note = [&](const char*, int) { note(); },
+                 .copies =
+                     [&] {
+                       if (fails) throw DeviceError("gone");
+                     }});
+    TestEngine engine(on.small.model(), *tokenizer_, Options());
+    Request copied = Ask(9, std::vector<int32_t>(40, 7));
+    copied.tier = Tier::kExact;
+    copied.level = kL;
+    Request ends = Ask(at_commit ? 1 : 400);
+    ends.sampling.presence_penalty = 0.5f;  // so that nothing is begun behind
+    ends.tier = Tier::kFull;
+    std::vector<std::shared_ptr<RecordingSink>> sinks = {std::make_shared<RecordingSink>(),
+                                                         std::make_shared<RecordingSink>()};
+    if (at_commit) {
+      EXPECT_FALSE(engine->SubmitAll({{ends, sinks[0]}, {copied, sinks[1]}}).has_value());
+    } else {
+      EXPECT_TRUE(engine.Submit(copied)->Wait().status.ok());  // which leaves states
+      ends.deadline = NowSeconds() + 0.2;
+      bool submitted = false;
+      note = [&] {
+        if (std::exchange(submitted, true)) return;
+        EXPECT_FALSE(engine->Submit(copied, sinks[1]).has_value());
+        std::this_thread::sleep_for(std::chrono::milliseconds(300));
+        fails = true;
+      };
+      EXPECT_FALSE(engine->Submit(ends, sinks[0]).has_value());
+    }
+    for (const auto& sink : sinks)
+      EXPECT_EQ(sink->Wait().status.message(), "the device failed: gone");
+    ExpectNoLeak(engine);
   }
 }
 

@@ -325,8 +325,15 @@ void Worker::EndAll(const Status& why) {
     ended.status = why;
     Finish(ended);
   }
-  DSLA_CHECK(active_.empty());
+  // Those that the scheduler had ended in the call that threw.
+  while (!active_.empty()) {
+    EndedSequence ended;
+    ended.id = active_.begin()->first;
+    ended.status = why;
+    Finish(ended);
+  }
   SettleQueue();
+  Publish(NowSeconds(), 0, {}, 0);
 }
 
 void Worker::SettleQueue() {
