@@ -139,6 +139,21 @@ TEST_F(EngineDeviceTest, TheNextStepBeginsBeforeTokensAreRead) {
   ExpectNoLeak(engine);
 }
 
+// A request is waiting or running at any time, also in the first step of all.
+TEST_F(EngineDeviceTest, WhoeverIsInAStepIsSaidToRun) {
+  std::function<void()> note = [] {};
+  OnStream on({.choose = OneMore, .note = [&](const char*, int) { note(); }});
+  TestEngine engine(on.small.model(), *tokenizer_, Options());
+  std::vector<std::pair<int, int>> seen;
+  note = [&] {
+    const EngineState state = engine->state();
+    seen.emplace_back(state.queued, state.running);
+  };
+  EXPECT_TRUE(engine.Submit(Ask(2))->Wait().status.ok());
+  ExpectNoLeak(engine);
+  EXPECT_THAT(seen, ::testing::Each(std::pair(0, 1)));
+}
+
 // So do those with prompts, and whoever comes while one runs is in the next.
 TEST_F(EngineDeviceTest, ANewPromptComesIntoTheStepBehindOneWithPrompts) {
   std::vector<std::vector<std::pair<int, bool>>> begun;  // rows of each sequence, whether fed
