@@ -4,9 +4,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <csignal>
 #include <cstdio>
+#include <exception>
 #include <filesystem>
+#include <new>
 #include <thread>
 
 #include "base/clock.h"
@@ -74,6 +77,7 @@ class Program {
   // Until no request is left, for so many seconds at most; false: a signal came to end at once.
   bool WaitIdle(SignalQueue& signals, double seconds);
   bool Drain(SignalQueue& signals);  // likewise
+  bool WaitEngine() const;           // false: it is in a step that does not end
 
  private:
   Status LoadAll();
@@ -134,7 +138,13 @@ Status Program::Listen() {
 }
 
 void Program::Load() {
-  load_status_ = LoadAll();
+  try {
+    load_status_ = LoadAll();
+  } catch (const std::bad_alloc&) {
+    load_status_ = ResourceExhausted("out of memory while the model was loaded and measured");
+  } catch (const std::exception& error) {  // of a device
+    load_status_ = Error(StatusCode::kInternal, "loading the model: {}", error.what());
+  }
   loaded_.store(true);
   kill(getpid(), SIGUSR1);  // the main thread need not wait for its next look
 }
@@ -337,6 +347,15 @@ bool Program::Drain(SignalQueue& signals) {
   return WaitIdle(signals, kLastAnswers);
 }
 
+bool Program::WaitEngine() const {
+  const double deadline = NowSeconds() + kLastAnswers;
+  while (engine_ != nullptr && !engine_->state().idle) {
+    if (NowSeconds() >= deadline) return false;
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+  return true;
+}
+
 void LogConfig(Log& log, const std::vector<ConfigValue>& config) {
   std::vector<LogField> fields;
   for (const ConfigValue& value : config) {
@@ -410,6 +429,10 @@ int Serve(CLI::App& command, ServeArgs& args) {
   }
   if (!program.Drain(signals)) {
     log->Write(LogLevel::kWarning, "stopped_at_once");
+    Leave(*log, 1);
+  }
+  if (!program.WaitEngine()) {  // destructors would wait for it
+    log->Write(LogLevel::kWarning, "stopped_in_a_step");
     Leave(*log, 1);
   }
   program.Watch();

@@ -173,6 +173,40 @@ def check_drain_limit(program, model):
         check(running.process.wait(20) == 0, "Control-C too")
 
 
+def with_context(folder, tokens):
+    """A small model whose config.json allows so many."""
+    small_model.write(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": tokens}))
+    return folder
+
+
+def check_long_step(program, folder):
+    """A prompt in one step of many seconds, which no cancel ends."""
+    model, tokens = with_context(folder / "long", 65536), 40000
+    options = ["--max-batch-tokens", tokens, "--memory", "256M", "--drain-timeout", "0.3"]
+    with serving(program, "--model", model, *ONE, *options) as running:
+        connection = socket.create_connection(("127.0.0.1", running.port), 60)
+        connection.sendall(request_bytes(prompt=[5] * tokens, max_tokens=1))
+        reader, _ = read_all(connection)
+        check(wait_for(lambda: call(running, "GET", "/v1/dsla").json["running"]["count"] == 1), "a long step")
+        started = time.monotonic()
+        code = running.terminate(60)
+        seconds = time.monotonic() - started
+        check(code == 1 and seconds < 8, f"is not waited for after SIGTERM: exit code {code} after {seconds:.1f} s")
+        check("stopped_in_a_step" in running.log_end(20), "and the log says so")
+        reader.join(20)
+
+
+def check_no_memory(program, folder):
+    """Addresses for all but the tables of a context that long."""
+    model = with_context(folder / "large", 200_000_000)
+    command = ["sh", "-c", 'ulimit -v 6000000; exec "$@"', "sh", program, "serve", "--model", model, *ONE, "--port", "0"]
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60)
+    line = (result.stderr.strip().splitlines() or [""])[-1]
+    check(result.returncode == 2 and line.startswith("dsla: out of memory"), f"too little memory to load: {result.returncode}, {line!r}")
+
+
 def check_hangup_and_pipe(program, folder, model):
     log = folder / "serve.log"
     with serving(program, "--model", model, *ONE, "--log-file", log) as running:
@@ -299,6 +333,8 @@ def main():
             lambda: check_refusals(arguments.program, folder, model),
             lambda: check_second_signal(arguments.program, model),
             lambda: check_drain_limit(arguments.program, model),
+            lambda: check_long_step(arguments.program, folder),
+            lambda: check_no_memory(arguments.program, folder),
             lambda: check_hangup_and_pipe(arguments.program, folder, model),
             lambda: check_start(arguments.program, model),
             lambda: check_full_disk(arguments.program, model),
