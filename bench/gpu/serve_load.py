@@ -9,7 +9,7 @@ Usage: serve_load.py [--url URL] [--clients N] [--seconds S] [--prompt LEAST MOS
 
 import argparse
 import asyncio
-import multiprocessing
+import concurrent.futures
 import pathlib
 import random
 import sys
@@ -46,8 +46,8 @@ async def some_clients(args, seeds, level, start):
     return sum(await asyncio.gather(*(one_client(args, seed, level, start) for seed in seeds)), [])
 
 
-def process(args, seeds, level, start, queue):
-    queue.put(asyncio.run(some_clients(args, seeds, level, start)))
+def process(args, seeds, level, start):
+    return asyncio.run(some_clients(args, seeds, level, start))
 
 
 def tokens_within(record, begin, end):
@@ -66,17 +66,12 @@ def shares(values):
 
 
 def load(args, level):
-    start, queue = time.monotonic(), multiprocessing.Queue()
+    start = time.monotonic()
     seeds = [1000 * (level + 1) + i for i in range(args.clients)]
-    processes = [
-        multiprocessing.Process(target=process, args=(args, seeds[i::PROCESSES], level, start, queue))
-        for i in range(min(PROCESSES, args.clients))
-    ]
-    for each in processes:
-        each.start()
-    records = sum((queue.get() for _ in processes), [])
-    for each in processes:
-        each.join()
+    count = min(PROCESSES, args.clients)
+    with concurrent.futures.ProcessPoolExecutor(count) as pool:
+        parts = [pool.submit(process, args, seeds[i::count], level, start) for i in range(count)]
+        records = sum((part.result() for part in parts), [])
     counted = 0.2 * args.seconds
     tokens = sum(tokens_within(record, counted, args.seconds) for record in records)
     later = [record for record in records if record.ok and record.due >= counted]

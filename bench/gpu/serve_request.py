@@ -6,29 +6,34 @@ Usage: serve_request.py [--url URL] [--prompt TOKENS] [--reply TOKENS] [--levels
 """
 
 import argparse
-import http.client
-import json
-import threading
+import asyncio
+import pathlib
+import sys
 import time
-import urllib.parse
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "serving"))
+
+import client as load_client
 
 
-def ask(url, body, result):
-    target = urllib.parse.urlparse(url)
-    connection = http.client.HTTPConnection(target.hostname, target.port, timeout=600)
-    begin = time.perf_counter()
-    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    if response.status != 200:
-        raise SystemExit(f"{response.status}: {response.read().decode()}")
-    first, tokens = None, 0
-    for line in response:
-        if not line.startswith(b"data: {"):
-            continue
-        if first is None:
-            first = time.perf_counter() - begin
-        tokens += len(json.loads(line[6:])["choices"]) > 0
-    result.append((first, time.perf_counter() - begin, tokens))
+def body_of(args, seed, tokens, level):
+    return {
+        "prompt": [(seed * 7919 + i * 104729) % 40000 + 5 for i in range(tokens)], "max_tokens": args.reply,
+        "temperature": 0, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},
+        "return_token_ids": True, "dsla": {"level": level},
+    }
+
+
+async def ask(args, bodies):
+    """The records of requests that are sent at once; `first` is also of a token without text."""
+    client, start = load_client.Client(args.url), time.monotonic()
+    records = await asyncio.gather(
+        *(client.stream("/v1/completions", body, load_client.Record("request", due=0.0), start) for body in bodies)
+    )
+    for record in records:
+        if not record.ok:
+            raise SystemExit(record.error or f"status {record.status}")
+    return records
 
 
 def main():
@@ -40,39 +45,19 @@ def main():
     parser.add_argument("--together", type=int, default=0, help="then so many requests at once, of a quarter of the prompt")
     args = parser.parse_args()
 
-    def body(seed, tokens, level):
-        return {
-            "prompt": [(seed * 7919 + i * 104729) % 40000 + 5 for i in range(tokens)],
-            "max_tokens": args.reply,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "dsla": {"level": level},
-        }
-
     for seed, level in enumerate(args.levels):
         for repetition in range(2):
-            result = []
-            ask(args.url, body(2 * seed + repetition, args.prompt, level), result)
-            first, total, tokens = result[0]
+            (record,) = asyncio.run(ask(args, [body_of(args, 2 * seed + repetition, args.prompt, level)]))
             print(
-                f"level {level}: {args.prompt} tokens in, {tokens} out: first after {first:.3f} s, all in {total:.3f} s, "
-                f"{1e3 * (total - first) / max(1, tokens - 1):.2f} ms a token",
+                f"level {level}: {record.prompt_tokens} tokens in, {record.completion_tokens} out: first after "
+                f"{record.first:.3f} s, all in {record.done:.3f} s, {1e3 * (record.tpot or 0):.2f} ms a token",
                 flush=True,
             )
     for level in args.levels if args.together else []:
-        result = []
-        threads = [
-            threading.Thread(target=ask, args=(args.url, body(100 + 1000 * level + i, args.prompt // 4, level), result))
-            for i in range(args.together)
-        ]
-        begin = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        seconds = time.perf_counter() - begin
-        tokens = sum(r[2] for r in result)
+        bodies = [body_of(args, 100 + 1000 * level + i, args.prompt // 4, level) for i in range(args.together)]
+        records = asyncio.run(ask(args, bodies))
+        seconds = max(record.done for record in records)
+        tokens = sum(record.completion_tokens for record in records)
         print(f"level {level}: {args.together} at once: {seconds:.2f} s, {tokens / seconds:.0f} tokens/s out", flush=True)
 
 

@@ -19,7 +19,7 @@ class Record:
     first: float = 0.0  # first token; 0 = none came
     last: float = 0.0
     done: float = 0.0
-    chunks: int = 0  # that carried text
+    chunks: int = 0  # that carried text, or a token's id where `return_token_ids` asks for it
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
@@ -177,7 +177,7 @@ def note_event(record, event, now):
         record.error = event["error"].get("message", "error event")
         return
     for choice in event.get("choices", []):
-        if choice.get("delta", {}).get("content") or choice.get("text"):
+        if choice.get("delta", {}).get("content") or choice.get("text") or choice.get("token_ids"):
             record.first = record.first or now
             record.last = now
             record.chunks += 1

@@ -85,6 +85,12 @@ class Client(unittest.TestCase):
         pieces = [REPLY[a:b] for a, b in zip([0, *cuts], [*cuts, len(REPLY)])]
         self.check_reply(ask(SSE_HEAD + chunked(pieces), piece=11))
 
+    def test_a_token_without_text_counts_where_ids_are_asked_for(self):
+        record = load_client.Record("completion", 0.0)
+        for now, fields in enumerate(({"text": "", "token_ids": [7]}, {"text": "a", "token_ids": [8]}, {"text": "", "token_ids": []}), 1):
+            load_client.note_event(record, {"choices": [{"index": 0, "finish_reason": None, **fields}]}, now)
+        self.assertEqual((record.first, record.last, record.chunks), (1, 2, 2))
+
     def test_refusal(self):
         body = json.dumps({"error": {"message": "the queue is full"}}).encode()
         record = ask(b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 3\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
