@@ -50,6 +50,157 @@ __device__ __forceinline__ void FetchValues(const PrefillParams& p, uint4* to, c
   }
 }
 
+// Block b of the channels, or, behind the last, V and the window's part; nothing after that.
+template <int D>
+__device__ __forceinline__ void FetchBlock(const PrefillParams& p, OutputShared<D>& shared, int b,
+                                           int blocks) {
+  const Layer& l = p.layer;
+  const int stage = b % OutputShared<D>::kStages, head = blockIdx.x, h = head / l.G;
+  if (b == blocks) {
+    const Chunk chunk = ChunkOf(p, blockIdx.y);
+    FetchValues<D>(p, shared.key[stage], chunk, h);
+    if (l.W > 0)
+      CopyTile<D, kThreads>(shared.matrix[stage], p.out + (FirstRow(l, chunk) * l.H + head) * D,
+                            int64_t{l.H} * D, chunk.lo, chunk.hi);
+  }
+  if (b >= blocks) return;
+  const int64_t at = (int64_t{blockIdx.y} * l.Hkv + h) * l.SF + b * D;
+  FetchRows<D, D>(shared.matrix[stage], p.state + at * D);
+  FetchRows<D, kChunk>(shared.key[stage], p.key + at * kChunk);
+  if constexpr (OutputShared<D>::kGrowth)
+    FetchMatrix<D>(shared.growth[stage], p.growth + at * (kChunk / 2));
+  if (threadIdx.x < D / 4)
+    CopyAsync(shared.norm[stage] + threadIdx.x, p.norm + at + 4 * threadIdx.x);
+}
+
+// The functions below have a warp's rows 16 warp + g and that + 8, g and t being the lane's.
+
+// q as A operand, zeros in place of rows that are not the chunk's.
+template <int D>
+__device__ __forceinline__ void LoadQueries(uint32_t (&q)[D / 16][4], const PrefillParams& p,
+                                            const Chunk& chunk, int warp, int lane) {
+  const int64_t row0 = FirstRow(p.layer, chunk);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int j = 16 * warp + lane / 4 + 8 * i;
+    const bool valid = j >= chunk.lo && j < chunk.hi;
+    const __nv_bfloat16* from = p.q + (valid ? (row0 + j) * p.q_stride + blockIdx.x * D : 0);
+#pragma unroll
+    for (int c = 0; c < D / 16; ++c) {
+      const __nv_bfloat16* at = from + 16 * c + 2 * (lane % 4);
+      q[c][i] = valid ? *reinterpret_cast<const uint32_t*>(at) : 0;
+      q[c][2 + i] = valid ? *reinterpret_cast<const uint32_t*>(at + 8) : 0;
+    }
+  }
+}
+
+template <int D>
+__device__ __forceinline__ void AddFeatures(float (&y)[D / 8][4], const uint32_t (&q)[D / 16][4],
+                                            const uint4* phi_q, int lane) {
+#pragma unroll
+  for (int c = 0; c < D / 16; ++c)
+#pragma unroll
+    for (int j = 0; j < D / 16; ++j) {
+      const uint4 b = phi_q[(c * (D / 16) + j) * 32 + lane];
+      Mma(y[2 * j], q[c], b.x, b.y);
+      Mma(y[2 * j + 1], q[c], b.z, b.w);
+    }
+}
+
+// score += Q~ K~^T, acc += Q~ (e^R S), of channels [16 c, 16 c + 16) of a block.
+template <int D>
+__device__ __forceinline__ void AddChannels(float (&score)[8][4], float (&acc)[D / 8][4],
+                                            const uint32_t (&a)[4], uint32_t key, uint32_t state,
+                                            int c, int warp, int lane) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    if (j > warp) continue;  // later than all of this warp's rows
+    uint32_t k[4];
+    LoadMatrix(k,
+               key + 16 * Swizzle<D / 8>(16 * j + lane % 8 + lane / 16 * 8, 2 * c + lane / 8 % 2));
+    Mma(score[2 * j], a, k[0], k[1]);
+    Mma(score[2 * j + 1], a, k[2], k[3]);
+  }
+#pragma unroll
+  for (int j = 0; j < D / 16; ++j) {
+    uint32_t s[4];
+    LoadMatrix(
+        s, state + 16 * Swizzle<D / 8>(16 * j + lane % 8 + lane / 16 * 8, 2 * c + lane / 8 % 2));
+    Mma(acc[2 * j], a, s[0], s[1]);
+    Mma(acc[2 * j + 1], a, s[2], s[3]);
+  }
+}
+
+// acc += tril(score) V, norm += its rows' sums.
+template <int D>
+__device__ __forceinline__ void AddChunkValues(float (&acc)[D / 8][4], float (&norm)[2],
+                                               const float (&score)[8][4], uint32_t v, int warp,
+                                               int lane) {
+#pragma unroll
+  for (int c = 0; c < kChunk / 16; ++c) {
+    if (c > warp) continue;  // all zeros
+    uint32_t a[4];
+    MaskScores(a, score, c, warp, lane, norm);
+#pragma unroll
+    for (int j = 0; j < D / 16; ++j) {
+      uint32_t b[4];
+      LoadMatrixTransposed(b, v + 16 * Swizzle<D / 8>(16 * c + lane % 16, 2 * j + lane / 16));
+      Mma(acc[2 * j], a, b[0], b[1]);
+      Mma(acc[2 * j + 1], a, b[2], b[3]);
+    }
+  }
+}
+
+// What the rows' shares are told by: the window's log-sum-exp, and the claim.
+struct WindowSums {
+  float lse[2] = {}, claim[2] = {};
+  __device__ __forceinline__ WindowSums(const PrefillParams& p, const Chunk& chunk, int warp,
+                                        int lane) {
+    const Layer& l = p.layer;
+    const int head = blockIdx.x;
+    const int64_t row0 = FirstRow(l, chunk);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int j = 16 * warp + lane / 4 + 8 * r;
+      if (l.W == 0 || j < chunk.lo || j >= chunk.hi) continue;
+      lse[r] = p.lse[(int64_t{blockIdx.y} * l.H + head) * kChunk + j];
+      claim[r] = p.claim[(row0 + j) * l.H + head];
+    }
+  }
+};
+
+// The states' part merged with the window's, which is in `window`.
+template <int D>
+__device__ __forceinline__ void WriteRows(const PrefillParams& p, const Chunk& chunk,
+                                          const float (&acc)[D / 8][4], const float (&norm)[2],
+                                          const WindowSums& sums, const uint4* window, int warp,
+                                          int lane) {
+  const Layer& l = p.layer;
+  const int64_t row0 = FirstRow(l, chunk);
+  const int t = lane % 4;
+  const uint32_t* from = reinterpret_cast<const uint32_t*>(window) + t;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float denominator = QuadSum(norm[r]);
+    const int j = 16 * warp + lane / 4 + 8 * r;
+    if (j < chunk.lo || j >= chunk.hi) continue;
+    const float scaled = 1 / (denominator + kDslaEpsilon);
+    uint32_t* out = reinterpret_cast<uint32_t*>(p.out + ((row0 + j) * l.H + blockIdx.x) * D) + t;
+    float w = 1;
+    if (l.W > 0) w = StatesShare(denominator, sums.lse[r], sums.claim[r]);
+#pragma unroll
+    for (int c = 0; c < D / 8; ++c) {
+      float x0 = w * (acc[c][2 * r] * scaled), x1 = w * (acc[c][2 * r + 1] * scaled);
+      if (l.W > 0) {
+        const uint32_t x = from[4 * Swizzle<D / 8>(j, c)];
+        x0 += (1 - w) * Low(x);
+        x1 += (1 - w) * High(x);
+      }
+      out[4 * c] = Pack(x0, x1);
+    }
+  }
+}
+
 // grid (H, chunks of a wave)
 template <int D>
 __global__ void __launch_bounds__(kThreads, D == 128 ? 2 : 3)
@@ -59,68 +210,32 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 2 : 3)
   extern __shared__ __align__(16) std::byte memory[];
   auto& shared = *reinterpret_cast<OutputShared<D>*>(memory);
   const Layer& l = p.layer;
-  const int head = blockIdx.x, h = head / l.G;
+  const int head = blockIdx.x;
   const Chunk chunk = ChunkOf(p, blockIdx.y);
   if (chunk.n < 0) {
     AwaitPrevious();
     return;
   }
-  const int64_t part = int64_t{blockIdx.y} * l.Hkv + h;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int64_t part = int64_t{blockIdx.y} * l.Hkv + head / l.G;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int blocks = l.SF / D;
 
   FetchMatrix<D>(shared.matrix[kStages - 1], l.weights.phi_q + int64_t{head} * D * D);
   CommitCopies();
-  const auto fetch = [&](int b) {
-    if (b == blocks) {
-      const Chunk c = ChunkOf(p, blockIdx.y);
-      FetchValues<D>(p, shared.key[b % kStages], c, h);
-      if (l.W > 0)
-        CopyTile<D, kThreads>(shared.matrix[b % kStages], p.out + (FirstRow(l, c) * l.H + head) * D,
-                              int64_t{l.H} * D, c.lo, c.hi);
-    }
-    if (b >= blocks) return;
-    const int64_t at = part * l.SF + b * D;
-    FetchRows<D, D>(shared.matrix[b % kStages], p.state + at * D);
-    FetchRows<D, kChunk>(shared.key[b % kStages], p.key + at * kChunk);
-    if constexpr (kGrowth) FetchMatrix<D>(shared.growth[b % kStages], p.growth + at * (kChunk / 2));
-    if (threadIdx.x < D / 4)
-      CopyAsync(shared.norm[b % kStages] + threadIdx.x,
-                p.norm + part * l.SF + b * D + 4 * threadIdx.x);
-  };
-
   float y[D / 8][4] = {};
   {
     uint32_t q[D / 16][4];
-    const int64_t row0 = FirstRow(l, chunk);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int j = 16 * warp + g + 8 * i;
-      const bool valid = j >= chunk.lo && j < chunk.hi;
-      const __nv_bfloat16* from = p.q + (valid ? (row0 + j) * p.q_stride + head * D : 0);
-#pragma unroll
-      for (int c = 0; c < D / 16; ++c) {
-        q[c][i] = valid ? *reinterpret_cast<const uint32_t*>(from + 16 * c + 2 * t) : 0;
-        q[c][2 + i] = valid ? *reinterpret_cast<const uint32_t*>(from + 16 * c + 2 * t + 8) : 0;
-      }
-    }
+    LoadQueries<D>(q, p, chunk, warp, lane);
     AwaitPrevious();
     AllowNext();
 #pragma unroll
     for (int b = 0; b < kStages - 1; ++b) {
-      fetch(b);
+      FetchBlock<D>(p, shared, b, blocks);
       CommitCopies();
     }
     WaitCopies<kStages - 1>();
     __syncthreads();
-#pragma unroll
-    for (int c = 0; c < D / 16; ++c)
-#pragma unroll
-      for (int j = 0; j < D / 16; ++j) {
-        const uint4 b = shared.matrix[kStages - 1][(c * (D / 16) + j) * 32 + lane];
-        Mma(y[2 * j], q[c], b.x, b.y);
-        Mma(y[2 * j + 1], q[c], b.z, b.w);
-      }
+    AddFeatures<D>(y, q, shared.matrix[kStages - 1], lane);
     __syncthreads();  // phi_q's place is free
   }
   float log_sum[2][2];
@@ -129,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 2 : 3)
   const LogMix log_mix(l, head);
   float acc[D / 8][4] = {}, score[8][4] = {}, norm[2] = {};
   for (int b = 0; b < blocks; ++b) {
-    fetch(b + kStages - 1);
+    FetchBlock<D>(p, shared, b + kStages - 1, blocks);
     CommitCopies();
     const BlockOfFeatures features(b, l.F > D, log_mix, log_sum);
     const uint4* growth;
@@ -138,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 2 : 3)
     else
       growth = reinterpret_cast<const uint4*>(p.growth) +
                ((part * blocks + b) * 4 + warp) * (D * 2) + lane;
-    const float2* z = reinterpret_cast<const float2*>(shared.norm[b % kStages]) + t;
+    const float2* z = reinterpret_cast<const float2*>(shared.norm[b % kStages]) + lane % 4;
     uint4 ahead{};
     if (!kGrowth) ahead = growth[0];
     WaitCopies<kStages - 1>();
@@ -154,73 +269,16 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 2 : 3)
         ahead = growth[(c + 1) * 32];
       uint32_t a[4];
       MakeQueries<D>(a, y, c, features, grown, z, norm);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (j > warp) continue;  // later than all of this warp's rows
-        uint32_t k[4];
-        LoadMatrix(
-            k, key + 16 * Swizzle<D / 8>(16 * j + lane % 8 + lane / 16 * 8, 2 * c + lane / 8 % 2));
-        Mma(score[2 * j], a, k[0], k[1]);
-        Mma(score[2 * j + 1], a, k[2], k[3]);
-      }
-#pragma unroll
-      for (int j = 0; j < D / 16; ++j) {
-        uint32_t s[4];
-        LoadMatrix(s, state + 16 * Swizzle<D / 8>(16 * j + lane % 8 + lane / 16 * 8,
-                                                  2 * c + lane / 8 % 2));
-        Mma(acc[2 * j], a, s[0], s[1]);
-        Mma(acc[2 * j + 1], a, s[2], s[3]);
-      }
+      AddChannels<D>(score, acc, a, key, state, c, warp, lane);
     }
     __syncthreads();  // the other half's copies of the next round may overwrite this block
   }
   const Chunk again = ChunkOf(p, blockIdx.y);  // read twice: registers are short in between
-  const int64_t row0 = FirstRow(l, again);
-  float lse[2] = {}, claim[2] = {};
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int j = 16 * warp + g + 8 * r;
-    if (l.W == 0 || j < again.lo || j >= again.hi) continue;
-    lse[r] = p.lse[(int64_t{blockIdx.y} * l.H + head) * kChunk + j];
-    claim[r] = p.claim[(row0 + j) * l.H + head];
-  }
+  const WindowSums sums(p, again, warp, lane);
   WaitCopies<0>();
   __syncthreads();
-  const uint32_t* window = reinterpret_cast<const uint32_t*>(shared.matrix[blocks % kStages]) + t;
-  const uint32_t v = SharedAddress(shared.key[blocks % kStages]);
-#pragma unroll
-  for (int c = 0; c < kChunk / 16; ++c) {
-    if (c > warp) continue;  // all zeros
-    uint32_t a[4];
-    MaskScores(a, score, c, warp, lane, norm);
-#pragma unroll
-    for (int j = 0; j < D / 16; ++j) {
-      uint32_t b[4];
-      LoadMatrixTransposed(b, v + 16 * Swizzle<D / 8>(16 * c + lane % 16, 2 * j + lane / 16));
-      Mma(acc[2 * j], a, b[0], b[1]);
-      Mma(acc[2 * j + 1], a, b[2], b[3]);
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float denominator = QuadSum(norm[r]);
-    const int j = 16 * warp + g + 8 * r;
-    if (j < again.lo || j >= again.hi) continue;
-    const float scaled = 1 / (denominator + kDslaEpsilon);
-    uint32_t* out = reinterpret_cast<uint32_t*>(p.out + ((row0 + j) * l.H + head) * D) + t;
-    float w = 1;
-    if (l.W > 0) w = StatesShare(denominator, lse[r], claim[r]);
-#pragma unroll
-    for (int c = 0; c < D / 8; ++c) {
-      float x0 = w * (acc[c][2 * r] * scaled), x1 = w * (acc[c][2 * r + 1] * scaled);
-      if (l.W > 0) {
-        const uint32_t x = window[4 * Swizzle<D / 8>(j, c)];
-        x0 += (1 - w) * Low(x);
-        x1 += (1 - w) * High(x);
-      }
-      out[4 * c] = Pack(x0, x1);
-    }
-  }
+  AddChunkValues<D>(acc, norm, score, SharedAddress(shared.key[blocks % kStages]), warp, lane);
+  WriteRows<D>(p, again, acc, norm, sums, shared.matrix[blocks % kStages], warp, lane);
 }
 
 template <int D>

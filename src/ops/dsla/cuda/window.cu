@@ -35,6 +35,74 @@ inline constexpr int kBlocks = D == 128 ? 1 : 2;
 template <int D>
 inline constexpr int kStep = D == 128 ? kChunk : 32;
 
+// The block's parts, by two threads.
+__device__ __forceinline__ void PlaceParts(const PrefillParams& p, Part* parts, int h, int D) {
+  if (threadIdx.x >= 2) return;
+  const Layer& l = p.layer;
+  const int chunks = ChunksOfBlock(l), index = chunks * blockIdx.y;
+  const Chunk a = ChunkOf(p, index), none{-1, 0, 0, 0};
+  const Chunk b = chunks == 2 && index + 1 < p.wave_chunks ? ChunkOf(p, index + 1) : none;
+  const bool joined = a.n >= 0 && b.n == a.n && b.e0 == a.e0 + kChunk;
+  const Chunk chunk = threadIdx.x == 0 ? a : b;
+  Part part(p, chunk, h, D);
+  if (joined) {  // the two share tiles
+    part.base = a.e0;
+    part.from = max(l.S, a.e0 + a.lo);
+    part.to = b.e0 + b.hi + l.W;
+  } else if (threadIdx.x == 1) {
+    part.base -= TilesOf(l) * kChunk;
+  }
+  parts[threadIdx.x] = part;
+}
+
+// The second part's sinks behind the first's, unless they are the same.
+template <int D>
+inline constexpr int kSecondSinks = kChunk / 2 * D / 8;
+
+template <int D>
+__device__ __forceinline__ void FetchQueriesAndSinks(const PrefillParams& p,
+                                                     WindowShared<D>& shared, int h, bool joined) {
+  constexpr int kLast = WindowShared<D>::kStages - 1;
+  for (int i = 0; i < 2 && shared.part[i].chunk.n >= 0; ++i) {
+    const Part& part = shared.part[i];
+    CopyRows<D, kThreads>(shared.q[i], p.q + part.row * p.q_stride + blockIdx.x * D, p.q_stride, 0,
+                          part.chunk.lo, part.chunk.hi);
+    const int at = i * kSecondSinks<D>;
+    if (i == 0 || !joined)
+      FetchSinks<D, kThreads>(p, shared.k[kLast].pieces + at, shared.v[kLast].pieces + at, part, h);
+  }
+}
+
+// Log-sum-exp and result of a warp's rows.
+template <int D>
+__device__ __forceinline__ void WriteRows(const PrefillParams& p, const Part& part, int index,
+                                          const Rows<D>& rows, int warp, int lane) {
+  const Layer& l = p.layer;
+  const int head = blockIdx.x, g = lane / 4, t = lane % 4;
+  float inverse[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float all = QuadSum(rows.sum[r]);
+    inverse[r] = 1 / all;
+    const int j = 16 * warp + g + 8 * r;
+    if (t == 0 && j >= part.chunk.lo && j < part.chunk.hi)
+      p.lse[(int64_t{index} * l.H + head) * kChunk + j] = rows.base[r] * kLn2 + logf(all);
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int j = 16 * warp + g + 8 * r;
+    const bool valid = j >= part.chunk.lo && j < part.chunk.hi;
+    auto* out = reinterpret_cast<uint32_t*>(p.out + ((part.row + j) * l.H + head) * D) + RowWord(t);
+#pragma unroll
+    for (int c = 0; c < D / 16; ++c) {
+      const float(&a)[4] = rows.acc[c / 4][c % 4 * 2], (&b)[4] = rows.acc[c / 4][c % 4 * 2 + 1];
+      const uint2 words = RowWords(Pack(a[2 * r] * inverse[r], a[2 * r + 1] * inverse[r]),
+                                   Pack(b[2 * r] * inverse[r], b[2 * r + 1] * inverse[r]), t);
+      if (valid) *reinterpret_cast<uint2*>(out + 8 * c) = words;
+    }
+  }
+}
+
 // grid (H, chunks of a wave / chunks of a block)
 template <int D>
 __global__ void __launch_bounds__(kThreads, kBlocks<D>)
@@ -43,25 +111,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D>)
   extern __shared__ __align__(1024) std::byte memory[];
   auto& shared = *reinterpret_cast<WindowShared<D>*>(memory);
   const Layer& l = p.layer;
-  const int head = blockIdx.x, h = head / l.G;
+  const int h = blockIdx.x / l.G;
   AllowNext();  // reads nothing of the kernel before it, but ends only after it
   const int tiles = TilesOf(l);
-  if (threadIdx.x < 2) {
-    const int chunks = ChunksOfBlock(l), index = chunks * blockIdx.y;
-    const Chunk a = ChunkOf(p, index), none{-1, 0, 0, 0};
-    const Chunk b = chunks == 2 && index + 1 < p.wave_chunks ? ChunkOf(p, index + 1) : none;
-    const bool joined = a.n >= 0 && b.n == a.n && b.e0 == a.e0 + kChunk;
-    const Chunk chunk = threadIdx.x == 0 ? a : b;
-    Part part(p, chunk, h, D);
-    if (joined) {  // the two share tiles
-      part.base = a.e0;
-      part.from = max(l.S, a.e0 + a.lo);
-      part.to = b.e0 + b.hi + l.W;
-    } else if (threadIdx.x == 1) {
-      part.base -= tiles * kChunk;
-    }
-    shared.part[threadIdx.x] = part;
-  }
+  PlaceParts(p, shared.part, h, D);
   __syncthreads();
   const Part(&part)[2] = shared.part;
   if (part[0].chunk.n < 0) {  // nor is there a second
@@ -78,15 +131,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D>)
     FetchTile<D, kThreads>(p, shared.k[i % kStages], shared.v[i % kStages], of, h,
                            of.base + i * kChunk);
   };
-  uint4* sink_k = shared.k[kStages - 1].pieces;
-  uint4* sink_v = shared.v[kStages - 1].pieces;
-  constexpr int kSecondSinks = kChunk / 2 * D / 8;
-  for (int i = 0; i < 2 && part[i].chunk.n >= 0; ++i) {
-    CopyRows<D, kThreads>(shared.q[i], p.q + part[i].row * p.q_stride + head * D, p.q_stride, 0,
-                          part[i].chunk.lo, part[i].chunk.hi);
-    if (i == 0 || !joined)
-      FetchSinks<D, kThreads>(p, sink_k + i * kSecondSinks, sink_v + i * kSecondSinks, part[i], h);
-  }
+  FetchQueriesAndSinks<D>(p, shared, h, joined);
   CommitCopies();
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) {
@@ -94,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D>)
     CommitCopies();
   }
 
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, g = lane / 4, t = lane % 4;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // one for all of a warp
   const bool mine = part[group].chunk.n >= 0;
   const int begin = group ? second : 0;
@@ -109,10 +154,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D>)
   PublishCopies();
   __syncthreads();
   for (int i = 0; mine && i < sink_groups; ++i) {
-    const int at = i * kSinkPieces<D> + (joined ? 0 : group * kSecondSinks);
-    Attend<D, kSinkGroup, kSinkGroup>(rows, q, SharedAddress(sink_k + at),
-                                      SharedAddress(sink_v + at), scale, kSinkGroup * i, false,
-                                      of_sinks);
+    const int at = i * kSinkPieces<D> + (joined ? 0 : group * kSecondSinks<D>);
+    Attend<D, kSinkGroup, kSinkGroup>(rows, q, SharedAddress(shared.k[kStages - 1].pieces + at),
+                                      SharedAddress(shared.v[kStages - 1].pieces + at), scale,
+                                      kSinkGroup * i, false, of_sinks);
   }
   for (int i = 0; i < count; ++i) {
     WaitCopies<kStages - 2>();
@@ -130,31 +175,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D>)
                                   all_seen, of_window);
     }
   }
-
-  const Part& own = part[group];
-  float inverse[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float all = QuadSum(rows.sum[r]);
-    inverse[r] = 1 / all;
-    const int j = 16 * warp + g + 8 * r;
-    if (t == 0 && j >= own.chunk.lo && j < own.chunk.hi)
-      p.lse[(int64_t{ChunksOfBlock(l) * blockIdx.y + group} * l.H + head) * kChunk + j] =
-          rows.base[r] * kLn2 + logf(all);
-  }
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int j = 16 * warp + g + 8 * r;
-    const bool valid = j >= own.chunk.lo && j < own.chunk.hi;
-    auto* out = reinterpret_cast<uint32_t*>(p.out + ((own.row + j) * l.H + head) * D) + RowWord(t);
-#pragma unroll
-    for (int c = 0; c < D / 16; ++c) {
-      const float(&a)[4] = rows.acc[c / 4][c % 4 * 2], (&b)[4] = rows.acc[c / 4][c % 4 * 2 + 1];
-      const uint2 words = RowWords(Pack(a[2 * r] * inverse[r], a[2 * r + 1] * inverse[r]),
-                                   Pack(b[2 * r] * inverse[r], b[2 * r + 1] * inverse[r]), t);
-      if (valid) *reinterpret_cast<uint2*>(out + 8 * c) = words;
-    }
-  }
+  WriteRows<D>(p, part[group], ChunksOfBlock(l) * blockIdx.y + group, rows, warp, lane);
   AwaitPrevious();
 }
 
