@@ -9,11 +9,14 @@ Usage: compare_devices.py PROGRAM [--model GGUF] [--text FILE] [--levels 0 8 15 
 
 import argparse
 import json
-import subprocess
+import pathlib
 import sys
-import threading
-import time
+import tempfile
 import urllib.request
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "serving"))
+
+import server
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -29,39 +32,19 @@ QUESTIONS = [
 ]
 
 
-def ask(port, body):
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+def ask(url, body):
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=300) as response:
         return json.load(response)["choices"][0]["logprobs"]
 
 
-def replies(program, device, port, options, prompts, args):
-    server = subprocess.Popen(
-        [program, "serve", "--device", device, "--weights", "bf16", "--port", str(port), "--no-ui", *options],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    log = []
-    threading.Thread(target=lambda: log.extend(server.stderr), daemon=True).start()
-    try:
-        for _ in range(600):
-            if server.poll() is not None:
-                raise SystemExit(f"the server on {device} ended:\n{''.join(log)}")
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5)
-                break
-            except OSError:
-                time.sleep(0.2)
+def replies(device, options, prompts, args):
+    options = ["--device", device, "--weights", "bf16", "--no-ui", *options]
+    with tempfile.TemporaryDirectory() as folder, server.Server(options, f"{folder}/log", args.program) as running:
         return [
-            ask(port, {"prompt": prompt, "max_tokens": args.tokens, "temperature": 0, "logprobs": 5, "dsla": {"level": level}})
+            ask(running.url, {"prompt": prompt, "max_tokens": args.tokens, "temperature": 0, "logprobs": 5, "dsla": {"level": level}})
             for prompt, level in prompts
         ]
-    finally:
-        server.terminate()
-        server.wait(timeout=60)
 
 
 def main():
@@ -80,8 +63,8 @@ def main():
     questions = [f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n" for q in QUESTIONS]
     pieces = [text[2000 * i : 2000 * i + 3000 + 500 * i] for i in range(10)]
     prompts = [(p, args.levels[i % len(args.levels)]) for i, p in enumerate(questions + pieces)]
-    cpu = replies(args.program, "cpu", 8391, options, prompts, args)
-    gpu = replies(args.program, "cuda", 8392, options, prompts, args)
+    cpu = replies("cpu", options, prompts, args)
+    gpu = replies("cuda", options, prompts, args)
     same = ties = compared = 0
     bad = []
     for (prompt, level), want, got in zip(prompts, cpu, gpu):
