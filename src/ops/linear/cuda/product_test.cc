@@ -44,10 +44,11 @@ void CheckProduct(const Product& p, int T, int gap, bool f32, bool add) {
   const int64_t stride = out + gap, n = T * stride;
   const DeviceBytes x(Spread(p.x, in, kGap));
   // y before: values in rows, NaN between them, and in rows only with `add`.
-  std::vector<float> before = Random(n, 3, 10);
-  if (!f32) RoundToBf16(before);
-  for (int64_t i = 0; i < n; ++i)
-    if (!add || i % stride >= out) before[static_cast<size_t>(i)] = kNaN;
+  static const std::vector<float> period = Random(kPeriod, 3, 10);
+  std::vector<float> old = Repeated(period, int64_t{T} * out), before(static_cast<size_t>(n), kNaN);
+  if (!f32) RoundToBf16(old);
+  for (int64_t t = 0; add && t < T; ++t)
+    std::copy_n(old.begin() + t * out, out, before.begin() + t * stride);
   DeviceBytes y(n * (f32 ? 4 : 2));
   if (f32)
     y.Write(before.data());
@@ -64,16 +65,13 @@ void CheckProduct(const Product& p, int T, int gap, bool f32, bool add) {
   CheckCuda(cuda::SmallProduct(a, nullptr));
   const std::vector<float> got = f32 ? ReadAll<float>(y) : Floats(ReadBits(y));
 
-  std::vector<float> rows, old;
-  for (int64_t i = 0; i < n; ++i) {
-    const auto at = static_cast<size_t>(i);
-    if (i % stride >= out) {
-      ASSERT_TRUE(std::isnan(got[at])) << "written between rows, at " << i;
-      continue;
-    }
-    ASSERT_FALSE(std::isnan(got[at])) << "at " << i;
-    rows.push_back(got[at]);
-    old.push_back(before[at]);
+  std::vector<float> rows;
+  for (int64_t t = 0; t < T; ++t) {
+    const auto row = got.begin() + t * stride, end = row + out;
+    const auto is_nan = [](float value) { return std::isnan(value); };
+    ASSERT_TRUE(std::none_of(row, end, is_nan)) << "in row " << t;
+    ASSERT_TRUE(std::all_of(end, row + stride, is_nan)) << "written behind row " << t;
+    rows.insert(rows.end(), row, end);
   }
   old = p.Pick(old);
   std::vector<double> want(p.sums.begin(),

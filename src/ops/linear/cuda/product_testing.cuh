@@ -2,6 +2,10 @@
 // what it includes.
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
+#include "base/exec.h"
 #include "ops/linear/cuda/linear_cuda.h"
 #include "ops/norm_rope/cuda/norm_rope_cuda_testing.cuh"
 
@@ -16,12 +20,19 @@ inline std::ostream& operator<<(std::ostream& to, const Shape& shape) {
 
 inline constexpr int kMostRows = 257;
 
-// A short period makes large weights quick; it is prime, so that rows differ.
-inline std::vector<uint16_t> Values(int64_t n, uint32_t seed, float scale = 1) {
-  const std::vector<uint16_t> pool = Bits(RandomExact(65521, seed, scale));
-  std::vector<uint16_t> values(static_cast<size_t>(n));
-  for (size_t i = 0; i < values.size(); ++i) values[i] = pool[i % pool.size()];
+// A short period makes many values quick; it is prime, so that rows differ.
+inline constexpr int kPeriod = 65521;
+template <typename T>
+std::vector<T> Repeated(const std::vector<T>& period, int64_t n) {
+  std::vector<T> values;
+  values.reserve(static_cast<size_t>(n));
+  for (int64_t left = n; left > 0; left = n - std::ssize(values))
+    values.insert(values.end(), period.begin(),
+                  period.begin() + std::min<int64_t>(left, std::ssize(period)));
   return values;
+}
+inline std::vector<uint16_t> Values(int64_t n, uint32_t seed, float scale = 1) {
+  return Repeated(Bits(RandomExact(kPeriod, seed, scale)), n);
 }
 
 // Rows with `gap` NaNs after each.
@@ -44,17 +55,23 @@ struct Product {
         x(Values(int64_t{kMostRows} * s.in, 2)),
         device_weight(weight),
         step(int64_t{s.out} * s.in > (1 << 22) ? 37 : 1) {
-    for (int t = 0; t < referenced; ++t)
-      for (int j = 0; j < s.out; j += step) {
+    const int features = (s.out + step - 1) / step;
+    sums.resize(static_cast<size_t>(referenced) * static_cast<size_t>(features));
+    const std::vector<float> rows = Floats(x);
+    ParallelFor({.threads = ThreadCount(0)}, referenced > 0 ? features : 0, [&](int64_t f, int) {
+      const auto first = weight.begin() + f * step * s.in;
+      const std::vector<float> w = Floats({first, first + s.in});
+      for (int t = 0; t < referenced; ++t) {
+        const float* const row = rows.data() + int64_t{t} * s.in;
         double sum = 0;
-        for (int i = 0; i < s.in; ++i)
-          sum += double{ToFloat(bf16{weight[size_t(int64_t{j} * s.in + i)]})} *
-                 double{ToFloat(bf16{x[size_t(t * s.in + i)]})};
-        sums.push_back(sum);
+        for (int i = 0; i < s.in; ++i) sum += double{w[static_cast<size_t>(i)]} * double{row[i]};
+        sums[static_cast<size_t>(t * int64_t{features} + f)] = sum;
       }
+    });
   }
   // Of the features that `sums` has.
   std::vector<float> Pick(const std::vector<float>& y) const {
+    if (step == 1) return y;
     std::vector<float> picked;
     for (size_t row = 0; row < y.size(); row += static_cast<size_t>(shape.out))
       for (int j = 0; j < shape.out; j += step) picked.push_back(y[row + static_cast<size_t>(j)]);
