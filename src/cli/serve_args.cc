@@ -129,8 +129,9 @@ void AddEngine(CLI::App& command, ServeArgs& args) {
   count("--snapshot-stride", engine.snapshot_stride, 64,
         "least tokens between states kept for reuse, a multiple of 64");
   command
-      .add_flag("--deterministic", engine.deterministic,
-                "the same reply bit for bit, whatever else is running (slower)")
+      .add_flag(
+          "--deterministic", engine.deterministic,
+          "the same reply bit for bit, whatever else is running (slower, and on the CPU alone)")
       ->group(group);
   command
       .add_option("--request-timeout", args.request_timeout,
@@ -239,7 +240,8 @@ void ServeArgs::AddTo(CLI::App& command) {
   command.get_option("--memory")
       ->description(
           "cache memory, such as 512M or 2G [default: eight whole contexts, at most a quarter of "
-          "the memory that the machine or the container's limit gives]");
+          "the memory that the machine or the container's limit gives; on a GPU at most 85% of "
+          "what is free there]");
   command
       .add_option("--model-name", model_names,
                   "name by which clients ask for the model (may be given again) [default: its own]")
