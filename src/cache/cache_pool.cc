@@ -92,7 +92,9 @@ void CachePool::Touch(BlockKind kind, std::span<const int32_t> ids) {
     } catch (const std::bad_alloc&) {
       // A unit of memory is only given back with the last block in it, so what was trimmed may have
       // freed none. Of all free blocks some may.
-      Trim(resident_bytes());
+      const int64_t before = resident_bytes();
+      Trim(before);
+      if (resident_bytes() == before) throw;
       memory_->Back(Block(kind, id), config.bytes(kind));
     }
     word |= Ledger::Bit(id);
