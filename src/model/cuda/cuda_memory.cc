@@ -2,11 +2,16 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <new>
 #include <utility>
 
 namespace dsla::cuda {
 namespace {
+
+// Mapping one takes 90 us of an H200's host, and eight of the least 440 us. The larger they are,
+// the rarer is one whose pages a raise has freed all.
+constexpr size_t kUnitBytes = size_t{16} << 20;
 
 void CheckDriver(CUresult result, const char* what) {
   if (result == CUDA_SUCCESS) return;
@@ -45,10 +50,10 @@ CudaBlockMemory::CudaBlockMemory(const DriverApi& driver, int device, cudaStream
   property_.type = CU_MEM_ALLOCATION_TYPE_PINNED;
   property_.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
   property_.location.id = device;
-  size_t unit = 0;
-  CheckDriver(driver_.granularity(&unit, &property_, CU_MEM_ALLOC_GRANULARITY_MINIMUM),
+  size_t least = 0;
+  CheckDriver(driver_.granularity(&least, &property_, CU_MEM_ALLOC_GRANULARITY_MINIMUM),
               "asking for the granularity of memory");
-  unit_bytes_ = static_cast<int64_t>(unit);
+  unit_bytes_ = static_cast<int64_t>((kUnitBytes + least - 1) / least * least);
 }
 
 CudaBlockMemory::~CudaBlockMemory() {
@@ -68,6 +73,7 @@ Expected<std::byte*> CudaBlockMemory::Reserve(int64_t bytes) {
   Space& space = spaces_[begin];
   space.bytes = units * unit_bytes_;
   space.units.resize(static_cast<size_t>(units));
+  budget_bytes_ = std::max(budget_bytes_, space.bytes);
   return begin;
 }
 
@@ -76,8 +82,7 @@ void CudaBlockMemory::Release(std::byte* begin, int64_t) {
   cudaStreamSynchronize(stream_);
   Space& space = spaces_.at(begin);
   for (size_t i = 0; i < space.units.size(); ++i) {
-    if (space.units[i].blocks > 0)
-      Unmap(begin + static_cast<int64_t>(i) * unit_bytes_, space.units[i]);
+    if (space.units[i].handle != 0) Unmap(begin, space, static_cast<int64_t>(i));
   }
   driver_.address_free(reinterpret_cast<CUdeviceptr>(begin), static_cast<size_t>(space.bytes));
   spaces_.erase(begin);
@@ -89,36 +94,70 @@ CudaBlockMemory::Range CudaBlockMemory::UnitsOf(std::byte* block, int64_t bytes)
   return {it->first, &it->second, offset / unit_bytes_, (offset + bytes - 1) / unit_bytes_};
 }
 
-void CudaBlockMemory::Map(std::byte* at, Unit& unit) {
+// Within the budget as long as it can be: blocks of one kind may keep units that those of the other
+// would need whole.
+CudaBlockMemory::Handle CudaBlockMemory::Take(const Space& for_space) {
+  const bool within = (created_ + 1) * unit_bytes_ <= budget_bytes_;
+  if (spares_.empty() && (within || !MakeSpare(for_space))) {
+    Handle handle = 0;
+    const CUresult result =
+        driver_.create(&handle, static_cast<size_t>(unit_bytes_), &property_, 0);
+    if (result == CUDA_SUCCESS) {
+      ++created_;
+      return handle;
+    }
+    if (!MakeSpare(for_space)) CheckDriver(result, "creating cache memory");
+  }
+  const Handle handle = spares_.back();
+  spares_.pop_back();
+  return handle;
+}
+
+// Of a unit that no block is in, of another space if there is one; there the last, as the first are
+// used first.
+bool CudaBlockMemory::MakeSpare(const Space& for_space) {
+  for (const bool own : {false, true}) {
+    for (auto& [base, space] : spaces_) {
+      if ((&space == &for_space) != own || space.idle.empty()) continue;
+      cudaStreamSynchronize(stream_);  // a kernel that still runs may read it
+      Unmap(base, space, *space.idle.rbegin());
+      return true;
+    }
+  }
+  return false;
+}
+
+void CudaBlockMemory::Map(const Range& range, int64_t unit) {
+  const Handle handle = Take(*range.space);
+  const auto at = reinterpret_cast<CUdeviceptr>(range.base + unit * unit_bytes_);
   const auto bytes = static_cast<size_t>(unit_bytes_);
-  if (spares_.empty()) {
-    CheckDriver(driver_.create(&unit.handle, bytes, &property_, 0), "creating cache memory");
-  } else {
-    unit.handle = spares_.back();
-    spares_.pop_back();
-  }
-  const auto address = reinterpret_cast<CUdeviceptr>(at);
-  try {
-    CheckDriver(driver_.map(address, bytes, 0, unit.handle, 0), "mapping cache memory");
-  } catch (...) {
-    spares_.push_back(std::exchange(unit.handle, {}));
-    throw;
-  }
   CUmemAccessDesc access = {};
   access.location = property_.location;
   access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+  bool mapped = false;
   try {
-    CheckDriver(driver_.set_access(address, bytes, &access, 1), "opening cache memory");
+    CheckDriver(driver_.map(at, bytes, 0, handle, 0), "mapping cache memory");
+    mapped = true;
+    CheckDriver(driver_.set_access(at, bytes, &access, 1), "opening cache memory");
   } catch (...) {
-    Unmap(at, unit);
+    if (mapped) driver_.unmap(at, bytes);
+    spares_.push_back(handle);
     throw;
   }
+  range.space->units[static_cast<size_t>(unit)].handle = handle;
+  range.space->idle.insert(unit);
 }
 
-void CudaBlockMemory::Unmap(std::byte* at, Unit& unit) {
-  driver_.unmap(reinterpret_cast<CUdeviceptr>(at), static_cast<size_t>(unit_bytes_));
-  spares_.push_back(unit.handle);
-  unit = {};
+void CudaBlockMemory::Unmap(std::byte* base, Space& space, int64_t unit) {
+  driver_.unmap(reinterpret_cast<CUdeviceptr>(base + unit * unit_bytes_),
+                static_cast<size_t>(unit_bytes_));
+  spares_.push_back(space.units[static_cast<size_t>(unit)].handle);
+  space.units[static_cast<size_t>(unit)] = {};
+  space.idle.erase(unit);
+}
+
+void CudaBlockMemory::Leave(Space& space, int64_t unit) {
+  if (--space.units[static_cast<size_t>(unit)].blocks == 0) space.idle.insert(unit);
 }
 
 void CudaBlockMemory::Back(std::byte* block, int64_t bytes) {
@@ -126,34 +165,19 @@ void CudaBlockMemory::Back(std::byte* block, int64_t bytes) {
   const Range range = UnitsOf(block, bytes);
   for (int64_t i = range.first; i <= range.last; ++i) {
     Unit& unit = range.space->units[static_cast<size_t>(i)];
-    if (unit.blocks == 0) {
-      try {
-        Map(range.base + i * unit_bytes_, unit);
-      } catch (...) {  // as if nothing had been asked for
-        for (int64_t j = range.first; j < i; ++j) {
-          Unit& done = range.space->units[static_cast<size_t>(j)];
-          if (--done.blocks == 0) Unmap(range.base + j * unit_bytes_, done);
-        }
-        throw;
-      }
+    try {
+      if (unit.handle == 0) Map(range, i);
+    } catch (...) {  // as if nothing had been asked for
+      for (int64_t j = range.first; j < i; ++j) Leave(*range.space, j);
+      throw;
     }
-    ++unit.blocks;
+    if (unit.blocks++ == 0) range.space->idle.erase(i);
   }
 }
 
 void CudaBlockMemory::GiveBack(std::byte* block, int64_t bytes) {
-  cudaSetDevice(device_);
   const Range range = UnitsOf(block, bytes);
-  bool waited = false;
-  for (int64_t i = range.first; i <= range.last; ++i) {
-    Unit& unit = range.space->units[static_cast<size_t>(i)];
-    if (--unit.blocks > 0) continue;
-    if (!waited) {  // a kernel that still runs may read it
-      cudaStreamSynchronize(stream_);
-      waited = true;
-    }
-    Unmap(range.base + i * unit_bytes_, unit);
-  }
+  for (int64_t i = range.first; i <= range.last; ++i) Leave(*range.space, i);
 }
 
 void CudaBlockMemory::Copy(std::byte* to, const std::byte* from, int64_t bytes) {

@@ -1,11 +1,16 @@
 // The memory of cache blocks on a GPU: address space is reserved once, and units of physical memory
-// (2 MiB) are mapped where blocks are in use, so that pages and slots share one budget as they do
+// (16 MiB) are mapped where blocks are in use, so that pages and slots share one budget as they do
 // on the host.
+//
+// Mapping takes the host's time, a unit's as much whatever its size, so units are larger than the
+// driver's own, and one that no block is left in stays where it is until a block elsewhere needs
+// it.
 #pragma once
 
 #include <cuda.h>
 
 #include <map>
+#include <set>
 #include <vector>
 
 #include "cache/block_memory.h"
@@ -44,13 +49,15 @@ class CudaBlockMemory : public BlockMemory {
   void Zero(std::byte* block, int64_t bytes) override;
 
  private:
+  using Handle = CUmemGenericAllocationHandle;
   struct Unit {
-    CUmemGenericAllocationHandle handle = 0;
-    int blocks = 0;  // that reach into it and are backed
+    Handle handle = 0;  // 0: not mapped
+    int blocks = 0;     // that reach into it and are backed
   };
   struct Space {
     int64_t bytes = 0;
     std::vector<Unit> units;
+    std::set<int64_t> idle;  // units that are mapped and have no block
   };
   // The space that holds `block`, and the range of its units that the block reaches into.
   struct Range {
@@ -59,16 +66,21 @@ class CudaBlockMemory : public BlockMemory {
     int64_t first, last;
   };
   Range UnitsOf(std::byte* block, int64_t bytes);
-  void Map(std::byte* at, Unit& unit);
-  void Unmap(std::byte* at, Unit& unit);
+  void Map(const Range& range, int64_t unit);
+  void Unmap(std::byte* base, Space& space, int64_t unit);
+  void Leave(Space& space, int64_t unit);  // by one block
+  Handle Take(const Space& for_space);
+  bool MakeSpare(const Space& for_space);
 
   DriverApi driver_;
   CUmemAllocationProp property_ = {};
   cudaStream_t stream_;
   int device_;
   int64_t unit_bytes_ = 0;
-  std::map<std::byte*, Space> spaces_;                // by address
-  std::vector<CUmemGenericAllocationHandle> spares_;  // given back, to be mapped again
+  int64_t budget_bytes_ = 0;            // the largest space: each could be all of the budget
+  int64_t created_ = 0;                 // units
+  std::map<std::byte*, Space> spaces_;  // by address
+  std::vector<Handle> spares_;          // not mapped
 };
 
 }  // namespace dsla::cuda
