@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <map>
+#include <numeric>
 #include <random>
 #include <thread>
 #include <tuple>
@@ -152,6 +153,36 @@ TEST_F(EngineDeviceTest, WhoeverIsInAStepIsSaidToRun) {
   EXPECT_TRUE(engine.Submit(Ask(2))->Wait().status.ok());
   ExpectNoLeak(engine);
   EXPECT_THAT(seen, ::testing::Each(std::pair(0, 1)));
+}
+
+// Also where one is admitted, as its prompt is mostly cached, but has no rows in the step yet.
+TEST_F(EngineDeviceTest, WhoeverHasNoRowsYetIsCountedOnce) {
+  std::function<void()> note = [] {};
+  OnStream on({.choose = ChooseRow, .note = [&](const char*, int) { note(); }});
+  EngineOptions options = Options();
+  options.max_batch_tokens = 2 * kPage;
+  TestEngine engine(on.small.model(), *tokenizer_, options);
+  EXPECT_TRUE(engine.Submit(Ask(1, std::vector<int32_t>(40, 7)))->Wait().status.ok());
+  std::vector<Submission> together;
+  std::vector<std::shared_ptr<RecordingSink>> sinks;
+  for (int i = 0; i < 4; ++i) {
+    std::vector<int32_t> prompt(i == 0 ? 200 : 42, i == 0 ? 8 : 7);
+    sinks.push_back(std::make_shared<RecordingSink>());
+    together.push_back({Ask(1, std::move(prompt)), sinks.back()});
+  }
+  int least = 4, most = 0;
+  note = [&] {
+    const EngineState state = engine->state();
+    EXPECT_GE(state.queued, 0);
+    EXPECT_EQ(state.running,
+              std::accumulate(state.rows_per_level.begin(), state.rows_per_level.end(), 0));
+    least = std::min(least, state.queued + state.running);
+    most = std::max(most, state.queued + state.running);
+  };
+  EXPECT_FALSE(engine->SubmitAll(std::move(together)).has_value());
+  for (const auto& sink : sinks) EXPECT_TRUE(sink->Wait().status.ok());
+  EXPECT_EQ(most, 4);
+  EXPECT_EQ(least, 1);
 }
 
 // So do those with prompts, and whoever comes while one runs is in the next.

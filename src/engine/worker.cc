@@ -339,6 +339,11 @@ void Worker::EndAll(const Status& why) {
 void Worker::SettleQueue() {
   inbox_->Settle(std::exchange(left_queue_, 0), std::exchange(left_queue_tokens_, 0),
                  std::exchange(ended_, 0));
+  std::vector<int> rows_per_level = scheduler_.rows_per_level();
+  const std::lock_guard lock(state_mutex_);
+  state_.rows_per_level = std::move(rows_per_level);
+  state_.running = scheduler_.running();
+  state_.queued = scheduler_.waiting() - unstarted_;  // state() adds the others
 }
 
 void Worker::Publish(double begin, double model_seconds, const StepPlan& plan, int generated) {
@@ -346,15 +351,11 @@ void Worker::Publish(double begin, double model_seconds, const StepPlan& plan, i
   const auto held = [&](BlockKind kind) {
     return (ledger.used(kind) - ledger.idle(kind)) * ledger.config().bytes(kind);
   };
-  std::vector<int> rows_per_level = scheduler_.rows_per_level();
   const double oldest = scheduler_.oldest_arrival();
   const double now = NowSeconds();
   const std::lock_guard lock(state_mutex_);
   state_.last_progress = now;
   state_.target_level = std::min(scheduler_.target_level(), state_.max_level);
-  state_.rows_per_level = std::move(rows_per_level);
-  state_.running = scheduler_.running();
-  state_.queued = scheduler_.waiting() - unstarted_;  // state() adds the others
   oldest_arrival_ = oldest;
   state_.page_bytes = held(BlockKind::kPage);
   state_.state_bytes = held(BlockKind::kSlot);
@@ -378,7 +379,7 @@ EngineState Worker::state() const {
   EngineState state = state_;
   state.now = now;
   state.draining = inbox.draining;
-  state.queued += inbox.queued;
+  state.queued = std::max(0, state.queued + inbox.queued);  // the two are of different moments
   state.queued_tokens = inbox.queued_tokens;
   state.idle = inbox.accepted == 0;
   state.last_progress = std::max(state.last_progress, inbox.busy_since);

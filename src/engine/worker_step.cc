@@ -49,8 +49,6 @@ void Worker::NoteStarted(const StepPlan& plan) {
     left_queue_tokens_ += static_cast<int64_t>(active.request.prompt.size());
   }
   SettleQueue();
-  const std::lock_guard lock(state_mutex_);
-  state_.running = scheduler_.running();  // the step may take long, and the queue has them no more
 }
 
 // The device goes on with the next step when it has done this one; the host reads this one's tokens
