@@ -119,6 +119,21 @@ class EngineDeviceTest : public ::testing::Test {
     return request;
   }
 
+  // Raises, and starts at, any levels.
+  static std::unique_ptr<LevelPolicy> RandomPolicy(uint32_t seed) {
+    return std::make_unique<FunctionPolicy>(
+        [chance = std::mt19937(seed)](const LoadSnapshot& l) mutable {
+          LevelDecision decision;
+          decision.target = static_cast<int>(chance() % (kL + 1));
+          for (const SequenceLoad& sequence : l.running) {
+            if (sequence.level < sequence.max_level && chance() % 4 == 0)
+              decision.raises.push_back({sequence.id, sequence.level + 1});
+          }
+          decision.reason = "memory: a test";
+          return decision;
+        });
+  }
+
   const std::unique_ptr<Tokenizer> tokenizer_ = ByteTokenizer();
   int count_ = 0;
 };
@@ -569,18 +584,7 @@ TEST_F(EngineDeviceTest, HistoriesAreTrueUnderPressure) {
     // Of three: room for all, room for few, and many short prompts whose replies grow beyond it.
     const bool tight = seed % 3 == 2;
     options.memory_bytes = int64_t{4096} * (seed % 3 == 0 ? 2000 : tight ? 28 : 24 + random() % 60);
-    auto policy = std::make_unique<FunctionPolicy>(
-        [chance = std::mt19937(seed)](const LoadSnapshot& l) mutable {
-          LevelDecision decision;
-          decision.target = static_cast<int>(chance() % (kL + 1));
-          for (const SequenceLoad& sequence : l.running) {
-            if (sequence.level < sequence.max_level && chance() % 4 == 0)
-              decision.raises.push_back({sequence.id, sequence.level + 1});
-          }
-          decision.reason = "memory: a test";
-          return decision;
-        });
-    TestEngine engine(on.small.model(), *tokenizer_, options, std::move(policy));
+    TestEngine engine(on.small.model(), *tokenizer_, options, RandomPolicy(seed));
     std::vector<int32_t> conversation;
     for (int turn = 0; turn < 4; ++turn) {
       std::vector<Request> requests;
@@ -619,6 +623,66 @@ TEST_F(EngineDeviceTest, HistoriesAreTrueUnderPressure) {
   EXPECT_GT(preemptions, 20);
   EXPECT_GT(cancelled, 20);
   EXPECT_GT(cached, 500);
+}
+
+// The same beside steps and copies that fail, deadlines, log-probabilities of prompts, and bounds
+// and policies that change.
+TEST_F(EngineDeviceTest, HistoriesAreTrueBesideFaults) {
+  std::mt19937 faults(1);
+  const auto may_fail = [&](uint32_t one_in) {
+    if (faults() % one_in != 0) return;
+    if (faults() % 2 == 0) throw std::bad_alloc();
+    throw std::runtime_error("lost");
+  };
+  OnStream on({.choose = ChooseRow,
+               .note =
+                   [&](const char* what, int) {
+                     if (std::string_view(what) != "runs") may_fail(200);
+                   },
+               .copies =
+                   [&] {
+                     if (faults() % 20 == 0) throw std::bad_alloc();
+                   }});
+  std::map<StatusCode, int> ends;
+  for (uint32_t seed = 1; seed <= 60; ++seed) {
+    SCOPED_TRACE(::testing::Message() << "seed " << seed);
+    std::mt19937 random(seed);
+    EngineOptions options = Options();
+    options.snapshot_stride = kPage;
+    options.max_batch_tokens = static_cast<int>(kPage * (2 + random() % 8));
+    options.memory_bytes = int64_t{4096} * (seed % 3 == 0 ? 2000 : 24 + random() % 60);
+    TestEngine engine(on.small.model(), *tokenizer_, options, RandomPolicy(seed));
+    std::vector<std::pair<Request, std::shared_ptr<RecordingSink>>> asked;
+    for (int i = 0; i < 30; ++i) {
+      Request request = AnyRequest(random);
+      if (random() % 5 == 0) {
+        request.prompt_logprobs = true;
+        request.top_logprobs = static_cast<int>(random() % 3);
+        request.sampling.temperature = 0;
+      }
+      if (random() % 6 == 0) request.deadline = NowSeconds() + 1e-4 * (random() % 60);
+      const auto sink = std::make_shared<RecordingSink>();
+      if (engine->Submit(request, sink).has_value()) continue;  // too large at this bound
+      asked.emplace_back(request, sink);
+      if (random() % 10 == 0) engine->SetMaxLevel(static_cast<int>(random() % (kL + 1)));
+      if (random() % 15 == 0) engine->SetPolicy(RandomPolicy(random()));
+      if (random() % 10 == 0) engine->Cancel(asked[random() % asked.size()].first.id);
+    }
+    for (const auto& [request, sink] : asked) {
+      const Status& status = sink->Wait().status;
+      ExpectTrue(request, *sink);
+      ++ends[status.code()];
+      if (status.ok() && sink->Wait().finish == FinishReason::kLength) {
+        EXPECT_EQ(sink->Wait().generated_tokens, request.max_tokens);
+      }
+    }
+    ExpectNoLeak(engine);
+    const EngineState state = engine->state();
+    EXPECT_EQ(state.queued + state.running + state.queued_tokens, 0);
+  }
+  for (const StatusCode code : {StatusCode::kOk, StatusCode::kInternal, StatusCode::kCancelled,
+                                StatusCode::kResourceExhausted, StatusCode::kDeadlineExceeded})
+    EXPECT_GT(ends[code], 10) << static_cast<int>(code);
 }
 
 // What a request does to its logits goes to the device, as it is at each step.
