@@ -56,8 +56,11 @@ Status SequenceCache::Reserve(int count) {
   DSLA_ASSIGN_OR_RETURN(Reservation reservation, ledger_->Reserve(missing.pages, missing.slots));
   auto page = reservation.pages().begin();
   auto slot = reservation.slots().begin();
-  for (size_t layer = 0; layer < ladder_.size(); ++layer) {
-    if (is_dsla(static_cast<int>(layer))) {
+  // Layers that convert last first: what raises free lies together, and above what stays. A device
+  // gives memory back in units of many pages.
+  for (int rank = layers() - 1; rank >= 0; --rank) {
+    const int layer = ladder_[rank];
+    if (is_dsla(layer)) {
       if (slots_[layer] >= 0) continue;
       slots_[layer] = *slot++;
       fresh_slots_.push_back(slots_[layer]);

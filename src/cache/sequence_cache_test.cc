@@ -4,6 +4,7 @@
 
 #include <random>
 #include <set>
+#include <vector>
 
 namespace dsla {
 namespace {
@@ -29,6 +30,17 @@ TEST(SequenceCacheTest, PagesFollowTheTokensOfSoftmaxLayersOnly) {
   cache.Abort();
   EXPECT_EQ(cache.page_count(), 9);
   EXPECT_EQ(cache.length(), 12);
+}
+
+TEST(SequenceCacheTest, PagesThatARaiseFreesLieTogether) {
+  Ledger ledger({.budget_bytes = 100000, .page_bytes = 100, .slot_bytes = 150});
+  SequenceCache cache(&ledger, kLadder, kPage, 0);
+  ASSERT_TRUE(cache.Reserve(2 * kPage).ok());
+  cache.Commit(2 * kPage);
+  std::vector<int32_t> pages;
+  for (auto layer = kLadder.rbegin(); layer != kLadder.rend(); ++layer)
+    pages.insert(pages.end(), cache.pages(*layer).begin(), cache.pages(*layer).end());
+  EXPECT_EQ(pages, (std::vector<int32_t>{0, 1, 2, 3, 4, 5, 6, 7}));
 }
 
 TEST(SequenceCacheTest, TakesAsManyBytesAsIsSaid) {
