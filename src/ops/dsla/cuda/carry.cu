@@ -80,6 +80,20 @@ __device__ __forceinline__ void Fetch(const PrefillParams& p, CarryStage<D>& s, 
   }
 }
 
+// Leaves e^R z of channel i of a block of D channels that has so many before it. `queries` wants
+// two rows of bf16 terms, the second as Swizzle has row 1.
+template <int D>
+__device__ __forceinline__ void StoreNorm(const PrefillParams& p, int64_t before, int i, float z) {
+  if (D == 128 || p.form != Form::kQueries) {
+    p.norm[before + i] = z;
+    return;
+  }
+  auto* terms = reinterpret_cast<__nv_bfloat16*>(p.norm + before) + i;
+  const __nv_bfloat16 high = __float2bfloat16_rn(z);
+  terms[0] = high;
+  terms[D - i + (i ^ 8)] = __float2bfloat16_rn(z - __bfloat162float(high));
+}
+
 // grid (blocks of channels, Hkv, segments)
 template <int D, Pass kPass>
 __global__ void __launch_bounds__(kThreads, D == 128 ? 3 : 4)
@@ -202,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 3 : 4)
       const float2 decay = reinterpret_cast<const float2*>(s.decay)[threadIdx.x];
       const float* sums = reinterpret_cast<const float*>(s.key_sum) + threadIdx.x;
       z *= decay.x;
-      if constexpr (kPass == Pass::kCarry) p.norm[part * l.SF + c0 + threadIdx.x] = z;
+      if constexpr (kPass == Pass::kCarry) StoreNorm<D>(p, part * l.SF + c0, threadIdx.x, z);
       z = (z + ((sums[0] + sums[kC]) + (sums[2 * kC] + sums[3 * kC]))) * decay.y;
       if constexpr (kPass != Pass::kCarry) total *= decay.x * decay.y;
     }
