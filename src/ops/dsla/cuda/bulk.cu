@@ -1,4 +1,4 @@
-// Tensor maps of the tiles that `chunks` and its summary copy.
+// Tensor maps of the tiles that `chunks`, its summary and `queries` copy.
 #include <algorithm>
 
 #include "base/check.h"
@@ -65,6 +65,17 @@ ChunksParams WithMaps(const PrefillParams& p) {
            .v = MapOf(p.rows.v, p.total_rows, p.rows.v_stride, l.Hkv * (width / 64), 1),
            .window = MapOf(p.out, p.total_rows, l.H * width, l.H * (width / 64), 1),
            .growth = GrowthMapOf(p.growth, blocks, static_cast<int>(of_part))}};
+}
+
+QueriesParams WithHeadMaps(const PrefillParams& p) {
+  const Layer& l = p.layer;
+  const int64_t channels = int64_t{p.wave_chunks} * l.Hkv * l.SF;
+  return {p,
+          MapOf(p.q, p.total_rows, p.q_stride, l.H, 1),
+          MapOf(p.rows.k, p.total_rows, p.rows.k_stride, l.Hkv, 1),
+          MapOf(p.rows.v, p.total_rows, p.rows.v_stride, l.Hkv, 1),
+          MapOf(p.key, channels, kChunk, 1, 1),
+          MapOf(p.state, channels, kChunk, 1, 1)};
 }
 
 }  // namespace dsla::cuda

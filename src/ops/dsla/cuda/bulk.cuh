@@ -11,8 +11,8 @@ namespace dsla::cuda {
 
 inline constexpr int kWidth = 128;  // D
 
-// Where tiles of 64 rows lie, [panel of 64 columns][row][column]: a copy leaves them as panels.
-// Rows outside of the whole are zeros.
+// Of `chunks`: where tiles of 64 rows lie, [panel of 64 columns][row][column]: a copy leaves them
+// as panels. Rows outside of the whole are zeros.
 struct TileMaps {
   CUtensorMap q;               // both panels of a head
   CUtensorMap key, v, window;  // one panel; the window's result lies where the outputs go
@@ -24,6 +24,13 @@ struct ChunksParams : PrefillParams {
   TileMaps maps;
 };
 ChunksParams WithMaps(const PrefillParams& p);
+
+// Of `queries`: D is 64, so a panel is a head of the call's rows.
+struct QueriesParams : PrefillParams {
+  CUtensorMap q_map, k_map, v_map;
+  CUtensorMap key_map, state_map;  // of 64 channels
+};
+QueriesParams WithHeadMaps(const PrefillParams& p);
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -42,6 +49,12 @@ __device__ __forceinline__ bool Elect() {
 }
 
 // A phase ends when so many bytes have come, too.
+__device__ __forceinline__ void Expect(uint64_t& barrier, int bytes) {
+  asm volatile(
+      "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(&barrier)),
+      "r"(bytes)
+      : "memory");
+}
 __device__ __forceinline__ void ArriveExpecting(uint64_t& barrier, int bytes) {
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(&barrier)),

@@ -5,6 +5,7 @@
 // The state is held transposed, and so is e^R S in memory: its rows are value columns, which the
 // queries' product with it reads as it reads K~.
 #include "ops/dsla/cuda/prefill.cuh"
+#include "ops/dsla/cuda/warpgroup.cuh"
 
 namespace dsla::cuda {
 namespace {
@@ -18,7 +19,7 @@ template <int D>
 inline constexpr int kChannels = D == 128 ? 32 : 64;
 
 template <int D>
-struct CarryStage {
+struct alignas(1024) CarryStage {
   uint4 v[kChunk * D / 8];
   uint4 key[kChunk * kChannels<D> / 8];
   float4 decay[kChannels<D> / 2];
@@ -50,11 +51,13 @@ __device__ __forceinline__ void Fetch(const PrefillParams& p, CarryStage<D>& s, 
   const Layer& l = p.layer;
   const int64_t part = int64_t{index} * l.Hkv + h;
   const __nv_bfloat16* key = p.key + (part * l.SF + c0 / D * D) * kChunk + c0 % D;
-  const int thread = ThreadIndex();
-  for (int i = thread; i < kChunk * kKeyPieces; i += kThreads) {
-    const int row = i / kKeyPieces, c = i % kKeyPieces;
-    CopyAsync(s.key + Swizzle<kKeyPieces>(row, c), key + row * D + 8 * c);
-  }
+  const uint32_t thread = ThreadIndex();
+  constexpr int kRows = kThreads / kKeyPieces;  // a multiple of 8, so swizzled alike
+  const uint32_t row = thread / kKeyPieces, piece = thread % kKeyPieces;
+  uint4* to = s.key + Swizzle<kKeyPieces>(row, piece);
+  key += row * D + 8 * piece;
+#pragma unroll
+  for (int i = 0; i < kChunk / kRows; ++i) CopyAsync(to + i * kThreads, key + i * kRows * D);
   const int from = max(chunk.lo, l.S - chunk.e0);
   if constexpr (kFold) {
     if (page >= 0) {
@@ -75,8 +78,62 @@ __device__ __forceinline__ void Fetch(const PrefillParams& p, CarryStage<D>& s, 
   }
   if (thread < kC / 2) CopyAsync(s.decay + thread, p.decay + part * l.SF + c0 + 2 * thread);
   if (thread < kC) {
-    const int quarter = thread / (kC / 4), c = thread % (kC / 4);
+    const uint32_t quarter = thread / (kC / 4), c = thread % (kC / 4);
     CopyAsync(s.key_sum + thread, p.key_sum + (part * 4 + quarter) * l.SF + c0 + 4 * c);
+  }
+}
+
+// Leaves e^R z of channel i of a block of D channels that has so many before it. `queries` wants two
+// rows of bf16 terms, the second as Swizzle has row 1.
+template <int D>
+__device__ __forceinline__ void StoreNorm(const PrefillParams& p, int64_t before, int i, float z) {
+  if (D == 128 || p.form != Form::kQueries) {
+    p.norm[before + i] = z;
+    return;
+  }
+  auto* terms = reinterpret_cast<__nv_bfloat16*>(p.norm + before) + i;
+  const __nv_bfloat16 high = __float2bfloat16_rn(z);
+  terms[0] = high;
+  terms[D - i + (i ^ 8)] = __float2bfloat16_rn(z - __bfloat162float(high));
+}
+
+// acc += (K~^T V)^T of a warp's value columns, with tiles in shared memory.
+template <int D>
+__device__ __forceinline__ void AddProduct(float (&acc)[D / 64][kChannels<D> / 8][4],
+                                           const CarryStage<D>& s) {
+  const uint32_t v = SharedAddress(s.v), key = SharedAddress(s.key);
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  if constexpr (D == 64) {
+    Pin(acc[0]);
+    BeginProducts();
+#pragma unroll
+    for (int k = 0; k < kChunk / 16; ++k)
+      WarpgroupMma<1, 1>(acc[0], PanelDescriptor(v, k * (16 * 128)),
+                         PanelDescriptor(key, k * (16 * 128)));
+    EndProducts();
+    Pin(acc[0]);
+    return;
+  }
+#endif
+  constexpr int kC = kChannels<D>, kM = D / 64;
+  const int lane = threadIdx.x % 32, v0 = threadIdx.x / 32 * (D / 4);
+#pragma unroll 2  // more would load further ahead than there are registers for
+  for (int k = 0; k < kChunk / 16; ++k) {
+    uint32_t a[kM][4];
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+      LoadMatrixTransposed(a[m], v + 16 * Swizzle<D / 8>(16 * k + lane % 8 + lane / 16 * 8,
+                                                         v0 / 8 + 2 * m + lane / 8 % 2));
+#pragma unroll
+    for (int j = 0; j < kC / 16; ++j) {
+      uint32_t b[4];
+      LoadMatrixTransposed(b, key + 16 * Swizzle<kC / 8>(16 * k + lane % 16, 2 * j + lane / 16));
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        Mma(acc[m][2 * j], a[m], b[0], b[1]);
+        Mma(acc[m][2 * j + 1], a[m], b[2], b[3]);
+      }
+    }
   }
 }
 
@@ -86,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 3 : 4)
     CarryKernel(const __grid_constant__ PrefillParams p) {
   constexpr bool kFold = kPass == Pass::kFold;
   constexpr int kC = kChannels<D>, kM = D / 64, kN = kC / 8;
-  extern __shared__ __align__(16) std::byte memory[];
+  extern __shared__ __align__(1024) std::byte memory[];
   auto* stages = reinterpret_cast<CarryStage<D>*>(memory);
   const Layer& l = p.layer;
   const int h = blockIdx.y, c0 = blockIdx.x * kC;
@@ -167,6 +224,7 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 3 : 4)
 
   for (int i = 0; i < segment.count; ++i) {
     WaitCopies<kStages - 2>();
+    PublishCopies();
     __syncthreads();
     fetch(i + kStages - 1, page);
     page = page_at(i + kStages);
@@ -202,29 +260,11 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 3 : 4)
       const float2 decay = reinterpret_cast<const float2*>(s.decay)[threadIdx.x];
       const float* sums = reinterpret_cast<const float*>(s.key_sum) + threadIdx.x;
       z *= decay.x;
-      if constexpr (kPass == Pass::kCarry) p.norm[part * l.SF + c0 + threadIdx.x] = z;
+      if constexpr (kPass == Pass::kCarry) StoreNorm<D>(p, part * l.SF + c0, threadIdx.x, z);
       z = (z + ((sums[0] + sums[kC]) + (sums[2 * kC] + sums[3 * kC]))) * decay.y;
       if constexpr (kPass != Pass::kCarry) total *= decay.x * decay.y;
     }
-    const uint32_t v = SharedAddress(s.v), key = SharedAddress(s.key);
-#pragma unroll 2  // more would load further ahead than there are registers for
-    for (int k = 0; k < kChunk / 16; ++k) {
-      uint32_t a[kM][4];
-#pragma unroll
-      for (int m = 0; m < kM; ++m)
-        LoadMatrixTransposed(a[m], v + 16 * Swizzle<D / 8>(16 * k + lane % 8 + lane / 16 * 8,
-                                                           v0 / 8 + 2 * m + lane / 8 % 2));
-#pragma unroll
-      for (int j = 0; j < kN / 2; ++j) {
-        uint32_t b[4];
-        LoadMatrixTransposed(b, key + 16 * Swizzle<kC / 8>(16 * k + lane % 16, 2 * j + lane / 16));
-#pragma unroll
-        for (int m = 0; m < kM; ++m) {
-          Mma(acc[m][2 * j], a[m], b[0], b[1]);
-          Mma(acc[m][2 * j + 1], a[m], b[2], b[3]);
-        }
-      }
-    }
+    AddProduct<D>(acc, s);
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
       const float4 decay = s.decay[4 * j + t];

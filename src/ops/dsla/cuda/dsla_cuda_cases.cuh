@@ -18,10 +18,10 @@ inline bool HaveGpu() {
   return cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
 }
 
-// Between the form that reads bf16 products of features and decays, and the recurrence: Q~, K~,
-// e^{G-R}, A, e^R S and the output are rounded to bf16, each to within u; and the same for the
-// window's weights. A random walk of 6 roundings stays within 4 standard deviations of sqrt(6 / 3)
-// u.
+// Between the form that reads bf16 products of features and decays, and the recurrence: features,
+// Q~, K~, e^{G-R}, A, e^R S and the output are rounded to bf16, each to within u; and the same for
+// the window's weights. A random walk of 7 roundings stays within 4 standard deviations of
+// sqrt(7 / 3) u.
 inline constexpr Tolerance kChunkTolerance = RoundingTolerance(8, DType::kBF16);
 // Only K~ is rounded on the way to a state: sums over tokens of errors that are each within u of
 // their term, 4 standard deviations of a term's u / sqrt(3), per channel (features differ in

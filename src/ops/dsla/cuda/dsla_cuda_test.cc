@@ -69,6 +69,26 @@ TEST_P(DslaCudaTest, PrefillThenMore) {
   }
 }
 
+TEST_P(DslaCudaTest, PrefillOfLargeQueries) {
+  // Exponentials of features and of scores leave fp32 unless something is taken off them.
+  const DslaShape s = shape();
+  const GpuLayer layer(s, GetParam().gates, 512, 7);
+  auto tokens = MakeSequences(s, {330, 70});
+  for (float& x : tokens[0].q) x *= 64;
+  for (float& x : tokens[1].q) x *= 16;
+  const std::vector<TestPart> parts{{&tokens[0], 0, 330, 0}, {&tokens[1], 0, 70, 1}};
+  TestPool want(s, 2), got(s, 2);
+  for (int i = 0; i < 2; ++i) {
+    want.Reset(i);
+    got.Reset(i);
+  }
+  TestBatch reference(layer.host, want, parts), input(layer.host, got, parts);
+  DslaForwardRef(reference.args());
+  GpuCall gpu(layer, input, got, 2);
+  gpu.Prefill(cuda::MaxChunks(2, gpu.args.T));
+  ExpectClose(gpu.Out(), reference.out(), kChunkTolerance);
+}
+
 TEST_P(DslaCudaTest, Decode) {
   const DslaShape s = shape();
   const GpuLayer layer(s, GetParam().gates, 512, 8);

@@ -77,19 +77,24 @@ __device__ __forceinline__ void MakeQueries(uint32_t (&a)[4], const float (&y)[D
 }
 
 // tril(Q~ K~^T) of rows 16 warp .. and columns [16 c, 16 c + 16) as A operand, and its rows' sums.
-__device__ __forceinline__ void MaskScores(uint32_t (&a)[4], const float (&score)[kChunk / 8][4],
-                                           int c, int warp, int lane, float (&norm)[2]) {
+__device__ __forceinline__ void MaskScores(uint32_t (&a)[4], float (&score)[kChunk / 8][4], int c,
+                                           int warp, int lane, float (&norm)[2]) {
   if (c > warp) {
     a[0] = a[1] = a[2] = a[3] = 0;
     return;
   }
+  float(&left)[4] = score[2 * c], (&right)[4] = score[2 * c + 1];
+  if (c == warp) {  // selected, not multiplied: above the diagonal products may be infinite
+    const int row = lane / 4, column = lane % 4 * 2;
+    if (column > row) left[0] = right[2] = 0;
+    if (column + 1 > row) left[1] = right[3] = 0;
+    right[0] = right[1] = 0;
+  }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int r = i % 2, row = 16 * warp + lane / 4 + 8 * r;
-    const int s = 16 * c + 2 * (lane % 4) + 8 * (i / 2);
-    const float(&from)[4] = score[2 * c + i / 2];
-    // Selected, not multiplied: above the diagonal products may be infinite.
-    a[i] = Pack(s <= row ? from[2 * r] : 0.f, s + 1 <= row ? from[2 * r + 1] : 0.f);
+    const int r = i % 2;
+    const float(&from)[4] = i < 2 ? left : right;
+    a[i] = Pack(from[2 * r], from[2 * r + 1]);
     norm[r] += Low(a[i]) + High(a[i]);
   }
 }

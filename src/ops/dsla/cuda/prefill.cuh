@@ -73,7 +73,7 @@ struct PrefillParams {
   Segment* segments;   // [wave_first[waves]]
   float2* decay;       // [SF]: e^R, e^{L-R}
   float* key_sum;      // [4, SF]: sums of K~ over each 16 rows
-  float* norm;         // [SF]: e^R z, from `carry`
+  float* norm;         // [SF]: e^R z, from `carry`; for `queries` [SF / 64][2 terms of bf16][64]
   float* lse;          // [chunk, H, 64] of the window, natural log
   uint32_t* growth;    // e^{G-R} bf16 [SF / D][4 tiles of 16 rows][D / 16] in the order of mma's A
   __nv_bfloat16* key;  // K~ [SF / D][64][D]

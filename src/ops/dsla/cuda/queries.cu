@@ -5,8 +5,8 @@
 //
 // A block goes over chunks of a wave for a KV head, with a warpgroup for each query head of the
 // group. One more warpgroup fetches for all of them what they multiply with, in stages, in the
-// order in which they use it: blocks of 64 channels, tiles of the window (the first of them has the
-// V that enters, too), sinks.
+// order in which they use it: blocks of 64 channels, sinks, tiles of the window, the first of which
+// has the V that enters, too.
 #include <algorithm>
 
 #include "ops/dsla/cuda/output.cuh"
@@ -20,24 +20,106 @@ constexpr int kFetchRegisters = 56, kQueryRegisters = 152;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// A warpgroup, with one query head.
+// e = 2^(y - base), or 2^(-y - base), and their sums by row.
+template <int kSign, bool kBased>
+__device__ __forceinline__ void Exponentials(float (&e)[kD / 8][4], float (&sum)[2],
+                                             const float (&y)[kD / 8][4]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float base = -INFINITY;
+#pragma unroll
+    for (int j = 0; j < kD / 8 && kBased; ++j)
+      base = fmaxf(base, fmaxf(kSign * y[j][2 * r], kSign * y[j][2 * r + 1]));
+    base = QuadMax(base);
+    sum[r] = 0;
+#pragma unroll
+    for (int j = 0; j < kD / 8; ++j)
+#pragma unroll
+      for (int c = 2 * r; c < 2 * r + 2; ++c)
+        sum[r] += e[j][c] = Exp2(kBased ? kSign * y[j][c] - base : kSign * y[j][c]);
+    sum[r] = QuadSum(sum[r]);
+  }
+}
+template <bool kBased>
+__device__ __forceinline__ void Exponentials(float (&e)[1][kD / 8][4], float (&sum)[1][2],
+                                             const float (&y)[kD / 8][4]) {
+  Exponentials<1, kBased>(e[0], sum[0], y);
+}
+template <bool kBased>
+__device__ __forceinline__ void Exponentials(float (&e)[2][kD / 8][4], float (&sum)[2][2],
+                                             const float (&y)[kD / 8][4]) {
+  Exponentials<1, kBased>(e[0], sum[0], y);
+  Exponentials<-1, kBased>(e[1], sum[1], y);
+}
+
+// The features e^y / sum e^y of q phi_q, and those of -y if there are two signs, as A operands.
+// Nothing is taken from y unless a sum comes near the ends of fp32.
+template <int kSigns>
+__device__ __forceinline__ void MakeFeatures(uint32_t (&a)[kSigns][kD / 16][4],
+                                             float (&y)[kD / 8][4], float factor) {
+  float e[kSigns][kD / 8][4], sum[kSigns][2];
+#pragma unroll
+  for (int j = 0; j < kD / 8; ++j)
+    for (float& x : y[j]) x *= kLog2e;
+  Pin(y);  // lest the other sign has a multiplication of its own
+  Exponentials<false>(e, sum, y);
+  bool fits = true;
+  for (const auto& of_sign : sum)
+    for (float x : of_sign) fits &= x >= 0x1p-60f && x <= 0x1p60f;
+  if (!__all_sync(~0u, fits)) Exponentials<true>(e, sum, y);
+#pragma unroll
+  for (int sign = 0; sign < kSigns; ++sign) {
+    const float share[2] = {factor * Reciprocal(sum[sign][0]), factor * Reciprocal(sum[sign][1])};
+#pragma unroll
+    for (int j = 0; j < kD / 8; ++j)
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        a[sign][j / 2][j % 2 * 2 + r] =
+            Pack(e[sign][j][2 * r] * share[r], e[sign][j][2 * r + 1] * share[r]);
+  }
+}
+
+__device__ __forceinline__ uint32_t Product(uint32_t a, uint32_t b) {
+  const auto x = *reinterpret_cast<const __nv_bfloat162*>(&a);
+  const auto y = *reinterpret_cast<const __nv_bfloat162*>(&b);
+  const __nv_bfloat162 product = __hmul2(x, y);
+  return *reinterpret_cast<const uint32_t*>(&product);
+}
+
+// Features have the mix of the last state; what came of the one before it is multiplied by the
+// ratio of its mix to that. A mix may be 0.
+struct Mix {
+  float last, ratio = 1;
+  __device__ __forceinline__ Mix(const Layer& l, int head) {
+    const float* of = l.mix + head * l.states;
+    last = of[l.states - 1];
+    if (l.states == 1) return;
+    last = fmaxf(last, fmaxf(of[0] * 0x1p-60f, 0x1p-120f));
+    ratio = of[0] * Reciprocal(last);
+  }
+};
+
+// A warpgroup, with one query head; features of y and of -y where kSigns is 2.
+template <int kHeads, int kSigns>
 struct Queries {
   const PrefillParams& p;
   Head& own;
   int team, head;
-  LogMix log_mix;
-  Turn at{};
+  Mix mix;
+  Turn<kHeads> at{};
 
   __device__ __forceinline__ Queries(const PrefillParams& p, int team)
       : p(p),
-        own(HeadAt(team)),
+        own(HeadAt<kHeads>(team)),
         team(team),
         head(Shared().first_head + team),
-        log_mix(p.layer, head) {}
+        mix(p.layer, head) {}
+
+  __device__ __forceinline__ static uint32_t Thread() { return ThreadIndex() % kTeam; }
 
   __device__ __forceinline__ const Stage& Take() const {
     Await(Shared().full[at.stage], at.turn);
-    return StageAt(at.stage);
+    return StageAt<kHeads>(at.stage);
   }
   __device__ __forceinline__ void Release() {
     Arrive(Shared().empty[at.stage]);
@@ -46,7 +128,7 @@ struct Queries {
 
   // From the order of mma's B fragments to rows of columns.
   __device__ __forceinline__ void CopyPhi() const {
-    const int thread = ThreadIndex() % kTeam, g = thread / 4 % 8, t = thread % 4;
+    const uint32_t thread = Thread(), g = thread / 4 % 8, t = thread % 4;
     const auto* from =
         reinterpret_cast<const uint4*>(p.layer.weights.phi_q + int64_t{head} * kD * kD) + thread;
     auto* to = reinterpret_cast<uint32_t*>(own.phi.pieces) + t;
@@ -61,80 +143,143 @@ struct Queries {
     }
   }
 
-  // The states' output, and its denominators by row. Leaves the first tile of tokens in use.
-  __device__ __forceinline__ void Linear(float (&acc)[1][kD / 8][4], float (&denominator)[2],
-                                         uint32_t q) {
-    const Layer& l = p.layer;
-    Take();  // the queries are there, too
-    float y[kD / 8][4], score[kChunk / 8][4] = {}, log_sum[2][2], norm[2] = {};
-    ScoreKeys<kD, kD, kD>(y, q, SharedAddress(own.phi.pieces));
-    LogSums<kD>(y, l.F > kD, log_sum);
-    for (int i = 0; i < l.SF / kD; ++i) {
-      const BlockOfFeatures features(i, l.F > kD, log_mix, log_sum);
-      const Stage& stage = Take();
-      const int thread = ThreadIndex() % kTeam;
-      const uint4* growth = stage.part[1].pieces + thread / 32 * (kD * 2) + thread % 32;
-      const auto* z = reinterpret_cast<const float2*>(Shared().norm[at.stage]) + thread % 4;
-      uint32_t a[kD / 16][4];
-#pragma unroll
-      for (int c = 0; c < kD / 16; ++c)
-        MakeQueries<kD>(a[c], y, c, features, growth[c * 32], z, norm);
-      const uint32_t key = SharedAddress(stage.part[0].pieces);
-      Pin(a);
-      Pin(score);
-      Pin(acc[0]);
-      BeginProducts();
-#pragma unroll
-      for (int c = 0; c < kD / 16; ++c) {
-        WarpgroupMma<0>(score, a[c], PanelDescriptor(key, c * 32));
-        WarpgroupMma<0>(acc[0], a[c], PanelDescriptor(key, 2 * sizeof(Tile<kD>) + c * 32));
-      }
-      EndProducts();
-      Pin(a);
-      Pin(score);
-      Pin(acc[0]);
-      Release();
+  // Of a state: numerators, denominators in two columns, products with the keys of the chunk.
+  struct Sums {
+    float acc[1][kD / 8][4] = {}, norm[1][4] = {}, score[kChunk / 8][4] = {};
+    __device__ __forceinline__ void Pin() {
+      cuda::Pin(acc[0]);
+      cuda::Pin(norm);
+      cuda::Pin(score);
     }
+    __device__ __forceinline__ void Scale(float by) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        norm[0][c] *= by;
+#pragma unroll
+        for (int j = 0; j < kD / 8; ++j) acc[0][j][c] *= by;
+#pragma unroll
+        for (int j = 0; j < kChunk / 8; ++j) score[j][c] *= by;
+      }
+    }
+  };
+
+  // A block of channels.
+  __device__ __forceinline__ void AddBlock(Sums& sums, const uint32_t (&feature)[kD / 16][4]) {
     const Stage& stage = Take();
-    const int thread = ThreadIndex() % kTeam;
-    uint32_t weights[kChunk / 16][4];
+    const uint4* growth = stage.growth + Thread() / 32 * (kD * 2) + Thread() % 32;
+    uint32_t a[kD / 16][4];
 #pragma unroll
-    for (int c = 0; c < kChunk / 16; ++c)
-      MaskScores(weights[c], score, c, thread / 32, thread % 32, norm);
-    AddValues<kD, kChunk, kChunk>(acc, weights, SharedAddress(stage.part[1].pieces));
+    for (int c = 0; c < kD / 16; ++c) {
+      const uint4 e = growth[c * 32];
+      a[c][0] = Product(feature[c][0], e.x);
+      a[c][1] = Product(feature[c][1], e.y);
+      a[c][2] = Product(feature[c][2], e.z);
+      a[c][3] = Product(feature[c][3], e.w);
+    }
+    const uint32_t tiles = SharedAddress(&stage);
+    Pin(a);
+    sums.Pin();
+    BeginProducts();
 #pragma unroll
-    for (int r = 0; r < 2; ++r) denominator[r] = QuadSum(norm[r]);
+    for (int c = 0; c < kD / 16; ++c)
+      WarpgroupMma<0>(sums.acc[0], sums.norm, sums.score, a[c], PanelDescriptor(tiles, c * 32));
+    EndProducts();
+    Pin(a);
+    sums.Pin();
+    Release();
   }
 
-  __device__ __forceinline__ void Window(Rows<kD>& rows, const Part& part, uint32_t q) {
-    const Layer& l = p.layer;
-    const float scale = rsqrtf(static_cast<float>(kD)) * kLog2e;
-    // The first time of this warp's queries.
-    const int early = part.chunk.e0 + l.W + ThreadIndex() % kTeam / 32 * 16;
-    const int tiles = TilesOf(l);
-    for (int i = 0; i < tiles; ++i) {
-      const Stage& stage = Take();
-      const int first = part.base + i * kChunk;
-      const bool all_seen = first > early + 15 - l.W && first + kChunk - 1 <= early && first >= l.S;
-      Attend<kD, kChunk, kChunk>(rows, q, SharedAddress(stage.part[0].pieces),
-                                 SharedAddress(stage.part[1].pieces), scale, first, all_seen,
-                                 [&](int r) { return SeenOfWindow(l, early + r); });
-      Release();
+  // Numerators of what the states had before the chunk, denominators of both, and the weights of
+  // the chunk's tokens.
+  __device__ __forceinline__ void States(Sums& sums, float (&denominator)[2],
+                                         uint32_t (&weights)[kChunk / 16][4], uint32_t q) {
+    uint32_t feature[kSigns][kD / 16][4];
+    Take();  // the queries are there, too
+    {
+      float y[kD / 8][4];
+      ScoreKeys<kD, kD, kD>(y, q, SharedAddress(own.phi.pieces));
+      MakeFeatures<kSigns>(feature, y, mix.last);
     }
-    if (l.S == 0) return;
+#pragma unroll
+    for (int sign = 0; sign < kSigns; ++sign) AddBlock(sums, feature[sign]);
+    if (p.layer.states == 2) {
+      sums.Scale(mix.ratio);
+#pragma unroll
+      for (int sign = 0; sign < kSigns; ++sign) AddBlock(sums, feature[sign]);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) denominator[r] = sums.norm[0][2 * r] + sums.norm[0][2 * r + 1];
+#pragma unroll
+    for (int c = 0; c < kChunk / 16; ++c)
+      MaskScores(weights[c], sums.score, c, Thread() / 32, Thread() % 32, denominator);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) denominator[r] = QuadSum(denominator[r]);
+  }
+
+  // The first time of this warp's queries.
+  __device__ __forceinline__ int Early(const Part& part) const {
+    return part.chunk.e0 + p.layer.W + static_cast<int>(Thread() / 32 * 16);
+  }
+
+  // As window.cuh's. Rows that have a base are not looked through for a larger score unless a
+  // weight is huge.
+  template <int kKeys, typename MakeSeen>
+  __device__ __forceinline__ static void Attend(Rows<kD>& rows, uint32_t q, const uint4* k,
+                                                const uint4* v, int first, bool have_base,
+                                                bool all_seen, const MakeSeen& seen) {
+    constexpr float kHuge = 0x1p40f;
+    const float scale = rsqrtf(static_cast<float>(kD)) * kLog2e;
+    float score[kKeys / 8][4];
+    ScoreKeys<kD, kKeys, kKeys>(score, q, SharedAddress(k));
+    bool unseen[kKeys / 16] = {};
+    if (!all_seen) HideUnseen(score, unseen, first, seen());
+    uint32_t weights[kKeys / 16][4];
+    float sum[2];
+    for (bool raise = !have_base;; raise = true) {
+      if (raise) RaiseBase(rows, score, scale);
+      sum[0] = sum[1] = 0;
+#pragma unroll
+      for (int c = 0; c < kKeys / 16; ++c) {
+        weights[c][0] = weights[c][1] = weights[c][2] = weights[c][3] = 0;
+        if (__all_sync(~0u, unseen[c])) continue;  // a branch, not predicates
+        Weigh(weights[c], sum, score[2 * c], score[2 * c + 1], scale, rows.base);
+      }
+      if (raise || !__any_sync(~0u, fmaxf(sum[0], sum[1]) > kHuge)) break;
+    }
+    rows.sum[0] += sum[0];
+    rows.sum[1] += sum[1];
+    AddValues<kD, kKeys, kKeys>(rows.acc, weights, SharedAddress(v));
+  }
+
+  __device__ __forceinline__ void Sinks(Rows<kD>& rows, const Part& part, uint32_t q) {
+    const Layer& l = p.layer;
+    const int early = Early(part);
     const Stage& stage = Take();
     for (int i = 0; i < l.S; i += kSinkGroup) {
       const int at = i / kSinkGroup * kSinkPieces<kD>;
-      Attend<kD, kSinkGroup, kSinkGroup>(rows, q, SharedAddress(stage.part[0].pieces + at),
-                                         SharedAddress(stage.part[1].pieces + at), scale, i, false,
-                                         [&](int r) { return SeenOfSinks(l, early + r); });
+      Attend<kSinkGroup>(rows, q, stage.key.pieces + at, stage.value.pieces + at, i, i > 0, false,
+                         [&] { return Seen([&](int r) { return SeenOfSinks(l, early + r); }); });
     }
     Release();
   }
 
+  __device__ __forceinline__ void Window(Rows<kD>& rows, const Part& part, uint32_t q) {
+    const Layer& l = p.layer;
+    const int early = Early(part), tiles = TilesOf(l);
+    const Seen seen([&](int r) { return SeenOfWindow(l, early + r); });
+    for (int i = 0; i < tiles; ++i) {
+      const Stage& stage = Take();
+      const int first = part.base + i * kChunk;
+      const bool all_seen = first > early + 15 - l.W && first + kChunk - 1 <= early && first >= l.S;
+      Attend<kChunk>(rows, q, stage.key.pieces, stage.value.pieces, first, i > 0 || l.S > 0,
+                     all_seen, [&] { return seen; });
+      Release();
+    }
+  }
+
   __device__ __forceinline__ void WriteOut(const float (&out)[kD / 8][4], const Part& part,
                                            Tile<kD>& tile) const {
-    const int thread = ThreadIndex() % kTeam, lane = thread % 32, warp = thread / 32;
+    const int thread = Thread(), lane = thread % 32, warp = thread / 32;
     const uint32_t to =
         SharedAddress(tile.pieces) + 16 * Swizzle<8>(16 * warp + lane % 16, lane / 16);
     Barrier<kTeam>(team);  // the queries have been read
@@ -169,18 +314,23 @@ struct Queries {
       const uint32_t q = SharedAddress(tile.pieces);
       float claim[2] = {};
       if (l.W > 0) {
-        const int row = ThreadIndex() % kTeam / 32 * 16 + ThreadIndex() % 32 / 4;
+        const int row = Thread() / 32 * 16 + Thread() % 32 / 4;
 #pragma unroll
         for (int r = 0; r < 2; ++r)
           if (row + 8 * r >= part.chunk.lo && row + 8 * r < part.chunk.hi)
             claim[r] = p.claim[(part.row + row + 8 * r) * l.H + head];
       }
-      float out[1][kD / 8][4] = {}, denominator[2];
-      Linear(out, denominator, q);
+      Sums sums;
+      float denominator[2];
+      uint32_t weights[kChunk / 16][4];
+      States(sums, denominator, weights, q);
+      float(&out)[1][kD / 8][4] = sums.acc;
+      Rows<kD> rows;
+      if (l.S > 0) Sinks(rows, part, q);
+      AddValues<kD, kChunk, kChunk>(out, weights, SharedAddress(Take().value.pieces));
       float share[2] = {Reciprocal(denominator[0] + kDslaEpsilon),
                         Reciprocal(denominator[1] + kDslaEpsilon)};
       if (l.W > 0) {
-        Rows<kD> rows;
         Window(rows, part, q);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -211,9 +361,9 @@ struct Queries {
 #endif
 
 // grid (KV heads times blocks that share one's group, runs of chunks), a warpgroup more than heads
-template <int kHeads>
+template <int kHeads, int kSigns>
 __global__ void __launch_bounds__((kHeads + 1) * kTeam, kHeads == 1 ? 2 : 1)
-    QueriesKernel(const __grid_constant__ PrefillParams p) {
+    QueriesKernel(const __grid_constant__ QueriesParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   const Layer& l = p.layer;
   Control& shared = Shared();
@@ -227,11 +377,14 @@ __global__ void __launch_bounds__((kHeads + 1) * kTeam, kHeads == 1 ? 2 : 1)
     has_chunk = chunk.n >= 0;
     if (has_chunk) shared.part[thread] = Part(p, chunk, h, kD);
   }
-  if (thread < kMostStages) {
+  if (thread < kStages<kHeads>) {
     InitBarrier(shared.full[thread], kTeam / 32);
     InitBarrier(shared.empty[thread], head_count * kTeam / 32);
   }
   if (thread < 2) InitBarrier(shared.q_empty[thread], head_count * kTeam / 32);
+  for (int i = thread; i < kStages<kHeads> * 64; i += blockDim.x)
+    StageAt<kHeads>(i / 64).norm[i % 64] = {};
+  PublishCopies();
   const int count = __syncthreads_count(has_chunk);
   if (thread == 0) {
     shared.h = h;
@@ -239,24 +392,23 @@ __global__ void __launch_bounds__((kHeads + 1) * kTeam, kHeads == 1 ? 2 : 1)
     shared.heads = head_count;
     shared.first = first;
     shared.count = count;
-    shared.stages = kPlaces<kHeads> - heads;
   }
   __syncthreads();
   const int team = __shfl_sync(~0u, thread / kTeam, 0);
   if (team == heads) {
     GiveUpRegisters<kFetchRegisters>();
     AwaitPrevious();
-    if (count > 0) Fetcher(p).Run();
+    if (count > 0) Fetcher<kHeads>(p).Run();
   } else if (team < head_count) {
     TakeRegisters<kQueryRegisters>();
-    Queries(p, team).Run();
+    Queries<kHeads, kSigns>(p, team).Run();
   }
 #else
   __trap();  // OnHopper says where it may be called
 #endif
 }
 
-template <int kHeads>
+template <int kHeads, int kSigns>
 void Launch(const PrefillParams& p, int parts, int heads, cudaStream_t stream) {
   const int processors = CurrentDevice().multiprocessors;
   // As few rounds of the multiprocessors as kMostChunks allows, all of one length.
@@ -265,15 +417,19 @@ void Launch(const PrefillParams& p, int parts, int heads, cudaStream_t stream) {
   const int64_t rounds = CeilDiv(work, blocks * kMostChunks),
                 chunks = CeilDiv(work, blocks * rounds);
   const dim3 grid(p.layer.Hkv * parts, static_cast<unsigned>(CeilDiv(p.wave_chunks, chunks)));
-  Start<QueriesKernel<kHeads>>("queries", grid, (heads + 1) * kTeam,
-                               sizeof(Control) + kPlaces<kHeads> * sizeof(Stage), p, stream);
+  Start<QueriesKernel<kHeads, kSigns>>("queries", grid, (heads + 1) * kTeam, sizeof(Memory<kHeads>),
+                                       WithHeadMaps(p), stream);
 }
 
 }  // namespace
 
 void LaunchQueries(const PrefillParams& p, cudaStream_t stream) {
   const int parts = (p.layer.G + 2) / 3, heads = (p.layer.G + parts - 1) / parts;
-  heads == 1 ? Launch<1>(p, parts, heads, stream) : Launch<3>(p, parts, heads, stream);
+  const bool both_signs = p.layer.F > kD;
+  if (heads == 1)
+    both_signs ? Launch<1, 2>(p, parts, heads, stream) : Launch<1, 1>(p, parts, heads, stream);
+  else
+    both_signs ? Launch<3, 2>(p, parts, heads, stream) : Launch<3, 1>(p, parts, heads, stream);
 }
 
 }  // namespace dsla::cuda

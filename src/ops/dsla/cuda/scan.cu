@@ -10,9 +10,12 @@ namespace {
 constexpr int kThreads = 128, kChannels = 32;
 // Segments whose loads are under way at once: with D 128 there are few, and many blocks.
 template <int D>
-constexpr int kAhead = D == 64 ? 8 : 4;
+constexpr int kAhead = D == 64 ? 12 : 4;
 template <int D>
-constexpr int kBlocks = D == 64 ? 4 : 7;
+constexpr int kBlocks = D == 64 ? 2 : 7;
+// Of 32 channels: one for each accumulator quad of `carry`, one for the norms.
+template <int D>
+constexpr int kParts = D / 16 + 1;
 
 // Goes over `count` segments `stride` apart. Of them `adds` add something; at `keep`, what is there
 // is replaced by the state before the segment.
@@ -37,38 +40,43 @@ __device__ __forceinline__ T Scan(T state, T* at, int64_t stride, int count, int
   return state;
 }
 
-// A block's channels of the segments from `s` on that the wave has of a sequence.
+// A block's part of the segments from `s` on that the wave has of a sequence.
 template <int D>
 __device__ __forceinline__ void ScanRun(const PrefillParams& p, const Segment& s) {
-  constexpr int kQuads = D / 16;
   const Layer& l = p.layer;
   const int count = s.flags >> kRunShift;
   const bool ends = s.flags & kRunEnds;
   const int adds = ends && !p.fold ? count - 1 : count;
   const bool zero = p.fold && (s.flags & kFirst), keep = !p.fold, write = p.fold || !ends;
 
-  const int h = blockIdx.y, c0 = blockIdx.x / kQuads * kChannels, quad = blockIdx.x % kQuads;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int h = blockIdx.y, c0 = blockIdx.x / kParts<D> * kChannels, quad = blockIdx.x % kParts<D>;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4,
+            t = lane % 4;
   const int64_t stride = int64_t{l.Hkv} * l.SF;  // of channels between segments
   const int64_t part = (int64_t{s.store} * l.Hkv + h) * l.SF + c0;
+  const int64_t channel = int64_t{h} * l.SF + c0;
   std::byte* slot = SlotBase(l, s.n);
+  if (quad == D / 16) {
+    if (thread >= kChannels) return;
+    float* to = reinterpret_cast<float*>(slot + l.at.norm) + channel + thread;
+    float norm = zero ? 0 : __ldcg(to);  // the slot is as kernels before the summary left it
+    AwaitPrevious();
+    norm = Scan<kAhead<D>>(
+        norm, p.start_norm + part + thread, stride, count, adds, keep,
+        [&](int i) { return p.start_decay[part + i * stride + thread]; },
+        [](float x, float d, float y) { return d * x + y; });
+    if (write) *to = norm;
+    return;
+  }
   // Accumulator quad (m, j) of `carry`: channels 8 j + 2 t + {0, 1}, columns g + {0, 8}.
   const int m = quad / 4, c = 8 * (quad % 4) + 2 * t, column = warp * (D / 4) + 16 * m + g;
-  float* to =
-      reinterpret_cast<float*>(slot + l.at.state) + (int64_t{h} * l.SF + c0 + c) * D + column;
-  float* to_norm =
-      reinterpret_cast<float*>(slot + l.at.norm) + int64_t{h} * l.SF + c0 + threadIdx.x;
-  const bool has_norm = quad == 0 && threadIdx.x < kChannels;
+  float* to = reinterpret_cast<float*>(slot + l.at.state) + (channel + c) * D + column;
   float4 state{};
-  float norm = 0;
-  if (!zero) {  // the slot is as kernels before the summary left it
-    state = {__ldcg(to), __ldcg(to + D), __ldcg(to + 8), __ldcg(to + D + 8)};
-    if (has_norm) norm = __ldcg(to_norm);
-  }
+  if (!zero) state = {__ldcg(to), __ldcg(to + D), __ldcg(to + 8), __ldcg(to + D + 8)};
   AwaitPrevious();
   AllowNext();
   state = Scan<kAhead<D>>(
-      state, reinterpret_cast<float4*>(p.start) + part * (D / 4) + quad * kThreads + threadIdx.x,
+      state, reinterpret_cast<float4*>(p.start) + part * (D / 4) + quad * kThreads + thread,
       stride * (D / 4), count, adds, keep,
       [&](int i) {
         return *reinterpret_cast<const float2*>(p.start_decay + part + i * stride + c);
@@ -76,22 +84,14 @@ __device__ __forceinline__ void ScanRun(const PrefillParams& p, const Segment& s
       [](float4 x, float2 d, float4 y) -> float4 {
         return {d.x * x.x + y.x, d.y * x.y + y.y, d.x * x.z + y.z, d.y * x.w + y.w};
       });
-  if (write) {
-    to[0] = state.x;
-    to[D] = state.y;
-    to[8] = state.z;
-    to[D + 8] = state.w;
-  }
-  if (!has_norm) return;
-  norm = Scan<kAhead<D>>(
-      norm, p.start_norm + part + threadIdx.x, stride, count, adds, keep,
-      [&](int i) { return p.start_decay[part + i * stride + threadIdx.x]; },
-      [](float x, float d, float y) { return d * x + y; });
-  if (write) *to_norm = norm;
+  if (!write) return;
+  to[0] = state.x;
+  to[D] = state.y;
+  to[8] = state.z;
+  to[D + 8] = state.w;
 }
 
-// grid (SF / 32 blocks of channels times D / 16 quads of a thread of `carry`, Hkv, so many runs at
-// a time)
+// grid (SF / 32 blocks of channels times parts, Hkv, so many runs at a time)
 template <int D>
 __global__ void __launch_bounds__(kThreads, kBlocks<D>)
     ScanKernel(const __grid_constant__ PrefillParams p) {
@@ -107,11 +107,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D>)
     }
   }
   AwaitPrevious();
+  AllowNext();
 }
 
 template <int D>
 void Launch(const PrefillParams& p, cudaStream_t stream) {
-  const dim3 grid(p.layer.SF / kChannels * (D / 16), p.layer.Hkv, std::min(p.layer.N, 8));
+  const dim3 grid(p.layer.SF / kChannels * kParts<D>, p.layer.Hkv, std::min(p.layer.N, 8));
   Start<ScanKernel<D>>("scan", grid, kThreads, 0, p, stream);
 }
 

@@ -152,6 +152,22 @@ __device__ __forceinline__ void WarpgroupMma(float (&c)[8][4], const uint32_t (&
       : DSLA_SIXTEEN(c, 0), DSLA_SIXTEEN(c, 4)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kTransposedB));
 }
+// Three tiles that lie one behind the other.
+template <int kTransposedB>
+__device__ __forceinline__ void WarpgroupMma(float (&c)[8][4], float (&d)[1][4], float (&e)[8][4],
+                                             const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n136k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, "
+      "%37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, "
+      "%55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67}, {%68, %69, %70, %71}, "
+      "%72, p, 1, 1, %73;\n}"
+      : DSLA_SIXTEEN(c, 0), DSLA_SIXTEEN(c, 4), DSLA_FOUR(d, 0), DSLA_SIXTEEN(e, 0),
+        DSLA_SIXTEEN(e, 4)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kTransposedB));
+}
 #undef DSLA_SIXTEEN
 #undef DSLA_FOUR
 

@@ -109,7 +109,7 @@ __device__ __forceinline__ void FetchSinks(const PrefillParams& p, uint4* k, uin
   }
 }
 
-// What a query at `time` sees, as Attend wants it.
+// What a query at `time` sees: from which token on, and how many (0 at least).
 __device__ __forceinline__ int2 SeenOfWindow(const Layer& l, int time) {
   const int from = max(l.S, time - l.W + 1);
   return make_int2(from, max(time - from + 1, 0));
@@ -118,86 +118,109 @@ __device__ __forceinline__ int2 SeenOfSinks(const Layer& l, int time) {
   return make_int2(0, max(min(l.S, time + 1), 0));
 }
 
+// What a warp's 16 queries see, by `range(r)`: later ones see from later tokens on, and later ones.
+struct Seen {
+  int2 early, late, row[2];  // of the first and the last; of this lane's rows g and g + 8
+  int column;                // this lane's first, 2t
+  template <typename Range>
+  __device__ __forceinline__ explicit Seen(const Range& range) : early(range(0)), late(range(15)) {
+    const int thread = ThreadIndex();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) row[r] = range(thread / 4 % 8 + 8 * r);
+    column = thread % 4 * 2;
+  }
+};
+
+// Scores of tokens from `first` on that a row does not see become -inf. True for 16 of them that no
+// row sees, of which nothing need be worked out.
+template <int n>
+__device__ __forceinline__ void HideUnseen(float (&score)[n][4], bool (&unseen)[n / 2], int first,
+                                           const Seen& seen) {
+  int place[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) place[r] = first + seen.column - seen.row[r].x;
+#pragma unroll
+  for (int c = 0; c < n / 2; ++c) {
+    const int at = first + 16 * c;
+    unseen[c] = at + 16 <= seen.early.x || at >= seen.late.x + seen.late.y;
+    if (at >= seen.late.x && at + 16 <= seen.early.x + seen.early.y) continue;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int r = i / 2 % 2;
+      if (static_cast<unsigned>(place[r] + 16 * c + i / 4 * 8 + i % 2) >=
+          static_cast<unsigned>(seen.row[r].y))
+        score[2 * c + i / 4][i % 4] = -INFINITY;
+    }
+  }
+}
+
 // Rows g and g + 8 of a warp's 16.
+inline constexpr float kNoBase = -1e30f;
 template <int D>
 struct Rows {
   float acc[D / 64][8][4] = {};
-  float base[2] = {-1e30f, -1e30f}, sum[2] = {};  // weights are 2^(score - base)
+  float base[2] = {kNoBase, kNoBase}, sum[2] = {};  // weights are 2^(score - base)
 };
+
 // A row's base follows its largest score only when that is so far above. Weights that are larger
 // than 1 are no less exact, and most tiles leave the sums as they are.
 constexpr float kFar = 8;
+template <int D, int n>
+__device__ __forceinline__ void RaiseBase(Rows<D>& rows, const float (&score)[n][4], float scale) {
+  float shrink[2] = {1, 1};
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float top = -INFINITY;
+#pragma unroll
+    for (int j = 0; j < n; ++j) top = fmaxf(top, fmaxf(score[j][2 * r], score[j][2 * r + 1]));
+    top = QuadMax(top) * scale;
+    if (top > rows.base[r] + kFar) {
+      if (rows.base[r] != kNoBase) shrink[r] = Exp2(rows.base[r] - top);
+      rows.base[r] = top;
+    }
+  }
+  if (!__any_sync(~0u, shrink[0] != 1 || shrink[1] != 1)) return;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) rows.sum[r] *= shrink[r];
+#pragma unroll
+  for (int panel = 0; panel < D / 64; ++panel)
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) rows.acc[panel][j][c] *= shrink[c / 2];
+}
+
+// The weights of 16 tokens as A operand, added to the rows' sums.
+__device__ __forceinline__ void Weigh(uint32_t (&weights)[4], float (&sum)[2],
+                                      const float (&left)[4], const float (&right)[4], float scale,
+                                      const float (&base)[2], bool unseen = false) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    weights[i] = 0;
+    if (unseen) continue;
+    const int r = i % 2;
+    const float(&of)[4] = i < 2 ? left : right;
+    const float a = Exp2(of[2 * r] * scale - base[r]);
+    const float b = Exp2(of[2 * r + 1] * scale - base[r]);
+    sum[r] += a + b;
+    weights[i] = Pack(a, b);
+  }
+}
 
 // Takes in keys [first, first + kKeys), at `k` and `v` in tiles of kRows rows. Unless all of them
-// are seen, row r of the warp's sees `range(r)`: from which on, and how many (0 at least); later
-// rows see from later keys on, and later ones. Of 16 keys that no row sees nothing is worked out.
+// are seen, row r of the warp's sees `range(r)`.
 template <int D, int kKeys, int kRows, typename Range>
 __device__ __forceinline__ void Attend(Rows<D>& rows, uint32_t q, uint32_t k, uint32_t v,
                                        float scale, int first, bool all_seen, const Range& range) {
   float score[kKeys / 8][4];
   ScoreKeys<D, kKeys, kRows>(score, q, k);
   bool unseen[kKeys / 16] = {};
-  if (!all_seen) {
-    const int thread = ThreadIndex();
-    const int2 early = range(0), late = range(15);
-    int2 seen[2];
-    int place[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      seen[r] = range(thread / 4 % 8 + 8 * r);
-      place[r] = first + thread % 4 * 2 - seen[r].x;
-    }
-#pragma unroll
-    for (int c = 0; c < kKeys / 16; ++c) {
-      const int at = first + 16 * c;
-      unseen[c] = at + 16 <= early.x || at >= late.x + late.y;
-      if (at >= late.x && at + 16 <= early.x + early.y) continue;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int r = i / 2 % 2;
-        if (static_cast<unsigned>(place[r] + 16 * c + i / 4 * 8 + i % 2) >=
-            static_cast<unsigned>(seen[r].y))
-          score[2 * c + i / 4][i % 4] = -INFINITY;
-      }
-    }
-  }
-  float shrink[2] = {1, 1};
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float top = -INFINITY;
-#pragma unroll
-    for (int j = 0; j < kKeys / 8; ++j)
-      top = fmaxf(top, fmaxf(score[j][2 * r], score[j][2 * r + 1]));
-    top = QuadMax(top) * scale;
-    if (top > rows.base[r] + kFar) {
-      shrink[r] = Exp2(rows.base[r] - top);
-      rows.base[r] = top;
-    }
-  }
-  if (__any_sync(~0u, shrink[0] != 1 || shrink[1] != 1)) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) rows.sum[r] *= shrink[r];
-#pragma unroll
-    for (int panel = 0; panel < D / 64; ++panel)
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-#pragma unroll
-        for (int c = 0; c < 4; ++c) rows.acc[panel][j][c] *= shrink[c / 2];
-  }
+  if (!all_seen) HideUnseen(score, unseen, first, Seen(range));
+  RaiseBase(rows, score, scale);
   uint32_t weights[kKeys / 16][4];
 #pragma unroll
   for (int c = 0; c < kKeys / 16; ++c)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      weights[c][i] = 0;
-      if (unseen[c]) continue;
-      const int r = i % 2;
-      const float(&of)[4] = score[2 * c + i / 2];
-      const float a = Exp2(of[2 * r] * scale - rows.base[r]);
-      const float b = Exp2(of[2 * r + 1] * scale - rows.base[r]);
-      rows.sum[r] += a + b;
-      weights[c][i] = Pack(a, b);
-    }
+    Weigh(weights[c], rows.sum, score[2 * c], score[2 * c + 1], scale, rows.base, unseen[c]);
   AddValues<D, kKeys, kRows>(rows.acc, weights, v);
 }
 
