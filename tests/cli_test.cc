@@ -295,9 +295,9 @@ TEST_F(CliTest, BadOptionsAreNamed) {
   ExpectRefused("run " + Model() + "--kv int4 abc", "--kv: 'int4' is not one of bf16, fp32, int8");
   ExpectRefused("run " + Model() + "--device tpu abc",
                 "--device tpu: not one of auto, cpu, cuda, cuda:N");
-  ExpectRefused("run " + Model() + "--device cuda --weights int8 abc",
-                "--device cuda: weights and cache are held in bf16 there, not --weights int8 and "
-                "--kv bf16");
+  ExpectRefused("run " + Model() + "--device cuda --weights fp32 abc",
+                "--device cuda: weights are held in bf16, int8 or int4 there and the cache in "
+                "bf16, not --weights fp32 and --kv bf16");
   ExpectRefused("run --random-weights abc", "--random-weights: needs a config.json as --model");
   ExpectRefused("run " + Model() + "--context 100000 abc",
                 "context of 100000 tokens: the model has 512");

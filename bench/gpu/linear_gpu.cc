@@ -1,10 +1,11 @@
 // Times the products of a decode step, SmallProduct beside cuBLAS: of each shape and number of
 // rows, the median time of a call within a CUDA graph of many, and the share of the bandwidth of a
-// device copy of the same run that it reaches; of a product with an adapter's first one,
-// JointProduct beside AdapterIn after the better of those two; and of a layer's four products one
-// after the other, without and with the elementwise steps between them (of which SmallProduct does
-// the activation itself). Calls rotate over weights of more than 400 MB in all, so that they come
-// from memory, not from the L2 cache.
+// device copy of the same run that it reaches; the same of weights of 8 and 4 bits, beside
+// unpacking them for cuBLAS; of a product with an adapter's first one, JointProduct beside
+// AdapterIn after the better of those two; and of a layer's four products one after the other,
+// without and with the elementwise steps between them (of which SmallProduct does the activation
+// itself). Calls rotate over weights of more than 400 MB in all, so that they come from memory, not
+// from the L2 cache.
 //
 //   linear_gpu [--only "small qkv"] [--rows 8]
 #include <cublas_v2.h>
@@ -75,8 +76,9 @@ class Bench {
   const std::byte* weights() const { return pool_.as<std::byte>(); }
 
   void Small(const void* weight, int out, int in, const void* x, int64_t x_stride, int T, void* y,
-             bool f32 = false, bool gated = false) const {
+             bool f32 = false, bool gated = false, int bits = 16) const {
     CheckCuda(cuda::SmallProduct({.weight = weight,
+                                  .bits = bits,
                                   .out = out,
                                   .in = in,
                                   .x = x,
@@ -89,12 +91,30 @@ class Bench {
                                  stream));
   }
   void Blas(const void* weight, int out, int in, const void* x, int64_t x_stride, int T, void* y,
-            bool f32 = false) const {
+            bool f32 = false, int64_t y_stride = 0) const {
     const float one = 1, zero = 0;
-    CheckBlas(cublasGemmEx(blas_, CUBLAS_OP_T, CUBLAS_OP_N, out, T, in, &one, weight, CUDA_R_16BF,
-                           in, x, CUDA_R_16BF, static_cast<int>(x_stride), &zero, y,
-                           f32 ? CUDA_R_32F : CUDA_R_16BF, out, CUBLAS_COMPUTE_32F,
-                           CUBLAS_GEMM_DEFAULT));
+    CheckBlas(cublasGemmEx(
+        blas_, CUBLAS_OP_T, CUBLAS_OP_N, out, T, in, &one, weight, CUDA_R_16BF, in, x, CUDA_R_16BF,
+        static_cast<int>(x_stride), &zero, y, f32 ? CUDA_R_32F : CUDA_R_16BF,
+        static_cast<int>(y_stride == 0 ? out : y_stride), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+  }
+  // By cuBLAS, of some features in bf16 at a time.
+  void Unpacked(const void* weight, int bits, int out, int in, const void* x, int T, void* y,
+                bool f32) const {
+    const int most = static_cast<int>(kUnpackedBytes / (2 * in) / 16 * 16);
+    for (int begin = 0; begin < out; begin += most) {
+      const int rows = std::min(most, out - begin);
+      CheckCuda(cuda::UnpackWeight({.weight = weight,
+                                    .bits = bits,
+                                    .out = out,
+                                    .in = in,
+                                    .begin = begin,
+                                    .rows = rows,
+                                    .to = unpacked_.as<void>()},
+                                   stream));
+      Blas(unpacked_.as<void>(), rows, in, x, in, T,
+           static_cast<std::byte*>(y) + int64_t{f32 ? 4 : 2} * begin, f32, out);
+    }
   }
 
   cudaStream_t stream;
@@ -104,8 +124,9 @@ class Bench {
 
  private:
   static constexpr int64_t kArrayBytes = 1 << 27, kWorkspaceBytes = 1 << 25;
+  static constexpr int64_t kUnpackedBytes = 1 << 26;  // as src/model/cuda/gemm.cc has it
   cublasHandle_t blas_ = nullptr;
-  DeviceBytes pool_, x_, y_, workspace_, zero_{std::vector<int32_t>{0}};
+  DeviceBytes pool_, x_, y_, workspace_, unpacked_{kUnpackedBytes}, zero_{std::vector<int32_t>{0}};
 };
 
 struct Shape {
@@ -141,6 +162,26 @@ void TimeShape(const Bench& b, const Model& model, const Shape& s, int T) {
   std::printf("%-15s [%5d,%6d] T %3d %9.2f us %5.1f%%  cuBLAS %9.2f us %5.1f%%%s\n", name.c_str(),
               s.out, s.in, T, small * 1e6, share(small), blas * 1e6, share(blas),
               cuda::PrefersSmallProduct(s.out, s.in, T) ? "" : ", taken");
+  std::fflush(stdout);
+}
+
+void TimePacked(const Bench& b, const Model& model, const Shape& s, int T, int bits) {
+  const std::string name = std::string(model.name) + " " + s.name;
+  if (!b.Wanted(name)) return;
+  const int64_t weight = PackedShape{.out = s.out, .in = s.in, .bits = bits}.bytes();
+  const double bytes = double(weight) + T * (2. * s.in + (s.f32 ? 4. : 2.) * s.out);
+  const int64_t wanted = std::clamp(int64_t{400000000}, 10 * weight, 4000 * weight);
+  const int count = static_cast<int>(std::min(kPoolBytes, wanted) / weight);
+  const auto at = [&](int i) { return b.weights() + i * weight; };
+  const double small = b.Time(count, [&](int i) {
+    b.Small(at(i), s.out, s.in, b.x(), s.in, T, b.y(), s.f32, false, bits);
+  });
+  const double unpacked =
+      b.Time(count, [&](int i) { b.Unpacked(at(i), bits, s.out, s.in, b.x(), T, b.y(), s.f32); });
+  std::printf("%-15s [%5d,%6d] T %3d %9.2f us %5.1f%%, %d bits, unpacked %9.2f us%s\n",
+              name.c_str(), s.out, s.in, T, small * 1e6, 100 * bytes / small / b.copy_bandwidth,
+              bits, unpacked * 1e6,
+              cuda::PrefersSmallProduct(s.out, s.in, T, bits) ? "" : ", taken");
   std::fflush(stdout);
 }
 
@@ -306,7 +347,11 @@ int Main(int argc, char** argv) {
   for (const Model& m : models)
     for (const int T : {1, 4, 8, 16, 32, 64, 128, 256}) {
       if (b.rows != 0 && b.rows != T) continue;
-      for (const Shape& s : m.shapes) TimeShape(b, m, s, T);
+      for (const Shape& s : m.shapes) {
+        TimeShape(b, m, s, T);
+        if (std::strncmp(s.name, "adapter", 7) == 0) continue;  // in bf16 always
+        for (const int bits : {8, 4}) TimePacked(b, m, s, T, bits);
+      }
       for (const Joint& s : m.joint) TimeJoint(b, m, s, T);
       TimeLayer(b, m, T);
     }

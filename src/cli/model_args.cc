@@ -40,27 +40,32 @@ Expected<std::unique_ptr<HybridModel>> LoadOn(const ModelArgs& args, const Loade
   if (args.device == "cpu") return load();
   const bool automatic = args.device == "auto";
   // What only the CPU has is taken as a wish for it.
-  const bool bf16 = (args.weights == "auto" || args.weights == "bf16") && args.kv == "bf16";
-  if (automatic && !bf16) return load();
-  if (!bf16) {
+  const bool on_devices = args.weights != "fp32" && args.kv == "bf16";
+  if (automatic && !on_devices) return load();
+  if (!on_devices) {
     return InvalidArgument(
-        "--device {}: weights and cache are held in bf16 there, not --weights {} "
-        "and --kv {}",
+        "--device {}: weights are held in bf16, int8 or int4 there and the cache in bf16, not "
+        "--weights {} and --kv {}",
         args.device, args.weights, args.kv);
   }
-  const WeightFormat on_cpu = options.weights;
+  const WeightFormat asked = options.weights;
   auto device = OpenDevice(automatic ? "cuda" : args.device);
   if (!device.ok() && automatic) return load();
   if (!device.ok()) {
     return Error(device.status().code(), "--device {}: {}", args.device, device.status().message());
   }
   options.device = std::move(device).value();
-  options.weights = WeightFormat::kBF16;
+  // Fewer bits make steps of few rows faster, but those of many slower.
+  if (args.weights == "auto") options.weights = WeightFormat::kBF16;
   auto model = load();
+  if (model.status().code() == StatusCode::kResourceExhausted && options.weights != asked) {
+    options.weights = asked;
+    model = load();
+  }
   if (model.ok() || !automatic) return model;
   fmt::print(stderr, "dsla: {}; running on the CPU\n", model.status().message());
   options.device = nullptr;
-  options.weights = on_cpu;
+  options.weights = asked;
   return load();
 }
 
@@ -93,8 +98,8 @@ void ModelArgs::AddTo(CLI::App& app) {
       ->group(group);
   app.add_option(
          "--weights", weights,
-         "how weights are held: auto (as small as keeps what the file holds), bf16, fp32, int8\n"
-         "or int4")
+         "how weights are held: bf16, fp32 (on the CPU), int8, int4, or auto: as small as keeps\n"
+         "what the file holds, on a GPU only where bf16 does not fit")
       ->type_name("TYPE")
       ->capture_default_str()
       ->group(group);

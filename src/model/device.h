@@ -17,6 +17,8 @@
 #include "format/config.h"
 #include "model/placed_rows.h"
 #include "ops/dsla/dsla.h"
+#include "ops/linear/linear.h"
+#include "ops/linear/packed_weight.h"
 #include "ops/views.h"
 
 namespace dsla {
@@ -27,9 +29,15 @@ using TensorReader = std::function<Status(const std::string& name, std::span<flo
 // Runs `task` for every number below `tasks`, on several threads.
 using ParallelRunner = std::function<void(int64_t tasks, const std::function<void(int64_t)>& task)>;
 
+// PackWeight (ops/linear/packed_weight.h); called from several threads.
+using WeightPacker =
+    std::function<void(const PackedShape& shape, const float* weight, std::byte* to)>;
+
 // What a device needs to know of a model to hold it.
 struct DeviceModelSpec {
   ModelConfig config;
+  WeightFormat weights = WeightFormat::kBF16;  // bf16, or int8 or int4, which are what `pack` makes
+  WeightPacker pack;
   const float* rope_cos = nullptr;  // [positions, D/2], on the host
   const float* rope_sin = nullptr;
   int64_t positions = 0;

@@ -39,8 +39,9 @@ Expected<std::unique_ptr<HybridModel>> HybridModel::Load(const ExecContext& ctx,
 
 Status HybridModel::LoadOnDevice(const ExecContext& ctx, const ModelFile& file,
                                  const Adapter* adapter) {
-  if (options_.weights != WeightFormat::kBF16 || options_.kv_dtype != DType::kBF16) {
-    return Unsupported("{}: weights and cache are held in bf16 there", options_.device->name());
+  if (options_.weights == WeightFormat::kF32 || options_.kv_dtype != DType::kBF16) {
+    return Unsupported("{}: weights are held in bf16, int8 or int4 there, the cache in bf16",
+                       options_.device->name());
   }
   const auto read = [&](const std::string& name, std::span<float> out) {
     return file.Read(name, out);
@@ -54,6 +55,8 @@ Status HybridModel::LoadOnDevice(const ExecContext& ctx, const ModelFile& file,
 
 DeviceModelSpec HybridModel::DeviceSpec(const Adapter* adapter) const {
   DeviceModelSpec spec{.config = config_,
+                       .weights = options_.weights,
+                       .pack = PackWeight,
                        .rope_cos = rope_.cos(),
                        .rope_sin = rope_.sin(),
                        .positions = rope_.positions(),

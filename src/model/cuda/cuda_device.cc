@@ -78,11 +78,14 @@ class CudaDevice : public Device {
     }
     cudaSetDevice(index_);
     if (spec.adapter != nullptr) DSLA_RETURN_IF_ERROR(CheckAdapter(spec));
-    if (WeightBytes(c) > free_bytes()) {
-      return ResourceExhausted("{}: the weights take {} bytes in bf16, and {} are free", name_,
-                               WeightBytes(c), free_bytes());
+    const bool packed = spec.weights != WeightFormat::kBF16;
+    const int64_t bytes = WeightBytes(spec) + (packed ? Gemm::kUnpackedBytes : 0);
+    if (bytes > free_bytes()) {
+      return ResourceExhausted("{}: the weights take {} bytes in {}, and {} are free", name_, bytes,
+                               Name(spec.weights), free_bytes());
     }
     try {
+      if (packed) gemm_->MakeRoomToUnpack();
       DSLA_ASSIGN_OR_RETURN(auto weights, UploadWeights(index_, spec, read, parallel));
       auto adapter = UploadAdapter(spec, *weights, stream_);
       return std::unique_ptr<DeviceModel>(

@@ -1,4 +1,4 @@
-// The model on a GPU against the same model on the CPU: random weights, rounded to bf16 on both
+// The model on a GPU against the same model on the CPU: random weights, rounded alike on both
 // sides, all levels in one batch. Activations are bf16 on the GPU and fp32 on the CPU, so logits
 // (of deviation about 1) differ by some roundings of 2^-9; what is compared is the divergence
 // between the two distributions that they give.
@@ -25,6 +25,8 @@ struct Shape {
   const char* name;
   int C, ffn, L, H, Hkv, D;
   const char* architecture = "LlamaForCausalLM";
+  WeightFormat weights = WeightFormat::kBF16;
+  bool tied = true;  // the head is the embedding
 };
 
 std::string ConfigFile(const Shape& s) {
@@ -33,10 +35,10 @@ std::string ConfigFile(const Shape& s) {
       R"({{"architectures": ["{}"], "model_type": "{}", "hidden_size": {}, "intermediate_size": {},
   "num_hidden_layers": {}, "num_attention_heads": {}, "num_key_value_heads": {}, "head_dim": {},
   "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-  "max_position_embeddings": 4096, "vocab_size": 1000, "tie_word_embeddings": true,
+  "max_position_embeddings": 4096, "vocab_size": 1000, "tie_word_embeddings": {},
   "eos_token_id": 2}})",
       s.architecture, std::string(s.architecture) == "Qwen3ForCausalLM" ? "qwen3" : "llama", s.C,
-      s.ffn, s.L, s.H, s.Hkv, s.D);
+      s.ffn, s.L, s.H, s.Hkv, s.D, s.tied);
   return path;
 }
 
@@ -52,7 +54,7 @@ class BothTest : public testing::TestWithParam<Shape> {
         RandomAdapter((*file)->config(), {.features = 2 * GetParam().D, .window = 64, .rank = 16});
     ctx_ = {.threads = 2, .workspace = &workspace_};
     for (const bool on_device : {false, true}) {
-      ModelOptions options;
+      ModelOptions options{.weights = GetParam().weights};
       if (on_device) options.device = *device;
       auto model = HybridModel::Load(ctx_, **file, adapter.get(), options);
       ASSERT_TRUE(model.ok()) << model.status().message();
@@ -378,7 +380,11 @@ TEST_P(BothTest, MemoryThatIsGivenBackIsUsedAgain) {
 INSTANTIATE_TEST_SUITE_P(Shapes, BothTest,
                          testing::Values(Shape{"smollm", 576, 1536, 4, 9, 3, 64},
                                          Shape{"heads32", 512, 1024, 3, 4, 4, 128},
-                                         Shape{"qwen3", 512, 768, 3, 8, 2, 64, "Qwen3ForCausalLM"}),
+                                         Shape{"qwen3", 512, 768, 3, 8, 2, 64, "Qwen3ForCausalLM"},
+                                         Shape{"int4", 576, 1536, 4, 9, 3, 64, "LlamaForCausalLM",
+                                               WeightFormat::kInt4},
+                                         Shape{"int8", 576, 1528, 3, 9, 3, 64, "LlamaForCausalLM",
+                                               WeightFormat::kInt8, false}),
                          [](const testing::TestParamInfo<Shape>& info) { return info.param.name; });
 
 TEST(DeviceTest, NamesAreChecked) {

@@ -27,15 +27,32 @@ DeviceBuffer UploadVector(std::span<const float> from) {
   return UploadBytes(from.data(), static_cast<int64_t>(from.size_bytes()));
 }
 
+int64_t MatrixBytes(int64_t out, int64_t in, int bits) {
+  return bits == 16 ? 2 * out * in : PackedShape{.out = out, .in = in, .bits = bits}.bytes();
+}
+
+// Of the model's matrices, and of the embedding and the head.
+int LayerBits(WeightFormat format) {
+  return format == WeightFormat::kInt4 ? 4 : format == WeightFormat::kInt8 ? 8 : 16;
+}
+int EndBits(WeightFormat format) { return std::max(LayerBits(format), 8); }
+
 Matrix UploadMatrix(std::span<const float> from, int64_t out, int64_t in) {
   DSLA_CHECK(static_cast<int64_t>(from.size()) == out * in);
   std::vector<bf16> narrow(from.size());
   std::transform(from.begin(), from.end(), narrow.begin(), [](float x) { return ToBf16(x); });
-  Matrix matrix;
-  matrix.out = out;
-  matrix.in = in;
-  matrix.data = UploadBytes(narrow.data(), 2 * out * in);
-  return matrix;
+  return {UploadBytes(narrow.data(), 2 * out * in), out, in};
+}
+
+// The same of a weight of the model, which may be packed.
+Matrix UploadWeight(const DeviceModelSpec& spec, std::span<const float> from, int64_t out,
+                    int64_t in, int bits) {
+  if (bits == 16) return UploadMatrix(from, out, in);
+  DSLA_CHECK(static_cast<int64_t>(from.size()) == out * in);
+  const PackedShape shape{.out = out, .in = in, .bits = bits};
+  std::vector<std::byte> packed(static_cast<size_t>(shape.bytes()));
+  spec.pack(shape, from.data(), packed.data());
+  return {UploadBytes(packed.data(), shape.bytes()), out, in, bits};
 }
 
 // [rows, columns], with zeros appended to rows and columns.
@@ -95,8 +112,9 @@ struct Part {
 };
 
 // Matrices of one layer under one another, and their biases.
-Status UploadStacked(const TensorReader& read, int layer, std::span<const Part> parts, int64_t in,
-                     bool bias, Matrix& matrix, DeviceBuffer* biases) {
+Status UploadStacked(const DeviceModelSpec& spec, const TensorReader& read, int layer,
+                     std::span<const Part> parts, int64_t in, bool bias, Matrix& matrix,
+                     DeviceBuffer* biases) {
   int64_t out = 0;
   for (const Part& part : parts) out += part.rows;
   std::vector<float> weight(static_cast<size_t>(out * in)), all(bias ? out : 0);
@@ -108,7 +126,7 @@ Status UploadStacked(const TensorReader& read, int layer, std::span<const Part> 
     if (bias) DSLA_RETURN_IF_ERROR(read(name + ".bias", std::span(all).subspan(row, part.rows)));
     row += part.rows;
   }
-  matrix = UploadMatrix(weight, out, in);
+  matrix = UploadWeight(spec, weight, out, in, LayerBits(spec.weights));
   if (bias) *biases = UploadVector(all);
   return Status::Ok();
 }
@@ -121,7 +139,8 @@ Status ReadVector(const TensorReader& read, const std::string& name, int64_t siz
   return Status::Ok();
 }
 
-Status UploadLayer(const ModelConfig& c, const TensorReader& read, int l, CudaLayer& layer) {
+Status UploadLayer(const DeviceModelSpec& spec, const TensorReader& read, int l, CudaLayer& layer) {
+  const ModelConfig& c = spec.config;
   const auto name = [&](const char* suffix) { return LayerTensorName(l, suffix); };
   DSLA_RETURN_IF_ERROR(ReadVector(read, name("input_layernorm.weight"), c.C, layer.attn_norm));
   DSLA_RETURN_IF_ERROR(
@@ -135,13 +154,19 @@ Status UploadLayer(const ModelConfig& c, const TensorReader& read, int l, CudaLa
   const Part o[] = {{"self_attn.o_proj", c.C}};
   const Part gate_up[] = {{"mlp.gate_proj", c.ffn}, {"mlp.up_proj", c.ffn}};
   const Part down[] = {{"mlp.down_proj", c.C}};
-  DSLA_RETURN_IF_ERROR(UploadStacked(read, l, qkv, c.C, c.qkv_bias, layer.qkv, &layer.qkv_bias));
-  DSLA_RETURN_IF_ERROR(UploadStacked(read, l, o, q, c.o_bias, layer.o, &layer.o_bias));
-  DSLA_RETURN_IF_ERROR(UploadStacked(read, l, gate_up, c.C, false, layer.gate_up, nullptr));
-  return UploadStacked(read, l, down, c.ffn, false, layer.down, nullptr);
+  const auto upload = [&](std::span<const Part> parts, int64_t in, bool bias, Matrix& matrix,
+                          DeviceBuffer* biases) {
+    return UploadStacked(spec, read, l, parts, in, bias, matrix, biases);
+  };
+  DSLA_RETURN_IF_ERROR(upload(qkv, c.C, c.qkv_bias, layer.qkv, &layer.qkv_bias));
+  DSLA_RETURN_IF_ERROR(upload(o, q, c.o_bias, layer.o, &layer.o_bias));
+  DSLA_RETURN_IF_ERROR(upload(gate_up, c.C, false, layer.gate_up, nullptr));
+  return upload(down, c.ffn, false, layer.down, nullptr);
 }
 
 }  // namespace
+
+int64_t Matrix::bytes() const { return MatrixBytes(out, in, bits); }
 
 int64_t CudaWeights::step_bytes() const {
   int64_t bytes = output().bytes();
@@ -150,10 +175,15 @@ int64_t CudaWeights::step_bytes() const {
   return bytes;
 }
 
-int64_t WeightBytes(const ModelConfig& c) {
+int64_t WeightBytes(const DeviceModelSpec& spec) {
+  const ModelConfig& c = spec.config;
   const int64_t q = int64_t{c.H} * c.D, kv = int64_t{c.Hkv} * c.D;
-  const int64_t layer = (2 * q + 2 * kv + 3 * int64_t{c.ffn}) * c.C;
-  return 2 * (c.L * layer + (c.tied_embeddings ? 1 : 2) * int64_t{c.V} * c.C);
+  const auto of_layer = [bits = LayerBits(spec.weights)](int64_t out, int64_t in) {
+    return MatrixBytes(out, in, bits);
+  };
+  const int64_t layer = of_layer(q + 2 * kv, c.C) + of_layer(c.C, q) +
+                        of_layer(2 * int64_t{c.ffn}, c.C) + of_layer(c.C, c.ffn);
+  return c.L * layer + (c.tied_embeddings ? 1 : 2) * MatrixBytes(c.V, c.C, EndBits(spec.weights));
 }
 
 Expected<std::shared_ptr<const CudaWeights>> UploadWeights(int device, const DeviceModelSpec& spec,
@@ -167,13 +197,14 @@ Expected<std::shared_ptr<const CudaWeights>> UploadWeights(int device, const Dev
   const auto load = [&](int64_t task) -> Status {
     if (task >= 2) {
       const int l = static_cast<int>(task) - 2;
-      return UploadLayer(config, read, l, weights->layers[static_cast<size_t>(l)]);
+      return UploadLayer(spec, read, l, weights->layers[static_cast<size_t>(l)]);
     }
     const bool head = task == 1;
     if (head && config.tied_embeddings) return Status::Ok();
     std::vector<float> weight(static_cast<size_t>(config.V) * config.C);
     DSLA_RETURN_IF_ERROR(read(head ? "lm_head.weight" : "model.embed_tokens.weight", weight));
-    (head ? weights->head : weights->embedding) = UploadMatrix(weight, config.V, config.C);
+    (head ? weights->head : weights->embedding) =
+        UploadWeight(spec, weight, config.V, config.C, EndBits(spec.weights));
     return Status::Ok();
   };
   parallel(config.L + 2, [&](int64_t task) {
@@ -230,7 +261,7 @@ std::shared_ptr<const CudaAdapter> UploadAdapter(const DeviceModelSpec& spec,
       layer.o_in = UploadMatrix(o_a, layer.r, q);
       layer.o_out = UploadMatrix(Padded(from.o_b, from.rank, C, layer.r), C, layer.r);
       const CudaLayer& base = weights.layers[l];
-      if (base.qkv.bytes() <= kMostMergedBytes) {
+      if (base.qkv.bits == 16 && base.qkv.bytes() <= kMostMergedBytes) {
         layer.merged_qkv = Merged(base.qkv, layer.q_out, q_a, stream);
         layer.merged_o = Merged(base.o, layer.o_out, o_a, stream);
       }

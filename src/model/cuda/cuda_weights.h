@@ -1,4 +1,5 @@
-// A model's weights and an adapter's on a GPU: matrices in bf16, vectors in fp32. Immutable.
+// A model's weights and an adapter's on a GPU: vectors in fp32, matrices in bf16, the model's own
+// also in 8 or 4 bits. Immutable.
 #pragma once
 
 #include <memory>
@@ -9,12 +10,13 @@
 
 namespace dsla::cuda {
 
-// [out, in] row-major bf16.
+// [out, in]: row-major bf16, or of 8 or 4 bits, packed (packed_weight.h).
 struct Matrix {
   DeviceBuffer data;
   int64_t out = 0, in = 0;
+  int bits = 16;
   bool empty() const { return out == 0; }
-  int64_t bytes() const { return 2 * out * in; }
+  int64_t bytes() const;
 };
 
 struct CudaLayer {
@@ -45,7 +47,7 @@ struct CudaDslaLayer {
   Matrix o_in;   // [r, H D]
   Matrix o_out;  // [C, r]
   // qkv and o with the deltas in them, W + B A, for steps whose rows are all DSLA; empty where the
-  // model is large.
+  // model is large or not in bf16.
   Matrix merged_qkv, merged_o;
   DeviceBuffer claim_bias;  // [H]
   DeviceBuffer packed;      // what the operator reads
@@ -66,7 +68,7 @@ struct CudaAdapter {
   int most_rank = 0;
 };
 
-int64_t WeightBytes(const ModelConfig& config);  // of the model's weights on the GPU
+int64_t WeightBytes(const DeviceModelSpec& spec);  // of the model's weights on the GPU
 Expected<std::shared_ptr<const CudaWeights>> UploadWeights(int device, const DeviceModelSpec& spec,
                                                            const TensorReader& read,
                                                            const ParallelRunner& parallel);

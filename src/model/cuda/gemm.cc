@@ -1,5 +1,7 @@
 #include "model/cuda/gemm.h"
 
+#include <algorithm>
+
 #include "ops/norm_rope/cuda/norm_rope_cuda.h"
 
 namespace dsla::cuda {
@@ -16,6 +18,7 @@ void CheckCublas(cublasStatus_t status, const char* what) {
 ProductArgs Product(const Matrix& weight, const void* x, int64_t x_stride, int64_t T, void* y,
                     int64_t y_stride) {
   return {.weight = weight.data.as(),
+          .bits = weight.bits,
           .out = static_cast<int>(weight.out),
           .in = static_cast<int>(weight.in),
           .x = x,
@@ -38,7 +41,7 @@ Gemm::~Gemm() { cublasDestroy(handle_); }
 
 void Gemm::Run(const Matrix& weight, const void* x, int64_t x_stride, int64_t T, void* y,
                int64_t y_stride, Out type, const int32_t* from) {
-  if (from != nullptr || PrefersSmallProduct(weight.out, weight.in, T)) {
+  if (from != nullptr || PrefersSmallProduct(weight.out, weight.in, T, weight.bits)) {
     ProductArgs args = Product(weight, x, x_stride, T, y, y_stride);
     args.y_f32 = type == Out::kF32;
     args.add = from != nullptr;
@@ -46,19 +49,43 @@ void Gemm::Run(const Matrix& weight, const void* x, int64_t x_stride, int64_t T,
     Check(SmallProduct(args, stream_), "a small product");
     return;
   }
+  if (weight.bits == 16) {
+    Multiply(weight.data.as(), weight.out, weight.in, x, x_stride, T, y, y_stride, type);
+    return;
+  }
+  const int64_t most = kUnpackedBytes / (2 * weight.in) / kUnitFeatures * kUnitFeatures;
+  const int64_t y_bytes = type == Out::kBf16 ? 2 : 4;
+  DSLA_CHECK(most > 0 && unpacked_.bytes() == kUnpackedBytes);
+  for (int64_t begin = 0; begin < weight.out; begin += most) {
+    const int64_t features = std::min(most, weight.out - begin);
+    Check(UnpackWeight({.weight = weight.data.as(),
+                        .bits = weight.bits,
+                        .out = static_cast<int>(weight.out),
+                        .in = static_cast<int>(weight.in),
+                        .begin = static_cast<int>(begin),
+                        .rows = static_cast<int>(features),
+                        .to = unpacked_.as()},
+                       stream_),
+          "unpacking a weight");
+    Multiply(unpacked_.as(), features, weight.in, x, x_stride, T,
+             static_cast<std::byte*>(y) + y_bytes * begin, y_stride, type);
+  }
+}
+
+void Gemm::Multiply(const void* weight, int64_t out, int64_t in, const void* x, int64_t x_stride,
+                    int64_t T, void* y, int64_t y_stride, Out type) {
   const float one = 1, zero = 0;
   // Column-major: y^T [out, T] = (W^T)^T [out, in] x^T [in, T].
-  CheckCublas(cublasGemmEx(handle_, CUBLAS_OP_T, CUBLAS_OP_N, static_cast<int>(weight.out),
-                           static_cast<int>(T), static_cast<int>(weight.in), &one, weight.data.as(),
-                           CUDA_R_16BF, static_cast<int>(weight.in), x, CUDA_R_16BF,
-                           static_cast<int>(x_stride), &zero, y,
-                           type == Out::kBf16 ? CUDA_R_16BF : CUDA_R_32F,
+  CheckCublas(cublasGemmEx(handle_, CUBLAS_OP_T, CUBLAS_OP_N, static_cast<int>(out),
+                           static_cast<int>(T), static_cast<int>(in), &one, weight, CUDA_R_16BF,
+                           static_cast<int>(in), x, CUDA_R_16BF, static_cast<int>(x_stride), &zero,
+                           y, type == Out::kBf16 ? CUDA_R_16BF : CUDA_R_32F,
                            static_cast<int>(y_stride), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
               "a product");
 }
 
 void Gemm::RunJoint(const Matrix& weight, void* y, int64_t y_stride, const AdapterInArgs& adapter) {
-  if (PrefersJointProduct(weight.out, weight.in, adapter.T)) {
+  if (weight.bits == 16 && PrefersJointProduct(weight.out, weight.in, adapter.T)) {
     const ProductArgs args = Product(weight, adapter.x, adapter.x_stride, adapter.T, y, y_stride);
     Check(JointProduct(args, adapter, stream_), "a product and the adapter's first");
     return;
@@ -69,7 +96,8 @@ void Gemm::RunJoint(const Matrix& weight, void* y, int64_t y_stride, const Adapt
 
 void Gemm::RunGated(const Matrix& gate_up, const void* x, int64_t T, void* room, void* y) {
   const int64_t ffn = gate_up.out / 2;
-  if (PrefersSmallProduct(gate_up.out, gate_up.in, T)) {
+  const bool can = gate_up.bits == 16 || ffn % kUnitFeatures == 0;
+  if (can && PrefersSmallProduct(gate_up.out, gate_up.in, T, gate_up.bits)) {
     ProductArgs args = Product(gate_up, x, gate_up.in, T, y, ffn);
     args.gated = true;
     Check(SmallProduct(args, stream_), "a small product with its activation");

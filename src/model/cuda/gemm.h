@@ -1,5 +1,6 @@
 // Products with weights on the GPU: y = x W^T, bf16 in, fp32 sums; through cuBLAS, or where that is
-// measured to be faster (PrefersSmallProduct) by our own kernels. One per stream.
+// measured to be faster (PrefersSmallProduct) by our own kernels. Of packed weights cuBLAS gets
+// some features at a time in bf16, few enough for them to be still in the L2 cache. One per stream.
 #pragma once
 
 #include <cublas_v2.h>
@@ -17,6 +18,10 @@ class Gemm {
   Gemm(const Gemm&) = delete;
   Gemm& operator=(const Gemm&) = delete;
 
+  // Before there are products with packed weights: room for some of their features in bf16.
+  void MakeRoomToUnpack() { unpacked_.Grow(kUnpackedBytes); }
+  static constexpr int64_t kUnpackedBytes = int64_t{64} << 20;
+
   // x: [T, in] bf16 with x_stride elements between rows; y: [T, out] in bf16, or fp32. With `from`
   // (on the GPU) y += x W^T in the rows from *from on, and the others are left alone.
   enum class Out { kBf16, kF32 };
@@ -29,9 +34,14 @@ class Gemm {
   void RunGated(const Matrix& gate_up, const void* x, int64_t T, void* room, void* y);
 
  private:
+  // y = x W^T of a bf16 weight [out, in], by cuBLAS.
+  void Multiply(const void* weight, int64_t out, int64_t in, const void* x, int64_t x_stride,
+                int64_t T, void* y, int64_t y_stride, Out type);
+
   cudaStream_t stream_;
   cublasHandle_t handle_ = nullptr;
   DeviceBuffer workspace_;  // of its own, so that a captured graph finds it where it was
+  DeviceBuffer unpacked_;
 };
 
 }  // namespace dsla::cuda

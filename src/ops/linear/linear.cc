@@ -78,20 +78,6 @@ Status PrepareLinear(WeightFormat format) {
   return format == WeightFormat::kF32 ? LoadGemm().status() : Status::Ok();
 }
 
-const char* Name(WeightFormat format) {
-  switch (format) {
-    case WeightFormat::kF32:
-      return "fp32";
-    case WeightFormat::kBF16:
-      return "bf16";
-    case WeightFormat::kInt8:
-      return "int8";
-    case WeightFormat::kInt4:
-      return "int4";
-  }
-  return "unknown";
-}
-
 Linear::Linear(std::span<const float> weight, int64_t out, int64_t in, WeightFormat format,
                std::span<const float> bias, Arena* arena)
     : Linear(out, in, format, bias, arena) {

@@ -21,7 +21,19 @@ enum class Accumulate { kNo, kYes };
 // minimum (group_quant.h), 8.5 and 5 or 6 bits a weight; for few rows their activations are rounded
 // to 15 bits in the same groups.
 enum class WeightFormat { kF32, kBF16, kInt8, kInt4 };
-const char* Name(WeightFormat format);
+inline const char* Name(WeightFormat format) {
+  switch (format) {
+    case WeightFormat::kF32:
+      return "fp32";
+    case WeightFormat::kBF16:
+      return "bf16";
+    case WeightFormat::kInt8:
+      return "int8";
+    case WeightFormat::kInt4:
+      return "int4";
+  }
+  return "unknown";
+}
 
 // Up to so many rows kFastest takes the loop for few; beyond, panels or the GEMM.
 int64_t LinearLoopRows(WeightFormat format);

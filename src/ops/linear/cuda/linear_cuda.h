@@ -2,7 +2,8 @@
 // steps need them; conventions in ops/cuda/stream.h.
 //
 // A row's result depends on that row and the weight alone: for every T up to kMostSkinnyRows it has
-// the same bits, wherever the row stands, and for every T above too.
+// the same bits, wherever the row stands, and for every T above too; with a packed weight for
+// every T.
 //
 // Programmatic dependent launch: the weight and *first_row are read before the kernels launched
 // just before have ended, so they must come from a copy, or from a kernel that has ended by then.
@@ -17,15 +18,20 @@
 #include <cstdint>
 
 #include "ops/cuda/stream.h"
+#include "ops/linear/packed_weight.h"
 
 namespace dsla::cuda {
 
 // Up to so many rows the weight is read once for all; above, once for every tile of rows.
 inline constexpr int kMostSkinnyRows = 32;
+// Of a packed weight so many rows are worth more than one such reading.
+inline constexpr int kMostPackedRows = 64;
 
 // Whether SmallProduct rather than cuBLAS is to do a product of T rows with a weight [out, in]: for
 // small weights as long as T rows leave cuBLAS's tiles too few to fill the card.
-inline bool PrefersSmallProduct(int64_t out, int64_t in, int64_t T) {
+// Of packed weights cuBLAS has bits to unpack first.
+inline bool PrefersSmallProduct(int64_t out, int64_t in, int64_t T, int bits = 16) {
+  if (bits < 16) return in % 8 == 0 && T <= kMostPackedRows;
   const int64_t bytes = 2 * out * in;
   const int64_t small = T <= 64 ? int64_t{8} << 20 : T <= 256 ? int64_t{5} << 18 : 0;
   return in % 8 == 0 && (bytes <= small || (T <= 4 && out <= 4096));
@@ -33,20 +39,32 @@ inline bool PrefersSmallProduct(int64_t out, int64_t in, int64_t T) {
 
 // y[t] = W x[t], or y[t] += W x[t], or, gated, y[t, j] = silu(W x[t])[j] * (W x[t])[out / 2 + j].
 struct ProductArgs {
-  const void* weight = nullptr;  // [out, in] bf16, dense, 16-byte aligned
-  int out = 0, in = 0;           // in a multiple of 8
-  const void* x = nullptr;       // [T, in] bf16, 16-byte aligned
-  int64_t x_stride = 0;          // elements between rows, a multiple of 8
+  // [out, in], 16-byte aligned: bf16, dense, or of 8 or 4 bits, a PackedShape's.
+  const void* weight = nullptr;
+  int bits = 16;
+  int out = 0, in = 0;      // in a multiple of 8
+  const void* x = nullptr;  // [T, in] bf16, 16-byte aligned
+  int64_t x_stride = 0;     // elements between rows, a multiple of 8
   int T = 0;
   void* y = nullptr;  // [T, out] bf16, or fp32; [T, out / 2] if gated; not x
   int64_t y_stride = 0;
   bool y_f32 = false;
   bool add = false;    // not with gated
-  bool gated = false;  // out is then even
+  bool gated = false;  // out is then even, of a packed weight a multiple of 32
   // [1] or null: rows below *first_row are left alone, and if that is all of them nothing is read.
   const int32_t* first_row = nullptr;
 };
 DSLA_CUDA_EXPORT int SmallProduct(const ProductArgs& args, Stream stream);
+
+// The features [begin, begin + rows) of a packed weight in bf16, for products of many rows: begin
+// is a multiple of 16. It starts when all before it has ended.
+struct UnpackArgs {
+  const void* weight = nullptr;  // of a PackedShape
+  int bits = 4, out = 0, in = 0;
+  int begin = 0, rows = 0;
+  void* to = nullptr;  // [rows, in], 16-byte aligned
+};
+DSLA_CUDA_EXPORT int UnpackWeight(const UnpackArgs& args, Stream stream);
 
 // An adapter's first product and its split, of the rows from *first_row on: low_rank[t] = the first
 // r of W x[t], rounded to bf16; claim[t] = the other H + bias.

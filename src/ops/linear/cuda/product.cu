@@ -16,7 +16,8 @@ void CheckProduct(const ProductParams& p) {
 int Launch(const ProductPair& pair, Stream stream) {
   const int T = pair.of[0].T;
   if (T == 0) return cudaSuccess;
-  return T <= kMostSkinnyRows ? LaunchSkinny(pair, stream) : LaunchTiled(pair, stream);
+  const bool skinny = T <= kMostSkinnyRows || pair.of[0].bits < 16;
+  return skinny ? LaunchSkinny(pair, stream) : LaunchTiled(pair, stream);
 }
 
 // What both have.
@@ -34,7 +35,10 @@ ProductParams Common(const Args& a) {
 
 ProductParams Params(const ProductArgs& a) {
   DSLA_CHECK(!a.gated || (a.out % 2 == 0 && !a.add));
+  DSLA_CHECK(a.bits == 16 || a.bits == 8 || a.bits == 4);
+  DSLA_CHECK(a.bits == 16 || !a.gated || a.out % (2 * kUnitFeatures) == 0);
   ProductParams p = Common(a);
+  p.bits = a.bits;
   p.out = a.out;
   p.gated = a.gated;
   p.split = p.results();
@@ -49,6 +53,7 @@ ProductParams Params(const ProductArgs& a) {
 ProductParams Params(const AdapterInArgs& a) {
   DSLA_CHECK(a.r >= 0 && a.H >= 0 && a.first_row && (a.H == 0 || a.claim_bias));
   ProductParams p = Common(a);
+  p.bits = 16;
   p.out = a.r + a.H;
   p.split = a.r;
   p.y = a.low_rank;
@@ -67,7 +72,7 @@ int AdapterIn(const AdapterInArgs& args, Stream stream) { return Launch({Params(
 
 int JointProduct(const ProductArgs& product, const AdapterInArgs& adapter, Stream stream) {
   // A block whose product has no rows leaves without a wait, so one of them must have all.
-  DSLA_CHECK(product.first_row == nullptr && !product.gated);
+  DSLA_CHECK(product.first_row == nullptr && !product.gated && product.bits == 16);
   DSLA_CHECK(product.in == adapter.in && product.T == adapter.T);
   return Launch({Params(product), Params(adapter)}, stream);
 }

@@ -7,9 +7,13 @@
 namespace dsla::cuda {
 
 struct ProductParams {
-  const __nv_bfloat16 *weight, *x;
+  union {
+    const __nv_bfloat16* weight;
+    const void* packed;  // of 8 or 4 bits
+  };
+  const __nv_bfloat16* x;
   int64_t x_stride;
-  int out, in, T;
+  int out, in, bits, T;
   const int32_t* first_row;
   // Results below `split` go to y, those after it to claim.
   int split;

@@ -3,6 +3,7 @@
 // values do not depend on the rows beside it.
 #include "base/check.h"
 #include "ops/dsla/cuda/common.cuh"
+#include "ops/linear/cuda/packed.cuh"
 #include "ops/norm_rope/cuda/elementwise.cuh"
 #include "ops/norm_rope/cuda/norm_rope_cuda.h"
 
@@ -26,11 +27,20 @@ dim3 Blocks(int64_t items) {
 struct EmbedParams {
   const int32_t *tokens, *feed, *chosen;
   int chosen_stride;
-  const uint2* embedding;  // [V, quads]
-  float4* hidden;          // [T, quads]
-  uint32_t quads, items;   // of a row, of all rows
+  const void* embedding;  // [V, quads]
+  float4* hidden;         // [T, quads]
+  uint32_t quads, items;  // of a row, of all rows
 };
 
+template <int bits>
+__device__ __forceinline__ float4 Embedding(const EmbedParams& p, int64_t token, uint32_t quad) {
+  if constexpr (bits == 16)
+    return Widen(static_cast<const uint2*>(p.embedding)[token * p.quads + quad]);
+  else
+    return PackedQuad<bits>(p.embedding, 4 * p.quads, token, quad);
+}
+
+template <int bits>
 __global__ void __launch_bounds__(kThreads) EmbedKernel(EmbedParams p) {
   AwaitPrevious();
   AllowNext();
@@ -40,8 +50,7 @@ __global__ void __launch_bounds__(kThreads) EmbedKernel(EmbedParams p) {
   const int32_t feed = p.feed != nullptr ? p.feed[row] : -1;
   const int32_t token = feed < 0 ? p.tokens[row] : p.chosen[int64_t{feed} * p.chosen_stride];
   // A padding row's token may be negative.
-  p.hidden[i] = token < 0 ? make_float4(0, 0, 0, 0)
-                          : Widen(p.embedding[int64_t{token} * p.quads + (i - row * p.quads)]);
+  p.hidden[i] = token < 0 ? make_float4(0, 0, 0, 0) : Embedding<bits>(p, token, i - row * p.quads);
 }
 
 // One block per row; the row waits in registers for the sum of its squares.
@@ -135,17 +144,19 @@ int EmbedRows(const EmbedRowsArgs& a, Stream stream) {
   DSLA_CHECK(a.T >= 0 && a.C > 0 && a.C % 8 == 0);
   if (a.T == 0) return cudaSuccess;
   DSLA_CHECK(a.tokens && Aligned16(a.embedding) && Aligned16(a.hidden));
+  DSLA_CHECK(a.bits == 16 || a.bits == 8);
   DSLA_CHECK(a.feed == nullptr || a.chosen != nullptr);
   const int64_t items = int64_t{a.T} * (a.C / 4);
   const EmbedParams p{a.tokens,
                       a.feed,
                       a.chosen,
                       a.chosen_stride,
-                      static_cast<const uint2*>(a.embedding),
+                      a.embedding,
                       reinterpret_cast<float4*>(a.hidden),
                       static_cast<uint32_t>(a.C / 4),
                       static_cast<uint32_t>(items)};
-  StartEarly(EmbedKernel, Blocks(items), kThreads, p, stream);
+  const auto kernel = a.bits == 16 ? EmbedKernel<16> : EmbedKernel<8>;
+  StartEarly(kernel, Blocks(items), kThreads, p, stream);
   return cudaGetLastError();
 }
 

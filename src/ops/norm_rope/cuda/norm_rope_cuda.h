@@ -22,7 +22,8 @@ struct EmbedRowsArgs {
   const int32_t* feed = nullptr;    // [T], or null: all of `tokens`
   const int32_t* chosen = nullptr;
   int chosen_stride = 1;            // elements
-  const void* embedding = nullptr;  // [V, C] bf16
+  const void* embedding = nullptr;  // [V, C]: bf16, or of 8 bits, a PackedShape's
+  int bits = 16;
   int T = 0, C = 0;
   float* hidden = nullptr;  // [T, C]
 };
