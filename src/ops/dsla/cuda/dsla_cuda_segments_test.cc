@@ -72,13 +72,17 @@ TEST_P(SegmentsTest, Prefill) {
       ExpectClose(rows_of(i), reference.out(i), kChunkTolerance);
       const std::vector<TestPart> one{parts[static_cast<size_t>(i)]};
       TestBatch alone_input(layer.host, got, one);
-      GpuCall alone(layer, alone_input, got, N);
-      alone.Prefill(cuda::MaxChunks(1, alone.args.T));
-      const std::vector<float> alone_out = alone.Out();
-      EXPECT_TRUE(
-          std::equal(alone_out.begin(), alone_out.end(), rows_of(i).begin(), rows_of(i).end()))
-          << "depends on the other sequences of the call";
-      EXPECT_EQ(SlotBytes(gpu, other, i), SlotBytes(alone, other, i));
+      std::vector<int> waves = c.waves;
+      waves.push_back(cuda::MaxChunks(1, one[0].count));
+      for (int wave : waves) {
+        GpuCall alone(layer, alone_input, got, N);
+        alone.Prefill(wave);
+        const std::vector<float> alone_out = alone.Out();
+        EXPECT_TRUE(
+            std::equal(alone_out.begin(), alone_out.end(), rows_of(i).begin(), rows_of(i).end()))
+            << "depends on the other sequences of the call, with " << wave << " chunks per wave";
+        EXPECT_EQ(SlotBytes(gpu, other, i), SlotBytes(alone, other, i));
+      }
     }
     gpu.ReadPool(got);
     ExpectSlots(s.D, got, want, slots, kStateTolerance);

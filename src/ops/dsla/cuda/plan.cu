@@ -1,5 +1,5 @@
 // The plan of a call: which chunks and segments each wave has. Made on the device, so that a call
-// needs nothing but device arrays.
+// needs nothing but device arrays. A prefill of one sequence needs none (OnlySequence).
 #include "ops/dsla/cuda/prefill.cuh"
 
 namespace dsla::cuda {
@@ -14,8 +14,6 @@ __device__ __forceinline__ int2 Range(const PrefillParams& p, int n) {
   const int end = (p.fold ? 0 : l.row_start[n + 1] - l.row_start[n]) + l.pos[n] - l.W;
   return {begin, end};
 }
-__device__ __forceinline__ int FloorChunk(int e) { return e >> 6; }  // of 64, rounds down
-static_assert(kChunk == 64);
 
 // Where the next segment goes.
 struct Layout {

@@ -101,13 +101,16 @@ void PlanWaves(const DslaShape& s, int N, int64_t T, int chunks, bool fold, Pref
   p->wave_chunks = std::min(std::max(chunks, std::max(2 * longest, 1)), most);
   p->waves = (most + p->wave_chunks - 1) / std::max(p->wave_chunks, 1);
   p->wave_segments = N;
+  const bool only = N == 1 && !fold;
+  p->only_rows = only ? static_cast<int>(T) : 0;
+  p->only_segment = p->wave_chunks;
   if (p->segment == 0) return;
+  if (only) p->only_segment = longest;
   if (p->wave_chunks < most) {
     // A segment that does not fit leaves chunks of a wave unused, but not if there is one sequence,
     // whose segments' length is known.
-    const bool known = N == 1 && !fold;
-    if (known) p->wave_chunks = p->wave_chunks / longest * longest;
-    const int used = known ? p->wave_chunks : p->wave_chunks - longest + 1;
+    if (only) p->wave_chunks = p->wave_chunks / longest * longest;
+    const int used = only ? p->wave_chunks : p->wave_chunks - longest + 1;
     p->waves = (most + used - 1) / used;
   }
   p->wave_segments += MostSegments(*p, N);
@@ -205,7 +208,7 @@ int Run(PrefillParams& p, const DslaShape& s, cudaStream_t stream) {
     LaunchFold(p, s.D, stream);
     if (p.most_segments > 1) LaunchCombine(p, s.D, stream);
   }
-  if (!in_one) LaunchPlan(p, stream);
+  if (!in_one && p.only_rows == 0) LaunchPlan(p, stream);
   for (p.wave = 0; !in_one && p.wave < p.waves; ++p.wave) {
     LaunchPrepare(p, s.D, stream);
     const bool keeps_states = p.form == Form::kKeepsStates;

@@ -40,6 +40,9 @@ enum class Form {
   kKeepsStates,  // `window`, then `chunks`: D and F 128 there
 };
 
+__device__ __forceinline__ int FloorChunk(int e) { return e >> 6; }  // of 64, rounds down
+static_assert(kChunk == 64);
+
 // The most chunks that rows of one sequence are parts of.
 __host__ __device__ __forceinline__ int MostChunks(int64_t rows) {
   return static_cast<int>(rows < 2 ? rows : (rows - 2) / kChunk + 2);
@@ -88,18 +91,69 @@ struct PrefillParams {
   int wave_chunks;    // chunks that the wave's part has room for
   int wave_segments;  // the most segments of a wave
   int waves, wave;
+  // Of a prefill of one sequence, which has no plan: its rows (0 where there is one), and chunks of
+  // a segment, or of a wave.
+  int only_rows, only_segment;
+};
+
+// The chunks of a prefill's only sequence. A kernel finds its own among them sooner than it could
+// read a plan of them.
+struct OnlySequence {
+  int first, count, lo, hi;  // the first of the stream; rows of the first and of the last
+  int done, in_wave;         // chunks before this wave, and its own
+  __device__ __forceinline__ OnlySequence(const PrefillParams& p, int pos) {
+    const int begin = pos - p.layer.W, end = begin + p.only_rows;
+    first = FloorChunk(begin);
+    count = FloorChunk(end - 1) - first + 1;
+    lo = begin - first * kChunk;
+    hi = end - (first + count - 1) * kChunk;
+    done = p.wave * p.wave_chunks;
+    in_wave = max(min(count - done, p.wave_chunks), 0);
+  }
+  __device__ __forceinline__ int Segments(const PrefillParams& p) const {
+    return (in_wave + p.only_segment - 1) / p.only_segment;
+  }
+  __device__ __forceinline__ Chunk ChunkAt(int index) const {
+    const int i = done + index;
+    if (index >= in_wave) return {-1, 0, 0, 0};
+    return {0, (first + i) * kChunk, i == 0 ? lo : 0, i == count - 1 ? hi : kChunk};
+  }
+  __device__ __forceinline__ Segment SegmentAt(const PrefillParams& p, int index) const {
+    const int at = index * p.only_segment, begin = done + at;
+    if (at >= in_wave) return {-1, 0, 0, -1, 0, 0, 0, 0};
+    const int chunks = min(p.only_segment, in_wave - at);
+    const bool is_first = begin == 0, is_last = begin + chunks == count;
+    int flags = (is_first ? kFirst : 0) | (is_last ? kLast : 0);
+    if (index == 0) flags |= Segments(p) << kRunShift | (done + in_wave == count ? kRunEnds : 0);
+    return {0,
+            (first + begin) * kChunk,
+            at,
+            chunks,
+            is_first ? lo : 0,
+            is_last ? hi : kChunk,
+            is_first && is_last ? 0 : index,
+            flags};
+  }
 };
 
 // The chunk of a block. The plan is read around the L1 cache, for kernels that read it before they
 // await the one before them.
 __device__ __forceinline__ Chunk ChunkOf(const PrefillParams& p, int index) {
+  if (p.only_rows > 0) return OnlySequence(p, p.layer.pos[0]).ChunkAt(index);
   const int4 x =
       __ldcg(reinterpret_cast<const int4*>(p.chunks) + int64_t{p.wave} * p.wave_chunks + index);
   return {x.x, x.y, x.z, x.w};
 }
 
+// How many segments the wave has.
+__device__ __forceinline__ int SegmentsOf(const PrefillParams& p) {
+  if (p.only_rows > 0) return OnlySequence(p, p.layer.pos[0]).Segments(p);
+  return __ldcg(p.wave_first + p.wave + 1) - __ldcg(p.wave_first + p.wave);
+}
+
 // The segment of a block; count < 0 if there is none.
 __device__ __forceinline__ Segment SegmentOf(const PrefillParams& p, int index) {
+  if (p.only_rows > 0) return OnlySequence(p, p.layer.pos[0]).SegmentAt(p, index);
   const int i = __ldcg(p.wave_first + p.wave) + index;
   if (i >= __ldcg(p.wave_first + p.wave + 1)) return {-1, 0, 0, -1, 0, 0, 0, 0};
   const int4* from = reinterpret_cast<const int4*>(p.segments + i);

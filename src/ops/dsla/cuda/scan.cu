@@ -95,11 +95,10 @@ __device__ __forceinline__ void ScanRun(const PrefillParams& p, const Segment& s
 template <int D>
 __global__ void __launch_bounds__(kThreads, kBlocks<D>)
     ScanKernel(const __grid_constant__ PrefillParams p) {
-  const int count = __ldcg(p.wave_first + p.wave + 1) - __ldcg(p.wave_first + p.wave);
   int runs = 0;
-  for (int base = 0; base < count; base += 32) {
-    const int lane = threadIdx.x % 32;
-    const bool first = base + lane < count && SegmentOf(p, base + lane).flags >> kRunShift;
+  for (int base = 0; base < SegmentsOf(p); base += 32) {
+    const Segment s = SegmentOf(p, base + threadIdx.x % 32);
+    const bool first = s.count >= 0 && s.flags >> kRunShift;
     for (uint32_t left = __ballot_sync(~0u, first); left != 0; left &= left - 1) {
       if (runs++ % gridDim.z != blockIdx.z) continue;
       const Segment s = SegmentOf(p, base + __ffs(left) - 1);
