@@ -474,8 +474,7 @@ TEST_F(EngineDeviceTest, ADeviceThatFailsAtACopyLosesNoEnd) {
     } else {
       EXPECT_TRUE(engine.Submit(copied)->Wait().status.ok());  // which leaves states
       ends.deadline = NowSeconds() + 0.2;
-      bool submitted = false;
-      note = [&] {
+      note = [&, submitted = false]() mutable {
         if (std::exchange(submitted, true)) return;
         EXPECT_FALSE(engine->Submit(copied, sinks[1]).has_value());
         std::this_thread::sleep_for(std::chrono::milliseconds(300));
