@@ -131,10 +131,10 @@ __device__ __forceinline__ void AddChannels(float (&score)[8][4], float (&acc)[D
   }
 }
 
-// acc += tril(score) V, norm += its rows' sums.
+// acc += tril(score) V, norm += its rows' sums. What is above the diagonal is lost.
 template <int D>
 __device__ __forceinline__ void AddChunkValues(float (&acc)[D / 8][4], float (&norm)[2],
-                                               const float (&score)[8][4], uint32_t v, int warp,
+                                               float (&score)[8][4], uint32_t v, int warp,
                                                int lane) {
 #pragma unroll
   for (int c = 0; c < kChunk / 16; ++c) {
