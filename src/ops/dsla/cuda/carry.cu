@@ -83,8 +83,8 @@ __device__ __forceinline__ void Fetch(const PrefillParams& p, CarryStage<D>& s, 
   }
 }
 
-// Leaves e^R z of channel i of a block of D channels that has so many before it. `queries` wants two
-// rows of bf16 terms, the second as Swizzle has row 1.
+// Leaves e^R z of channel i of a block of D channels that has so many before it. `queries` wants
+// two rows of bf16 terms, the second as Swizzle has row 1.
 template <int D>
 __device__ __forceinline__ void StoreNorm(const PrefillParams& p, int64_t before, int i, float z) {
   if (D == 128 || p.form != Form::kQueries) {
