@@ -38,6 +38,7 @@ struct DeviceModelSpec {
   ModelConfig config;
   WeightFormat weights = WeightFormat::kBF16;  // bf16, or int8 or int4, which are what `pack` makes
   WeightPacker pack;
+  bool also_unpacked = false;       // also in bf16, if there is memory to spare
   const float* rope_cos = nullptr;  // [positions, D/2], on the host
   const float* rope_sin = nullptr;
   int64_t positions = 0;

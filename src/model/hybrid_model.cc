@@ -57,6 +57,7 @@ DeviceModelSpec HybridModel::DeviceSpec(const Adapter* adapter) const {
   DeviceModelSpec spec{.config = config_,
                        .weights = options_.weights,
                        .pack = PackWeight,
+                       .also_unpacked = options_.also_unpacked,
                        .rope_cos = rope_.cos(),
                        .rope_sin = rope_.sin(),
                        .positions = rope_.positions(),

@@ -36,6 +36,9 @@ struct ModelOptions {
   // Where the model runs; null: on the CPU. A device holds weights in bf16, int8 or int4 and the
   // cache in bf16.
   std::shared_ptr<Device> device = nullptr;
+  // There: weights in int8 or int4 also in bf16, for steps of many rows, if there is memory to
+  // spare.
+  bool also_unpacked = true;
 };
 
 // Rows with their logits [rows.size(), V], which may be changed and are gone afterwards; or, where

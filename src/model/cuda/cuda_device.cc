@@ -11,6 +11,8 @@ namespace dsla::cuda {
 namespace {
 
 constexpr int kLeastMajor = 8;  // compute capability
+// Packed weights are also held in bf16 where the two take this part of the free memory at most.
+constexpr int64_t kBothShare = 4;
 
 class CudaDevice : public Device {
  public:
@@ -79,14 +81,17 @@ class CudaDevice : public Device {
     cudaSetDevice(index_);
     if (spec.adapter != nullptr) DSLA_RETURN_IF_ERROR(CheckAdapter(spec));
     const bool packed = spec.weights != WeightFormat::kBF16;
-    const int64_t bytes = WeightBytes(spec) + (packed ? Gemm::kUnpackedBytes : 0);
+    const int64_t bytes = WeightBytes(c, spec.weights) + (packed ? Gemm::kUnpackedBytes : 0);
     if (bytes > free_bytes()) {
       return ResourceExhausted("{}: the weights take {} bytes in {}, and {} are free", name_, bytes,
                                Name(spec.weights), free_bytes());
     }
+    // Steps of many rows are faster by weights in bf16: where both forms leave caches most memory.
+    const bool both = packed && spec.also_unpacked &&
+                      kBothShare * (bytes + WeightBytes(c, WeightFormat::kBF16)) <= free_bytes();
     try {
       if (packed) gemm_->MakeRoomToUnpack();
-      DSLA_ASSIGN_OR_RETURN(auto weights, UploadWeights(index_, spec, read, parallel));
+      DSLA_ASSIGN_OR_RETURN(auto weights, UploadWeights(index_, spec, both, read, parallel));
       auto adapter = UploadAdapter(spec, *weights, stream_);
       return std::unique_ptr<DeviceModel>(
           new CudaModel(index_, stream_, gemm_, spec, std::move(weights), std::move(adapter)));

@@ -27,6 +27,7 @@ struct Shape {
   const char* architecture = "LlamaForCausalLM";
   WeightFormat weights = WeightFormat::kBF16;
   bool tied = true;  // the head is the embedding
+  bool also_unpacked = false;
 };
 
 std::string ConfigFile(const Shape& s) {
@@ -54,7 +55,8 @@ class BothTest : public testing::TestWithParam<Shape> {
         RandomAdapter((*file)->config(), {.features = 2 * GetParam().D, .window = 64, .rank = 16});
     ctx_ = {.threads = 2, .workspace = &workspace_};
     for (const bool on_device : {false, true}) {
-      ModelOptions options{.weights = GetParam().weights};
+      ModelOptions options{.weights = GetParam().weights,
+                           .also_unpacked = GetParam().also_unpacked};
       if (on_device) options.device = *device;
       auto model = HybridModel::Load(ctx_, **file, adapter.get(), options);
       ASSERT_TRUE(model.ok()) << model.status().message();
@@ -377,15 +379,17 @@ TEST_P(BothTest, MemoryThatIsGivenBackIsUsedAgain) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Shapes, BothTest,
-                         testing::Values(Shape{"smollm", 576, 1536, 4, 9, 3, 64},
-                                         Shape{"heads32", 512, 1024, 3, 4, 4, 128},
-                                         Shape{"qwen3", 512, 768, 3, 8, 2, 64, "Qwen3ForCausalLM"},
-                                         Shape{"int4", 576, 1536, 4, 9, 3, 64, "LlamaForCausalLM",
-                                               WeightFormat::kInt4},
-                                         Shape{"int8", 576, 1528, 3, 9, 3, 64, "LlamaForCausalLM",
-                                               WeightFormat::kInt8, false}),
-                         [](const testing::TestParamInfo<Shape>& info) { return info.param.name; });
+constexpr const char* kLlama = "LlamaForCausalLM";
+INSTANTIATE_TEST_SUITE_P(
+    Shapes, BothTest,
+    testing::Values(Shape{"smollm", 576, 1536, 4, 9, 3, 64},
+                    Shape{"heads32", 512, 1024, 3, 4, 4, 128},
+                    Shape{"qwen3", 512, 768, 3, 8, 2, 64, "Qwen3ForCausalLM"},
+                    Shape{"int4", 576, 1536, 4, 9, 3, 64, kLlama, WeightFormat::kInt4},
+                    Shape{"int8", 576, 1528, 3, 9, 3, 64, kLlama, WeightFormat::kInt8, false},
+                    Shape{"int4_bf16", 576, 1536, 4, 9, 3, 64, kLlama, WeightFormat::kInt4, false,
+                          true}),
+    [](const testing::TestParamInfo<Shape>& info) { return info.param.name; });
 
 TEST(DeviceTest, NamesAreChecked) {
   EXPECT_EQ(OpenDevice("tpu").status().message(), "not one of auto, cpu, cuda, cuda:N");

@@ -41,7 +41,7 @@ Matrix UploadMatrix(std::span<const float> from, int64_t out, int64_t in) {
   DSLA_CHECK(static_cast<int64_t>(from.size()) == out * in);
   std::vector<bf16> narrow(from.size());
   std::transform(from.begin(), from.end(), narrow.begin(), [](float x) { return ToBf16(x); });
-  return {UploadBytes(narrow.data(), 2 * out * in), out, in};
+  return {.data = UploadBytes(narrow.data(), 2 * out * in), .out = out, .in = in};
 }
 
 // The same of a weight of the model, which may be packed.
@@ -52,7 +52,20 @@ Matrix UploadWeight(const DeviceModelSpec& spec, std::span<const float> from, in
   const PackedShape shape{.out = out, .in = in, .bits = bits};
   std::vector<std::byte> packed(static_cast<size_t>(shape.bytes()));
   spec.pack(shape, from.data(), packed.data());
-  return {UploadBytes(packed.data(), shape.bytes()), out, in, bits};
+  return {.data = UploadBytes(packed.data(), shape.bytes()), .out = out, .in = in, .bits = bits};
+}
+
+// Adds a packed weight's form for many rows.
+void Unpack(Matrix& matrix) {
+  matrix.unpacked.Grow(MatrixBytes(matrix.out, matrix.in, 16));
+  Check(UnpackWeight({.weight = matrix.data.as(),
+                      .bits = matrix.bits,
+                      .out = static_cast<int>(matrix.out),
+                      .in = static_cast<int>(matrix.in),
+                      .rows = static_cast<int>(matrix.out),
+                      .to = matrix.unpacked.as()},
+                     cudaStreamLegacy),
+        "unpacking a weight");
 }
 
 // [rows, columns], with zeros appended to rows and columns.
@@ -175,18 +188,18 @@ int64_t CudaWeights::step_bytes() const {
   return bytes;
 }
 
-int64_t WeightBytes(const DeviceModelSpec& spec) {
-  const ModelConfig& c = spec.config;
+int64_t WeightBytes(const ModelConfig& c, WeightFormat format) {
   const int64_t q = int64_t{c.H} * c.D, kv = int64_t{c.Hkv} * c.D;
-  const auto of_layer = [bits = LayerBits(spec.weights)](int64_t out, int64_t in) {
+  const auto of_layer = [bits = LayerBits(format)](int64_t out, int64_t in) {
     return MatrixBytes(out, in, bits);
   };
   const int64_t layer = of_layer(q + 2 * kv, c.C) + of_layer(c.C, q) +
                         of_layer(2 * int64_t{c.ffn}, c.C) + of_layer(c.C, c.ffn);
-  return c.L * layer + (c.tied_embeddings ? 1 : 2) * MatrixBytes(c.V, c.C, EndBits(spec.weights));
+  return c.L * layer + (c.tied_embeddings ? 1 : 2) * MatrixBytes(c.V, c.C, EndBits(format));
 }
 
 Expected<std::shared_ptr<const CudaWeights>> UploadWeights(int device, const DeviceModelSpec& spec,
+                                                           bool also_unpacked,
                                                            const TensorReader& read,
                                                            const ParallelRunner& parallel) {
   const ModelConfig& config = spec.config;
@@ -226,6 +239,11 @@ Expected<std::shared_ptr<const CudaWeights>> UploadWeights(int device, const Dev
   const int64_t angles = spec.positions * (config.D / 2);
   weights->rope_cos = UploadBytes(spec.rope_cos, 4 * angles);
   weights->rope_sin = UploadBytes(spec.rope_sin, 4 * angles);
+  if (also_unpacked) {
+    for (CudaLayer& layer : weights->layers)
+      for (Matrix* const of : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) Unpack(*of);
+    Unpack(config.tied_embeddings ? weights->embedding : weights->head);
+  }
   AwaitUploads();
   return std::shared_ptr<const CudaWeights>(std::move(weights));
 }

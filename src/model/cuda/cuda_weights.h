@@ -15,8 +15,9 @@ struct Matrix {
   DeviceBuffer data;
   int64_t out = 0, in = 0;
   int bits = 16;
+  DeviceBuffer unpacked = {};  // of a packed one: the same in bf16, for many rows, or nothing
   bool empty() const { return out == 0; }
-  int64_t bytes() const;
+  int64_t bytes() const;  // of `data`
 };
 
 struct CudaLayer {
@@ -68,8 +69,10 @@ struct CudaAdapter {
   int most_rank = 0;
 };
 
-int64_t WeightBytes(const DeviceModelSpec& spec);  // of the model's weights on the GPU
+int64_t WeightBytes(const ModelConfig& config, WeightFormat format);  // of the model's weights
+// also_unpacked: packed matrices are held in bf16 as well.
 Expected<std::shared_ptr<const CudaWeights>> UploadWeights(int device, const DeviceModelSpec& spec,
+                                                           bool also_unpacked,
                                                            const TensorReader& read,
                                                            const ParallelRunner& parallel);
 // kUnsupported where the operator's kernels cannot do a layer of it on the current device.

@@ -15,10 +15,22 @@ void CheckCublas(cublasStatus_t status, const char* what) {
   throw DeviceError(fmt::format("cuBLAS: {}: {}", what, cublasGetStatusString(status)));
 }
 
+// The form of a weight that T rows are multiplied by.
+struct Form {
+  const void* data;
+  int bits;
+};
+Form FormFor(const Matrix& weight, int64_t T) {
+  if (weight.unpacked.bytes() > 0 && !PrefersPacked(T, weight.bits))
+    return {weight.unpacked.as(), 16};
+  return {weight.data.as(), weight.bits};
+}
+
 ProductArgs Product(const Matrix& weight, const void* x, int64_t x_stride, int64_t T, void* y,
                     int64_t y_stride) {
-  return {.weight = weight.data.as(),
-          .bits = weight.bits,
+  const Form form = FormFor(weight, T);
+  return {.weight = form.data,
+          .bits = form.bits,
           .out = static_cast<int>(weight.out),
           .in = static_cast<int>(weight.in),
           .x = x,
@@ -41,7 +53,8 @@ Gemm::~Gemm() { cublasDestroy(handle_); }
 
 void Gemm::Run(const Matrix& weight, const void* x, int64_t x_stride, int64_t T, void* y,
                int64_t y_stride, Out type, const int32_t* from) {
-  if (from != nullptr || PrefersSmallProduct(weight.out, weight.in, T, weight.bits)) {
+  const Form form = FormFor(weight, T);
+  if (from != nullptr || PrefersSmallProduct(weight.out, weight.in, T, form.bits)) {
     ProductArgs args = Product(weight, x, x_stride, T, y, y_stride);
     args.y_f32 = type == Out::kF32;
     args.add = from != nullptr;
@@ -49,8 +62,8 @@ void Gemm::Run(const Matrix& weight, const void* x, int64_t x_stride, int64_t T,
     Check(SmallProduct(args, stream_), "a small product");
     return;
   }
-  if (weight.bits == 16) {
-    Multiply(weight.data.as(), weight.out, weight.in, x, x_stride, T, y, y_stride, type);
+  if (form.bits == 16) {
+    Multiply(form.data, weight.out, weight.in, x, x_stride, T, y, y_stride, type);
     return;
   }
   const int64_t most = kUnpackedBytes / (2 * weight.in) / kUnitFeatures * kUnitFeatures;
@@ -85,7 +98,8 @@ void Gemm::Multiply(const void* weight, int64_t out, int64_t in, const void* x, 
 }
 
 void Gemm::RunJoint(const Matrix& weight, void* y, int64_t y_stride, const AdapterInArgs& adapter) {
-  if (weight.bits == 16 && PrefersJointProduct(weight.out, weight.in, adapter.T)) {
+  if (FormFor(weight, adapter.T).bits == 16 &&
+      PrefersJointProduct(weight.out, weight.in, adapter.T)) {
     const ProductArgs args = Product(weight, adapter.x, adapter.x_stride, adapter.T, y, y_stride);
     Check(JointProduct(args, adapter, stream_), "a product and the adapter's first");
     return;
@@ -96,8 +110,9 @@ void Gemm::RunJoint(const Matrix& weight, void* y, int64_t y_stride, const Adapt
 
 void Gemm::RunGated(const Matrix& gate_up, const void* x, int64_t T, void* room, void* y) {
   const int64_t ffn = gate_up.out / 2;
-  const bool can = gate_up.bits == 16 || ffn % kUnitFeatures == 0;
-  if (can && PrefersSmallProduct(gate_up.out, gate_up.in, T, gate_up.bits)) {
+  const int bits = FormFor(gate_up, T).bits;
+  const bool can = bits == 16 || ffn % kUnitFeatures == 0;
+  if (can && PrefersSmallProduct(gate_up.out, gate_up.in, T, bits)) {
     ProductArgs args = Product(gate_up, x, gate_up.in, T, y, ffn);
     args.gated = true;
     Check(SmallProduct(args, stream_), "a small product with its activation");

@@ -1,6 +1,6 @@
 // Products with weights on the GPU: y = x W^T, bf16 in, fp32 sums; through cuBLAS, or where that is
-// measured to be faster (PrefersSmallProduct) by our own kernels. Of packed weights cuBLAS gets
-// some features at a time in bf16, few enough for them to be still in the L2 cache. One per stream.
+// measured to be faster (PrefersSmallProduct) by our own kernels. A packed weight that is not held
+// in bf16 too cuBLAS gets some features at a time. One per stream.
 #pragma once
 
 #include <cublas_v2.h>

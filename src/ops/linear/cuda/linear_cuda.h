@@ -2,8 +2,8 @@
 // steps need them; conventions in ops/cuda/stream.h.
 //
 // A row's result depends on that row and the weight alone: for every T up to kMostSkinnyRows it has
-// the same bits, wherever the row stands, and for every T above too; with a packed weight for
-// every T.
+// the same bits, wherever the row stands, and for every T above too; with a packed weight the same
+// holds up to and above kFewPackedRows.
 //
 // Programmatic dependent launch: the weight and *first_row are read before the kernels launched
 // just before have ended, so they must come from a copy, or from a kernel that has ended by then.
@@ -24,14 +24,16 @@ namespace dsla::cuda {
 
 // Up to so many rows the weight is read once for all; above, once for every tile of rows.
 inline constexpr int kMostSkinnyRows = 32;
-// Of a packed weight so many rows are worth more than one such reading.
-inline constexpr int kMostPackedRows = 64;
+inline constexpr int kFewPackedRows = 16;
+
+// Whether T rows are multiplied faster by a packed weight than by the same in bf16.
+inline bool PrefersPacked(int64_t T, int bits) { return T <= (bits == 4 ? 32 : 16); }
 
 // Whether SmallProduct rather than cuBLAS is to do a product of T rows with a weight [out, in]: for
 // small weights as long as T rows leave cuBLAS's tiles too few to fill the card.
-// Of packed weights cuBLAS has bits to unpack first.
+// A packed one cuBLAS would need unpacked.
 inline bool PrefersSmallProduct(int64_t out, int64_t in, int64_t T, int bits = 16) {
-  if (bits < 16) return in % 8 == 0 && T <= kMostPackedRows;
+  if (bits < 16) return in % 8 == 0 && T <= 64;
   const int64_t bytes = 2 * out * in;
   const int64_t small = T <= 64 ? int64_t{8} << 20 : T <= 256 ? int64_t{5} << 18 : 0;
   return in % 8 == 0 && (bytes <= small || (T <= 4 && out <= 4096));

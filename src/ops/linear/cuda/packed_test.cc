@@ -2,7 +2,7 @@
 // those values as they are unpacked, to the bit.
 #include <algorithm>
 #include <cmath>
-#include <limits>
+#include <span>
 
 #include "base/buffer.h"
 #include "ops/linear/cuda/product_testing.cuh"
@@ -16,12 +16,13 @@ namespace {
 
 using PackedTest = GpuTest;
 
-// Around multiples of 8 rows, and of what is read once for all.
+// Around multiples of 8 rows, and of what is read once for all; the first six are few.
 constexpr int kRows[] = {1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 40, 64, 65, 100};
 constexpr int kAll = 100;
 // Of models, and what is no multiple of 16 or 32 features, of 32, 64 or 512 inputs.
-constexpr Shape kShapes[] = {{960, 576}, {576, 1536}, {3072, 576}, {57, 576},  {8, 8},
-                             {24, 200},  {17, 136},   {1000, 104}, {136, 1032}};
+constexpr Shape kShapes[] = {{960, 576},  {576, 1536}, {3072, 576}, {57, 576},
+                             {8, 8},      {24, 200},   {17, 136},   {1000, 104},
+                             {136, 1032}, {4232, 264}, {12304, 200}};
 
 std::vector<std::byte> PackedBytes(const Shape& s, int bits, const std::vector<float>& weight) {
   const PackedShape shape{.out = s.out, .in = s.in, .bits = bits};
@@ -122,23 +123,32 @@ TEST_F(PackedTest, EqualsReference) {
   });
 }
 
-// To the bit: from run to run, for any number of rows, and wherever a row stands.
+// To the bit: from run to run, for any of these numbers of rows, and wherever a row stands.
+void CheckIndependence(const Packed& p, std::span<const int> rows) {
+  const int most = rows.back();
+  const std::vector<uint16_t> x(p.x.begin(), p.x.begin() + std::ptrdiff_t{most} * p.shape.in);
+  const std::vector<float> all = p.Product(x, most);
+  EXPECT_EQ(all, p.Product(x, most)) << "two runs differ";
+  for (const int T : rows) {
+    const std::vector<uint16_t> last(x.end() - std::ptrdiff_t{T} * p.shape.in, x.end());
+    const std::vector<float> some = p.Product(last, T), first = p.Product(x, T);
+    EXPECT_TRUE(std::equal(some.begin(), some.end(), all.end() - std::ptrdiff_t{T} * p.shape.out))
+        << T << " last rows";
+    EXPECT_TRUE(std::equal(first.begin(), first.end(), all.begin())) << T << " first rows";
+  }
+}
 TEST_F(PackedTest, RowsAreIndependent) {
   ForEachWeight(false, [](const Packed& p) {
-    const std::vector<float> all = p.Product(p.x, kAll);
-    EXPECT_EQ(all, p.Product(p.x, kAll)) << "two runs differ";
-    for (const int T : kRows) {
-      const std::vector<uint16_t> last(p.x.end() - std::ptrdiff_t{T} * p.shape.in, p.x.end());
-      const std::vector<float> some = p.Product(last, T), first = p.Product(p.x, T);
-      EXPECT_TRUE(std::equal(some.begin(), some.end(), all.end() - std::ptrdiff_t{T} * p.shape.out))
-          << T << " last rows";
-      EXPECT_TRUE(std::equal(first.begin(), first.end(), all.begin())) << T << " first rows";
-    }
+    constexpr size_t kFew = 6;
+    static_assert(kRows[kFew - 1] == cuda::kFewPackedRows);
+    CheckIndependence(p, std::span(kRows).first(kFew));
+    CheckIndependence(p, std::span(kRows).subspan(kFew));
   });
 }
 
 TEST_F(PackedTest, Gated) {
-  for (const Shape& shape : {Shape{3072, 576}, Shape{96, 200}, Shape{32, 8}, Shape{160, 1032}})
+  for (const Shape& shape :
+       {Shape{3072, 576}, Shape{96, 200}, Shape{32, 8}, Shape{160, 1032}, Shape{12320, 72}})
     for (const int bits : {4, 8}) {
       const Packed p(shape, bits);
       const int ffn = shape.out / 2;

@@ -9,8 +9,9 @@
 // on in alone, not on how a kernel is cut.
 //
 // Of packed weights (packed_weight.h) a stage is 64 of k, in which a lane needs 16 bytes a plane,
-// and 4 lanes the same 16 bytes of scales, which one copies: that takes a barrier of the warp. A
-// block makes 32 rows, and further rows are other blocks', which find the weight in the L2 cache.
+// and 4 lanes the same 16 bytes of scales, which one copies: that takes a barrier of the warp.
+// Blocks have 8 or 16 warps, by the number of features and of rows. A block makes 32 rows, and
+// further rows are other blocks', which find the weight in the L2 cache.
 //
 // The ring is filled with W before the kernel waits for those before it, and x follows.
 #include <algorithm>
@@ -98,8 +99,8 @@ class PlainWeight {
 };
 
 // Packed. Integers are multiplied as they are but for an offset (TwoWithOffset). A group's sum over
-// k of (d q + m) x is d (sum of (q + offset) x)
-// + (m - offset d) (sum of x), the latter a product with ones.
+// k of (d q + m) x is d (sum of (q + offset) x) + (m - offset d) (sum of x), the latter a product
+// with ones.
 template <typename C>
 class PackedWeight {
  public:
@@ -174,7 +175,6 @@ class PackedWeight {
  private:
   static constexpr int kPlanes = C::kTilePieces;
   static constexpr int kUnitBytes = kPlanes * kPlaneBytes + kUnitScaleBytes;
-
   static constexpr int kScales = C::kPieces * 32;  // where a stage has them
 
   __device__ static uint2 Half(const uint4* piece, int h) {
@@ -274,6 +274,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     WaitCopies<C::kStages - 1>();
     const uint4* const from = mine + slot * C::kStage;
     if constexpr (C::kPacked) __syncwarp();  // some scales are other lanes' copies
+      // Of many columns one after the other: both at once would take too many registers.
 #pragma unroll(C::kColumns < 4 ? C::kGroups : 1)
     for (int h = 0; h < C::kGroups; ++h)
       Weight::Multiply(from, h, lane, from + (C::kWeightPieces + h * C::kColumns) * 32 + lane,
@@ -334,12 +335,25 @@ int StartColumns(const ProductPair& pair, Stream stream) {
   return StartCut<Most>(pair, stream);
 }
 
+// The fastest of those tried on an H200. What limits is how many instructions are under way: where
+// features are few, 16 warps take a processor each; where they are many, a warp takes twice as many
+// at a time, which need x once.
 template <int bits>
 int StartPacked(const ProductPair& pair, Stream stream) {
-  const int T = pair.of[0].T;
-  if (T <= 8) return StartColumns<bits, 1, 2, 3, 8, 3>(pair, stream);
-  if (T <= 16) return StartColumns<bits, 2, 2, 3>(pair, stream);
-  return StartColumns<bits, 4, 2, 3, 8, 1>(pair, stream);
+  const ProductParams& p = pair.of[0];
+  const bool few = p.out <= 4224, many = p.out >= 12288;
+  if (p.T > kFewPackedRows) {
+    if (many) return StartColumns<bits, 4, 4, 3, 8, 1>(pair, stream);
+    return StartColumns<bits, 4, 2, 3, 8, 1>(pair, stream);
+  }
+  if (p.T > 8) {
+    if (few) return StartColumns<bits, 2, 2, 2, 16, 1>(pair, stream);
+    return StartColumns<bits, 2, 2, 3, 8, 2>(pair, stream);
+  }
+  if (few) return StartColumns<bits, 1, 2, 2, 16, 1>(pair, stream);
+  if constexpr (bits == 4)
+    if (many) return StartColumns<bits, 1, 4, 3, 8, 2>(pair, stream);
+  return StartColumns<bits, 1, 2, 3, 8, 3>(pair, stream);
 }
 
 template <int bits, int tiles, int stages>
