@@ -251,15 +251,15 @@ __device__ __forceinline__ float GateMinusOne(float x, float least) {
 template <int n>
 __device__ __forceinline__ void GatesMinusOne(float (&x)[n][4], float2 bias, float least) {
   const float offset[2] = {bias.x * -kLog2e, bias.y * -kLog2e};
-  uint32_t signs = ~0u;
+  uint32_t signs[4] = {~0u, ~0u, ~0u, ~0u};
 #pragma unroll
   for (int i = 0; i < 4 * n; ++i) {
     float& t = x[i / 4][i % 4];
     t = t * -kLog2e + offset[i % 4 / 2];
-    signs &= __float_as_uint(t);
+    signs[i % 4] &= __float_as_uint(t);
   }
   // Where all logits are positive, as slow gates' are, the other factor is 1 and the floor far.
-  if (least < -0.05f && __all_sync(~0u, signs >> 31)) {
+  if (least < -0.05f && __all_sync(~0u, (signs[0] & signs[1] & signs[2] & signs[3]) >> 31)) {
 #pragma unroll
     for (int i = 0; i < 4 * n; ++i) x[i / 4][i % 4] = RootMinusOne(Exp2(x[i / 4][i % 4]));
   } else {

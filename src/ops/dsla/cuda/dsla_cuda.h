@@ -71,7 +71,7 @@ DSLA_CUDA_EXPORT int Decode(const DslaCudaArgs& args, Stream stream);
 // Any number of new rows per sequence. The chunks of 64 entering tokens are done in waves that fit
 // the workspace; results do not depend on its size. PrefillWorkspaceBytes tells what `chunks`
 // chunks per wave take on the current device (at least 1; where sequences are cut into segments, no
-// fewer than two of these, 8 to 64 chunks, are done at a time), or with 0 as many as fill a GPU, in
+// fewer than two of these, 4 to 64 chunks, are done at a time), or with 0 as many as fill a GPU, in
 // 512 MiB at most or what 128 chunks take; MaxChunks what all of a call's need.
 DSLA_CUDA_EXPORT int MaxChunks(int N, int64_t T);
 DSLA_CUDA_EXPORT int64_t PrefillWorkspaceBytes(const DslaShape& shape, int N, int64_t T,

@@ -89,6 +89,25 @@ TEST_P(DslaCudaTest, PrefillOfLargeQueries) {
   ExpectClose(gpu.Out(), reference.out(), kChunkTolerance);
 }
 
+TEST_P(DslaCudaTest, PrefillOfLargeKeyLogits) {
+  // Logits of keys' features whose exponentials fp32 does not have.
+  const DslaShape s = shape();
+  const int count = s.window + 200;
+  const GpuLayer layer(s, GetParam().gates, count, 7, 100);
+  const auto tokens = MakeSequences(s, {count});
+  TestPool want(s, 1), got(s, 1);
+  want.Reset(0);
+  got.Reset(0);
+  const std::vector<TestPart> parts{{&tokens[0], 0, count, 0}};
+  TestBatch reference(layer.host, want, parts), input(layer.host, got, parts);
+  DslaForwardRef(reference.args());
+  GpuCall gpu(layer, input, got, 1);
+  gpu.Prefill(cuda::MaxChunks(1, count));
+  ExpectClose(gpu.Out(), reference.out(), kChunkTolerance);
+  gpu.ReadPool(got);
+  ExpectSlots(s.D, got, want, {0}, kStateTolerance);
+}
+
 TEST_P(DslaCudaTest, Decode) {
   const DslaShape s = shape();
   const GpuLayer layer(s, GetParam().gates, 512, 8);

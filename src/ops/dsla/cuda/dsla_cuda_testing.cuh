@@ -67,8 +67,9 @@ inline void RoundToBf16(std::vector<float>& x) {
 // A test layer with weights that bf16 holds exactly, here and on the device.
 class GpuLayer {
  public:
-  GpuLayer(const DslaShape& shape, TestGates gates, int positions, uint32_t seed)
-      : host(Rounded(shape, gates, positions, seed)),
+  GpuLayer(const DslaShape& shape, TestGates gates, int positions, uint32_t seed,
+           float phi_k_scale = 1)
+      : host(Rounded(shape, gates, positions, seed, phi_k_scale)),
         mix_(host.mix),
         cos_(host.cos),
         sin_(host.sin),
@@ -90,8 +91,10 @@ class GpuLayer {
   const TestLayer host;
 
  private:
-  static TestLayer Rounded(const DslaShape& shape, TestGates gates, int positions, uint32_t seed) {
+  static TestLayer Rounded(const DslaShape& shape, TestGates gates, int positions, uint32_t seed,
+                           float phi_k_scale) {
     TestLayer layer(shape, gates, positions, seed);
+    for (float& w : layer.phi_k) w *= phi_k_scale;
     RoundToBf16(layer.phi_q);
     RoundToBf16(layer.phi_k);
     RoundToBf16(layer.gate_weight);

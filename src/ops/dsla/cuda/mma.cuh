@@ -70,7 +70,7 @@ __device__ __forceinline__ uint2 RowWords(uint32_t low, uint32_t high, int t) {
 }
 __device__ __forceinline__ int RowWord(int t) { return t % 2 * 4 + t / 2 * 2; }
 
-// Waits for all of the block's `threads` threads with this `id`, 0 to 2. Barriers are used by name:
+// Waits for all of the block's `threads` threads with this `id`, 0 to 3. Barriers are used by name:
 // one that only a register knows would have a kernel hold all 16.
 template <int threads>
 __device__ __forceinline__ void Barrier(int id) {
@@ -78,8 +78,10 @@ __device__ __forceinline__ void Barrier(int id) {
     asm volatile("bar.sync 1, %0;" ::"n"(threads) : "memory");
   else if (id == 1)
     asm volatile("bar.sync 2, %0;" ::"n"(threads) : "memory");
-  else
+  else if (id == 2)
     asm volatile("bar.sync 3, %0;" ::"n"(threads) : "memory");
+  else
+    asm volatile("bar.sync 4, %0;" ::"n"(threads) : "memory");
 }
 
 __device__ __forceinline__ uint32_t Pack(float lo, float hi) {

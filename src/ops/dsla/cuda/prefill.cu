@@ -85,7 +85,7 @@ Cut CutOf(const DslaShape& s, int64_t T, bool keeps_states) {
   } else {
     // As many as a GPU of 132 multiprocessors has room for at once, of those that `carry` has.
     const int blocks = s.Hkv * s.SF() / (s.D == 128 ? 32 : 64);
-    if (s.Hkv * s.SF() / 32 < 192) cut = {4, 24, std::clamp(4 * 132 / blocks, 1, 44)};
+    if (s.Hkv * s.SF() / 32 < 192) cut = {2, 24, std::clamp(4 * 132 / blocks, 1, 44)};
   }
   return MostChunks(T) > cut.least ? cut : Cut{};
 }

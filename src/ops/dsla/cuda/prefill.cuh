@@ -49,11 +49,14 @@ __host__ __device__ __forceinline__ int MostChunks(int64_t rows) {
 }
 
 // Chunks of a segment: so many that a sequence has `wanted` segments, but no fewer than `least` and
-// no more than `most`. All 0: no segments.
+// no more than `most`, and fewer than 4 only as long as there are no more than 32 segments: the
+// scan goes over one after another. All 0: no segments.
 struct Cut {
   int least = 0, most = 0, wanted = 1;
   __host__ __device__ __forceinline__ int Chunks(int64_t rows) const {
-    const int chunks = (MostChunks(rows) + wanted - 1) / wanted;
+    const int all = MostChunks(rows), few = (all + 31) / 32;
+    int chunks = (all + wanted - 1) / wanted;
+    if (chunks < few && chunks < 4) chunks = few < 4 ? few : 4;
     return chunks < least ? least : chunks > most ? most : chunks;
   }
 };

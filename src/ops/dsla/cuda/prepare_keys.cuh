@@ -19,23 +19,42 @@ __device__ __forceinline__ void TransposeQuad(uint32_t (&x)[4], int t) {
 }
 
 // The packed weights to shared memory, channels as rows: a quad of lanes has two channels' 16
-// dimensions in two pieces each.
-template <int D, int kBlocks, typename Shared>
-__device__ __forceinline__ void LoadWeights(Shared& shared, const Layer& l, int h,
-                                            int first_block) {
+// dimensions in two pieces each. And the biases. By `warps` warps; `meanwhile` comes when the first
+// loads are under way.
+template <int D, int kBlocks, typename Shared, typename Meanwhile>
+__device__ __forceinline__ void LoadWeights(Shared& shared, const Layer& l, int h, int first_block,
+                                            int warps, const Meanwhile& meanwhile) {
   constexpr int kOf = D / 16, kTiles = (1 + kBlocks) * kOf * kOf;
+  static_assert(kTiles >= 32);  // one for each warp at least
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-#pragma unroll 4
-  for (int i = threadIdx.x / 32; i < kTiles; i += blockDim.x / 32) {
-    const int m = i / (kOf * kOf), k = i / kOf % kOf, j = i % kOf;
-    const __nv_bfloat16* from =
-        m == 0 ? l.weights.phi_k + int64_t{h} * D * D
-               : l.weights.gates + (int64_t{h} * (l.SF / D) + first_block + m - 1) * D * D;
-    const uint4 packed = __ldg(reinterpret_cast<const uint4*>(from) + (k * kOf + j) * 32 + lane);
-    uint32_t x[4] = {packed.x, packed.y, packed.z, packed.w};
-    TransposeQuad(x, t);
-    const int row = 16 * (j % 4) + g / 2 + t / 2 * 4 + g % 2 * 8;
-    shared.weight[m][j / 4][PieceOf(row, 2 * k + t % 2)] = {x[0], x[1], x[2], x[3]};
+  constexpr int kAtOnce = 6;
+  const int warp = threadIdx.x / 32;
+  const auto* bias =
+      reinterpret_cast<const float2*>(l.weights.bias + int64_t{h} * l.SF + first_block * D);
+  for (int i = threadIdx.x; i < kBlocks * D / 2; i += 32 * warps)
+    shared.bias[i / (D / 2)][i % (D / 2)] = __ldg(bias + i);
+#pragma unroll 1
+  for (int first = warp; first < kTiles; first += kAtOnce * warps) {
+    uint4 packed[kAtOnce];
+    const auto tile = [&](int u) { return first + u * warps; };
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int i = min(tile(u), kTiles - 1), m = i / (kOf * kOf);
+      const __nv_bfloat16* from =
+          m == 0 ? l.weights.phi_k + int64_t{h} * D * D
+                 : l.weights.gates + (int64_t{h} * (l.SF / D) + first_block + m - 1) * D * D;
+      packed[u] = __ldg(reinterpret_cast<const uint4*>(from) + i % (kOf * kOf) * 32 + lane);
+    }
+    if (first == warp) meanwhile();
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int i = tile(u), m = i / (kOf * kOf), k = i / kOf % kOf, j = i % kOf;
+      if (i >= kTiles) break;
+      uint32_t x[4] = {packed[u].x, packed[u].y, packed[u].z, packed[u].w};
+      TransposeQuad(x, t);
+      const int row = 16 * (j % 4) + g / 2 + t / 2 * 4 + g % 2 * 8;
+      shared.weight[m][j / 4][PieceOf(row, 2 * k + t % 2)] = {x[0], x[1], x[2], x[3]};
+    }
   }
 }
 
@@ -91,9 +110,8 @@ __device__ __forceinline__ void UndoRope(TeamShared<D, kSigns>& s, const Layer& 
   Barrier<2 * D>(team);  // the keys are there; all have done with those before
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = RowOfSlot(slot) + 32 * half, low = PieceOf(row, c),
-              high = PieceOf(row, c + kOfRow);
-    const uint4 a = s.key[low], b = s.key[high];
+    const int row = RowOfSlot(slot) + 32 * half;
+    const uint4 a = s.key[PieceOf(row, c)], b = s.key[PieceOf(row, c + kOfRow)];
     const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
     uint32_t u[2][4], w[2][4];
 #pragma unroll
@@ -104,8 +122,9 @@ __device__ __forceinline__ void UndoRope(TeamShared<D, kSigns>& s, const Layer& 
     }
 #pragma unroll
     for (int term = 0; term < 2; ++term) {
-      s.plain[term][low] = {u[term][0], u[term][1], u[term][2], u[term][3]};
-      s.plain[term][high] = {w[term][0], w[term][1], w[term][2], w[term][3]};
+      const auto place = [&](int c) { return PieceOf(row + term * kChunk, c, 2 * kChunk); };
+      s.plain[place(c)] = {u[term][0], u[term][1], u[term][2], u[term][3]};
+      s.plain[place(c + kOfRow)] = {w[term][0], w[term][1], w[term][2], w[term][3]};
     }
   }
   PublishCopies();
@@ -116,7 +135,8 @@ __device__ __forceinline__ void UndoRope(TeamShared<D, kSigns>& s, const Layer& 
 
 // One warpgroup that fetches for all of a block's teams by turns. A lane has four dimensions of
 // both halves of a row, and a warp two rows at a time, eight apart in the tile from one time to the
-// next. A warp reads only the keys that it has copied itself.
+// next. A warp reads only the keys that it has copied itself. What it reads from memory it asks for
+// a chunk ahead.
 template <int D, int kBlocks, int kSigns>
 struct KeyFetcher {
   static constexpr int kOfRow = D / 8, kTimes = kChunk / 8, kAhead = 4;
@@ -124,7 +144,8 @@ struct KeyFetcher {
 
   PrepareShared<D, kBlocks, kSigns>& s;
   const PrefillParams& p;
-  float4 cos[kAhead], sin[kAhead];  // angles on their way, also those of the next chunk
+  float4 cos[kAhead] = {}, sin[kAhead] = {};  // angles on their way, also those of the next chunk
+  int n = -1, pos = 0, row_start = 0;         // the sequence of the last chunk that came up
 
   struct Place {
     int c, slot, row;  // slot of the first time, and its row
@@ -143,18 +164,30 @@ struct KeyFetcher {
     __device__ __forceinline__ int HalfPiece() const { return 2 * Swizzle<8>(row, c / 2) + c % 2; }
   };
 
+  // The key of the chunk's row 0, if keys lie at one distance.
+  __device__ __forceinline__ const __nv_bfloat16* FirstKey(const Chunk& chunk, int h) {
+    if (chunk.n < 0) return nullptr;
+    if (chunk.n != n) {
+      n = chunk.n;
+      pos = p.layer.pos[n];
+      row_start = p.layer.row_start[n];
+    }
+    if (chunk.e0 < pos) return nullptr;
+    return p.rows.k + (row_start + (chunk.e0 - pos)) * p.rows.k_stride + h * D;
+  }
+
   // Copies of the keys of a chunk; zeros for rows that do not enter.
-  __device__ __forceinline__ void Copy(KeyTile<D>& to, const Chunk& chunk, int h) const {
+  __device__ __forceinline__ void Copy(KeyTile<D>& to, const Chunk& chunk,
+                                       const __nv_bfloat16* first, int h) const {
     const Layer& l = p.layer;
     const Place at;
     uint4* tile = to + PieceOf(at.row, at.c);
-    if (IsSpan<D>(l, p.rows, chunk.n, chunk.e0)) {
-      const KvSpan span = SpanOf<D>(l, p.rows, chunk.n, h, chunk.e0);
+    if (first) {
       const int from = max(chunk.lo, l.S - chunk.e0);
 #pragma unroll
       for (int u = 0; u < kTimes; ++u) {
         const int token = at.Token(u);
-        CopyAsync(tile + u * 64, span.row.k + token * span.k_stride + 8 * at.c,
+        CopyAsync(tile + u * 64, first + token * p.rows.k_stride + 8 * at.c,
                   token >= from && token < chunk.hi);
       }
     } else {
@@ -193,42 +226,49 @@ struct KeyFetcher {
       LoadAngles(at, u + kAhead < kTimes ? chunk : next, (u + kAhead) % kTimes);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        plain[u * 128 + half * kPanel] = high[half];
-        plain[u * 128 + half * kPanel + 2 * kPanel] = low[half];
+        plain[u * 128 + half * 2 * kPanel] = high[half];
+        plain[u * 128 + half * 2 * kPanel + kPanel] = low[half];
       }
     }
   }
 
   // Chunks blockIdx.y, blockIdx.y + gridDim.y, .., for one team after the other.
   __device__ __forceinline__ void Run() {
-    const int h = blockIdx.x;
-    int index = blockIdx.y;
-    Chunk chunk = ChunkAt(p, index);
-    if (chunk.n >= 0) Copy(s.team[0].key, chunk, h);
+    static_assert(kTeams<D> == 2);
+    const int h = blockIdx.x, step = gridDim.y;
+    const WaveChunks chunks{p};
+    int index = blockIdx.y + step;
+    Chunk chunk = chunks.At(index - step), next = chunks.At(index);
+    if (chunk.n >= 0) Copy(s.team[0].key, chunk, FirstKey(chunk, h), h);
+    const __nv_bfloat16* first = FirstKey(next, h);
+    if (next.n >= 0) Copy(s.team[1].key, next, first, h);
     CommitCopies();
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) LoadAngles(Place(), chunk, u);
-    for (int k = 0, ends = 0; ends < kTeams<D>; ++k) {
-      index += gridDim.y;
-      const Chunk next = ChunkAt(p, index);
-      const int team = k % kTeams<D>, of_team = k / kTeams<D>;
-      const int next_team = (k + 1) % kTeams<D>, of_next = (k + 1) / kTeams<D>;
-      if (next.n >= 0) {
-        if (of_next > 0) Await(s.key_free[next_team], of_next - 1);
-        Copy(s.team[next_team].key, next, h);
-      }
-      CommitCopies();
-      if (of_team > 0) Await(s.plain_free[team], of_team - 1);
+    for (int k = 0, ends = 0;; ++k) {
+      index += step;
+      const Chunk after = chunks.At(index);
+      const int team = k % 2, turn = k / 2;
+      if (turn > 0) Await(s.plain_free[team], turn - 1);
       if (threadIdx.x % kFetchThreads == 0) s.entering[team] = EnteringRows(p.layer, chunk);
-      WaitCopies<1>();
-      __syncwarp();
+      WaitCopies<0>();
+      PublishCopies();
+      Arrive(s.key_there[team]);
       if (chunk.n >= 0)
         Undo(s.team[team], chunk, next);
       else
         ++ends;
       PublishCopies();
-      Arrive(s.full[team]);
+      Arrive(s.plain_there[team]);
+      if (ends == 2) return;
+      if (k > 0 && next.n >= 0) {
+        Await(s.key_free[1 - team], (k - 1) / 2);
+        Copy(s.team[1 - team].key, next, first, h);
+        CommitCopies();
+      }
       chunk = next;
+      next = after;
+      first = FirstKey(next, h);
     }
   }
 };

@@ -80,16 +80,9 @@ __device__ __forceinline__ void WriteHalf(const float (&gate)[8][4], const float
   if (t % 2 == 0) *to.key_sum = {sum[0], sum[1]};
 }
 
-// A lane of a team.
-template <int D>
 struct Lane {
-  unsigned thread, lane, g, t;
-  __device__ __forceinline__ Lane() {
-    thread = Fresh(threadIdx.x) % (2 * D);
-    lane = thread % 32;
-    g = lane / 4;
-    t = lane % 4;
-  }
+  unsigned lane, g, t;
+  __device__ __forceinline__ explicit Lane(unsigned lane) : lane(lane), g(lane / 4), t(lane % 4) {}
 };
 
 // What a warp of a team does.
@@ -97,8 +90,11 @@ template <int D, int kBlocks, int kSigns, bool kFold>
 struct Team {
   PrepareShared<D, kBlocks, kSigns>& shared;
   const PrefillParams& p;
-  const int all_warp;  // one for all of a warp, which the products' operands must be
+  const int all_warp;      // one for all of a warp, which the products' operands must be
+  const unsigned in_warp;  // the lane
 
+  __device__ __forceinline__ Lane ThisLane() const { return Lane(Fresh(in_warp)); }
+  __device__ __forceinline__ int Thread() const { return warp() * 32 + Fresh(in_warp); }
   __device__ __forceinline__ int team() const { return all_warp / (D / 16); }
   __device__ __forceinline__ int warp() const { return all_warp % (D / 16); }
   __device__ __forceinline__ TeamShared<D, kSigns>& keys() const { return shared.team[team()]; }
@@ -106,17 +102,85 @@ struct Team {
     return SharedAddress(shared.weight[m][warp() / 4]);
   }
 
-  // Issues the products with a block's gates.
-  __device__ __forceinline__ void AddGates(float (&gate)[8][4], int b) const {
+  // A block's logits of gates. One product with both terms of the keys, whose columns are added up
+  // afterwards, so that the weights are read once; two where registers are short.
+  __device__ __forceinline__ void GateLogits(float (&gate)[8][4], int b) const {
     const uint32_t weight = Fresh(Weight(1 + b)), plain = Fresh(SharedAddress(keys().plain));
-    AddScores<D, kChunk, kChunk>(gate, weight, plain);
-    AddScores<D, kChunk, kChunk>(gate, weight, plain + sizeof(KeyTile<D>));
-    CommitProducts();
+    if constexpr (D == 128 && kSigns == 2) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) gate[j][i] = 0;
+      Pin(gate);
+      BeginProducts();
+      AddScores<D, kChunk, 2 * kChunk>(gate, weight, plain);
+      AddScores<D, kChunk, 2 * kChunk>(gate, weight, plain + kChunk * 128);
+      EndProducts();
+      Pin(gate);
+    } else {
+      float terms[16][4];
+      ScoreKeys<D, 2 * kChunk, 2 * kChunk>(terms, weight, plain);
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) gate[j][i] = terms[j][i] + terms[8 + j][i];
+    }
+  }
+
+  // phi_k's logits.
+  __device__ __forceinline__ void Logits(float (&y)[8][4]) const {
+    ScoreKeys<D, kChunk, kChunk>(y, Fresh(Weight(0)), Fresh(SharedAddress(keys().key)));
+  }
+
+  // Of both signs; with one sign, powers take the place of y.
+  template <bool kRelative>
+  __device__ __forceinline__ void SumPowers(float (&y)[8][4]) const {
+#pragma unroll
+    for (int sign = 0; sign < kSigns; ++sign)
+      cuda::SumPowers<kSigns == 1, kRelative>(y, sign == 0 ? 1.f : -1.f, keys().sum[sign][warp()],
+                                              ThisLane().lane);
+  }
+
+  // Leaves the logarithm of the largest power where SumPowers finds it, and for FindScale.
+  __device__ __forceinline__ void FindReference(const float (&y)[8][4],
+                                                float2 (&reference)[kSigns]) const {
+    const int lane = ThisLane().lane;
+#pragma unroll
+    for (int sign = 0; sign < kSigns; ++sign)
+      LargestLogarithms(y, sign == 0 ? 1.f : -1.f, keys().scale[sign][warp()], lane);
+    Barrier<2 * D>(team());
+#pragma unroll
+    for (int sign = 0; sign < kSigns; ++sign) {
+      reference[sign] =
+          OverWarps(keys().scale[sign], lane, [](float a, float b) { return fmaxf(a, b); });
+      *reinterpret_cast<float2*>(keys().sum[sign][warp()] + 2 * lane) = reference[sign];
+    }
+    __syncwarp();
+  }
+
+  // From the warps' sums, for this warp. True if all are numbers that have an inverse, and so large
+  // that what powers lose to flushing is nothing beside them.
+  __device__ __forceinline__ bool FindScale(const float2 (&reference)[kSigns]) const {
+    const int lane = ThisLane().lane;
+    bool fine = true;
+#pragma unroll
+    for (int sign = 0; sign < kSigns; ++sign) {
+      const float2 sum = OverWarps(keys().sum[sign], lane, [](float a, float b) { return a + b; });
+      fine = fine && fminf(sum.x, sum.y) > 0x1p-60f && fmaxf(sum.x, sum.y) < 0x1p100f;
+      float2 scale;
+      if constexpr (kSigns == 1)
+        scale = {-Reciprocal(sum.x), -Reciprocal(sum.y)};
+      else
+        scale = {-(reference[sign].x + Log2(sum.x)), -(reference[sign].y + Log2(sum.y))};
+      *reinterpret_cast<float2*>(keys().scale[sign][warp()] + 2 * lane) = scale;
+    }
+    __syncwarp();
+    return __all_sync(~0u, fine);
   }
 
   // Makes phi_k, negated, of this warp's powers.
   __device__ __forceinline__ void Scale(float (&y)[8][4]) const {
-    const float* factors = keys().top[0][warp()] + 8 * Lane<D>().t;
+    const float* factors = keys().scale[0][warp()] + 8 * ThisLane().t;
     float scale[4];
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
@@ -131,7 +195,7 @@ struct Team {
                                        int index, int b, const EnteringRows& rows) const {
     const Layer& l = p.layer;
     Gates<kUpper>(gate, bias, l.least_gate);
-    const auto [thread, lane, g, t] = Lane<D>();
+    const auto [lane, g, t] = ThisLane();
     const unsigned first = kUpper ? kChunk / 2 + 8 * t : kChunk / 2 - 1 - 8 * t;
     if (rows.from > 0 || rows.count < kChunk) {
 #pragma unroll
@@ -154,53 +218,40 @@ struct Team {
                  (quarter * (l.SF / 2) + pair);
     to.key = reinterpret_cast<uint32_t*>(p.key) + at + (first * (D / 2) + pair);
     to.growth = p.growth + at + fragment;
-    WriteHalf<D, kSigns, kFold, kUpper>(gate, y, b == 0 ? 1.f : -1.f,
-                                        keys().norm[kSigns == 1 ? 0 : b], to, lane);
+    const int sign = in_part % kSigns;  // of the features
+    WriteHalf<D, kSigns, kFold, kUpper>(gate, y, sign == 0 ? 1.f : -1.f, keys().scale[sign][warp()],
+                                        to, lane);
   }
 
-  // Chunk `index` of the wave, when its keys are there. `keys_read` comes when the products have
-  // read them, `all_read` when they have those without RoPE too, `between` when all of the team
-  // have got that far with the keys.
-  template <typename KeysRead, typename Between, typename AllRead>
+  // Chunk `index` of the wave, when its keys are there; `plain_there` awaits those without RoPE.
+  // `keys_read` comes when all of the team have done with the keys, `all_read` when this warp's
+  // products have read those without RoPE.
+  template <typename PlainThere, typename KeysRead, typename AllRead>
   __device__ __forceinline__ void Run(int index, const EnteringRows& rows,
-                                      const KeysRead& keys_read, const Between& between,
+                                      const PlainThere& plain_there, const KeysRead& keys_read,
                                       const AllRead& all_read) const {
-    float y[8][4] = {}, gate[8][4] = {};
-    Pin(y);
-    Pin(gate);
-    BeginProducts();
-    AddScores<D, kChunk, kChunk>(y, Fresh(Weight(0)), Fresh(SharedAddress(keys().key)));
-    CommitProducts();
-    AddGates(gate, 0);
-    WaitProducts<1>();
-    Pin(y);
+    float y[8][4], gate[8][4];
+    float2 reference[kSigns] = {};
+    // Sums of e^y need no search for the largest y, unless logits are far from 0: then all of the
+    // team find so and begin again.
+    for (bool far = false;; far = true) {
+      Logits(y);
+      if (far) {
+        FindReference(y, reference);
+        SumPowers<true>(y);
+      } else {
+        SumPowers<false>(y);
+      }
+      Barrier<2 * D>(team());  // all have done with the keys, and left their sums
+      if (FindScale(reference) || far) break;
+    }
     keys_read();
-#pragma unroll
-    for (int sign = 0; sign < kSigns; ++sign)
-      Statistics<kSigns == 1>(y, sign == 0 ? 1.f : -1.f, keys().top[sign][warp()],
-                              keys().sum[sign][warp()], Lane<D>().lane);
-    Barrier<2 * D>(team());  // all have done with the keys, and left their statistics
-    if (const int thread = Lane<D>().thread; thread < kSigns * kChunk)
-      CombineStatistics(keys(), thread / kChunk, thread % kChunk);
-    between();
-    Barrier<2 * D>(team());  // the statistics are combined
     if constexpr (kSigns == 1) Scale(y);
+    plain_there();
 #pragma unroll 1
     for (int b = 0; b < kBlocks; ++b) {
-      if (b > 0) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) gate[j][i] = 0;
-        Pin(gate);
-        BeginProducts();
-        AddGates(gate, b);
-      }
-      const float2 bias = __ldg(reinterpret_cast<const float2*>(p.layer.weights.bias) +
-                                (blockIdx.x * p.layer.SF + (blockIdx.z * kBlocks + b) * D) / 2 +
-                                8 * warp() + Lane<D>().g);
-      WaitProducts<0>();
-      Pin(gate);
+      GateLogits(gate, b);
+      const float2 bias = shared.bias[b][8 * warp() + ThisLane().g];
       if (b == kBlocks - 1) all_read();
       Half<false>(gate, y, bias, index, b, rows);
       Half<true>(gate, y, bias, index, b, rows);
@@ -212,41 +263,44 @@ struct Team {
   __device__ __forceinline__ void RunFetched() const {
     int index = blockIdx.y + gridDim.y * team();
     for (int i = 0;; ++i) {
-      Await(shared.full[team()], i);
+      Await(shared.key_there[team()], i);
       const EnteringRows rows = shared.entering[team()];
       if (rows.count < 0) break;
       Run(
-          index, rows, [&] { Arrive(shared.key_free[team()]); }, [] {},
-          [&] { Arrive(shared.plain_free[team()]); });
+          index, rows, [&] { Await(shared.plain_there[team()], i); },
+          [&] { Arrive(shared.key_free[team()]); }, [&] { Arrive(shared.plain_free[team()]); });
       index += gridDim.y * kTeams<D>;
     }
   }
 #endif
 
-  // The chunks of a team, one of `teams`, which fetches for itself.
-  __device__ __forceinline__ void RunAll(int teams) const {
+  __device__ __forceinline__ void Fetch(const Chunk& chunk) const {
+    if (chunk.n < 0) return;
+    if constexpr (kFold)
+      FetchKeys<D>(keys().key, p, p.pages, chunk, blockIdx.x, Thread());
+    else
+      FetchKeys<D>(keys().key, p, p.rows, chunk, blockIdx.x, Thread());
+  }
+
+  // The first chunk of a team that fetches for itself, its keys on their way.
+  __device__ __forceinline__ Chunk FetchFirst() const {
+    const Chunk chunk = WaveChunks{p}.At(blockIdx.y + gridDim.y * team());
+    Fetch(chunk);
+    return chunk;
+  }
+
+  // All chunks of such a team, one of `teams`, from the first one on.
+  __device__ __forceinline__ void RunAll(int teams, Chunk chunk) const {
     const Layer& l = p.layer;
     const int step = gridDim.y * teams;
     int index = blockIdx.y + gridDim.y * team();
-    const auto fetch = [&](const Chunk& of) {
-      const int thread = Lane<D>().thread;
-      if constexpr (kFold)
-        FetchKeys<D>(keys().key, p, p.pages, of, blockIdx.x, thread);
-      else
-        FetchKeys<D>(keys().key, p, p.rows, of, blockIdx.x, thread);
-    };
-    Chunk chunk = ChunkAt(p, index);
-    if (chunk.n >= 0) fetch(chunk);
+    const WaveChunks chunks{p};
     while (chunk.n >= 0) {
-      UndoRope(keys(), l, chunk, Lane<D>().thread, team());
+      UndoRope(keys(), l, chunk, Thread(), team());
       const EnteringRows rows(l, chunk);
-      chunk = ChunkAt(p, index + step);
+      chunk = chunks.At(index + step);
       Run(
-          index, rows, [] {},
-          [&] {
-            if (chunk.n >= 0) fetch(chunk);
-          },
-          [] {});
+          index, rows, [] {}, [&] { Fetch(chunk); }, [] {});
       index += step;
     }
   }
