@@ -55,8 +55,8 @@ Expected<std::unique_ptr<HybridModel>> LoadOn(const ModelArgs& args, const Loade
     return Error(device.status().code(), "--device {}: {}", args.device, device.status().message());
   }
   options.device = std::move(device).value();
-  // Fewer bits make steps of few rows faster, but those of many slower.
-  if (args.weights == "auto") options.weights = WeightFormat::kBF16;
+  if (args.weights == "auto" && !options.device->Prefers(loaded.file->config(), asked))
+    options.weights = WeightFormat::kBF16;
   auto model = load();
   if (model.status().code() == StatusCode::kResourceExhausted && options.weights != asked) {
     options.weights = asked;
@@ -99,7 +99,7 @@ void ModelArgs::AddTo(CLI::App& app) {
   app.add_option(
          "--weights", weights,
          "how weights are held: bf16, fp32 (on the CPU), int8, int4, or auto: as small as keeps\n"
-         "what the file holds, on a GPU only where bf16 does not fit")
+         "what the file holds, on a GPU where that is as fast or bf16 does not fit")
       ->type_name("TYPE")
       ->capture_default_str()
       ->group(group);

@@ -107,6 +107,9 @@ class Device {
   virtual int64_t free_bytes() const = 0;
   virtual void Synchronize() = 0;  // until all that was begun is done
   virtual DeviceLimits Measure() = 0;
+  // Whether weights in this format, of fewer bits than bf16, make steps of few rows faster than
+  // bf16 does, and none slower.
+  virtual bool Prefers(const ModelConfig&, WeightFormat) const { return false; }
   // kUnsupported if the device has no kernels for the model's dimensions; kResourceExhausted, with
   // the figures, if the weights do not fit.
   virtual Expected<std::unique_ptr<DeviceModel>> Load(const DeviceModelSpec& spec,

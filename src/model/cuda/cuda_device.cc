@@ -11,7 +11,8 @@ namespace dsla::cuda {
 namespace {
 
 constexpr int kLeastMajor = 8;  // compute capability
-// Packed weights are also held in bf16 where the two take this part of the free memory at most.
+// Packed weights are also held in bf16, for steps of many rows, where the two take this part of the
+// free memory at most.
 constexpr int64_t kBothShare = 4;
 
 class CudaDevice : public Device {
@@ -66,6 +67,12 @@ class CudaDevice : public Device {
     return limits;
   }
 
+  // Of a small model the launches decide, and adapters are merged into bf16 alone.
+  bool Prefers(const ModelConfig& c, WeightFormat format) const override {
+    const int64_t qkv = int64_t{2} * (c.H + 2 * c.Hkv) * c.D * c.C;
+    return IsPacked(format) && qkv > kMostMergedBytes && HasRoomForBoth(c, format);
+  }
+
   Expected<std::unique_ptr<DeviceModel>> Load(const DeviceModelSpec& spec, const TensorReader& read,
                                               const ParallelRunner& parallel) override {
     const ModelConfig& c = spec.config;
@@ -80,17 +87,16 @@ class CudaDevice : public Device {
     }
     cudaSetDevice(index_);
     if (spec.adapter != nullptr) DSLA_RETURN_IF_ERROR(CheckAdapter(spec));
-    const bool packed = spec.weights != WeightFormat::kBF16;
-    const int64_t bytes = WeightBytes(c, spec.weights) + (packed ? Gemm::kUnpackedBytes : 0);
+    const bool both =
+        IsPacked(spec.weights) && spec.also_unpacked && HasRoomForBoth(c, spec.weights);
+    const bool unpacks = IsPacked(spec.weights) && !both;
+    const int64_t bytes = WeightBytes(c, spec.weights) + (unpacks ? Gemm::kUnpackedBytes : 0);
     if (bytes > free_bytes()) {
       return ResourceExhausted("{}: the weights take {} bytes in {}, and {} are free", name_, bytes,
                                Name(spec.weights), free_bytes());
     }
-    // Steps of many rows are faster by weights in bf16: where both forms leave caches most memory.
-    const bool both = packed && spec.also_unpacked &&
-                      kBothShare * (bytes + WeightBytes(c, WeightFormat::kBF16)) <= free_bytes();
     try {
-      if (packed) gemm_->MakeRoomToUnpack();
+      if (unpacks) gemm_->MakeRoomToUnpack();
       DSLA_ASSIGN_OR_RETURN(auto weights, UploadWeights(index_, spec, both, read, parallel));
       auto adapter = UploadAdapter(spec, *weights, stream_);
       return std::unique_ptr<DeviceModel>(
@@ -103,6 +109,10 @@ class CudaDevice : public Device {
   }
 
  private:
+  bool HasRoomForBoth(const ModelConfig& config, WeightFormat format) const {
+    const int64_t both = WeightBytes(config, format) + WeightBytes(config, WeightFormat::kBF16);
+    return kBothShare * both <= free_bytes();
+  }
   // Seconds of the fastest of a few runs.
   template <typename F>
   double Fastest(F&& run) {

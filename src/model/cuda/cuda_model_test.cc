@@ -391,6 +391,26 @@ INSTANTIATE_TEST_SUITE_P(
                           true}),
     [](const testing::TestParamInfo<Shape>& info) { return info.param.name; });
 
+// Where there is room for bf16 beside them, and only in models whose weights are large.
+TEST(DeviceTest, PrefersFewBits) {
+  auto device = OpenDevice("cuda");
+  if (!device.ok()) GTEST_SKIP() << "SKIPPED, no GPU: " << device.status().message();
+  const auto config = [](const Shape& shape) {
+    auto file = ModelFile::OpenRandom(ConfigFile(shape));
+    EXPECT_TRUE(file.ok());
+    return (*file)->config();
+  };
+  const ModelConfig small = config({"small", 576, 1536, 4, 9, 3, 64}),
+                    large = config({"large", 4096, 11008, 2, 32, 32, 128}),
+                    huge = config({"huge", 16384, 65536, 400, 128, 128, 128});
+  for (const WeightFormat format : {WeightFormat::kInt4, WeightFormat::kInt8}) {
+    EXPECT_FALSE((*device)->Prefers(small, format));
+    EXPECT_TRUE((*device)->Prefers(large, format));
+    EXPECT_FALSE((*device)->Prefers(huge, format));
+  }
+  EXPECT_FALSE((*device)->Prefers(large, WeightFormat::kBF16));
+}
+
 TEST(DeviceTest, NamesAreChecked) {
   EXPECT_EQ(OpenDevice("tpu").status().message(), "not one of auto, cpu, cuda, cuda:N");
   EXPECT_EQ(OpenDevice("cuda:x").status().code(), StatusCode::kInvalidArgument);

@@ -88,10 +88,6 @@ std::vector<float> Transposed(std::span<const float> from, int64_t rows, int64_t
   return to;
 }
 
-// The largest qkv of a layer that is also held with the deltas in it. Where weights are larger,
-// that would take the room of caches, and launches no longer decide how long a step takes.
-constexpr int64_t kMostMergedBytes = int64_t{8} << 20;
-
 // W + B A of the first rows of W, as many as B [out, r] has; a: [r, in].
 Matrix Merged(const Matrix& weight, const Matrix& b, std::span<const float> a,
               cudaStream_t stream) {

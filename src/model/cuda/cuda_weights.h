@@ -69,6 +69,13 @@ struct CudaAdapter {
   int most_rank = 0;
 };
 
+// The largest qkv of a layer that is also held with the deltas in it. Where weights are larger,
+// that would take the room of caches, and launches no longer decide how long a step takes.
+inline constexpr int64_t kMostMergedBytes = int64_t{8} << 20;
+
+inline bool IsPacked(WeightFormat format) {
+  return format == WeightFormat::kInt8 || format == WeightFormat::kInt4;
+}
 int64_t WeightBytes(const ModelConfig& config, WeightFormat format);  // of the model's weights
 // also_unpacked: packed matrices are held in bf16 as well.
 Expected<std::shared_ptr<const CudaWeights>> UploadWeights(int device, const DeviceModelSpec& spec,
