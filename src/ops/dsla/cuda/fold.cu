@@ -13,6 +13,7 @@
 // arithmetic.
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 
 #include "base/check.h"
 #include "ops/dsla/cuda/fold_keys.cuh"
@@ -119,13 +120,14 @@ __global__ void __launch_bounds__(kThreads<D>, D == 128 ? 1 : 2)
 }
 
 FoldParams WithMaps(const PrefillParams& p, int D) {
-  FoldParams x{p, p.pages.page_size % kChunk == 0, {}, {}, {}};
-  for (const void* from : {static_cast<const void*>(p.pages.k), static_cast<const void*>(p.pages.v),
-                           static_cast<const void*>(p.layer.cos)})
+  FoldParams x{p, p.pages.page_size % kChunk == 0, {}, {}, {}, {}};
+  for (const void* from :
+       std::initializer_list<const void*>{p.pages.k, p.pages.v, p.layer.sin, p.layer.cos})
     x.in_pages = x.in_pages && reinterpret_cast<uintptr_t>(from) % 16 == 0;
   if (!x.in_pages) return x;
   x.keys = ChunkMapOf(p.pages.k, D);
   x.values = ChunkMapOf(p.pages.v, D);
+  x.sines = ChunkMapOf(p.layer.sin, D);
   x.cosines = ChunkMapOf(p.layer.cos, D);
   return x;
 }

@@ -12,7 +12,7 @@ namespace dsla::cuda {
 
 struct FoldParams : PrefillParams {
   bool in_pages;  // a chunk lies in one page, and tensor maps can copy it
-  CUtensorMap keys, values, cosines;
+  CUtensorMap keys, values, sines, cosines;
 };
 
 // Chunks of one sequence that a block folds.
@@ -43,7 +43,7 @@ struct FoldShared {
   using Tile = uint4[kChunk * D / 8];
   uint4 phi[D * D / 8];          // weights: rows are channels, all in one tile
   Tile gates[kBlocks][kGroups];  // and 64 of them in each
-  // Keys with RoPE undone, as two terms of bf16. Until then the keys as they are, and cosines.
+  // Keys with RoPE undone, as two terms of bf16. Until then sines and cosines.
   Tile plain[2][2];
   Tile v[2];
   float4 feature[kChunk * D / 4];  // phi_k of one chunk: see FeaturePlace

@@ -56,13 +56,6 @@ __device__ __forceinline__ int RowOf(const PrefillParams& p, int number, int row
   return number * rows + h * p.pages.page_size + row;
 }
 
-// Of which the compiler knows nothing: what is added to it is then one instruction.
-template <typename T>
-__device__ __forceinline__ const T* Opaque(const T* p) {
-  asm volatile("" : "+l"(p));
-  return p;
-}
-
 // A lane's rows of chunk i, one by one; zeros for what does not enter.
 template <int D>
 __device__ __forceinline__ void FetchRows(uint4* to, const PrefillParams& p, const FoldPart& part,
@@ -85,89 +78,38 @@ __device__ __forceinline__ void FetchRows(uint4* to, const PrefillParams& p, con
   }
 }
 
-// The last position whose angles are read; where nothing enters any row of the tables does.
-__device__ __forceinline__ int LastAngle(const FoldPart& part) { return max(part.until - 1, 0); }
-
-// Where the tables have the angles of a lane's rows of a chunk.
+// The angles of the same tokens, of which a row has half the pieces. Keys of rows that do not enter
+// are zeros: any angle does.
 template <int D>
-struct AnglePlace {
-  const float4* table;  // the lane's piece of its first row
-  int first, last;
-  __device__ __forceinline__ AnglePlace(const float* angles, const FoldPart& part, int i) {
-    const FetchPlace<D> at;
-    table = Opaque(reinterpret_cast<const float4*>(angles) + at.c);
-    first = part.e0 + i * kChunk + 16 * at.warp + at.first;
-    last = LastAngle(part);
-  }
-  // Keys of rows that do not enter are zeros: any angle does.
-  __device__ __forceinline__ const float4* operator[](int u) const {
-    return table + int64_t{min(first + u * FetchPlace<D>::kRows, last)} * (D / 8);
-  }
-};
-
-// Cosines come with the keys, and wait where the second term will be: a lane's rows, of which it
-// has half the pieces.
-template <int D>
-__device__ __forceinline__ void FetchCosines(uint4* to, const AnglePlace<D>& cos) {
+__device__ __forceinline__ void FetchAngles(uint4* to, const FoldPart& part, const float* table,
+                                            int i) {
   const FetchPlace<D> at;
+  const int first = part.e0 + i * kChunk + 16 * at.warp + at.first;
   to += at.Piece();
 #pragma unroll 1
-  for (int u = 0; u < at.kTimes; ++u) CopyAsync(to + u * at.kStep, cos[u]);
-}
-
-// There is no such place for sines. They are read some rows before their use, and brought to the L2
-// cache when the keys are: blocks of all heads want them at once, and all would wait for memory.
-template <int D>
-__device__ __forceinline__ void PrefetchSines(const float* sin, const FoldPart& part, int i) {
-  constexpr int kLines = D / 64;  // of 128 bytes, in a row of the table
-  const FetchPlace<D> at;
-  const int token = part.e0 + i * kChunk + 16 * at.warp + at.lane / kLines % 16;
-  PrefetchToL2(sin + min(token, LastAngle(part)) * (D / 2) + at.lane % kLines * 32);
-}
-// Starts where it is written, and not where it is needed.
-__device__ __forceinline__ float4 LoadAngles(const float4* from) {
-  float4 x;
-  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-               : "l"(from));
-  return x;
-}
-template <int D>
-struct Sines {
-  static constexpr int kAhead = 256 / D;
-  AnglePlace<D> places;
-  float4 x[kAhead];
-
-  __device__ __forceinline__ explicit Sines(const AnglePlace<D>& places) : places(places) {
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) x[u] = LoadAngles(places[u]);
+  for (int u = 0; u < at.kTimes; ++u) {
+    const int64_t token = min(first + u * at.kRows, part.until - 1);
+    CopyAsync(to + u * at.kStep, table + token * (D / 2) + 4 * at.c);
   }
-  // Of row u; those of one further on are then on their way.
-  __device__ __forceinline__ float4 Take(int u) {
-    const float4 now = x[u % kAhead];
-    if (u + kAhead < FetchPlace<D>::kTimes) x[u % kAhead] = LoadAngles(places[u + kAhead]);
-    return now;
-  }
-};
+}
 
-// Undoes the RoPE of keys: two terms, of which the second's place has the cosines.
+// Undoes the RoPE of keys: two terms, in whose places sines and cosines are.
 template <int D>
-__device__ __forceinline__ void UndoRope(const uint4* keys, uint4* high, uint4* low,
-                                         Sines<D>& sines) {
+__device__ __forceinline__ void UndoRope(const uint4* keys, uint4* high, uint4* low) {
   const FetchPlace<D> at;
   const int half[2] = {at.HalfPiece(0), at.HalfPiece(1)};
 #pragma unroll
   for (int u = 0; u < at.kTimes; ++u) {
     auto* to_high = reinterpret_cast<uint2*>(high + u * at.kStep);
     auto* to_low = reinterpret_cast<uint2*>(low + u * at.kStep);
+    const float4 sn = *reinterpret_cast<const float4*>(high + at.Piece() + u * at.kStep);
     const float4 cs = *reinterpret_cast<const float4*>(low + at.Piece() + u * at.kStep);
     const auto* from = reinterpret_cast<const uint2*>(keys + u * at.kStep);
     const uint2 a = from[half[0]], b = from[half[1]];
-    const float4 sn = sines.Take(u);
     uint2 x[2], y[2];  // both terms of both halves
     Undo(a.x, b.x, {cs.x, cs.y}, {sn.x, sn.y}, x[0].x, x[1].x, y[0].x, y[1].x);
     Undo(a.y, b.y, {cs.z, cs.w}, {sn.z, sn.w}, x[0].y, x[1].y, y[0].y, y[1].y);
-    __syncwarp();  // all have the row's cosines
+    __syncwarp();  // all have the row's angles
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       to_high[half[k]] = x[k];
@@ -197,20 +139,20 @@ __device__ __forceinline__ float2 Exponentials(float (&y)[D / 8][4]) {
   return {Reciprocal(QuadSum(sum[0])), Reciprocal(QuadSum(sum[1]))};
 }
 
-// Where a lane has its features of channels 2t and 2t + 1 to go.
+// Where a lane has its features of channels 2t and 2t + 1 to go: 16 bits each, for one register.
 template <int D>
-__device__ __forceinline__ int2 LaneFeatures() {
-  const int i = static_cast<int>(threadIdx.x), warp = i / 32, g = i / 4 % 8, t = i % 4;
-  return {2 * FeaturePlace<D>(2 * t, g / 2, warp) + g % 2,
-          2 * FeaturePlace<D>(2 * t + 1, g / 2, warp) + g % 2};
+__device__ __forceinline__ uint32_t LaneFeatures() {
+  const uint32_t i = threadIdx.x, warp = i / 32, g = i / 4 % 8, t = i % 4;
+  return (2 * FeaturePlace<D>(2 * t, g / 2, warp) + g % 2) |
+         (2 * FeaturePlace<D>(2 * t + 1, g / 2, warp) + g % 2) << 16;
 }
 // For the warpgroup that folds these 64 channels.
 template <int D, int kBlocks>
-__device__ __forceinline__ void StoreFeatures(FoldShared<D, kBlocks>& s, int group, int2 places,
+__device__ __forceinline__ void StoreFeatures(FoldShared<D, kBlocks>& s, int group, uint32_t places,
                                               const float (&y)[D / 8][4], float2 scale) {
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
-    float2* to = reinterpret_cast<float2*>(s.feature) + (e == 0 ? places.x : places.y);
+    float2* to = reinterpret_cast<float2*>(s.feature) + (e == 0 ? places & 0xffff : places >> 16);
 #pragma unroll
     for (int j = 8 * group; j < 8 * group + 8; ++j)
       to[j * 64] = {y[j][e] * scale.x, y[j][2 + e] * scale.y};
@@ -224,19 +166,21 @@ __device__ __forceinline__ void FoldKeys(FoldShared<D, kBlocks>& s, const FoldPa
   constexpr int kBytes = sizeof(typename FoldShared<D, kBlocks>::Tile);
   const FoldPart& part = s.part;
   if (part.chunks == 0) return;
-  const int2 places = LaneFeatures<D>();
-  // Keys and cosines of chunk i, whose first row is `row`. Keys lie where its values come later.
+  const uint32_t places = LaneFeatures<D>();
+  // Keys and angles of chunk i, whose first row is `row`. Keys lie where its values come later.
   const auto fetch_keys = [&](int i, int row) {
-    uint4 *keys = s.v[i % 2], *cosines = s.plain[i % 2][1];
+    uint4 *keys = s.v[i % 2], *sines = s.plain[i % 2][0], *cosines = s.plain[i % 2][1];
     uint64_t& here = s.key_here[i % 2];
     if (IsWhole(p, part, i)) {
       if (warp > 0 || !Elect()) return;
-      ArriveExpecting(here, 2 * kBytes);
+      ArriveExpecting(here, 3 * kBytes);
       CopyChunk(keys, p.keys, row, here);
+      CopyChunk(sines, p.sines, part.e0 + i * kChunk, here);
       CopyChunk(cosines, p.cosines, part.e0 + i * kChunk, here);
     } else {
       FetchRows<D>(keys, p, part, p.pages.k, i);
-      FetchCosines<D>(cosines, {p.layer.cos, part, i});
+      FetchAngles<D>(sines, part, p.layer.sin, i);
+      FetchAngles<D>(cosines, part, p.layer.cos, i);
       CommitCopies();
       if (warp == 0 && Elect()) ArriveExpecting(here, 0);  // phases go on
     }
@@ -267,10 +211,7 @@ __device__ __forceinline__ void FoldKeys(FoldShared<D, kBlocks>& s, const FoldPa
     Await(s.key_here[i % 2], i / 2);
     float y[D / 8][4];
     StartScores<D, D, D>(y, SharedAddress(s.v[i % 2]), SharedAddress(s.phi));
-    Sines<D> sines({p.layer.sin, part, i});
-    next = FindToken(p, part, min(part.e0 + (i + 1) * kChunk, part.until - 1));
-    const int page = p.pages.pages[next.page];
-    UndoRope<D>(s.v[i % 2], plain[0], plain[1], sines);
+    UndoRope<D>(s.v[i % 2], plain[0], plain[1]);
     PublishCopies();
     Arrive(s.plain_full[i % 2]);
     WaitProducts<0>();
@@ -278,7 +219,8 @@ __device__ __forceinline__ void FoldKeys(FoldShared<D, kBlocks>& s, const FoldPa
     Barrier<128>(0);  // all have done with the keys
 
     fetch_values(i, row);
-    if (i + 1 < part.chunks) PrefetchSines<D>(p.layer.sin, part, i + 1);
+    next = FindToken(p, part, min(part.e0 + (i + 1) * kChunk, part.until - 1));
+    const int page = p.pages.pages[next.page];
     const float2 scale = Exponentials<D>(y);
     if (!whole) {
       WaitCopies<0>();
@@ -288,7 +230,7 @@ __device__ __forceinline__ void FoldKeys(FoldShared<D, kBlocks>& s, const FoldPa
 #pragma unroll
     for (int group = 0; group < s.kGroups; ++group) {
       if (i > 0) MeetAt(Meeting::kFree, group);
-      StoreFeatures(s, group, places, y, scale);
+      StoreFeatures(s, group, Fresh(places), y, scale);
       ArriveAt(Meeting::kFull, group);
     }
     row = RowOf<D>(p, page, next.row);
