@@ -1,4 +1,4 @@
-// Tensor maps of the tiles that `chunks`, its summary and `queries` copy.
+// Tensor maps of the tiles that `chunks`, its summary, `queries` and `fold` copy.
 #include <algorithm>
 
 #include "base/check.h"
@@ -54,6 +54,16 @@ CUtensorMap GrowthMapOf(const uint32_t* base, int64_t blocks, int of_tile) {
 }
 
 }  // namespace
+
+CUtensorMap ChunkMapOf(const void* rows, int D) {
+  const auto width = static_cast<cuuint64_t>(D), panels = width / 64;
+  // Token 16 t + 2 j + i has row 8 j + 2 t + i.
+  const cuuint64_t extents[5] = {64, cuuint64_t{1} << 31, 4, 8, panels};
+  const cuuint64_t bytes[4] = {2 * width, 16 * 2 * width, 2 * 2 * width, 2 * 64};
+  const cuuint32_t tile[5] = {64, 2, 4, 8, static_cast<cuuint32_t>(panels)};
+  return Encode(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_SWIZZLE_128B, rows, extents, bytes,
+                tile);
+}
 
 ChunksParams WithMaps(const PrefillParams& p) {
   const Layer& l = p.layer;

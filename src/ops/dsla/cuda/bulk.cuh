@@ -31,6 +31,9 @@ struct QueriesParams : PrefillParams {
   CUtensorMap key_map, state_map;  // of 64 channels
 };
 QueriesParams WithHeadMaps(const PrefillParams& p);
+// Of rows of D elements one behind the other, or of as many bytes: a tile is a chunk's, panels with
+// rows in the order of fold.cuh.
+CUtensorMap ChunkMapOf(const void* rows, int D);
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -75,6 +78,14 @@ __device__ __forceinline__ void CopyTile(void* to, const CUtensorMap& map, int r
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
       "[%1, {%5, %2, %3}], [%4];" ::"r"(SharedAddress(to)),
       "l"(&map), "r"(row), "r"(panel), "r"(SharedAddress(&barrier)), "r"(0)
+      : "memory");
+}
+__device__ __forceinline__ void CopyChunk(void* to, const CUtensorMap& map, int row,
+                                          uint64_t& barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%4, %2, %4, %4, %4}], [%3];" ::"r"(SharedAddress(to)),
+      "l"(&map), "r"(row), "r"(SharedAddress(&barrier)), "r"(0)
       : "memory");
 }
 __device__ __forceinline__ void CopyGrowth(void* to, const CUtensorMap& map, int block,

@@ -247,9 +247,11 @@ __device__ __forceinline__ float GateMinusOneOf(float t, float least) {
 __device__ __forceinline__ float GateMinusOne(float x, float least) {
   return GateMinusOneOf(x * -kLog2e, least);
 }
-// Of logits without their bias, which is one for x[.][0, 1] and another for x[.][2, 3].
+// Of logits x without their bias, which is one for x[.][0, 1] and another for x[.][2, 3]: leaves t
+// of GateMinusOneOf. True where all of the warp's are positive, as slow gates' are: the other
+// factor is 1 then and the floor far.
 template <int n>
-__device__ __forceinline__ void GatesMinusOne(float (&x)[n][4], float2 bias, float least) {
+__device__ __forceinline__ bool ScaleLogits(float (&x)[n][4], float2 bias, float least) {
   const float offset[2] = {bias.x * -kLog2e, bias.y * -kLog2e};
   uint32_t signs[4] = {~0u, ~0u, ~0u, ~0u};
 #pragma unroll
@@ -258,14 +260,24 @@ __device__ __forceinline__ void GatesMinusOne(float (&x)[n][4], float2 bias, flo
     t = t * -kLog2e + offset[i % 4 / 2];
     signs[i % 4] &= __float_as_uint(t);
   }
-  // Where all logits are positive, as slow gates' are, the other factor is 1 and the floor far.
-  if (least < -0.05f && __all_sync(~0u, (signs[0] & signs[1] & signs[2] & signs[3]) >> 31)) {
+  return __all_sync(~0u, least < -0.05f ? (signs[0] & signs[1] & signs[2] & signs[3]) >> 31 : 0);
+}
+template <int n>
+__device__ __forceinline__ void SlowGatesMinusOne(float (&t)[n][4]) {
 #pragma unroll
-    for (int i = 0; i < 4 * n; ++i) x[i / 4][i % 4] = RootMinusOne(Exp2(x[i / 4][i % 4]));
-  } else {
+  for (int i = 0; i < 4 * n; ++i) t[i / 4][i % 4] = RootMinusOne(Exp2(t[i / 4][i % 4]));
+}
+template <int n>
+__device__ __forceinline__ void AnyGatesMinusOne(float (&t)[n][4], float least) {
 #pragma unroll
-    for (int i = 0; i < 4 * n; ++i) x[i / 4][i % 4] = GateMinusOneOf(x[i / 4][i % 4], least);
-  }
+  for (int i = 0; i < 4 * n; ++i) t[i / 4][i % 4] = GateMinusOneOf(t[i / 4][i % 4], least);
+}
+template <int n>
+__device__ __forceinline__ void GatesMinusOne(float (&x)[n][4], float2 bias, float least) {
+  if (ScaleLogits(x, bias, least))
+    SlowGatesMinusOne(x);
+  else
+    AnyGatesMinusOne(x, least);
 }
 
 }  // namespace dsla::cuda

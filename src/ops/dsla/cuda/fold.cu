@@ -12,7 +12,10 @@
 // accumulators from the first chunk to the last. One warpgroup's products run under the others'
 // arithmetic.
 #include <algorithm>
+#include <cstdint>
+#include <initializer_list>
 
+#include "base/check.h"
 #include "ops/dsla/cuda/fold_keys.cuh"
 #include "ops/dsla/cuda/fold_states.cuh"
 
@@ -54,14 +57,22 @@ __device__ __forceinline__ FoldPart PartOf(const PrefillParams& p, int index) {
     const int found = __ffs(static_cast<int>(after)) - 1, n = base + found;
     const int segment = index - __shfl_sync(~0u, end - count, found);
     const int chunks = FoldChunks(p, n), each = FoldSegmentChunks(p, chunks);
-    return {n, FoldSegments(p, n), segment * each * kChunk,
-            max(min(each, chunks - segment * each), 0), max(p.layer.pos[n] - p.layer.W, 0)};
+    const int e0 = segment * each * kChunk, until = max(p.layer.pos[n] - p.layer.W, 0);
+    return {n,
+            FoldSegments(p, n),
+            e0,
+            max(min(each, chunks - segment * each), 0),
+            (max(p.layer.S - e0, 0) + kChunk - 1) / kChunk,
+            (until - e0) / kChunk,
+            until,
+            p.pages.page_start[n],
+            1.f / static_cast<float>(p.pages.page_size)};
   }
-  return {-1, 0, 0, 0, 0};
+  return {-1, 0, 0, 0, 0, 0, 0, 0, 0};
 }
 
 template <int D, int kBlocks>
-__device__ __forceinline__ void FoldSegment(FoldShared<D, kBlocks>& s, const PrefillParams& p) {
+__device__ __forceinline__ void FoldSegment(FoldShared<D, kBlocks>& s, const FoldParams& p) {
   constexpr int kFoldWarps = D / 16;
   const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   LoadFoldWeights(s, p.layer);
@@ -70,6 +81,8 @@ __device__ __forceinline__ void FoldSegment(FoldShared<D, kBlocks>& s, const Pre
       InitBarrier(s.plain_full[i], 4);
       InitBarrier(s.plain_free[i], kFoldWarps);
       InitBarrier(s.value_free[i], kFoldWarps);
+      InitCopyBarrier(s.key_here[i]);
+      InitCopyBarrier(s.value_here[i]);
     }
   }
   AwaitPrevious();
@@ -83,7 +96,7 @@ __device__ __forceinline__ void FoldSegment(FoldShared<D, kBlocks>& s, const Pre
   if (s.part.n < 0) return;
   if (warp < 4) {
     GiveUpRegisters<kKeysRegisters>();
-    FoldKeys(s, p);
+    FoldKeys(s, p, warp);
   } else {
     TakeRegisters<kFoldRegisters<D>>();
     Folder<D, kBlocks> folder{s, p};
@@ -97,7 +110,7 @@ __device__ __forceinline__ void FoldSegment(FoldShared<D, kBlocks>& s, const Pre
 // grid (Hkv, segments of a wave, F / D)
 template <int D, int kBlocks>
 __global__ void __launch_bounds__(kThreads<D>, D == 128 ? 1 : 2)
-    FoldKernel(const __grid_constant__ PrefillParams p) {
+    FoldKernel(const __grid_constant__ FoldParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) std::byte memory[];
   FoldSegment(*reinterpret_cast<FoldShared<D, kBlocks>*>(memory), p);
@@ -106,14 +119,27 @@ __global__ void __launch_bounds__(kThreads<D>, D == 128 ? 1 : 2)
 #endif
 }
 
+FoldParams WithMaps(const PrefillParams& p, int D) {
+  FoldParams x{p, p.pages.page_size % kChunk == 0, {}, {}, {}, {}};
+  for (const void* from :
+       std::initializer_list<const void*>{p.pages.k, p.pages.v, p.layer.sin, p.layer.cos})
+    x.in_pages = x.in_pages && reinterpret_cast<uintptr_t>(from) % 16 == 0;
+  if (!x.in_pages) return x;
+  x.keys = ChunkMapOf(p.pages.k, D);
+  x.values = ChunkMapOf(p.pages.v, D);
+  x.sines = ChunkMapOf(p.layer.sin, D);
+  x.cosines = ChunkMapOf(p.layer.cos, D);
+  return x;
+}
+
 template <int D, int kBlocks>
-void Launch(const PrefillParams& p, cudaStream_t stream) {
+void Launch(const FoldParams& p, cudaStream_t stream) {
   const dim3 grid(p.layer.Hkv, p.wave_segments, p.layer.F / D);
   Start<FoldKernel<D, kBlocks>>("fold", grid, kThreads<D>, sizeof(FoldShared<D, kBlocks>), p,
                                 stream);
 }
 template <int D>
-void Launch(const PrefillParams& p, cudaStream_t stream) {
+void Launch(const FoldParams& p, cudaStream_t stream) {
   p.layer.states == 2 ? Launch<D, 2>(p, stream) : Launch<D, 1>(p, stream);
 }
 
@@ -125,7 +151,9 @@ int MostFoldSegments(const DslaShape& s) {
 }
 
 void LaunchFold(const PrefillParams& p, int D, cudaStream_t stream) {
-  D == 64 ? Launch<64>(p, stream) : Launch<128>(p, stream);
+  DSLA_CHECK(p.pages.page_stride % D == 0);
+  const FoldParams x = WithMaps(p, D);
+  D == 64 ? Launch<64>(x, stream) : Launch<128>(x, stream);
 }
 
 }  // namespace dsla::cuda

@@ -1,20 +1,28 @@
 // What `fold` has in shared memory, and how its warpgroups hand over.
 //
 // Tiles are panels as warpgroup.cuh has them. Row 8 j + 2 t + i of a chunk's tiles has token
-// 16 t + 15 - (2 j + i): a lane of an accumulator with tokens for columns then has 16 tokens in a
-// row, the last first, in the order in which `fold` goes over them.
+// 16 t + 2 j + i: a lane of an accumulator with tokens for columns then has 16 tokens in a row.
 #pragma once
 
+#include "ops/dsla/cuda/bulk.cuh"
 #include "ops/dsla/cuda/prepare.cuh"
 #include "ops/dsla/cuda/warpgroup.cuh"
 
 namespace dsla::cuda {
 
+struct FoldParams : PrefillParams {
+  bool in_pages;  // a chunk lies in one page, and tensor maps can copy it
+  CUtensorMap keys, values, sines, cosines;
+};
+
 // Chunks of one sequence that a block folds.
 struct FoldPart {
   int n, segments;  // the sequence, none if n < 0, and how many segments it has
   int e0, chunks;
-  int until;  // the first of the sequence's tokens that does not enter
+  int lead, tail;  // chunks from `lead` on and before `tail` enter whole
+  int until;       // the first of the sequence's tokens that does not enter
+  int first_page;  // in the list of all sequences' pages
+  float pages_of_token;
 };
 
 // Chunks of a segment of a sequence that has so many: nothing else, and the shape, decide the cut.
@@ -35,7 +43,7 @@ struct FoldShared {
   using Tile = uint4[kChunk * D / 8];
   uint4 phi[D * D / 8];          // weights: rows are channels, all in one tile
   Tile gates[kBlocks][kGroups];  // and 64 of them in each
-  // Keys with RoPE undone, as two terms of bf16. Until then the keys as they are, and cosines.
+  // Keys with RoPE undone, as two terms of bf16. Until then sines and cosines.
   Tile plain[2][2];
   Tile v[2];
   float4 feature[kChunk * D / 4];  // phi_k of one chunk: see FeaturePlace
@@ -43,6 +51,7 @@ struct FoldShared {
   FoldPart part;
   // Counted in warps, each for one of two places: gates' operands are there, or read; V is read.
   uint64_t plain_full[2], plain_free[2], value_free[2];
+  uint64_t key_here[2], value_here[2];  // of one lane: copies have come
 };
 
 // The packed weights of a block's channels, by all of the block's threads. With F > D the blocks of

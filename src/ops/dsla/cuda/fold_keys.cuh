@@ -13,15 +13,15 @@ namespace dsla::cuda {
 template <int D>
 struct FetchPlace {
   static constexpr int kOfRow = D / 8, kRows = 32 / kOfRow, kTimes = 16 / kRows;
-  static constexpr int kStep = -4 * kRows * 8;  // pieces of a tile between such rows
+  static constexpr int kStep = 4 * kRows * 8;  // pieces of a tile between such rows
   int lane, warp, first, c, row;
   __device__ __forceinline__ FetchPlace() {
-    const uint32_t i = Fresh(threadIdx.x);
+    const uint32_t i = ThreadAgain();
     lane = i % 32;
     warp = i / 32;
     first = lane / kOfRow;
     c = lane % kOfRow;
-    row = (15 - first) / 2 * 8 + 2 * warp + (15 - first) % 2;
+    row = first / 2 * 8 + 2 * warp + first % 2;
   }
   __device__ __forceinline__ int Piece() const {
     return c / 8 * (kChunk * 8) + Swizzle<8>(row, c % 8);
@@ -32,119 +32,84 @@ struct FetchPlace {
   }
 };
 
-// The page and the row in it of the warp's token lane % 16 of chunk i; -1 if it does not enter.
+// Chunk i is copied by tensor maps: it enters whole, and a page has all of it.
+__device__ __forceinline__ bool IsWhole(const FoldParams& p, const FoldPart& part, int i) {
+  return p.in_pages && i >= part.lead && i < part.tail;
+}
+
 struct PagedToken {
-  int page, row;
+  int page, row;  // in the sequence's list of pages, in that page
 };
-template <int D>
 __device__ __forceinline__ PagedToken FindToken(const PrefillParams& p, const FoldPart& part,
-                                                const int32_t* pages, int i) {
-  const FetchPlace<D> at;
-  const int token = part.e0 + i * kChunk + 16 * at.warp + at.lane % 16;
-  if (i >= part.chunks || token < p.layer.S || token >= part.until) return {-1, -1};
-  return {pages[token / p.pages.page_size], token % p.pages.page_size};
+                                                int token) {
+  // The quotient may be one off.
+  int page = static_cast<int>(static_cast<float>(token) * part.pages_of_token);
+  int row = token - page * p.pages.page_size;
+  const int step = row < 0 ? -1 : row >= p.pages.page_size ? 1 : 0;
+  return {part.first_page + page + step, row - step * p.pages.page_size};
 }
-// Where it lies, in elements; negative if it does not enter. Asked some time after the page has
-// been looked up, so that nobody waits for that.
+// The row of page number `number` among those of all pages, of this block's head.
 template <int D>
-__device__ __forceinline__ int64_t PlaceOf(const PrefillParams& p, const PagedToken& x) {
-  return x.row < 0 ? -1 : PlaceIn<D>(p.pages, x.page, blockIdx.x, x.row);
+__device__ __forceinline__ int RowOf(const PrefillParams& p, int number, int row) {
+  const int rows = static_cast<int>(p.pages.page_stride / D),
+            h = static_cast<int>(Fresh(blockIdx.x));
+  return number * rows + h * p.pages.page_size + row;
 }
 
+// A lane's rows of chunk i, one by one; zeros for what does not enter.
 template <int D>
-__device__ __forceinline__ void FetchRows(uint4* to, const __nv_bfloat16* rows, int64_t found) {
+__device__ __forceinline__ void FetchRows(uint4* to, const PrefillParams& p, const FoldPart& part,
+                                          const __nv_bfloat16* rows, int i) {
   const FetchPlace<D> at;
+  // Each lane finds one of the rows that it has in common with others.
+  const int token = part.e0 + i * kChunk + 16 * at.warp + at.c % at.kTimes * at.kRows + at.first;
+  int found = -1;
+  if (token >= p.layer.S && token < part.until) {
+    const PagedToken x = FindToken(p, part, token);
+    found = RowOf<D>(p, p.pages.pages[x.page], x.row);
+  }
+  __syncwarp();
   to += at.Piece();
-  const int64_t base = __shfl_sync(~0u, found, 0);
-  if (__all_sync(~0u, base >= 0 && found == base + at.lane % 16 * D)) {
-    rows += base + at.first * D + 8 * at.c;
-#pragma unroll
-    for (int u = 0; u < at.kTimes; ++u) CopyAsync(to + u * at.kStep, rows + u * at.kRows * D);
-  } else {
+  rows += 8 * at.c;
 #pragma unroll 1
-    for (int u = 0; u < at.kTimes; ++u) {
-      const int64_t row = __shfl_sync(~0u, found, u * at.kRows + at.first);
-      CopyAsync(to + u * at.kStep, row < 0 ? rows : rows + row + 8 * at.c, row >= 0);
-    }
+  for (int u = 0; u < at.kTimes; ++u) {
+    const int row = __shfl_sync(~0u, found, u, at.kOfRow);
+    CopyAsync(to + u * at.kStep, rows + int64_t{max(row, 0)} * D, row >= 0);
   }
 }
 
-// The last position whose angles are read; where nothing enters any row of the tables does.
-__device__ __forceinline__ int LastAngle(const FoldPart& part) { return max(part.until - 1, 0); }
-
-// Where the tables have the angles of a lane's rows of a chunk.
+// The angles of the same tokens, of which a row has half the pieces. Keys of rows that do not enter
+// are zeros: any angle does.
 template <int D>
-struct AnglePlace {
-  int first, last;
-  __device__ __forceinline__ AnglePlace(const FoldPart& part, int i) {
-    const FetchPlace<D> at;
-    first = part.e0 + i * kChunk + 16 * at.warp + at.first;
-    last = LastAngle(part);
-  }
-  __device__ __forceinline__ const float4* In(const float* table, int u) const {
-    const FetchPlace<D> at;
-    // Keys of rows that do not enter are zeros: any angle does.
-    return reinterpret_cast<const float4*>(table) + min(first + u * at.kRows, last) * (D / 8) +
-           at.c;
-  }
-};
-
-// Cosines come with the keys, and wait where the second term will be: a lane's rows, of which it
-// has half the pieces.
-template <int D>
-__device__ __forceinline__ void FetchCosines(uint4* to, const float* cos,
-                                             const AnglePlace<D>& angles) {
+__device__ __forceinline__ void FetchAngles(uint4* to, const FoldPart& part, const float* table,
+                                            int i) {
   const FetchPlace<D> at;
+  const int first = part.e0 + i * kChunk + 16 * at.warp + at.first;
   to += at.Piece();
-#pragma unroll
-  for (int u = 0; u < at.kTimes; ++u) CopyAsync(to + u * at.kStep, angles.In(cos, u));
+#pragma unroll 1
+  for (int u = 0; u < at.kTimes; ++u) {
+    const int64_t token = min(first + u * at.kRows, part.until - 1);
+    CopyAsync(to + u * at.kStep, table + token * (D / 2) + 4 * at.c);
+  }
 }
 
-// There is no such place for sines. They are read some rows before their use, and brought to the L2
-// cache when the keys are: blocks of all heads want them at once, and all would wait for memory.
+// Undoes the RoPE of keys: two terms, in whose places sines and cosines are.
 template <int D>
-__device__ __forceinline__ void PrefetchSines(const float* sin, const FoldPart& part, int i) {
-  constexpr int kLines = D / 64;  // of 128 bytes, in a row of the table
-  const FetchPlace<D> at;
-  const int token = part.e0 + i * kChunk + 16 * at.warp + at.lane / kLines % 16;
-  PrefetchToL2(sin + min(token, LastAngle(part)) * (D / 2) + at.lane % kLines * 32);
-}
-template <int D>
-struct Sines {
-  static constexpr int kAhead = 256 / D;
-  AnglePlace<D> angles;
-  const float* sin;
-  float4 x[kAhead];
-
-  __device__ __forceinline__ Sines(const float* sin, const AnglePlace<D>& angles)
-      : angles(angles), sin(sin) {
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) x[u] = __ldg(angles.In(sin, u));
-  }
-  // Of row u; those of one further on are then on their way.
-  __device__ __forceinline__ float4 Take(int u) {
-    const float4 now = x[u % kAhead];
-    if (u + kAhead < FetchPlace<D>::kTimes) x[u % kAhead] = __ldg(angles.In(sin, u + kAhead));
-    return now;
-  }
-};
-
-// Undoes the RoPE of the keys that lie in the first term's place.
-template <int D>
-__device__ __forceinline__ void UndoRope(uint4* high, uint4* low, Sines<D>& sines) {
+__device__ __forceinline__ void UndoRope(const uint4* keys, uint4* high, uint4* low) {
   const FetchPlace<D> at;
   const int half[2] = {at.HalfPiece(0), at.HalfPiece(1)};
 #pragma unroll
   for (int u = 0; u < at.kTimes; ++u) {
     auto* to_high = reinterpret_cast<uint2*>(high + u * at.kStep);
     auto* to_low = reinterpret_cast<uint2*>(low + u * at.kStep);
+    const float4 sn = *reinterpret_cast<const float4*>(high + at.Piece() + u * at.kStep);
     const float4 cs = *reinterpret_cast<const float4*>(low + at.Piece() + u * at.kStep);
-    const uint2 a = to_high[half[0]], b = to_high[half[1]];
-    const float4 sn = sines.Take(u);
+    const auto* from = reinterpret_cast<const uint2*>(keys + u * at.kStep);
+    const uint2 a = from[half[0]], b = from[half[1]];
     uint2 x[2], y[2];  // both terms of both halves
     Undo(a.x, b.x, {cs.x, cs.y}, {sn.x, sn.y}, x[0].x, x[1].x, y[0].x, y[1].x);
     Undo(a.y, b.y, {cs.z, cs.w}, {sn.z, sn.w}, x[0].y, x[1].y, y[0].y, y[1].y);
-    __syncwarp();  // all have the row's cosines
+    __syncwarp();  // all have the row's angles
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       to_high[half[k]] = x[k];
@@ -153,94 +118,129 @@ __device__ __forceinline__ void UndoRope(uint4* high, uint4* low, Sines<D>& sine
   }
 }
 
-// Of a quad's two tokens: softmax of the logits over the channels.
+// Of a quad's two tokens: exponentials of the logits over the channels, and what makes their
+// softmax of them.
 template <int D>
-__device__ __forceinline__ void Normalise(float (&y)[D / 8][4]) {
+__device__ __forceinline__ float2 Exponentials(float (&y)[D / 8][4]) {
+  float most[2] = {y[0][0], y[0][2]}, sum[2] = {};
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float most = -INFINITY, sum = 0;
+  for (int j = 0; j < D / 8; ++j)
 #pragma unroll
-    for (int j = 0; j < D / 8; ++j) most = fmaxf(most, fmaxf(y[j][2 * r], y[j][2 * r + 1]));
-    most = QuadMax(most) * kLog2e;
+    for (int r = 0; r < 2; ++r) most[r] = fmaxf(most[r], fmaxf(y[j][2 * r], y[j][2 * r + 1]));
 #pragma unroll
-    for (int j = 0; j < D / 8; ++j)
+  for (int r = 0; r < 2; ++r) most[r] = QuadMax(most[r]) * kLog2e;
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float& x = y[j][2 * r + e];
-        x = Exp2(x * kLog2e - most);
-        sum += x;
-      }
-    const float inverse = Reciprocal(QuadSum(sum));
+  for (int j = 0; j < D / 8; ++j)
 #pragma unroll
-    for (int j = 0; j < D / 8; ++j) {
-      y[j][2 * r] *= inverse;
-      y[j][2 * r + 1] *= inverse;
+    for (int e = 0; e < 4; ++e) {
+      y[j][e] = Exp2(y[j][e] * kLog2e - most[e / 2]);
+      sum[e / 2] += y[j][e];
     }
-  }
+  return {Reciprocal(QuadSum(sum[0])), Reciprocal(QuadSum(sum[1]))};
 }
 
+// Where a lane has its features of channels 2t and 2t + 1 to go: 16 bits each, for one register.
+template <int D>
+__device__ __forceinline__ uint32_t LaneFeatures() {
+  const uint32_t i = threadIdx.x, warp = i / 32, g = i / 4 % 8, t = i % 4;
+  return (2 * FeaturePlace<D>(2 * t, g / 2, warp) + g % 2) |
+         (2 * FeaturePlace<D>(2 * t + 1, g / 2, warp) + g % 2) << 16;
+}
 // For the warpgroup that folds these 64 channels.
 template <int D, int kBlocks>
-__device__ __forceinline__ void StoreFeatures(FoldShared<D, kBlocks>& s, int group,
-                                              const float (&y)[D / 8][4]) {
-  const uint32_t i = Fresh(threadIdx.x);
-  const int warp = i / 32, g = i / 4 % 8, t = i % 4;
+__device__ __forceinline__ void StoreFeatures(FoldShared<D, kBlocks>& s, int group, uint32_t places,
+                                              const float (&y)[D / 8][4], float2 scale) {
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
-    const int place = FeaturePlace<D>(64 * group + 2 * t + e, g / 2, warp);
-    float2* to = reinterpret_cast<float2*>(s.feature + place) + g % 2;
+    float2* to = reinterpret_cast<float2*>(s.feature) + (e == 0 ? places & 0xffff : places >> 16);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) to[j * 64] = {y[8 * group + j][e], y[8 * group + j][2 + e]};
+    for (int j = 8 * group; j < 8 * group + 8; ++j)
+      to[j * 64] = {y[j][e] * scale.x, y[j][2 + e] * scale.y};
   }
 }
 
 // All that the block's first warpgroup does. A warp undoes the RoPE of the keys that it has copied.
+// One lane starts the copies of whole chunks, and all lanes those of others.
 template <int D, int kBlocks>
-__device__ __forceinline__ void FoldKeys(FoldShared<D, kBlocks>& s, const PrefillParams& p) {
+__device__ __forceinline__ void FoldKeys(FoldShared<D, kBlocks>& s, const FoldParams& p, int warp) {
+  constexpr int kBytes = sizeof(typename FoldShared<D, kBlocks>::Tile);
   const FoldPart& part = s.part;
-  const int32_t* pages = p.pages.pages + p.pages.page_start[part.n];
-  int64_t now = PlaceOf<D>(p, FindToken<D>(p, part, pages, 0));
-  FetchRows<D>(s.plain[0][0], p.pages.k, now);
-  FetchCosines<D>(s.plain[0][1], p.layer.cos, {part, 0});
-  CommitCopies();
+  if (part.chunks == 0) return;
+  const uint32_t places = LaneFeatures<D>();
+  // Keys and angles of chunk i, whose first row is `row`. Keys lie where its values come later.
+  const auto fetch_keys = [&](int i, int row) {
+    uint4 *keys = s.v[i % 2], *sines = s.plain[i % 2][0], *cosines = s.plain[i % 2][1];
+    uint64_t& here = s.key_here[i % 2];
+    if (IsWhole(p, part, i)) {
+      if (warp > 0 || !Elect()) return;
+      ArriveExpecting(here, 3 * kBytes);
+      CopyChunk(keys, p.keys, row, here);
+      CopyChunk(sines, p.sines, part.e0 + i * kChunk, here);
+      CopyChunk(cosines, p.cosines, part.e0 + i * kChunk, here);
+    } else {
+      FetchRows<D>(keys, p, part, p.pages.k, i);
+      FetchAngles<D>(sines, part, p.layer.sin, i);
+      FetchAngles<D>(cosines, part, p.layer.cos, i);
+      CommitCopies();
+      if (warp == 0 && Elect()) ArriveExpecting(here, 0);  // phases go on
+    }
+  };
+  const auto fetch_values = [&](int i, int row) {
+    uint64_t& here = s.value_here[i % 2];
+    if (IsWhole(p, part, i)) {
+      if (warp > 0 || !Elect()) return;
+      ArriveExpecting(here, kBytes);
+      CopyChunk(s.v[i % 2], p.values, row, here);
+    } else {
+      FetchRows<D>(s.v[i % 2], p, part, p.pages.v, i);
+      CommitCopies();
+      if (warp == 0 && Elect()) ArriveExpecting(here, 0);
+    }
+  };
+  PagedToken next = FindToken(p, part, part.e0);
+  int row = RowOf<D>(p, p.pages.pages[next.page], next.row);
+  fetch_keys(0, row);
   for (int i = 0; i < part.chunks; ++i) {
     auto& plain = s.plain[i % 2];
-    const PagedToken following = FindToken<D>(p, part, pages, i + 1);
-    WaitCopies<0>();
-    PublishCopies();
-    Barrier<128>(0);
-    Sines<D> sines(p.layer.sin, {part, i});
+    const bool whole = IsWhole(p, part, i);
+    if (!whole) {
+      WaitCopies<0>();
+      PublishCopies();
+      Barrier<128>(0);
+    }
+    Await(s.key_here[i % 2], i / 2);
     float y[D / 8][4];
-    ScoreKeys<D, D, D>(y, SharedAddress(plain[0]), SharedAddress(s.phi));
-    Barrier<128>(0);  // all have done with the keys as they were
-    UndoRope<D>(plain[0], plain[1], sines);
+    StartScores<D, D, D>(y, SharedAddress(s.v[i % 2]), SharedAddress(s.phi));
+    UndoRope<D>(s.v[i % 2], plain[0], plain[1]);
     PublishCopies();
     Arrive(s.plain_full[i % 2]);
+    WaitProducts<0>();
+    Pin(y);
+    Barrier<128>(0);  // all have done with the keys
 
-    if (i > 0) Await(s.value_free[i % 2], (i - 1) / 2);
-    FetchRows<D>(s.v[i % 2], p.pages.v, now);
-    CommitCopies();
-    now = PlaceOf<D>(p, following);
-    if (i + 1 < part.chunks) {
-      if (i > 0) Await(s.plain_free[(i + 1) % 2], (i - 1) / 2);
-      FetchRows<D>(s.plain[(i + 1) % 2][0], p.pages.k, now);
-      FetchCosines<D>(s.plain[(i + 1) % 2][1], p.layer.cos, {part, i + 1});
-      PrefetchSines<D>(p.layer.sin, part, i + 1);
+    fetch_values(i, row);
+    next = FindToken(p, part, min(part.e0 + (i + 1) * kChunk, part.until - 1));
+    const int page = p.pages.pages[next.page];
+    const float2 scale = Exponentials<D>(y);
+    if (!whole) {
+      WaitCopies<0>();
+      PublishCopies();
     }
-    CommitCopies();
-
-    Normalise<D>(y);
-    WaitCopies<1>();
-    PublishCopies();
+    Await(s.value_here[i % 2], i / 2);
 #pragma unroll
     for (int group = 0; group < s.kGroups; ++group) {
       if (i > 0) MeetAt(Meeting::kFree, group);
-      StoreFeatures(s, group, y);
+      StoreFeatures(s, group, Fresh(places), y, scale);
       ArriveAt(Meeting::kFull, group);
     }
+    row = RowOf<D>(p, page, next.row);
+    if (i + 1 == part.chunks) break;
+    Await(s.value_free[(i + 1) % 2], i / 2);
+    if (i > 0) Await(s.plain_free[(i + 1) % 2], (i - 1) / 2);
+    fetch_keys(i + 1, row);
   }
   // Nobody is to be left at a barrier.
-  for (int group = 0; group < s.kGroups && part.chunks > 0; ++group) MeetAt(Meeting::kFree, group);
+  for (int group = 0; group < s.kGroups; ++group) MeetAt(Meeting::kFree, group);
 }
 
 #endif

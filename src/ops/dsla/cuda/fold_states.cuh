@@ -8,30 +8,54 @@ namespace dsla::cuda {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// 64 channels: x += weights keys^T.
+// 64 channels: x = weights (high + low)^T.
 template <int D>
-__device__ __forceinline__ void AddLogits(float (&x)[8][4], uint32_t weight, uint32_t keys) {
+__device__ __forceinline__ void MakeLogits(float (&x)[8][4], uint32_t weight, uint32_t high,
+                                           uint32_t low) {
   weight = Fresh(weight);
-  keys = Fresh(keys);
 #pragma unroll
-  for (int c = 0; c < D / 16; ++c)
-    WarpgroupMma(x, PanelDescriptor(weight, c / 4 * (64 * 128) + c % 4 * 32),
-                 PanelDescriptor(keys, c / 4 * (64 * 128) + c % 4 * 32));
+  for (int term = 0; term < 2; ++term) {
+    const uint32_t keys = Fresh(term == 0 ? high : low);
+#pragma unroll
+    for (int c = 0; c < D / 16; ++c) {
+      const int at = c / 4 * (64 * 128) + c % 4 * 32;
+      if (term == 0 && c == 0)
+        FirstWarpgroupMma(x, PanelDescriptor(weight, at), PanelDescriptor(keys, at));
+      else
+        WarpgroupMma(x, PanelDescriptor(weight, at), PanelDescriptor(keys, at));
+    }
+  }
 }
 // 64 channels of a state, and rows 16 c .. 16 c + 15 of V.
 template <int D>
-__device__ __forceinline__ void AddToState(float (&state)[D / 64][8][4], const uint32_t (&key)[4],
+__device__ __forceinline__ void AddToState(float (&state)[D / 8][4], const uint32_t (&key)[4],
                                            uint32_t v, int c) {
+  WarpgroupMma<1>(state, key, PanelDescriptor(v, c * (16 * 128), 64 * 128));
+}
+
+// e^a - 1 of gates that are not all slow, of logits as GateMinusOneOf has them: by logarithms where
+// all of the warp's are over kFast, in fewer instructions. 1 + e^-x has an error of 2^-24 there,
+// and e^a one of 2^-22, which is 2e-4 of 1 - e^a at most.
+constexpr float kFast = -6;
+template <int n>
+__device__ __forceinline__ void FastGatesMinusOne(float (&t)[n][4], float least) {
+  float lowest[4] = {t[0][0], t[0][1], t[0][2], t[0][3]};
 #pragma unroll
-  for (int panel = 0; panel < D / 64; ++panel)
-    WarpgroupMma<1>(state[panel], key, PanelDescriptor(v, panel * (64 * 128) + c * (16 * 128)));
+  for (int i = 4; i < 4 * n; ++i) lowest[i % 4] = fminf(lowest[i % 4], t[i / 4][i % 4]);
+  if (!__all_sync(~0u, fminf(fminf(lowest[0], lowest[1]), fminf(lowest[2], lowest[3])) > kFast))
+    return AnyGatesMinusOne(t, least);
+#pragma unroll
+  for (int i = 0; i < 4 * n; ++i) {
+    float& x = t[i / 4][i % 4];
+    x = fmaxf(Exp2(Log2(1 + Exp2(x)) * (-1.f / kDslaGateDivisor)) - 1, least);
+  }
 }
 
 // Of a thread of the warps that fold; `warp` counts all of the block's.
 struct FoldThread {
   int lane, warp, group, g, t;
   __device__ __forceinline__ FoldThread() {
-    const uint32_t i = Fresh(threadIdx.x);
+    const uint32_t i = threadIdx.x;
     lane = i % 32;
     warp = i / 32 - 4;
     group = i / 128 - 1;
@@ -43,41 +67,29 @@ struct FoldThread {
 // A warpgroup's part of a segment.
 template <int D, int kBlocks>
 struct Folder {
-  static constexpr int kPanels = D / 64, kLast = kBlocks - 1;
+  static constexpr int kLast = kBlocks - 1;
   using Shared = FoldShared<D, kBlocks>;
 
   Shared& s;
   const PrefillParams& p;
   // States and norms of the segment with their signs turned, as e^a - 1 has it: a weight takes one
-  // instruction less. Norms and decays are those of the channel of IsMine.
-  float state[kBlocks][kPanels][8][4] = {};
+  // instruction less. Norms and decays: a quad has two channels of each block, and its lanes keep
+  // those of one each.
+  float state[kBlocks][D / 8][4] = {};
   float z = 0, decay = 1;
   float gate[8][4];    // logits without their bias, then e^a - 1
   uint32_t key[4][4];  // -K^T, of 16 rows of a tile each
 
   // One for all of a warp.
   __device__ __forceinline__ int Group() const { return __shfl_sync(~0u, FoldThread().group, 0); }
-  // A quad has two channels of each block: its lanes keep the norms of one each.
-  __device__ __forceinline__ bool IsMine(int b, int r) const { return FoldThread().t == 2 * b + r; }
-  __device__ __forceinline__ void PinState(int b) {
-#pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel) Pin(state[b][panel]);
-  }
 
   // Block b's gates of chunk i: products under way.
   __device__ __forceinline__ void StartGates(int i, int b) {
     // Behind the last chunk the same is done with whatever is there, for nobody.
     if (b == 0 && i < s.part.chunks) Await(s.plain_full[i % 2], i / 2);
-#pragma unroll
-    for (int j = 0; j < 8; ++j)
-#pragma unroll
-      for (int c = 0; c < 4; ++c) gate[j][c] = 0;
-    Pin(gate);
     BeginProducts();
-    const uint32_t weight = SharedAddress(s.gates[b][Group()]);
-#pragma unroll
-    for (int term = 0; term < 2; ++term)
-      AddLogits<D>(gate, weight, SharedAddress(s.plain[i % 2][term]));
+    MakeLogits<D>(gate, SharedAddress(s.gates[b][Group()]), SharedAddress(s.plain[i % 2][0]),
+                  SharedAddress(s.plain[i % 2][1]));
     CommitProducts();
   }
   // They are there; at most `pending` products that came after them are not.
@@ -92,28 +104,28 @@ struct Folder {
   // state's products run while they are worked on. Not all: the last 16 rows of K would be more
   // registers than there are.
   __device__ __forceinline__ void StartState(int i, int b) {
-    PinState(b);
+    Pin(state[b]);
     Pin(key);
     const uint32_t v = Fresh(SharedAddress(s.v[i % 2]));
     BeginProducts();
-    AddToState<D>(state[b], key[0], v, 0);
+    AddToState<D>(state[b], key[3], v, 3);
     EndProducts();
-    PinState(b);
+    Pin(state[b]);
     Pin(key);
     const int next = b == kLast ? i + 1 : i, next_block = b == kLast ? 0 : b + 1;
     StartGates(next, next_block);
     BeginProducts();
 #pragma unroll
-    for (int c = 1; c < 4; ++c) AddToState<D>(state[b], key[c], v, c);
+    for (int c = 2; c >= 0; --c) AddToState<D>(state[b], key[c], v, c);
     CommitProducts();
     EndGates<1>(next, next_block);
   }
   // Before its first chunk a segment ends one that it has not begun: V's places are counted so.
   __device__ __forceinline__ void EndState(int i, int b) {
     WaitProducts<0>();
-    PinState(b);
+    Pin(state[b]);
 #pragma unroll
-    for (int c = 1; c < 4; ++c) Pin(key[c]);
+    for (int c = 0; c < 3; ++c) Pin(key[c]);
     if (b == kLast) Arrive(s.value_free[i & 1]);
   }
 
@@ -122,21 +134,26 @@ struct Folder {
     const Layer& l = p.layer;
     const auto [lane, warp, group, g, t] = FoldThread();
     const float* bias = s.bias + b * D + 16 * warp + g;
-    GatesMinusOne(gate, {bias[0], bias[8]}, l.least_gate);
-    const int first = s.part.e0 + i * kChunk, from = l.S, until = s.part.until;
-    if (first < from || first + kChunk > until) {
+    // Known before it is asked.
+    const bool whole = i >= s.part.lead && i < s.part.tail;
+    if (ScaleLogits(gate, {bias[0], bias[8]}, l.least_gate))
+      SlowGatesMinusOne(gate);
+    else
+      FastGatesMinusOne(gate, l.least_gate);
+    if (!whole) {
+      const int first = s.part.e0 + i * kChunk, from = l.S, until = s.part.until;
 #pragma unroll
       for (int k = 0; k < 16; ++k) {
-        const int token = first + 16 * t + 15 - k;
+        const int token = first + 16 * t + k;
         if (token < from || token >= until) gate[k / 2][k % 2] = gate[k / 2][2 + k % 2] = 0;
       }
     }
     float run[2], total[2];  // products of what comes later, of all
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float x = 1 + gate[7][2 * r + 1];
+      float x = 1 + gate[0][2 * r];
 #pragma unroll
-      for (int k = 14; k >= 0; --k) x += x * gate[k / 2][2 * r + k % 2];
+      for (int k = 1; k < 16; ++k) x += x * gate[k / 2][2 * r + k % 2];
       const float next = __shfl_xor_sync(~0u, x, 1), pair = x * next;
       const float others = __shfl_xor_sync(~0u, pair, 2);
       run[r] = (t & 1 ? 1.f : next) * (t & 2 ? 1.f : others);
@@ -144,24 +161,23 @@ struct Folder {
     }
     b > 0 ? EndState(i, b - 1) : EndState(i - 1, kLast);
     if (b == 0) MeetAt(Meeting::kFull, Group());
-    const float4* features = s.feature + FeaturePlace<D>(16 * warp + g, t, 0);
+    const FoldThread at;
+    const float4* features = s.feature + FeaturePlace<D>(16 * at.warp + at.g, at.t, 0);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if (IsMine(b, r)) {
+      if (at.t == 2 * b + r) {
         z *= total[r];
         decay *= total[r];
       }
 #pragma unroll
-      for (int panel = 0; panel < kPanels; ++panel)
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          state[b][panel][j][2 * r] *= total[r];
-          state[b][panel][j][2 * r + 1] *= total[r];
-        }
+      for (int j = 0; j < D / 8; ++j) {
+        state[b][j][2 * r] *= total[r];
+        state[b][j][2 * r + 1] *= total[r];
+      }
     }
     float sum[2] = {};
 #pragma unroll
-    for (int four = 0; four < 4; ++four)
+    for (int four = 3; four >= 0; --four) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         asm volatile("" ::: "memory");  // no sooner: there are no registers to spare
@@ -169,7 +185,7 @@ struct Folder {
         const float feature[4] = {x.x, x.z, x.y, x.w};
         float weight[4];
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
+        for (int k = 3; k >= 0; --k) {
           const float x = gate[2 * four + k / 2][2 * r + k % 2];
           weight[k] = x * run[r] * feature[k];
           run[r] = fmaf(run[r], x, run[r]);  // does not wait for the weight
@@ -178,11 +194,12 @@ struct Folder {
         key[four][r] = Pack(weight[0], weight[1]);
         key[four][2 + r] = Pack(weight[2], weight[3]);
       }
+    }
     if (b == kLast) ArriveAt(Meeting::kFree, Group());
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       sum[r] = QuadSum(sum[r]);
-      if (IsMine(b, r)) z += sum[r];
+      if (FoldThread().t == 2 * b + r) z += sum[r];
     }
   }
 
@@ -223,12 +240,10 @@ struct Folder {
       for (int r = 0; r < 2; ++r) {
         const int channel = b * l.F + 8 * r;
 #pragma unroll
-        for (int panel = 0; panel < kPanels; ++panel)
-#pragma unroll
-          for (int j = 0; j < 8; ++j)
-            *reinterpret_cast<float2*>(states + channel * D + 64 * panel + 8 * j + 2 * t) = {
-                0 - state[b][panel][j][2 * r], 0 - state[b][panel][j][2 * r + 1]};
-        if (!IsMine(b, r)) continue;
+        for (int j = 0; j < D / 8; ++j)
+          *reinterpret_cast<float2*>(states + channel * D + 8 * j + 2 * t) = {
+              0 - state[b][j][2 * r], 0 - state[b][j][2 * r + 1]};
+        if (t != 2 * b + r) continue;
         norms[channel] = 0 - z;
         if (decays) decays[channel] = decay;
       }

@@ -134,6 +134,12 @@ __device__ __forceinline__ uint32_t Fresh(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+// The thread's index, read once more: nothing of it stays in registers.
+__device__ __forceinline__ uint32_t ThreadAgain() {
+  uint32_t x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
 __device__ __forceinline__ int ThreadIndex() { return static_cast<int>(Fresh(threadIdx.x)); }
 
 // Over the four lanes that share a row of a fragment.

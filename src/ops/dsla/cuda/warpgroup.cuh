@@ -67,6 +67,10 @@ __device__ __forceinline__ uint64_t PanelDescriptor(uint32_t address, int offset
 #define DSLA_FOUR(x, i) "+f"(x[i][0]), "+f"(x[i][1]), "+f"(x[i][2]), "+f"(x[i][3])
 #define DSLA_SIXTEEN(x, i) \
   DSLA_FOUR(x, i), DSLA_FOUR(x, i + 1), DSLA_FOUR(x, i + 2), DSLA_FOUR(x, i + 3)
+#define DSLA_FIRST_FOUR(x, i) "=f"(x[i][0]), "=f"(x[i][1]), "=f"(x[i][2]), "=f"(x[i][3])
+#define DSLA_FIRST_SIXTEEN(x, i)                                               \
+  DSLA_FIRST_FOUR(x, i), DSLA_FIRST_FOUR(x, i + 1), DSLA_FIRST_FOUR(x, i + 2), \
+      DSLA_FIRST_FOUR(x, i + 3)
 
 // 16 columns of the rows of `a` with as many of the rows of `b`; an operand that is transposed lies
 // as rows of its inner dimension.
@@ -99,6 +103,17 @@ __device__ __forceinline__ void WarpgroupMma(float (&c)[8][4], uint64_t a, uint6
       "%35;\n}"
       : DSLA_SIXTEEN(c, 0), DSLA_SIXTEEN(c, 4)
       : "l"(a), "l"(b), "n"(kTransposedA), "n"(kTransposedB));
+}
+// c = a b, whatever was there.
+__device__ __forceinline__ void FirstWarpgroupMma(float (&c)[8][4], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.u32 p, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, "
+      "0;\n}"
+      : DSLA_FIRST_SIXTEEN(c, 0), DSLA_FIRST_SIXTEEN(c, 4)
+      : "l"(a), "l"(b));
 }
 template <int kTransposedA = 0, int kTransposedB = 0>
 __device__ __forceinline__ void WarpgroupMma(float (&c)[9][4], uint64_t a, uint64_t b) {
@@ -168,8 +183,23 @@ __device__ __forceinline__ void WarpgroupMma(float (&c)[8][4], float (&d)[1][4],
         DSLA_SIXTEEN(e, 4)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kTransposedB));
 }
+template <int kTransposedB>
+__device__ __forceinline__ void WarpgroupMma(float (&c)[16][4], const uint32_t (&a)[4],
+                                             uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, "
+      "%37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, "
+      "%55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, p, 1, 1, %69;\n}"
+      : DSLA_SIXTEEN(c, 0), DSLA_SIXTEEN(c, 4), DSLA_SIXTEEN(c, 8), DSLA_SIXTEEN(c, 12)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kTransposedB));
+}
 #undef DSLA_SIXTEEN
 #undef DSLA_FOUR
+#undef DSLA_FIRST_SIXTEEN
+#undef DSLA_FIRST_FOUR
 
 // compute-sanitizer's racecheck takes what one lane says to be done for that lane's work alone, so
 // for it (DSLA_ALL_LANES_ARRIVE) all say it.
@@ -269,9 +299,9 @@ __device__ __forceinline__ void AddScores(float (&scores)[kKeys / 8][4], uint32_
 #endif
 }
 
-// scores = q k^T, with such tiles.
+// scores = q k^T, with such tiles: under way, and there after Wait and Pin.
 template <int D, int kKeys, int kRows>
-__device__ __forceinline__ void ScoreKeys(float (&scores)[kKeys / 8][4], uint32_t q, uint32_t k) {
+__device__ __forceinline__ void StartScores(float (&scores)[kKeys / 8][4], uint32_t q, uint32_t k) {
 #pragma unroll
   for (int i = 0; i < kKeys / 8; ++i)
 #pragma unroll
@@ -279,7 +309,12 @@ __device__ __forceinline__ void ScoreKeys(float (&scores)[kKeys / 8][4], uint32_
   Pin(scores);
   BeginProducts();
   AddScores<D, kKeys, kRows>(scores, q, k);
-  EndProducts();
+  CommitProducts();
+}
+template <int D, int kKeys, int kRows>
+__device__ __forceinline__ void ScoreKeys(float (&scores)[kKeys / 8][4], uint32_t q, uint32_t k) {
+  StartScores<D, kKeys, kRows>(scores, q, k);
+  WaitProducts<0>();
   Pin(scores);
 }
 
