@@ -113,7 +113,9 @@ void PlanWaves(const DslaShape& s, int N, int64_t T, int chunks, bool fold, Pref
     const int used = only ? p->wave_chunks : p->wave_chunks - longest + 1;
     p->waves = (most + used - 1) / used;
   }
-  p->wave_segments += MostSegments(*p, N);
+  // Every one that is not there costs the launches of blocks that find out.
+  p->wave_segments =
+      only ? static_cast<int>(CeilDiv(p->wave_chunks, longest)) : N + MostSegments(*p, N);
 }
 
 // Of a fold in one kernel: what segments add is all that goes through memory. A wave has so many of
