@@ -1,5 +1,6 @@
 #include "cache/cache_pool.h"
 
+#include <algorithm>
 #include <bit>
 #include <new>
 #include <utility>
@@ -84,9 +85,10 @@ void CachePool::Touch(BlockKind kind, std::span<const int32_t> ids) {
   for (int32_t id : ids) {
     uint64_t& word = resident_[k][id / 64];
     if (word & Ledger::Bit(id)) continue;
-    // Room first: what a device gives back is what it has for the next block.
+    // Room first: what a device gives back is what it has for the next block. It may have to wait
+    // before it can, so it gives back some at once.
     const int64_t over = resident_bytes() + config.bytes(kind) - config.budget_bytes;
-    if (over > 0) Trim(over);
+    if (over > 0) Trim(std::max(over, config.budget_bytes / 128));
     try {
       memory_->Back(Block(kind, id), config.bytes(kind));
     } catch (const std::bad_alloc&) {
@@ -112,7 +114,7 @@ void CachePool::ZeroBlock(BlockKind kind, int32_t to) {
   memory_->Zero(Block(kind, to), ledger_->config().bytes(kind));
 }
 
-// Called for every block that is touched while the budget is full, of millions: hence words.
+// Of millions of blocks, often while the budget is full: hence words.
 void CachePool::Trim(int64_t bytes_over) {
   for (const BlockKind kind : {BlockKind::kPage, BlockKind::kSlot}) {
     const std::span<const uint64_t> freed = ledger_->freed(kind);

@@ -45,6 +45,29 @@ TEST(CachePoolTest, FreeBlocksGoBackToTheSystemWhenTheOtherKindGrows) {
             static_cast<int64_t>(slots->slots().size()) * pool->slots().slot_bytes);
 }
 
+TEST(CachePoolTest, AFullPoolGivesBackSomeFreeBlocksAtOnce) {
+  constexpr int64_t kPage = 4096, kSlot = 2 * kPage, kPages = 128 * 10;
+  auto pool = CachePool::Create(
+      {.page_size = 8, .Hkv = 1, .D = 128, .kv_dtype = DType::kBF16, .slot_bytes = kSlot},
+      kPages * kPage);
+  ASSERT_TRUE(pool.ok());
+  Ledger& ledger = pool->ledger();
+  {
+    auto pages = ledger.Reserve(kPages, 0);
+    ASSERT_TRUE(pages.ok());
+    pool->Touch(BlockKind::kPage, pages->pages());
+  }
+  EXPECT_EQ(pool->resident_bytes(), kPages * kPage);
+  auto slots = ledger.Reserve(0, 6);
+  ASSERT_TRUE(slots.ok());
+  pool->Touch(BlockKind::kSlot, std::span(slots->slots()).first(1));
+  EXPECT_EQ(pool->resident_bytes(), (kPages - 10) * kPage + kSlot);
+  pool->Touch(BlockKind::kSlot, std::span(slots->slots()).subspan(1, 4));
+  EXPECT_EQ(pool->resident_bytes(), kPages * kPage) << "there was room for these";
+  pool->Touch(BlockKind::kSlot, std::span(slots->slots()).subspan(5));
+  EXPECT_EQ(pool->resident_bytes(), (kPages - 10) * kPage + kSlot);
+}
+
 // As on a device: memory comes in units, of which there are so many.
 class UnitMemory : public BlockMemory {
  public:

@@ -12,6 +12,7 @@ namespace {
 // Mapping one takes 90 us of an H200's host, and eight of the least 440 us. The larger they are,
 // the rarer is one whose pages a raise has freed all.
 constexpr size_t kUnitBytes = size_t{16} << 20;
+constexpr int kSparesAtOnce = 16;
 
 void CheckDriver(CUresult result, const char* what) {
   if (result == CUDA_SUCCESS) return;
@@ -98,7 +99,7 @@ CudaBlockMemory::Range CudaBlockMemory::UnitsOf(std::byte* block, int64_t bytes)
 // would need whole.
 CudaBlockMemory::Handle CudaBlockMemory::Take(const Space& for_space) {
   const bool within = (created_ + 1) * unit_bytes_ <= budget_bytes_;
-  if (spares_.empty() && (within || !MakeSpare(for_space))) {
+  if (spares_.empty() && (within || !MakeSpares(for_space))) {
     Handle handle = 0;
     const CUresult result =
         driver_.create(&handle, static_cast<size_t>(unit_bytes_), &property_, 0);
@@ -106,21 +107,22 @@ CudaBlockMemory::Handle CudaBlockMemory::Take(const Space& for_space) {
       ++created_;
       return handle;
     }
-    if (!MakeSpare(for_space)) CheckDriver(result, "creating cache memory");
+    if (!MakeSpares(for_space)) CheckDriver(result, "creating cache memory");
   }
   const Handle handle = spares_.back();
   spares_.pop_back();
   return handle;
 }
 
-// Of a unit that no block is in, of another space if there is one; there the last, as the first are
-// used first.
-bool CudaBlockMemory::MakeSpare(const Space& for_space) {
+// Of units that no block is in, of another space if it has any; there the last, as the first are
+// used first. One wait is for several.
+bool CudaBlockMemory::MakeSpares(const Space& for_space) {
   for (const bool own : {false, true}) {
     for (auto& [base, space] : spaces_) {
       if ((&space == &for_space) != own || space.idle.empty()) continue;
-      cudaStreamSynchronize(stream_);  // a kernel that still runs may read it
-      Unmap(base, space, *space.idle.rbegin());
+      cudaStreamSynchronize(stream_);  // a kernel that still runs may read them
+      for (int i = 0; i < kSparesAtOnce && !space.idle.empty(); ++i)
+        Unmap(base, space, *space.idle.rbegin());
       return true;
     }
   }

@@ -70,7 +70,7 @@ class CudaBlockMemory : public BlockMemory {
   void Unmap(std::byte* base, Space& space, int64_t unit);
   void Leave(Space& space, int64_t unit);  // by one block
   Handle Take(const Space& for_space);
-  bool MakeSpare(const Space& for_space);
+  bool MakeSpares(const Space& for_space);
 
   DriverApi driver_;
   CUmemAllocationProp property_ = {};

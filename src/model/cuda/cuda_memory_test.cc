@@ -130,6 +130,19 @@ TEST_F(CudaMemoryTest, AUnitGoesWhereItIsNeededWithItsLastBlock) {
   EXPECT_TRUE(driver_.IsOpen(pages, 4 * kUnit));
 }
 
+TEST_F(CudaMemoryTest, OneWaitIsForSeveralUnits) {
+  CudaBlockMemory memory(Api(), 0, nullptr);
+  std::byte* const pages = memory.Reserve(4 * kUnit).value();
+  std::byte* const slots = memory.Reserve(4 * kUnit).value();
+  memory.Back(pages, 4 * kUnit);
+  memory.GiveBack(pages, 4 * kUnit);
+  memory.Back(slots, kUnit);
+  EXPECT_EQ(driver_.mapped.size(), 1u);
+  memory.Back(slots + kUnit, 3 * kUnit);
+  EXPECT_TRUE(driver_.IsOpen(slots, 4 * kUnit));
+  EXPECT_EQ(driver_.created.size(), 4u);
+}
+
 TEST_F(CudaMemoryTest, WithoutMemoryNothingHasHappened) {
   driver_.most = 3;
   CudaBlockMemory memory(Api(), 0, nullptr);
