@@ -377,6 +377,27 @@ TEST_F(PrefixCacheTest, WhatABranchLosesItsOtherEndsForIsGivenUpThen) {
   EXPECT_EQ(cache_.Lookup({.tokens = longer, .level = 3}).tokens, 12);
 }
 
+TEST_F(PrefixCacheTest, PagesThatWereForASpareSnapshotAloneGoBeforeAPrefix) {
+  const auto tokens = Tokens(17);
+  {
+    SequenceCache sequence = Run(std::span(tokens).first(8), 1);
+    Insert(std::span(tokens).first(8), {{0, 1}}, sequence, true);
+    Raise(&sequence, 3);
+    for (const int end : {12, 16}) {
+      ASSERT_TRUE(sequence.Reserve(4).ok());
+      sequence.Commit(4);
+      Insert(std::span(tokens).first(end), {{0, 1}, {8, 3}}, sequence, true);
+    }
+  }
+  EXPECT_EQ(cache_.snapshots(), 3);
+  EXPECT_EQ(ledger_.used(BlockKind::kPage), 2 * 3 + 2);
+  ASSERT_TRUE(cache_.Reclaim(ledger_.free_bytes() + 1));
+  EXPECT_EQ(cache_.snapshots(), 2) << "that of level 1 is the third from the end";
+  ASSERT_TRUE(cache_.Reclaim(ledger_.free_bytes() + 1));
+  EXPECT_EQ(ledger_.used(BlockKind::kPage), 2 * 1 + 2);
+  EXPECT_EQ(cache_.Lookup({.tokens = tokens, .level = 3}).tokens, 16);
+}
+
 TEST_F(PrefixCacheTest, AFullCacheIsNotLookedThroughForEveryPage) {
   Ledger ledger({.budget_bytes = 128 * 100 * 20, .page_bytes = 100, .slot_bytes = 150});
   PrefixCache cache(&ledger, this, {.layers = 1, .page_size = kPage, .adapter_id = "a"});

@@ -39,6 +39,7 @@ PrefixCache::Node* PrefixCache::Add(Node* parent, const PrefixKey& key,
 
 void PrefixCache::Touch(Node* node) {
   ++time_;
+  if (node->children > 0) ++enriched_;  // places that were used apart now are one
   for (; node != nullptr; node = node->parent) {
     const bool leaf = node->children == 0;
     if (leaf) leaves_.erase({node->last_use, node});
@@ -209,7 +210,7 @@ bool PrefixCache::ShedPages(Node* leaf) {
 
 // Gives up snapshots of the leaf's own branch used before `time`, all but the last two before each
 // place that was used: who begins like it most likely parts from it near its end. False if some of
-// them may be left.
+// them may be left, or pages that were for those alone.
 bool PrefixCache::ShedSnapshots(Node* leaf, int64_t bytes, int64_t time) {
   std::vector<Node*> spare;
   int64_t use = leaf->last_use;
@@ -228,7 +229,7 @@ bool PrefixCache::ShedSnapshots(Node* leaf, int64_t bytes, int64_t time) {
     if (ledger_->free_bytes() >= bytes) return false;
     DropSnapshot(*node);
   }
-  return whole;
+  return whole && spare.empty();
 }
 
 void PrefixCache::Drop(Node* node) {

@@ -353,6 +353,7 @@ struct Queries {
           for (int c = 0; c < 4; ++c) out[0][j][c] *= share[c / 2];
       }
       WriteOut(out[0], part, tile);
+      PublishCopies();  // copies in bulk write there next
       Arrive(Shared().q_empty[i % 2]);
     }
   }
