@@ -5,6 +5,7 @@
 #include <utility>
 
 namespace dsla {
+
 Reservation::Reservation(Reservation&& other) noexcept
     : ledger_(std::exchange(other.ledger_, nullptr)) {
   for (int kind = 0; kind < kBlockKinds; ++kind) ids_[kind] = std::exchange(other.ids_[kind], {});

@@ -119,6 +119,14 @@ class EngineDeviceTest : public ::testing::Test {
     return request;
   }
 
+  // A request whose states are copied: for the prefix cache, and by the next of its kind from
+  // there.
+  Request AskForCopies() {
+    Request request = Ask(9, std::vector<int32_t>(40, 7));
+    request.tier = Tier::kExact;
+    request.level = kL;
+    return request;
+  }
   // Raises, and starts at, any levels.
   static std::unique_ptr<LevelPolicy> RandomPolicy(uint32_t seed) {
     return std::make_unique<FunctionPolicy>(
@@ -429,9 +437,7 @@ TEST_F(EngineDeviceTest, ADeviceThatFailsAtACopyFailsEverybody) {
                        if (fails) throw DeviceError("gone");
                      }});
     TestEngine engine(on.small.model(), *tokenizer_, Options());
-    Request copied = Ask(9, std::vector<int32_t>(40, 7));
-    copied.tier = Tier::kExact;
-    copied.level = kL;
+    const Request copied = AskForCopies();
     if (from_cache) {
       EXPECT_TRUE(engine.Submit(copied)->Wait().status.ok());
     }
@@ -461,9 +467,7 @@ TEST_F(EngineDeviceTest, ADeviceThatFailsAtACopyLosesNoEnd) {
                        if (fails) throw DeviceError("gone");
                      }});
     TestEngine engine(on.small.model(), *tokenizer_, Options());
-    Request copied = Ask(9, std::vector<int32_t>(40, 7));
-    copied.tier = Tier::kExact;
-    copied.level = kL;
+    const Request copied = AskForCopies();
     Request ends = Ask(at_commit ? 1 : 400);
     ends.sampling.presence_penalty = 0.5f;  // so that nothing is begun behind
     ends.tier = Tier::kFull;

@@ -98,10 +98,9 @@ __device__ __forceinline__ int FeaturePlace(int channel, int t, int k) {
 
 // phi_k of a chunk, and V with it, go from the warpgroup that has the keys to one that folds at
 // barriers of these two: it is there, or it has been read. No arrival is for the round after: each
-// side waits for the other between two of its own. Not mbarriers, as for tiles: both sides read and
-// write these places as threads, and of such accesses `compute-sanitizer --tool racecheck` only
-// follows the order that these barriers make. Which of them is told by a register, so the kernel
-// holds all 16: two blocks of a multiprocessor can.
+// side waits for the other between two of its own. `compute-sanitizer --tool racecheck` does not
+// follow them, and reports this hand-over. Which of them is told by a register, so the kernel holds
+// all 16: two blocks of a multiprocessor can.
 enum class Meeting { kFull, kFree };
 constexpr int kMeetingThreads = 256;
 __device__ __forceinline__ int MeetingId(Meeting meeting, int group) {
