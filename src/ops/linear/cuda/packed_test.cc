@@ -1,7 +1,6 @@
 // Products with packed weights against fp64 sums over the values that the CPU multiplies by, and
 // those values as they are unpacked, to the bit.
 #include <algorithm>
-#include <cmath>
 #include <span>
 
 #include "base/buffer.h"
@@ -9,7 +8,6 @@
 #include "ops/linear/group_quant.h"
 #include "ops/linear/linear.h"
 #include "ops/norm_rope/cuda/norm_rope_cuda.h"
-#include "ops/norm_rope/norm_rope.h"
 
 namespace dsla {
 namespace {
@@ -54,23 +52,13 @@ struct Packed {
     GroupDequantize(groups, stored.data(), 0, shape.out, rounded.data(), shape.in);
     return rounded;
   }
-  cuda::ProductArgs args(const DeviceBytes& device_x, int T, const DeviceBytes& y) const {
+  cuda::ProductArgs args() const {
     return {.weight = device_weight.as<void>(),
             .bits = bits,
             .out = shape.out,
             .in = shape.in,
-            .x = device_x.as<void>(),
             .x_stride = shape.in,
-            .T = T,
-            .y = y.as<void>(),
-            .y_stride = shape.out,
-            .y_f32 = true};
-  }
-  // T rows of fp32 results for dense rows.
-  std::vector<float> Product(const std::vector<uint16_t>& rows, int T) const {
-    const DeviceBytes device_x(rows), y(int64_t{T} * shape.out * 4);
-    CheckCuda(cuda::SmallProduct(args(device_x, T, y), nullptr));
-    return ReadAll<float>(y);
+            .y_stride = shape.out};
   }
   // Sums are of integers with an offset, some 40 times as large as what they are without it.
   Tolerance tolerance() const { return {40 * SumTolerance(shape.in).relative}; }
@@ -98,16 +86,18 @@ TEST_F(PackedTest, EqualsReference) {
     for (const int T : kRows) {
       SCOPED_TRACE(testing::Message() << "T " << T);
       std::vector<float> want(p.sums.begin(), p.sums.begin() + std::ptrdiff_t{T} * out);
-      ExpectClose(p.Product(p.x, T), want, p.tolerance());
+      ExpectClose(Dense(p, p.x, T), want, p.tolerance());
 
       // Added to rows of bf16 that lie apart.
       constexpr int kGap = 8;
       const std::vector<uint16_t> before = Values(int64_t{T} * out, 3);
       const DeviceBytes x(Spread(p.x, in, kGap)), y(Spread(before, out, kGap));
-      cuda::ProductArgs a = p.args(x, T, y);
+      cuda::ProductArgs a = p.args();
+      a.x = x.as<void>();
       a.x_stride += kGap;
+      a.T = T;
+      a.y = y.as<void>();
       a.y_stride += kGap;
-      a.y_f32 = false;
       a.add = true;
       CheckCuda(cuda::SmallProduct(a, nullptr));
       const std::vector<uint16_t> spread = ReadBits(y);
@@ -123,20 +113,6 @@ TEST_F(PackedTest, EqualsReference) {
   });
 }
 
-// To the bit: from run to run, for any of these numbers of rows, and wherever a row stands.
-void CheckIndependence(const Packed& p, std::span<const int> rows) {
-  const int most = rows.back();
-  const std::vector<uint16_t> x(p.x.begin(), p.x.begin() + std::ptrdiff_t{most} * p.shape.in);
-  const std::vector<float> all = p.Product(x, most);
-  EXPECT_EQ(all, p.Product(x, most)) << "two runs differ";
-  for (const int T : rows) {
-    const std::vector<uint16_t> last(x.end() - std::ptrdiff_t{T} * p.shape.in, x.end());
-    const std::vector<float> some = p.Product(last, T), first = p.Product(x, T);
-    EXPECT_TRUE(std::equal(some.begin(), some.end(), all.end() - std::ptrdiff_t{T} * p.shape.out))
-        << T << " last rows";
-    EXPECT_TRUE(std::equal(first.begin(), first.end(), all.begin())) << T << " first rows";
-  }
-}
 TEST_F(PackedTest, RowsAreIndependent) {
   ForEachWeight(false, [](const Packed& p) {
     constexpr size_t kFew = 6;
@@ -151,20 +127,9 @@ TEST_F(PackedTest, Gated) {
        {Shape{3072, 576}, Shape{96, 200}, Shape{32, 8}, Shape{160, 1032}, Shape{12320, 72}})
     for (const int bits : {4, 8}) {
       const Packed p(shape, bits);
-      const int ffn = shape.out / 2;
       for (const int T : kRows) {
         SCOPED_TRACE(testing::Message() << shape << ", " << bits << " bits, T " << T);
-        const std::vector<float> sums = p.Product(p.x, T);
-        std::vector<float> want(static_cast<size_t>(T) * static_cast<size_t>(ffn));
-        SiluMulRef(sums.data(), T, ffn, want.data());
-        const DeviceBytes x(p.x), y(int64_t{T} * ffn * 2);
-        cuda::ProductArgs a = p.args(x, T, y);
-        a.y_stride = ffn;
-        a.y_f32 = false;
-        a.gated = true;
-        CheckCuda(cuda::SmallProduct(a, nullptr));
-        const double u = UnitRoundoff(DType::kBF16), fp32 = RoundingTolerance(200).relative;
-        ExpectClose(Floats(ReadBits(y)), want, Tolerance{u * (1 + fp32) + fp32});
+        CheckGated(p, T);
       }
     }
 }

@@ -6,7 +6,6 @@
 #include <span>
 
 #include "ops/linear/cuda/product_testing.cuh"
-#include "ops/norm_rope/norm_rope.h"
 
 namespace dsla {
 namespace {
@@ -96,21 +95,6 @@ TEST_F(ProductTest, EqualsReference) {
   for (const Shape& shape : kLargeShapes) check(shape, kFewRows);
 }
 
-// To the bit: from run to run, for any of these numbers of rows, and wherever a row stands.
-void CheckIndependence(const Product& p, std::span<const int> rows) {
-  const int most = rows.back(), in = p.shape.in, out = p.shape.out;
-  const std::vector<uint16_t> x(p.x.begin(), p.x.begin() + std::ptrdiff_t{most} * in);
-  const std::vector<float> all = Dense(p, x, most);
-  EXPECT_EQ(all, Dense(p, x, most)) << "two runs differ";
-  for (const int T : rows) {
-    // The last T rows, then as many of the first.
-    const std::vector<uint16_t> last(x.end() - std::ptrdiff_t{T} * in, x.end());
-    const std::vector<float> some = Dense(p, last, T), first = Dense(p, x, T);
-    EXPECT_TRUE(std::equal(some.begin(), some.end(), all.end() - std::ptrdiff_t{T} * out))
-        << T << " last rows";
-    EXPECT_TRUE(std::equal(first.begin(), first.end(), all.begin())) << T << " first rows";
-  }
-}
 TEST_F(ProductTest, RowsAreIndependent) {
   for (const Shape& shape : kShapes) {
     SCOPED_TRACE(testing::Message() << shape);
@@ -124,27 +108,13 @@ TEST_F(ProductTest, RowsAreIndependent) {
   }
 }
 
-// The sums are those of a plain product, to the bit; the activation is of them.
 TEST_F(ProductTest, Gated) {
   for (const Shape& shape :
        {Shape{3072, 576}, Shape{22, 200}, Shape{40, 8}, Shape{208, 1032}, Shape{1000, 104}}) {
     const Product p(shape);
-    const int ffn = shape.out / 2;
     for (const int T : AllRows()) {
       SCOPED_TRACE(testing::Message() << shape << ", T " << T);
-      const std::vector<float> sums = Dense(p, p.x, T);
-      std::vector<float> want(static_cast<size_t>(T) * static_cast<size_t>(ffn));
-      SiluMulRef(sums.data(), T, ffn, want.data());
-      const DeviceBytes x(p.x), y(int64_t{T} * ffn * 2);
-      cuda::ProductArgs a = p.args();
-      a.x = x.as<void>();
-      a.T = T;
-      a.y = y.as<void>();
-      a.y_stride = ffn;
-      a.gated = true;
-      CheckCuda(cuda::SmallProduct(a, nullptr));
-      const double u = UnitRoundoff(DType::kBF16), fp32 = RoundingTolerance(200).relative;
-      ExpectClose(Floats(ReadBits(y)), want, Tolerance{u * (1 + fp32) + fp32});
+      CheckGated(p, T);
     }
   }
 }

@@ -1,13 +1,15 @@
-// What the tests of this folder share: a weight, rows of x and their products in fp64. Not a .h, as
-// what it includes.
+// What the tests of this folder share: a weight, rows of x and their products in fp64, and checks
+// for weights of any format. Not a .h, as what it includes.
 #pragma once
 
 #include <algorithm>
+#include <span>
 #include <vector>
 
 #include "base/exec.h"
 #include "ops/linear/cuda/linear_cuda.h"
 #include "ops/norm_rope/cuda/norm_rope_cuda_testing.cuh"
+#include "ops/norm_rope/norm_rope.h"
 
 namespace dsla {
 
@@ -94,8 +96,9 @@ struct Product {
   std::vector<double> sums;
 };
 
-// T rows of fp32 results for dense rows `x`.
-inline std::vector<float> Dense(const Product& p, const std::vector<uint16_t>& x, int T) {
+// T rows of fp32 results for dense rows `x`. A Weight has shape, x and args() as Product has.
+template <typename Weight>
+std::vector<float> Dense(const Weight& p, const std::vector<uint16_t>& x, int T) {
   const DeviceBytes device_x(x), y(int64_t{T} * p.shape.out * 4);
   cuda::ProductArgs a = p.args();
   a.x = device_x.as<void>();
@@ -104,6 +107,42 @@ inline std::vector<float> Dense(const Product& p, const std::vector<uint16_t>& x
   a.y_f32 = true;
   CheckCuda(cuda::SmallProduct(a, nullptr));
   return ReadAll<float>(y);
+}
+
+// To the bit: from run to run, for any of these numbers of rows, and wherever a row stands.
+template <typename Weight>
+void CheckIndependence(const Weight& p, std::span<const int> rows) {
+  const int most = rows.back(), in = p.shape.in, out = p.shape.out;
+  const std::vector<uint16_t> x(p.x.begin(), p.x.begin() + std::ptrdiff_t{most} * in);
+  const std::vector<float> all = Dense(p, x, most);
+  EXPECT_EQ(all, Dense(p, x, most)) << "two runs differ";
+  for (const int T : rows) {
+    // The last T rows, then as many of the first.
+    const std::vector<uint16_t> last(x.end() - std::ptrdiff_t{T} * in, x.end());
+    const std::vector<float> some = Dense(p, last, T), first = Dense(p, x, T);
+    EXPECT_TRUE(std::equal(some.begin(), some.end(), all.end() - std::ptrdiff_t{T} * out))
+        << T << " last rows";
+    EXPECT_TRUE(std::equal(first.begin(), first.end(), all.begin())) << T << " first rows";
+  }
+}
+
+// The sums are those of a plain product, to the bit; the activation is of them.
+template <typename Weight>
+void CheckGated(const Weight& p, int T) {
+  const int ffn = p.shape.out / 2;
+  const std::vector<float> sums = Dense(p, p.x, T);
+  std::vector<float> want(static_cast<size_t>(T) * static_cast<size_t>(ffn));
+  SiluMulRef(sums.data(), T, ffn, want.data());
+  const DeviceBytes x(p.x), y(int64_t{T} * ffn * 2);
+  cuda::ProductArgs a = p.args();
+  a.x = x.template as<void>();
+  a.T = T;
+  a.y = y.template as<void>();
+  a.y_stride = ffn;
+  a.gated = true;
+  CheckCuda(cuda::SmallProduct(a, nullptr));
+  const double u = UnitRoundoff(DType::kBF16), fp32 = RoundingTolerance(200).relative;
+  ExpectClose(Floats(ReadBits(y)), want, Tolerance{u * (1 + fp32) + fp32});
 }
 
 }  // namespace dsla
