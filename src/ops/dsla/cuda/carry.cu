@@ -4,84 +4,13 @@
 // decay; `carry` leaves e^R S of every chunk for its queries; `fold` wants only the last state.
 // The state is held transposed, and so is e^R S in memory: its rows are value columns, which the
 // queries' product with it reads as it reads K~.
-#include "ops/dsla/cuda/prefill.cuh"
+#include "ops/dsla/cuda/carry.cuh"
 #include "ops/dsla/cuda/warpgroup.cuh"
 
 namespace dsla::cuda {
 namespace {
 
-constexpr int kThreads = 128, kStages = 3;
-
 enum class Pass { kSummary, kCarry, kFold };
-
-// Of a block, which has all value columns: V is read once for so many.
-template <int D>
-inline constexpr int kChannels = D == 128 ? 32 : 64;
-
-template <int D>
-struct alignas(1024) CarryStage {
-  uint4 v[kChunk * D / 8];
-  uint4 key[kChunk * kChannels<D> / 8];
-  float4 decay[kChannels<D> / 2];
-  float4 key_sum[4 * kChannels<D> / 4];
-};
-
-// V of a chunk whose rows do not lie at one distance. Rows that do not enter have K~ = 0, but 0
-// times whatever lies there may be NaN.
-template <int D, typename Rows>
-__device__ __forceinline__ void CopyScattered(const PrefillParams& p, const Rows& rows, uint4* to,
-                                              const Chunk& chunk, int h) {
-  constexpr int kPieces = D / 8;
-  for (int i = threadIdx.x; i < kChunk * kPieces; i += kThreads) {
-    const int row = i / kPieces, c = i % kPieces;
-    const bool enters = Enters(p.layer, chunk, row);
-    const __nv_bfloat16* v =
-        enters ? RowOf<D>(p.layer, rows, chunk.n, h, chunk.e0 + row).v : p.key;  // any address
-    CopyAsync(to + Swizzle<kPieces>(row, c), v + 8 * c, enters);
-  }
-}
-
-// `page` is the chunk's page, or -1 if it lies in several; the other scalars are loaded once or one
-// chunk ahead, so that no load waits for another here.
-template <int D, bool kFold>
-__device__ __forceinline__ void Fetch(const PrefillParams& p, CarryStage<D>& s, const Chunk& chunk,
-                                      int pos, int64_t row_start, int page, int index, int h,
-                                      int c0) {
-  constexpr int kC = kChannels<D>, kKeyPieces = kC / 8;
-  const Layer& l = p.layer;
-  const int64_t part = int64_t{index} * l.Hkv + h;
-  const __nv_bfloat16* key = p.key + (part * l.SF + c0 / D * D) * kChunk + c0 % D;
-  const uint32_t thread = ThreadIndex();
-  constexpr int kRows = kThreads / kKeyPieces;  // a multiple of 8, so swizzled alike
-  const uint32_t row = thread / kKeyPieces, piece = thread % kKeyPieces;
-  uint4* to = s.key + Swizzle<kKeyPieces>(row, piece);
-  key += row * D + 8 * piece;
-#pragma unroll
-  for (int i = 0; i < kChunk / kRows; ++i) CopyAsync(to + i * kThreads, key + i * kRows * D);
-  const int from = max(chunk.lo, l.S - chunk.e0);
-  if constexpr (kFold) {
-    if (page >= 0) {
-      const int64_t at = page * p.pages.page_stride +
-                         (int64_t{h} * p.pages.page_size + chunk.e0 % p.pages.page_size) * D;
-      CopyTile<D, kThreads>(s.v, p.pages.v + at, D, from, chunk.hi, thread);
-    } else {
-      CopyScattered<D>(p, p.pages, s.v, chunk, h);
-    }
-  } else {
-    if (chunk.e0 >= pos) {
-      const int64_t row = row_start + (chunk.e0 - pos);
-      CopyTile<D, kThreads>(s.v, p.rows.v + row * p.rows.v_stride + h * D, p.rows.v_stride, from,
-                            chunk.hi, thread);
-    } else {
-      CopyScattered<D>(p, p.rows, s.v, chunk, h);
-    }
-  }
-  if (thread < kC / 2) CopyAsync(s.decay + thread, p.decay + part * l.SF + c0 + 2 * thread);
-  if (thread < kC) {
-    const uint32_t quarter = thread / (kC / 4), c = thread % (kC / 4);
-    CopyAsync(s.key_sum + thread, p.key_sum + (part * 4 + quarter) * l.SF + c0 + 4 * c);
-  }
-}
 
 // Leaves e^R z of channel i of a block of D channels that has so many before it. `queries` wants
 // two rows of bf16 terms, the second as Swizzle has row 1.
@@ -97,10 +26,13 @@ __device__ __forceinline__ void StoreNorm(const PrefillParams& p, int64_t before
   terms[D - i + (i ^ 8)] = __float2bfloat16_rn(z - __bfloat162float(high));
 }
 
+// A thread's, for each 16 value columns of its warp and each 8 channels.
+template <int D>
+using Accumulators = float[D / 64][kCarryChannels<D> / 8][4];
+
 // acc += (K~^T V)^T of a warp's value columns, with tiles in shared memory.
 template <int D>
-__device__ __forceinline__ void AddProduct(float (&acc)[D / 64][kChannels<D> / 8][4],
-                                           const CarryStage<D>& s) {
+__device__ __forceinline__ void AddProduct(Accumulators<D>& acc, const CarryStage<D>& s) {
   const uint32_t v = SharedAddress(s.v), key = SharedAddress(s.key);
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   if constexpr (D == 64) {
@@ -115,7 +47,7 @@ __device__ __forceinline__ void AddProduct(float (&acc)[D / 64][kChannels<D> / 8
     return;
   }
 #endif
-  constexpr int kC = kChannels<D>, kM = D / 64;
+  constexpr int kC = kCarryChannels<D>, kM = D / 64;
   const int lane = threadIdx.x % 32, v0 = threadIdx.x / 32 * (D / 4);
 #pragma unroll 2  // more would load further ahead than there are registers for
   for (int k = 0; k < kChunk / 16; ++k) {
@@ -137,12 +69,102 @@ __device__ __forceinline__ void AddProduct(float (&acc)[D / 64][kChannels<D> / 8
   }
 }
 
+// By e^R, or by the rest of the chunk's decay, e^{L-R}.
+template <int D, bool kRest>
+__device__ __forceinline__ void Decay(Accumulators<D>& acc, const CarryStage<D>& s, int t) {
+#pragma unroll
+  for (int j = 0; j < kCarryChannels<D> / 8; ++j) {
+    const float4 decay = s.decay[4 * j + t];  // of channels 2t, 2t + 1: e^R, e^{L-R} each
+    const float even = kRest ? decay.y : decay.x, odd = kRest ? decay.w : decay.z;
+#pragma unroll
+    for (int m = 0; m < D / 64; ++m) {
+      acc[m][j][0] *= even;
+      acc[m][j][1] *= odd;
+      acc[m][j][2] *= even;
+      acc[m][j][3] *= odd;
+    }
+  }
+}
+
+// In bf16, as rows of a value column each.
+template <int D>
+__device__ __forceinline__ void StoreRows(__nv_bfloat16* rows, const Accumulators<D>& acc, int t) {
+  auto* to = reinterpret_cast<uint32_t*>(rows) + RowWord(t);
+#pragma unroll
+  for (int m = 0; m < D / 64; ++m)
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int j = 0; j < kCarryChannels<D> / 16; ++j) {
+        const float(&a)[4] = acc[m][2 * j], (&b)[4] = acc[m][2 * j + 1];
+        *reinterpret_cast<uint2*>(to + (16 * m + 8 * r) * (D / 2) + 8 * j) =
+            RowWords(Pack(a[2 * r], a[2 * r + 1]), Pack(b[2 * r], b[2 * r + 1]), t);
+      }
+}
+
+// Zeros, or from the slot, or from a segment's part of `start`.
+template <int D, typename InSlot>
+__device__ __forceinline__ void LoadStates(Accumulators<D>& acc, bool zero, bool from_slot,
+                                           const InSlot& in_slot, const float4* start) {
+  constexpr int kM = D / 64, kN = kCarryChannels<D> / 8;
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+      float4 x{};
+      if (!zero && from_slot) {
+        const float* from = in_slot(m, j);
+        x = {from[0], from[D], from[8], from[D + 8]};
+      } else if (!zero) {
+        x = start[(m * kN + j) * kCarryThreads];
+      }
+      acc[m][j][0] = x.x;
+      acc[m][j][1] = x.y;
+      acc[m][j][2] = x.z;
+      acc[m][j][3] = x.w;
+    }
+}
+
+template <int D, typename InSlot>
+__device__ __forceinline__ void StoreStates(const Accumulators<D>& acc, bool to_store,
+                                            const InSlot& in_slot, float4* start) {
+  constexpr int kM = D / 64, kN = kCarryChannels<D> / 8;
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+      const float(&x)[4] = acc[m][j];
+      if (to_store) {
+        start[(m * kN + j) * kCarryThreads] = {x[0], x[1], x[2], x[3]};
+        continue;
+      }
+      float* to = in_slot(m, j);
+      to[0] = x[0];
+      to[D] = x[1];
+      to[8] = x[2];
+      to[D + 8] = x[3];
+    }
+}
+
+// Takes a chunk into z and the total decay of the thread's channel.
+template <int D, Pass kPass>
+__device__ __forceinline__ void AdvanceNorm(const PrefillParams& p, float& z, float& total,
+                                            const CarryStage<D>& s, int64_t part, int c0) {
+  constexpr int kC = kCarryChannels<D>;
+  const float2 decay = reinterpret_cast<const float2*>(s.decay)[threadIdx.x];
+  const float* sums = reinterpret_cast<const float*>(s.key_sum) + threadIdx.x;
+  z *= decay.x;
+  if constexpr (kPass == Pass::kCarry) StoreNorm<D>(p, part * p.layer.SF + c0, threadIdx.x, z);
+  z = (z + ((sums[0] + sums[kC]) + (sums[2 * kC] + sums[3 * kC]))) * decay.y;
+  if constexpr (kPass != Pass::kCarry) total *= decay.x * decay.y;
+}
+
 // grid (blocks of channels, Hkv, segments)
 template <int D, Pass kPass>
-__global__ void __launch_bounds__(kThreads, D == 128 ? 3 : 4)
+__global__ void __launch_bounds__(kCarryThreads, D == 128 ? 3 : 4)
     CarryKernel(const __grid_constant__ PrefillParams p) {
   constexpr bool kFold = kPass == Pass::kFold;
-  constexpr int kC = kChannels<D>, kM = D / 64, kN = kC / 8;
+  constexpr int kC = kCarryChannels<D>;
   extern __shared__ __align__(1024) std::byte memory[];
   auto* stages = reinterpret_cast<CarryStage<D>*>(memory);
   const Layer& l = p.layer;
@@ -169,8 +191,8 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 3 : 4)
   };
   const auto fetch = [&](int i, int page) {
     if (i < segment.count)
-      Fetch<D, kFold>(p, stages[i % kStages], chunk_at(i), pos, row_start, page, segment.at + i, h,
-                      c0);
+      FetchCarryStage<D, kFold>(p, stages[i % kCarryStages], chunk_at(i), pos, row_start, page,
+                                segment.at + i, h, c0);
     CommitCopies();
   };
   // With segments all but the scan before `carry` has ended when it starts.
@@ -178,8 +200,8 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 3 : 4)
     AwaitPrevious();
     AllowNext();
   }
-  for (int i = 0; i < kStages - 1; ++i) fetch(i, page_at(i));
-  int page = page_at(kStages - 1);
+  for (int i = 0; i < kCarryStages - 1; ++i) fetch(i, page_at(i));
+  int page = page_at(kCarryStages - 1);
   if (kPass == Pass::kCarry && p.segment > 0) {
     AwaitPrevious();
     AllowNext();
@@ -201,98 +223,31 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 3 : 4)
   const int64_t store = (int64_t{segment.store} * l.Hkv + h) * l.SF + c0;
   float4* start = reinterpret_cast<float4*>(p.start + store * D) + threadIdx.x;
   const int v0 = warp * (D / 4);  // this warp's value columns
-  float acc[kM][kN][4];
+  // Where the slot has the first of four accumulators.
+  const auto in_slot = [&](int m, int j) { return state + (8 * j + 2 * t) * D + v0 + 16 * m + g; };
+  Accumulators<D> acc;
   float z = 0, total = 1;
   if (!zero && threadIdx.x < kC)
     z = from_slot ? norm[threadIdx.x] : p.start_norm[store + threadIdx.x];
-#pragma unroll
-  for (int m = 0; m < kM; ++m)
-#pragma unroll
-    for (int j = 0; j < kN; ++j) {
-      float4 x{};
-      if (!zero && from_slot) {
-        const float* from = state + (8 * j + 2 * t) * D + v0 + 16 * m + g;
-        x = {from[0], from[D], from[8], from[D + 8]};
-      } else if (!zero) {
-        x = start[(m * kN + j) * kThreads];
-      }
-      acc[m][j][0] = x.x;
-      acc[m][j][1] = x.y;
-      acc[m][j][2] = x.z;
-      acc[m][j][3] = x.w;
-    }
+  LoadStates<D>(acc, zero, from_slot, in_slot, start);
 
   for (int i = 0; i < segment.count; ++i) {
-    WaitCopies<kStages - 2>();
+    WaitCopies<kCarryStages - 2>();
     PublishCopies();
     __syncthreads();
-    fetch(i + kStages - 1, page);
-    page = page_at(i + kStages);
-    const CarryStage<D>& s = stages[i % kStages];
+    fetch(i + kCarryStages - 1, page);
+    page = page_at(i + kCarryStages);
+    const CarryStage<D>& s = stages[i % kCarryStages];
     const int64_t part = int64_t{segment.at + i} * l.Hkv + h;
-#pragma unroll
-    for (int j = 0; j < kN; ++j) {
-      const float4 decay = s.decay[4 * j + t];  // of channels 2t, 2t + 1: e^R, e^{L-R} each
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        acc[m][j][0] *= decay.x;
-        acc[m][j][1] *= decay.z;
-        acc[m][j][2] *= decay.x;
-        acc[m][j][3] *= decay.z;
-      }
-    }
-    if constexpr (kPass == Pass::kCarry) {
-      auto* to =
-          reinterpret_cast<uint32_t*>(p.state + (part * l.SF + c0 / D * D + v0 + g) * D + c0 % D) +
-          RowWord(t);
-#pragma unroll
-      for (int m = 0; m < kM; ++m)
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-#pragma unroll
-          for (int j = 0; j < kN / 2; ++j) {
-            const float(&a)[4] = acc[m][2 * j], (&b)[4] = acc[m][2 * j + 1];
-            *reinterpret_cast<uint2*>(to + (16 * m + 8 * r) * (D / 2) + 8 * j) =
-                RowWords(Pack(a[2 * r], a[2 * r + 1]), Pack(b[2 * r], b[2 * r + 1]), t);
-          }
-    }
-    if (threadIdx.x < kC) {
-      const float2 decay = reinterpret_cast<const float2*>(s.decay)[threadIdx.x];
-      const float* sums = reinterpret_cast<const float*>(s.key_sum) + threadIdx.x;
-      z *= decay.x;
-      if constexpr (kPass == Pass::kCarry) StoreNorm<D>(p, part * l.SF + c0, threadIdx.x, z);
-      z = (z + ((sums[0] + sums[kC]) + (sums[2 * kC] + sums[3 * kC]))) * decay.y;
-      if constexpr (kPass != Pass::kCarry) total *= decay.x * decay.y;
-    }
+    Decay<D, false>(acc, s, t);
+    if constexpr (kPass == Pass::kCarry)
+      StoreRows<D>(p.state + (part * l.SF + c0 / D * D + v0 + g) * D + c0 % D, acc, t);
+    if (threadIdx.x < kC) AdvanceNorm<D, kPass>(p, z, total, s, part, c0);
     AddProduct<D>(acc, s);
-#pragma unroll
-    for (int j = 0; j < kN; ++j) {
-      const float4 decay = s.decay[4 * j + t];
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        acc[m][j][0] *= decay.y;
-        acc[m][j][1] *= decay.w;
-        acc[m][j][2] *= decay.y;
-        acc[m][j][3] *= decay.w;
-      }
-    }
+    Decay<D, true>(acc, s, t);
   }
   if (!to_slot && !to_store) return;
-#pragma unroll
-  for (int m = 0; m < kM; ++m)
-#pragma unroll
-    for (int j = 0; j < kN; ++j) {
-      const float(&x)[4] = acc[m][j];
-      if (to_store) {
-        start[(m * kN + j) * kThreads] = {x[0], x[1], x[2], x[3]};
-        continue;
-      }
-      float* to = state + (8 * j + 2 * t) * D + v0 + 16 * m + g;
-      to[0] = x[0];
-      to[D] = x[1];
-      to[8] = x[2];
-      to[D + 8] = x[3];
-    }
+  StoreStates<D>(acc, to_store, in_slot, start);
   if (threadIdx.x >= kC) return;
   if (to_store) p.start_decay[store + threadIdx.x] = total;
   (to_store ? p.start_norm + store : norm)[threadIdx.x] = z;
@@ -300,8 +255,9 @@ __global__ void __launch_bounds__(kThreads, D == 128 ? 3 : 4)
 
 template <int D, Pass kPass>
 void Launch(const char* name, const PrefillParams& p, cudaStream_t stream) {
-  const dim3 grid(p.layer.SF / kChannels<D>, p.layer.Hkv, p.wave_segments);
-  Start<CarryKernel<D, kPass>>(name, grid, kThreads, kStages * sizeof(CarryStage<D>), p, stream);
+  const dim3 grid(p.layer.SF / kCarryChannels<D>, p.layer.Hkv, p.wave_segments);
+  Start<CarryKernel<D, kPass>>(name, grid, kCarryThreads, kCarryStages * sizeof(CarryStage<D>), p,
+                               stream);
 }
 template <int D>
 void Launch(const char* name, Pass pass, const PrefillParams& p, cudaStream_t stream) {
