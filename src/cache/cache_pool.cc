@@ -117,11 +117,11 @@ void CachePool::ZeroBlock(BlockKind kind, int32_t to) {
 // Of millions of blocks, often while the budget is full: hence words.
 void CachePool::Trim(int64_t bytes_over) {
   for (const BlockKind kind : {BlockKind::kPage, BlockKind::kSlot}) {
-    const std::span<const uint64_t> freed = ledger_->freed(kind);
+    const std::span<const uint64_t> free = ledger_->free(kind);
     const int64_t bytes = ledger_->config().bytes(kind);
     // From the top: the ledger hands out the lowest free ids first.
-    for (auto at = static_cast<int32_t>(freed.size()) - 1; at >= 0 && bytes_over > 0; --at) {
-      uint64_t left = freed[at] & resident_[static_cast<int>(kind)][at];
+    for (auto at = static_cast<int32_t>(free.size()) - 1; at >= 0 && bytes_over > 0; --at) {
+      uint64_t left = free[at] & resident_[static_cast<int>(kind)][at];
       for (; left != 0 && bytes_over > 0; bytes_over -= bytes) {
         const int32_t id = at * 64 + 63 - std::countl_zero(left);
         left &= ~Ledger::Bit(id);

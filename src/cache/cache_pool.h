@@ -70,7 +70,7 @@ class CachePool {
   std::unique_ptr<Ledger> ledger_;
   std::byte* arena_[kBlockKinds] = {nullptr, nullptr};
   int64_t arena_bytes_[kBlockKinds] = {0, 0};
-  std::vector<uint64_t> resident_[kBlockKinds];  // bits, as the ledger's freed()
+  std::vector<uint64_t> resident_[kBlockKinds];  // bits, as the ledger's free()
   int64_t resident_count_[kBlockKinds] = {0, 0};
 };
 

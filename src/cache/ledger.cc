@@ -1,7 +1,7 @@
 #include "cache/ledger.h"
 
 #include <algorithm>
-#include <functional>
+#include <bit>
 #include <utility>
 
 namespace dsla {
@@ -32,6 +32,12 @@ void Reservation::Abort() {
 
 Ledger::Ledger(const LedgerConfig& config) : config_(config) {
   DSLA_CHECK(config.budget_bytes >= 0 && config.page_bytes > 0 && config.slot_bytes >= 0);
+  for (int kind = 0; kind < kBlockKinds; ++kind) {
+    const int64_t blocks = capacity(static_cast<BlockKind>(kind));
+    blocks_[kind].resize(blocks);
+    free_[kind].assign((blocks + 63) / 64, ~uint64_t{0});
+    if (blocks % 64 != 0) free_[kind].back() = Bit(blocks) - 1;
+  }
 }
 
 int64_t Ledger::used_bytes() const {
@@ -48,19 +54,17 @@ int64_t Ledger::idle_bytes() const {
 }
 
 int32_t Ledger::references(BlockKind kind, int32_t id) const {
-  const int k = static_cast<int>(kind);
-  return id >= next_[k] ? 0 : blocks_[k][id].references;
+  return blocks_[static_cast<int>(kind)][id].references;
 }
 
 bool Ledger::is_retained(BlockKind kind, int32_t id) const {
-  const int k = static_cast<int>(kind);
-  return id < next_[k] && blocks_[k][id].retained;
+  return blocks_[static_cast<int>(kind)][id].retained;
 }
 
 template <typename F>
 Ledger::Block& Ledger::Change(BlockKind kind, int32_t id, F change) {
   const int k = static_cast<int>(kind);
-  DSLA_CHECK(id >= 0 && id < next_[k] && blocks_[k][id].references > 0);
+  DSLA_CHECK(id >= 0 && id < std::ssize(blocks_[k]) && blocks_[k][id].references > 0);
   Block& block = blocks_[k][id];
   idle_[k] -= block.idle();
   change(block);
@@ -93,18 +97,11 @@ Expected<Reservation> Ledger::Reserve(int64_t pages, int64_t slots) {
   for (int kind = 0; kind < kBlockKinds; ++kind) {
     auto& ids = reservation.ids_[kind];
     ids.reserve(counts[kind]);
+    size_t& word = lowest_[kind];
     for (int64_t i = 0; i < counts[kind]; ++i) {
-      int32_t id;
-      if (!free_[kind].empty()) {
-        std::pop_heap(free_[kind].begin(), free_[kind].end(), std::greater<>());
-        id = free_[kind].back();
-        free_[kind].pop_back();
-        freed_[kind][id / 64] &= ~Bit(id);
-      } else {
-        id = next_[kind]++;
-        blocks_[kind].emplace_back();
-        if (id % 64 == 0) freed_[kind].push_back(0);
-      }
+      while (free_[kind][word] == 0) ++word;  // the budget holds them, so there is one
+      const int32_t id = static_cast<int32_t>(word) * 64 + std::countr_zero(free_[kind][word]);
+      free_[kind][word] &= ~Bit(id);
       blocks_[kind][id].references = 1;
       ids.push_back(id);
     }
@@ -119,9 +116,9 @@ void Ledger::Free(BlockKind kind, int32_t id) {
   DSLA_CHECK(!block.retained);
   const int k = static_cast<int>(kind);
   --used_[k];
-  free_[k].push_back(id);
-  std::push_heap(free_[k].begin(), free_[k].end(), std::greater<>());
-  freed_[k][id / 64] |= Bit(id);
+  const auto word = static_cast<size_t>(id / 64);
+  free_[k][word] |= Bit(id);
+  lowest_[k] = std::min(lowest_[k], word);
 }
 
 }  // namespace dsla

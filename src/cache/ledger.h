@@ -79,9 +79,9 @@ class Ledger {
   int32_t references(BlockKind kind, int32_t id) const;
   bool is_free(BlockKind kind, int32_t id) const { return references(kind, id) == 0; }
   bool is_retained(BlockKind kind, int32_t id) const;
-  // The blocks that were used and are free, a bit each, 64 ids a word. Beyond the words none was.
-  static uint64_t Bit(int32_t id) { return uint64_t{1} << (id % 64); }
-  std::span<const uint64_t> freed(BlockKind kind) const { return freed_[static_cast<int>(kind)]; }
+  // The free blocks, a bit each, 64 ids a word.
+  static uint64_t Bit(int64_t id) { return uint64_t{1} << (id % 64); }
+  std::span<const uint64_t> free(BlockKind kind) const { return free_[static_cast<int>(kind)]; }
 
  private:
   friend class Reservation;
@@ -98,10 +98,9 @@ class Ledger {
   LedgerConfig config_;
   int64_t used_[kBlockKinds] = {0, 0};
   int64_t idle_[kBlockKinds] = {0, 0};
-  std::vector<int32_t> free_[kBlockKinds];    // min-heaps of ids that were used and given back
-  std::vector<uint64_t> freed_[kBlockKinds];  // the same as bits
-  int32_t next_[kBlockKinds] = {0, 0};        // every id from here on was never used
-  std::vector<Block> blocks_[kBlockKinds];    // by id, below next_
+  std::vector<Block> blocks_[kBlockKinds];  // by id, as many as the whole budget could hold
+  std::vector<uint64_t> free_[kBlockKinds];
+  size_t lowest_[kBlockKinds] = {0, 0};  // no word of free_ before this one has a bit
 };
 
 }  // namespace dsla
