@@ -67,7 +67,8 @@ Expected<std::vector<Request>> ReadTrace(const Options& options) {
       }
       const std::string own = from.at("question").get<std::string>() + from.value("quote", "");
       // A chat template's words, and what nobody else asks.
-      for (size_t i = 0; i < 30 + own.size() / 5; ++i) request.prompt.push_back(next++);
+      const size_t words = from.value("words", size_t{0});
+      for (size_t i = 0; i < 30 + own.size() / 5 + words; ++i) request.prompt.push_back(next++);
       requests.push_back(std::move(request));
     }
   } catch (const std::exception& error) {

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""The requests of a burst and the calm after it, as a JSON trace. The same arguments give the same bytes."""
+"""The requests of a burst and the calm after it, as a JSON trace. The same arguments give the same bytes. With --distinct the
+burst is prompts that share nothing."""
 
 import argparse
 import hashlib
@@ -29,6 +30,7 @@ DOCUMENTS = (
 SHORT = ("Artistic", "BSD")  # short chats quote paragraphs of these
 BURST = 30.0  # seconds in which its requests arrive
 REPLY = 320  # tokens of an answer about a document
+PROMPT, DISTINCT_REPLY, RATE = (2000, 7900), (64, 256), 60.0  # of distinct prompts: words, tokens, requests a second
 QUESTIONS = (
     "Summarise the text above in a few sentences.",
     "What must somebody do who passes the work on?",
@@ -43,6 +45,7 @@ CHATS = (
     "What is the difference between a lake and a pond?",
     "Give me three names for a sailing boat.",
 )
+WORDS = "the of and to in is you that it he was for on are as with his they at be this have from or one had by but not".split()
 
 
 def load(name):
@@ -77,6 +80,21 @@ def chat_request(rng, parts, at, tokens):
     return request
 
 
+def calm_requests(rng, parts, calm, gap, tokens):
+    return [chat_request(rng, parts, gap * i, tokens) for i in range(int(calm / gap))]
+
+
+def as_trace(seed, burst, after, calm):
+    used = sorted({name for r in burst if "text" in r for name in r["text"].split("+")})
+    return {
+        "seed": seed,
+        "files": {name: hashlib.sha256(load(name).encode()).hexdigest() for name in used},
+        "burst": burst,
+        "calm": after,
+        "calm_seconds": calm,
+    }
+
+
 def make_trace(seed=1, documents=12, questions=2, chats=24, burst=BURST, calm=60.0, calm_gap=4.0, document_tokens=REPLY, chat_tokens=48):
     """`documents` texts with `questions` each and `chats` short ones within `burst` seconds, then short ones every
     `calm_gap` seconds for `calm` seconds, counted from the end of the burst's work."""
@@ -96,15 +114,21 @@ def make_trace(seed=1, documents=12, questions=2, chats=24, burst=BURST, calm=60
             requests.append(document_request(*item, at - first, document_tokens))
         else:
             requests.append(chat_request(rng, parts, at - first, chat_tokens))
-    after = [chat_request(rng, parts, calm_gap * i, chat_tokens) for i in range(int(calm / calm_gap))]
-    used = sorted({name for r in requests if "text" in r for name in r["text"].split("+")})
-    return {
-        "seed": seed,
-        "files": {name: hashlib.sha256(load(name).encode()).hexdigest() for name in used},
-        "burst": requests,
-        "calm": after,
-        "calm_seconds": calm,
-    }
+    return as_trace(seed, requests, calm_requests(rng, parts, calm, calm_gap, chat_tokens), calm)
+
+
+def make_distinct(seed=1, count=100, prompt=PROMPT, reply=DISTINCT_REPLY, rate=RATE, calm=60.0, calm_gap=4.0, chat_tokens=48):
+    """`count` prompts of `prompt` (least, most) words of which none begins like another, with replies of `reply` tokens, that
+    arrive as a Poisson process of `rate` a second; then the calm as above."""
+    rng = random.Random(seed)
+    requests, at = [], 0.0
+    for _ in range(count):
+        requests.append(
+            {"at": round(at, 4), "kind": "distinct", "words": rng.randint(*prompt), "seed": rng.getrandbits(53),
+             "question": "Go on.", "max_tokens": rng.randint(*reply)}
+        )
+        at += rng.expovariate(rate)
+    return as_trace(seed, requests, calm_requests(rng, paragraphs(SHORT), calm, calm_gap, chat_tokens), calm)
 
 
 def check_files(trace):
@@ -116,7 +140,12 @@ def check_files(trace):
 
 def messages_of(request):
     """The chat messages of a request."""
-    head = document(request["text"]) if "text" in request else request.get("quote", "")
+    if "text" in request:
+        head = document(request["text"])
+    elif "words" in request:  # each a token, or next to one, in the vocabularies of Llama's family
+        head = " ".join(random.Random(request["seed"]).choices(WORDS, k=request["words"]))
+    else:
+        head = request.get("quote", "")
     content = f"{head}\n\n{request['question']}" if head else request["question"]
     return [{"role": "user", "content": content}]
 
@@ -139,9 +168,17 @@ def add_arguments(parser):
     parser.add_argument("--burst", type=float, default=BURST, help=f"seconds in which they arrive, at scale 1 ({BURST:.0f})")
     parser.add_argument("--document-tokens", type=int, default=REPLY, help=f"tokens of an answer about a document ({REPLY})")
     parser.add_argument("--calm", type=float, default=60.0, help="seconds of calm after the burst (60)")
+    parser.add_argument("--distinct", type=int, default=0, help="a burst of so many prompts that share nothing instead (0: as above)")
+    parser.add_argument("--prompt", type=int, nargs=2, default=PROMPT, metavar=("LEAST", "MOST"), help="their words, a token each (2000 7900)")
+    parser.add_argument("--reply", type=int, nargs=2, default=DISTINCT_REPLY, metavar=("LEAST", "MOST"), help="tokens of their replies (64 256)")
+    parser.add_argument("--rate", type=float, default=RATE, help=f"how many of them arrive a second, on average ({RATE:.0f})")
 
 
 def of_arguments(args):
+    if args.distinct > 0:
+        if args.rate <= 0 or not 0 < args.prompt[0] <= args.prompt[1] or not 0 < args.reply[0] <= args.reply[1]:
+            raise SystemExit("trace: --rate is above 0, and so are --prompt and --reply, LEAST no more than MOST")
+        return make_distinct(args.seed, args.distinct, args.prompt, args.reply, args.rate, args.calm)
     return scaled(args.scale, burst=args.burst, seed=args.seed, calm=args.calm, document_tokens=args.document_tokens)
 
 

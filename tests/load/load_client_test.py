@@ -186,6 +186,20 @@ class Trace(unittest.TestCase):
             # 4.3 to 5 characters a token: documents fit a context of 8192 with their reply.
             self.assertTrue(len(text) < 2000 if request["kind"] == "chat" else 32000 < len(text) < 35500, len(text))
 
+    def test_distinct_prompts_share_nothing(self):
+        made = trace.make_distinct(seed=2, count=200, prompt=(20, 400), reply=(3, 9), rate=50, calm=8)
+        self.assertEqual(trace.dump(made), trace.dump(trace.make_distinct(seed=2, count=200, prompt=(20, 400), reply=(3, 9), rate=50, calm=8)))
+        burst = made["burst"]
+        texts = [trace.messages_of(r)[0]["content"].split() for r in burst]
+        self.assertEqual(len({tuple(text[:16]) for text in texts}), 200)
+        for request, text in zip(burst, texts):
+            self.assertTrue(20 <= request["words"] <= 400 and 3 <= request["max_tokens"] <= 9)
+            self.assertEqual(len(text), request["words"] + len(request["question"].split()))
+        times = [r["at"] for r in burst]
+        self.assertEqual((times[0], times), (0, sorted(times)))
+        self.assertTrue(3 < times[-1] < 5, times[-1])  # 4 s on average, of a deviation of .3
+        self.assertEqual((made["files"], len(made["calm"])), ({}, 2))
+
     def test_other_texts_are_noticed(self):
         made = trace.make_trace(documents=1)
         made["files"] = {name: "0" for name in made["files"]}
