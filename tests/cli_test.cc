@@ -2,6 +2,7 @@
 // code 2.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 
 #include <algorithm>
@@ -189,6 +190,21 @@ TEST_F(CliTest, ReadsTextFromAFileAndFromStandardInput) {
   EXPECT_EQ(run("--file " + (folder_ / "text.txt").string(), ""), want);
   EXPECT_EQ(run("--file -", "hello"), want);
   EXPECT_EQ(run("", "hello"), want);
+}
+
+TEST_F(CliTest, ControlCEndsItBeforeAnAnswer) {
+  // Standard input stays open and says nothing; what SIGINT does not end is killed: 137.
+  const std::string in = (folder_ / "fifo").string();
+  ASSERT_EQ(::mkfifo(in.c_str(), 0600), 0);
+  const auto interrupted = [&](const std::string& arguments) {
+    const std::string command = "exec 3<>" + in +
+                                "; env --default-signal=INT timeout -s INT -k 3 0.5 " + program_ +
+                                " run " + arguments + " <&3 >/dev/null 2>&1";
+    const int status = std::system(command.c_str());
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+  };
+  EXPECT_EQ(interrupted("--file -"), 124);
+  EXPECT_EQ(interrupted(Model() + "--chat --chat-template chatml"), 124);
 }
 
 TEST_F(CliTest, InspectShowsModelAndAdapter) {

@@ -15,19 +15,30 @@ namespace {
 
 std::atomic<bool> interrupted{false};
 
+// Control-C ends the answer while there is one of these, elsewhere the program.
+class InterruptCatcher {
+ public:
+  InterruptCatcher() {
+    interrupted = false;
+    before_ = std::signal(SIGINT, [](int) { interrupted = true; });
+  }
+  ~InterruptCatcher() { std::signal(SIGINT, before_); }
+  InterruptCatcher(const InterruptCatcher&) = delete;
+  InterruptCatcher& operator=(const InterruptCatcher&) = delete;
+
+ private:
+  void (*before_)(int);
+};
+
 double PerSecond(double count, double seconds) { return seconds > 0 ? count / seconds : 0; }
 
 }  // namespace
-
-void CatchInterrupts() {
-  std::signal(SIGINT, [](int) { interrupted = true; });
-}
-void ForgetInterrupt() { interrupted = false; }
 
 Expected<Reply> Answer(const LoadedModel& loaded, CachePool& pool,
                        std::unique_ptr<Session>& session, const SessionOptions& session_options,
                        const std::vector<int32_t>& prompt, GenerateOptions options, bool chat,
                        bool stream) {
+  const InterruptCatcher catcher;
   Reply reply;
   const double start = NowSeconds();
   // States cannot be rewound: a conversation that does not continue what is cached starts over.

@@ -181,7 +181,6 @@ Status Chat(const RunArgs& args, const LoadedModel& loaded, const SessionOptions
   for (std::string line;;) {
     fmt::print(stderr, "> ");
     if (!std::getline(std::cin, line)) break;
-    ForgetInterrupt();
     if (line.empty()) continue;
     if (line == "/quit") break;
     if (line == "/help") {
@@ -366,7 +365,6 @@ void AddRun(CLI::App& app, Command& chosen) {
 
   command.callback([args, &chosen] {
     chosen = [args] {
-      CatchInterrupts();
       const Status status = Run(*args);
       return status.ok() ? 0 : Fail(status);
     };
