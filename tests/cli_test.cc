@@ -324,6 +324,13 @@ TEST_F(CliTest, BadOptionsAreNamed) {
   ExpectRefused("eval " + Model() + "--data " + folder_.string() + "/none.jsonl", "cannot open");
 }
 
+TEST_F(CliTest, AnAnswerThatRunsOutOfMemoryEndsItsLine) {
+  const Outcome outcome = Dsla("run " + Model() + "--memory 64K --ignore-eos -n 400 abc");
+  EXPECT_EQ(outcome.exit_code, 2);
+  EXPECT_THAT(outcome.out, testing::EndsWith("\n"));
+  EXPECT_THAT(outcome.err, HasSubstr("(see --memory"));
+}
+
 TEST_F(CliTest, BadPromptsAreRefused) {
   ExpectRefused("run " + Model(), "the prompt is empty");
   ExpectRefused("run " + Model(), "the prompt is empty", " \n\t ");

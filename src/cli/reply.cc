@@ -30,6 +30,12 @@ class InterruptCatcher {
   void (*before_)(int);
 };
 
+// The cache ran out; the message has its figures.
+Status NamingTheOption(const Status& status) {
+  if (status.code() != StatusCode::kResourceExhausted) return status;
+  return ResourceExhausted("{} (see --memory and --tier auto)", status.message());
+}
+
 double PerSecond(double count, double seconds) { return seconds > 0 ? count / seconds : 0; }
 
 }  // namespace
@@ -64,7 +70,7 @@ Expected<Reply> Answer(const LoadedModel& loaded, CachePool& pool,
         }
         return !interrupted.load();
       });
-  if (!prefilled.ok()) return prefilled;
+  if (!prefilled.ok()) return NamingTheOption(prefilled);
   reply.prefill_seconds = NowSeconds() - start;
 
   IncrementalDecoder decoder(*loaded.tokenizer, {.skip_special = true, .continues = !chat});
@@ -78,9 +84,11 @@ Expected<Reply> Answer(const LoadedModel& loaded, CachePool& pool,
     emit(decoder.Push(token));
     return !interrupted.load();
   };
-  DSLA_ASSIGN_OR_RETURN(reply.result, session->Generate(options));
+  auto result = session->Generate(options);
   emit(decoder.Finish());
   if (stream) std::fputs("\n", stdout);
+  if (!result.ok()) return NamingTheOption(result.status());
+  reply.result = std::move(result).value();
   reply.first_token_seconds = reply.prefill_seconds + reply.result.seconds_to_first_token;
   return reply;
 }
