@@ -305,7 +305,8 @@ TEST_F(CliTest, BadOptionsAreNamed) {
   ExpectRefused("run " + Model() + "--raise-at 5:9 abc", "--raise-at 5:9: levels are 0 to 2");
   ExpectRefused("run " + Model() + "--temperature -1 abc", "temperature");
   ExpectRefused("run " + Model() + "--top-p 0 abc", "top_p");
-  ExpectRefused("run " + Model() + "--memory lots abc", "'lots' is not a size such as 512M or 2G");
+  ExpectRefused("run " + Model() + "--memory lots abc",
+                "--memory: 'lots' is not a size such as 512M or 2G");
   ExpectRefused("run " + Model() + "--weights int3 abc",
                 "--weights: 'int3' is not one of auto, bf16, fp32, int8, int4");
   ExpectRefused("run " + Model() + "--kv int4 abc", "--kv: 'int4' is not one of bf16, fp32, int8");
@@ -322,6 +323,31 @@ TEST_F(CliTest, BadOptionsAreNamed) {
   ExpectRefused("run " + Model() + "--simd sse abc", "--simd: 'sse' is not one of auto, avx2");
   ExpectRefused("run " + Model() + "--prefill-chunk 0 abc", "--prefill-chunk: 0 is not positive");
   ExpectRefused("eval " + Model() + "--data " + folder_.string() + "/none.jsonl", "cannot open");
+}
+
+// Before the model is opened: a large one takes long.
+TEST_F(CliTest, BadOptionsOfRunAreNamedBeforeTheModelIsLoaded) {
+  for (const auto& [arguments, message] :
+       std::initializer_list<std::pair<const char*, const char*>>{
+           {"--tier best", "--tier"},
+           {"--chat-template nope", "nope"},
+           {"--max-tokens -1", "--max-tokens: -1 is negative"},
+           {"--prefill-chunk 0", "--prefill-chunk: 0 is not positive"},
+           {"--temperature -1", "temperature"},
+           {"--memory lots", "--memory: 'lots'"},
+           {"--chat --json", "--json does not go with --chat"},
+           {"--chat --raw", "--raw does not go with --chat"},
+           {"--chat --file -", "--file -"}})
+    ExpectRefused("run --model none " + std::string(arguments) + " abc", message);
+}
+
+TEST_F(CliTest, AChatMayBeginWithAPrompt) {
+  const Outcome chat =
+      Dsla("run " + Model() + "--chat --chat-template chatml --ignore-eos -n 4 abc", "def\n");
+  ASSERT_EQ(chat.exit_code, 0) << chat.err;
+  EXPECT_EQ(std::count(chat.out.begin(), chat.out.end(), '\n'), 2) << "an answer to each";
+  const Outcome one = Dsla("run " + Model() + "--chat-template chatml --ignore-eos -n 4 abc");
+  EXPECT_THAT(chat.out, testing::StartsWith(one.out));
 }
 
 TEST_F(CliTest, AnAnswerThatRunsOutOfMemoryEndsItsLine) {

@@ -76,6 +76,23 @@ Expected<std::string> ReadPrompt(const RunArgs& args) {
   return text;
 }
 
+// What can be said before the model is loaded, which may take long.
+Status CheckArgs(const RunArgs& args) {
+  if (args.chat && args.file == "-")
+    return InvalidArgument("--chat: reads what is said from standard input, so not '--file -'");
+  for (const auto& [given, name] : {std::pair(args.raw, "--raw"), std::pair(args.json, "--json")}) {
+    if (args.chat && given) return InvalidArgument("{} does not go with --chat", name);
+  }
+  if (args.tier != "full" && args.tier != "auto" && args.tier != "economy")
+    return InvalidArgument("--tier: '{}' is not one of full, auto, economy", args.tier);
+  if (args.prefill_chunk < 1)
+    return InvalidArgument("--prefill-chunk: {} is not positive", args.prefill_chunk);
+  if (args.max_tokens < 0) return InvalidArgument("--max-tokens: {} is negative", args.max_tokens);
+  if (!args.chat_template.empty())
+    DSLA_RETURN_IF_ERROR(ChatTemplateByName(args.chat_template).status());
+  return Validate(args.sampling, 0);  // --logit-bias is not part of it yet
+}
+
 // The template for the model's conversations, or none for plain completion.
 Expected<std::optional<ChatTemplate>> ChooseTemplate(const RunArgs& args,
                                                      const LoadedModel& loaded) {
@@ -95,16 +112,10 @@ Expected<SessionOptions> ChooseLevel(const RunArgs& args, const LoadedModel& loa
   options.prefill_chunk = args.prefill_chunk;
   const AdapterInfo* adapter = loaded.model->adapter();
   const int top = adapter == nullptr ? 0 : adapter->top_level;
-  if (args.tier != "full" && args.tier != "auto" && args.tier != "economy") {
-    return InvalidArgument("--tier: '{}' is not one of full, auto, economy", args.tier);
-  }
   if (args.tier != "full" && adapter == nullptr) {
     return InvalidArgument("--tier {}: '{}' has no adapter, so only tier full", args.tier,
                            loaded.file->path());
   }
-  if (args.prefill_chunk < 1)
-    return InvalidArgument("--prefill-chunk: {} is not positive", args.prefill_chunk);
-  if (args.max_tokens < 0) return InvalidArgument("--max-tokens: {} is negative", args.max_tokens);
   options.level = args.tier == "economy" ? top : args.level;
   options.auto_raise = args.tier == "auto";
   options.auto_top_level = top;
@@ -159,9 +170,10 @@ constexpr char kChatHelp[] =
     "/level N  raise the running conversation to level N      /stats  figures of the last answer\n"
     "/clear    start over                                     /quit   leave (or Ctrl-D)\n";
 
-// The terminal conversation: each turn continues the cached one.
-Status Chat(const RunArgs& args, const LoadedModel& loaded, const SessionOptions& session_options,
-            const GenerateOptions& generate_options) {
+// The terminal conversation: each turn continues the cached one. `first` is the first turn's text;
+// empty: it is asked for.
+Status Chat(const RunArgs& args, const LoadedModel& loaded, const std::string& first,
+            const SessionOptions& session_options, const GenerateOptions& generate_options) {
   DSLA_ASSIGN_OR_RETURN(const auto chat_template, ChooseTemplate(args, loaded));
   if (!chat_template)
     return InvalidArgument("--chat: '{}' has no chat template; name one with --chat-template",
@@ -175,9 +187,25 @@ Status Chat(const RunArgs& args, const LoadedModel& loaded, const SessionOptions
     messages.clear();
     if (!args.system.empty()) messages.push_back({"system", args.system});
   };
+  const auto say = [&](const std::string& text) -> Status {
+    messages.push_back({"user", text});
+    DSLA_ASSIGN_OR_RETURN(const auto prompt, EncodePrompt(loaded, chat_template, messages));
+    auto answer = Answer(loaded, pool, session, session_options, prompt, generate_options,
+                         /*chat=*/true, /*stream=*/true);
+    if (!answer.ok()) {
+      fmt::print(stderr, "{}\n", answer.status().message());
+      messages.pop_back();
+      return Status::Ok();
+    }
+    reply = std::move(answer).value();
+    messages.push_back({"assistant", reply.text});
+    if (args.stats) PrintStats(loaded, *session, reply);
+    return Status::Ok();
+  };
   clear();
   fmt::print(stderr, "{}, level {} of {}. /help lists the commands.\n", loaded.model->config().name,
              session_options.level, loaded.model->max_level());
+  if (!first.empty()) DSLA_RETURN_IF_ERROR(say(first));
   for (std::string line;;) {
     fmt::print(stderr, "> ");
     if (!std::getline(std::cin, line)) break;
@@ -200,36 +228,26 @@ Status Chat(const RunArgs& args, const LoadedModel& loaded, const SessionOptions
     } else if (line.front() == '/') {
       fmt::print(stderr, "no such command: {}\n{}", line, kChatHelp);
     } else {
-      messages.push_back({"user", line});
-      DSLA_ASSIGN_OR_RETURN(const auto prompt, EncodePrompt(loaded, chat_template, messages));
-      auto answer = Answer(loaded, pool, session, session_options, prompt, generate_options,
-                           /*chat=*/true, /*stream=*/true);
-      if (!answer.ok()) {
-        fmt::print(stderr, "{}\n", answer.status().message());
-        messages.pop_back();
-        continue;
-      }
-      reply = std::move(answer).value();
-      messages.push_back({"assistant", reply.text});
-      if (args.stats) PrintStats(loaded, *session, reply);
+      DSLA_RETURN_IF_ERROR(say(line));
     }
   }
   return Status::Ok();
 }
 
 Status Run(const RunArgs& args) {
-  std::vector<ChatMessage> messages;
-  if (!args.system.empty()) messages.push_back({"system", args.system});
-  if (!args.chat) {
-    // Before the model is loaded, so that a bad prompt fails at once.
-    DSLA_ASSIGN_OR_RETURN(std::string text, ReadPrompt(args));
-    messages.push_back({"user", std::move(text)});
+  DSLA_RETURN_IF_ERROR(CheckArgs(args));
+  std::string text;
+  if (!args.chat || !args.file.empty() || !args.prompt.empty()) {
+    DSLA_ASSIGN_OR_RETURN(text, ReadPrompt(args));
   }
   DSLA_ASSIGN_OR_RETURN(const LoadedModel loaded, LoadModel(args.model));
   DSLA_ASSIGN_OR_RETURN(const SessionOptions session_options, ChooseLevel(args, loaded));
   DSLA_ASSIGN_OR_RETURN(const GenerateOptions generate_options, MakeGenerateOptions(args, loaded));
-  if (args.chat) return Chat(args, loaded, session_options, generate_options);
+  if (args.chat) return Chat(args, loaded, text, session_options, generate_options);
 
+  std::vector<ChatMessage> messages;
+  if (!args.system.empty()) messages.push_back({"system", args.system});
+  messages.push_back({"user", std::move(text)});
   DSLA_ASSIGN_OR_RETURN(const auto chat_template, ChooseTemplate(args, loaded));
   DSLA_ASSIGN_OR_RETURN(const auto prompt, EncodePrompt(loaded, chat_template, messages));
   DSLA_ASSIGN_OR_RETURN(CachePool pool, loaded.NewPool());
@@ -313,7 +331,10 @@ void AddRun(CLI::App& app, Command& chosen) {
   command.add_option("-s,--system", args->system, "system message")
       ->type_name("TEXT")
       ->group(group);
-  command.add_flag("--chat", args->chat, "converse in the terminal")->group(group);
+  command
+      .add_flag("--chat", args->chat,
+                "converse in the terminal; PROMPT and --file, if given, are the first turn")
+      ->group(group);
   command.add_flag("--raw", args->raw, "continue the text as it is, without a chat template")
       ->group(group);
   command
