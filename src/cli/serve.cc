@@ -84,6 +84,7 @@ class Program {
   Status MakeEngine();
   Status MakeApi();
   std::shared_ptr<Router> NewRouter() const;
+  std::string Url() const;
   void WarnOfSmallCache(Tier tier);
 
   const ServeArgs& args_;
@@ -125,14 +126,19 @@ std::shared_ptr<Router> Program::NewRouter() const {
   return router;
 }
 
+std::string Program::Url() const {
+  const std::string& host = args_.http.host;
+  const bool v6 = host.find(':') != std::string::npos;
+  return fmt::format("{}://{}:{}/", scheme_, v6 ? "[" + host + "]" : host, server_->port());
+}
+
 Status Program::Listen() {
   DSLA_ASSIGN_OR_RETURN(const HttpServerOptions options, HttpOptionsOf(args_));
   DSLA_ASSIGN_OR_RETURN(KeyRing keys, KeysOf(args_));
   if (!options.tls_cert.empty()) scheme_ = "https";
   DSLA_ASSIGN_OR_RETURN(server_,
                         HttpServer::Start(options, NewRouter(), std::move(keys), &access_log_));
-  log_->Write(LogLevel::kInfo, "listening",
-              {{"url", fmt::format("{}://{}:{}/", scheme_, options.host, server_->port())}});
+  log_->Write(LogLevel::kInfo, "listening", {{"url", Url()}});
   loader_ = std::thread([this] { Load(); });
   return Status::Ok();
 }
@@ -288,10 +294,9 @@ Status Program::MakeApi() {
   server_->SetRouter(router);
   health_.SetPhase(Phase::kServing);
   server_->SetPhase(Phase::kServing);
-  log_->Write(LogLevel::kInfo, "ready",
-              {{"url", fmt::format("{}://{}:{}/", scheme_, args_.http.host, server_->port())},
-               {"policy", policy_.policy},
-               {"max_level", int64_t{policy_.max_level}}});
+  log_->Write(
+      LogLevel::kInfo, "ready",
+      {{"url", Url()}, {"policy", policy_.policy}, {"max_level", int64_t{policy_.max_level}}});
   return Status::Ok();
 }
 

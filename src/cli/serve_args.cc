@@ -223,6 +223,13 @@ void AddLog(CLI::App& command, ServeArgs& args) {
       ->group(group);
 }
 
+// As it stands in a browser's Origin header: without a path, not even "/".
+bool IsOrigin(const std::string& text) {
+  const size_t scheme = text.find("://");
+  if (scheme == std::string::npos) return text == "*" || text == "null";
+  return scheme > 0 && scheme + 3 < text.size() && text.find('/', scheme + 3) == std::string::npos;
+}
+
 // Those given, then those of the file.
 Status AppendKeyFile(const std::string& path, std::vector<std::string>& keys) {
   if (path.empty()) return Status::Ok();
@@ -276,6 +283,17 @@ Expected<LogOptions> LogOptionsOf(const ServeArgs& args) {
 
 Expected<HttpServerOptions> HttpOptionsOf(const ServeArgs& args) {
   HttpServerOptions options = args.http;
+  // To the resolver it means every address, which is more than one who left a variable empty wants.
+  if (options.host.empty())
+    return InvalidArgument("--host: is empty; every address of this machine is 0.0.0.0 or ::");
+  for (const std::string& origin : options.cors_origins) {
+    if (!IsOrigin(origin)) {
+      return InvalidArgument(
+          "--cors-origin: '{}' is neither '*' nor an origin such as https://example.org, as "
+          "browsers send it",
+          origin);
+    }
+  }
   const auto bytes = ParseBytes(args.max_body);
   if (!bytes.ok()) return InvalidArgument("--max-body: {}", bytes.status().message());
   options.limits.body_bytes = *bytes;

@@ -55,6 +55,10 @@ def check_refusals(program, folder, model):
         refused(program, model, ["--port", port], [f"127.0.0.1:{port}"])
     refused(program, model, ["--host", "203.0.113.7"], ["203.0.113.7"])
     refused(program, model, ["--host", "no-such-host.invalid"], ["--host", "no-such-host.invalid"])
+    refused(program, model, ["--host", ""], ["--host", "empty"])
+    refused(program, model, [], ["--host", "empty"], {"DSLA_HOST": ""})
+    for origin in ("example.org", "https://example.org/", "https://"):
+        refused(program, model, ["--cors-origin", origin], ["--cors-origin", f"'{origin}'"])
     config = folder / "config.toml"
     for text, words in {
         "max-runing = 3\n": ["max-runing", "max-running"],
@@ -234,6 +238,17 @@ def check_start(program, model):
     check((lowered.get("level"), lowered.get("asked"), lowered.get("used")) == ("warning", 500, 64), f"--max-running 500 in steps of 128: {lowered}")
 
 
+def check_address(program, model):
+    if not pathlib.Path("/proc/net/if_inet6").exists():
+        print("note: no IPv6 here")
+        return
+    command = [program, "serve", "--model", model, *ONE, "--host", "::1", "--port", "0", "--log-format", "json"]
+    with subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True) as process:
+        url = next(line["url"] for line in map(json.loads, process.stderr) if line["event"] == "listening")
+        process.terminate()
+    check(url.startswith("http://[::1]:"), f"an IPv6 address in the URL that is logged: {url}")
+
+
 def check_full_disk(program, model):
     with serving(program, "--model", model, *ONE, "--log-file", "/dev/full") as running:
         for _ in range(20):
@@ -337,6 +352,7 @@ def main():
             lambda: check_no_memory(arguments.program, folder),
             lambda: check_hangup_and_pipe(arguments.program, folder, model),
             lambda: check_start(arguments.program, model),
+            lambda: check_address(arguments.program, model),
             lambda: check_full_disk(arguments.program, model),
             lambda: check_descriptors(arguments.program, model, folder),
             lambda: check_least_memory(arguments.program, model),
