@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <numeric>
 #include <regex>
 
@@ -82,6 +83,9 @@ Expected<File> ReadFile(const std::string& path, const std::vector<std::string>&
   file.path = path;
   if (path.empty()) return file;
   if (access(path.c_str(), R_OK) != 0) return NotFound("--config: cannot read '{}'", path);
+  std::error_code error;
+  if (std::filesystem::is_directory(path, error))
+    return InvalidArgument("--config: '{}' is a directory", path);
   try {
     file.table = toml::parse_file(path);
   } catch (const toml::parse_error& error) {
@@ -111,6 +115,14 @@ std::vector<std::string> EnvironmentNames(const std::vector<std::string>& names)
   return variables;
 }
 
+// The variable that is most like `name` in what follows the prefix, which all have in common.
+std::string NearVariable(const std::string& name, const std::vector<std::string>& known) {
+  std::vector<std::string> rests;
+  for (const std::string& other : known) rests.push_back(other.substr(kPrefix.size()));
+  const std::string near = NearMatch(name.substr(kPrefix.size()), rests);
+  return near.empty() ? "" : std::string(kPrefix) + near;
+}
+
 bool IsServiceVariable(const std::string& name, const std::string& value) {
   static const std::regex kNames(
       "DSLA_(.*_)?(SERVICE_(HOST|PORT(_.*)?)|PORT_\\d+_(TCP|UDP|SCTP)(_.*)?)");
@@ -125,7 +137,7 @@ Status CheckEnvironment(const Environment& environment, const std::vector<std::s
     if (!name.starts_with(kPrefix)) continue;
     if (std::find(known.begin(), known.end(), name) == known.end())
       return InvalidArgument("the environment variable {} belongs to no option{}", name,
-                             Hint(NearMatch(name, known)));
+                             Hint(NearVariable(name, known)));
   }
   return Status::Ok();
 }
