@@ -203,6 +203,11 @@ Status Program::MakeEngine() {
                            ladder_.max_level,
                            ladder_.adapter.empty() ? ": there is no adapter" : "");
   }
+  if (policy_.policy == "fixed" && policy_.fixed_level > policy_.max_level) {
+    return InvalidArgument("--level: {} is above the highest level, {}{}", policy_.fixed_level,
+                           policy_.max_level,
+                           ladder_.adapter.empty() ? ": there is no adapter" : "");
+  }
   EngineOptions options = args_.engine;
   // A GPU is only busy with many rows, and takes a few ms for them.
   constexpr int kDeviceBatchTokens = 4096;
@@ -215,6 +220,8 @@ Status Program::MakeEngine() {
   options.prefix_cache = !args_.no_prefix_cache;
   options.default_max_level = policy_.max_level;
   policy_.slo.prefill_chunk = options.max_batch_tokens;
+  DSLA_RETURN_IF_ERROR(  // before the time that measuring takes
+      CheckOptions(options, ladder_.max_level, model_.model->cache_geometry().page_size));
   if (ladder_.max_level == 0) {
     if (policy_.policy != "fixed") policy_.fixed_level = 0;
     policy_.policy = "fixed";  // there is nothing to decide, and nothing to measure for it
@@ -387,6 +394,7 @@ int Serve(CLI::App& command, ServeArgs& args) {
   const std::vector<std::string> dropped = DropServiceVariables(command, environment);
   const auto config = ResolveConfig(command, environment, kServeSecrets);
   if (!config.ok()) return Fail(config.status());
+  if (const Status status = CheckArgs(command, args); !status.ok()) return Fail(status);
   const auto log_options = LogOptionsOf(args);
   if (!log_options.ok()) return Fail(log_options.status());
   auto opened = Log::Open(*log_options);

@@ -1,5 +1,9 @@
 #include "cli/serve_args.h"
 
+#include <algorithm>
+
+#include "format/chat/chat_template.h"
+
 namespace dsla {
 namespace {
 
@@ -271,6 +275,17 @@ void ServeArgs::AddTo(CLI::App& command) {
   AddEngine(command, *this);
   AddPolicy(command, *this);
   AddLog(command, *this);
+}
+
+Status CheckArgs(const CLI::App& command, const ServeArgs& args) {
+  if (args.policy.policy != "fixed" && command.get_option("--level")->count() > 0) {
+    return InvalidArgument("--level: {} is the level of --policy fixed; the policy is {}",
+                           args.policy.fixed_level, args.policy.policy);
+  }
+  if (std::find(args.model_names.begin(), args.model_names.end(), "") != args.model_names.end())
+    return InvalidArgument("--model-name: is empty");
+  if (args.chat_template.empty()) return Status::Ok();
+  return ChatTemplateByName(args.chat_template).status();
 }
 
 Expected<LogOptions> LogOptionsOf(const ServeArgs& args) {

@@ -48,6 +48,8 @@ struct ServeArgs {
 // Options whose values are never shown.
 extern const std::vector<std::string> kServeSecrets;
 
+// What can be said before the model is loaded, of `args` as `command` has read them.
+Status CheckArgs(const CLI::App& command, const ServeArgs& args);
 Expected<LogOptions> LogOptionsOf(const ServeArgs& args);
 Expected<HttpServerOptions> HttpOptionsOf(const ServeArgs& args);
 Expected<KeyRing> KeysOf(const ServeArgs& args);

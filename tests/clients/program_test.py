@@ -68,6 +68,7 @@ def check_refusals(program, folder, model):
         config.write_text(text)
         refused(program, model, ["--config", config], words)
     refused(program, model, ["--config", folder / "none.toml"], ["none.toml"])
+    refused(program, model, ["--config", folder], ["--config", str(folder), "directory"])
     refused(program, model, [], ["DSLA_MAX_RUNING"], {"DSLA_MAX_RUNING": "3"})
     refused(program, model, ["--max-body", "1M", "--max-body-total", "1K"], ["--max-body-total"])
     refused(program, model, ["--tls-cert", "x.pem"], ["--tls-key"])
@@ -75,7 +76,11 @@ def check_refusals(program, folder, model):
     refused(program, model, ["--log-file", folder / "none" / "log"], ["log"])
     refused(program, model, ["--max-level", "3"], ["--max-level", "no adapter"])
     refused(program, model, ["--default-tier", "economy"], ["--default-tier", "needs an adapter"])
-    refused(program, model, ["--memory", "lots"], ["lots"])
+    refused(program, model, ["--level", "3"], ["--level: 3", "--policy fixed"])
+    refused(program, model, ["--policy", "fixed", "--level", "3"], ["--level: 3", "no adapter"])
+    refused(program, model, ["--model-name", ""], ["--model-name"])
+    refused(program, folder / "none", ["--chat-template", "nope"], ["'nope'"])
+    refused(program, model, ["--memory", "lots"], ["--memory: 'lots'"])
     refused(program, model, ["--memory", "1K"], ["--memory", "1K", str(LEAST_MEMORY)])
     refused(program, model, ["--memory", LEAST_MEMORY - 1], ["--memory", str(LEAST_MEMORY)])
     refused(program, folder / "nothing", [], ["nothing"])
@@ -87,6 +92,21 @@ def check_refusals(program, folder, model):
         weights.write_bytes(data)
         refused(program, broken, [], ["model.safetensors"])
         print(f"      (weights {name})", flush=True)
+
+
+def check_before_measuring(program, folder):
+    """What is wrong is said before the seconds in which the default model's levels are measured."""
+    for arguments, words in {
+        ("--policy", "fixed", "--level", "31"): "--level: 31 is above the highest level",
+        ("--max-batch-tokens", "1"): "max_batch_tokens 1",
+        ("--snapshot-stride", "100"): "snapshot_stride 100",
+        ("--cost-model", folder / "none" / "cost.json"): "--cost-model: cannot write",
+    }.items():
+        command = [program, "serve", "--port", "0", *arguments]
+        result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60)
+        last = result.stderr.strip().splitlines()[-1]
+        check(result.returncode == 2 and words in last, f"{' '.join(map(str, arguments))}: {result.returncode}, {last!r}")
+        check(" calibrated " not in result.stderr, "before anything is measured")
 
 
 def long_request(running, tokens=14000, replies=8, stream=True):
@@ -346,6 +366,7 @@ def main():
         small_model.write(model)
         for part in (
             lambda: check_refusals(arguments.program, folder, model),
+            lambda: check_before_measuring(arguments.program, folder),
             lambda: check_second_signal(arguments.program, model),
             lambda: check_drain_limit(arguments.program, model),
             lambda: check_long_step(arguments.program, folder),
