@@ -292,7 +292,15 @@ TEST_F(CliTest, HelpNamesEveryCommandAndOption) {
 TEST_F(CliTest, BadOptionsAreNamed) {
   ExpectRefused("", "subcommand is required");
   ExpectRefused("fly", "no command 'fly'");
-  ExpectRefused("run --no-such-option x", "--no-such-option");
+  ExpectRefused("evaal", "no command 'evaal' (did you mean 'eval'?)");
+  ExpectRefused("--no-such-option", "there is no option '--no-such-option' (see dsla --help)");
+  ExpectRefused("run --no-such-option x", "'--no-such-option' (see dsla run --help)");
+  ExpectRefused("serve --prot 3 --max-runing=4",
+                "there is no option '--prot' (did you mean '--port'?) (see dsla serve --help)");
+  ExpectRefused("serve model.gguf", "unexpected argument 'model.gguf' (see dsla serve --help)");
+  ExpectRefused("bench --txt x", "there is no option '--txt' (did you mean '--text'?)");
+  ExpectRefused("distill write --lenght 5", "(did you mean '--length'?) (see dsla distill write");
+  ExpectRefused("run --level x abc", "--level = x (see dsla run --help)");
   ExpectRefused("run " + Model() + "--level 3 abc", "--level 3: the adapter has levels 0 to 2");
   ExpectRefused("run " + Model() + "--level -1 abc", "--level -1: the adapter has levels 0 to 2");
   ExpectRefused("run --model " + model_ + " --adapter none --level 1 abc",

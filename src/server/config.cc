@@ -28,10 +28,6 @@ std::string NameOf(const CLI::Option& option) {
   return names.empty() || names[0] == "help" ? "" : names[0];
 }
 
-std::string Hint(const std::string& near) {
-  return near.empty() ? "" : fmt::format(" (did you mean '{}'?)", near);
-}
-
 // A TOML value as it would stand on the command line.
 Expected<std::vector<std::string>> Texts(const toml::node& node, const std::string& where) {
   std::vector<std::string> texts;
@@ -95,7 +91,7 @@ Expected<File> ReadFile(const std::string& path, const std::vector<std::string>&
     const std::string name(key.str());
     if (name == "config" || std::find(names.begin(), names.end(), name) == names.end())
       return InvalidArgument("{}, line {}: there is no option '{}'{}", path,
-                             value.source().begin.line, name, Hint(NearMatch(name, names)));
+                             value.source().begin.line, name, DidYouMean(NearMatch(name, names)));
   }
   return file;
 }
@@ -137,7 +133,7 @@ Status CheckEnvironment(const Environment& environment, const std::vector<std::s
     if (!name.starts_with(kPrefix)) continue;
     if (std::find(known.begin(), known.end(), name) == known.end())
       return InvalidArgument("the environment variable {} belongs to no option{}", name,
-                             Hint(NearVariable(name, known)));
+                             DidYouMean(NearVariable(name, known)));
   }
   return Status::Ok();
 }
@@ -215,6 +211,10 @@ Expected<std::vector<ConfigValue>> ResolveConfig(CLI::App& app, const Environmen
     resolved.push_back({name, value, source});
   }
   return resolved;
+}
+
+std::string DidYouMean(const std::string& near) {
+  return near.empty() ? "" : fmt::format(" (did you mean '{}'?)", near);
 }
 
 std::string NearMatch(const std::string& name, const std::vector<std::string>& names) {
