@@ -272,6 +272,8 @@ TEST_F(CliTest, EvalMeasuresRecallWritingPositionsAndControls) {
     EXPECT_TRUE(all.contains(part)) << json.out.substr(0, 2000);
   EXPECT_THAT(text.out, HasSubstr("random-order"));
   EXPECT_THAT(ReadAll(report), HasSubstr("<svg"));
+  ExpectRefused("eval --model none --data none --report " + folder_.string() + "/none/report.html",
+                "--report: cannot write");
   ExpectRefused("eval " + Model() + "--data " + (folder_ / "data.jsonl").string() + " --levels 9",
                 "9");
   ExpectRefused(
