@@ -24,6 +24,7 @@ struct RunArgs {
   std::string chat_template;
   bool chat = false;
   bool raw = false;
+  bool no_thinking = false;
   std::string tier = "full";
   int level = 0;
   std::vector<std::string> raise_at;
@@ -159,11 +160,12 @@ Expected<GenerateOptions> MakeGenerateOptions(const RunArgs& args, const LoadedM
   return options;
 }
 
-Expected<std::vector<int32_t>> EncodePrompt(const LoadedModel& loaded,
+Expected<std::vector<int32_t>> EncodePrompt(const RunArgs& args, const LoadedModel& loaded,
                                             const std::optional<ChatTemplate>& chat_template,
                                             const std::vector<ChatMessage>& messages) {
   if (!chat_template) return loaded.tokenizer->Encode(messages.back().content);
-  return EncodeChat(*loaded.tokenizer, *chat_template, messages, true);
+  return EncodeChat(*loaded.tokenizer, *chat_template, messages,
+                    {.enable_thinking = !args.no_thinking});
 }
 
 constexpr char kChatHelp[] =
@@ -189,7 +191,7 @@ Status Chat(const RunArgs& args, const LoadedModel& loaded, const std::string& f
   };
   const auto say = [&](const std::string& text) -> Status {
     messages.push_back({"user", text});
-    DSLA_ASSIGN_OR_RETURN(const auto prompt, EncodePrompt(loaded, chat_template, messages));
+    DSLA_ASSIGN_OR_RETURN(const auto prompt, EncodePrompt(args, loaded, chat_template, messages));
     auto answer = Answer(loaded, pool, session, session_options, prompt, generate_options,
                          /*chat=*/true, /*stream=*/true);
     if (!answer.ok()) {
@@ -249,7 +251,7 @@ Status Run(const RunArgs& args) {
   if (!args.system.empty()) messages.push_back({"system", args.system});
   messages.push_back({"user", std::move(text)});
   DSLA_ASSIGN_OR_RETURN(const auto chat_template, ChooseTemplate(args, loaded));
-  DSLA_ASSIGN_OR_RETURN(const auto prompt, EncodePrompt(loaded, chat_template, messages));
+  DSLA_ASSIGN_OR_RETURN(const auto prompt, EncodePrompt(args, loaded, chat_template, messages));
   DSLA_ASSIGN_OR_RETURN(CachePool pool, loaded.NewPool());
   std::unique_ptr<Session> session;
   DSLA_ASSIGN_OR_RETURN(const Reply reply,
@@ -341,6 +343,10 @@ void AddRun(CLI::App& app, Command& chosen) {
       .add_option("--chat-template", args->chat_template,
                   "use this template instead of the model's own")
       ->type_name("NAME")
+      ->group(group);
+  command
+      .add_flag("--no-thinking", args->no_thinking,
+                "let the answer begin at once where the model may think before it (Qwen3)")
       ->group(group);
 
   const auto levels = "Level";

@@ -7,12 +7,15 @@ namespace dsla {
 Expected<std::vector<int32_t>> EncodeChat(const Tokenizer& tokenizer,
                                           const ChatTemplate& chat_template,
                                           std::span<const ChatMessage> messages,
-                                          bool add_generation_prompt) {
+                                          const PromptOptions& prompt) {
+  if (!prompt.enable_thinking && chat_template.thinking == ChatTemplate::Thinking::kAlways)
+    return Unsupported("the chat template '{}' always thinks", chat_template.name);
   const auto text_of = [&](std::optional<int32_t> id) {
     return id ? std::string(tokenizer.TokenText(*id)) : std::string();
   };
   ChatRenderOptions options;
-  options.add_generation_prompt = add_generation_prompt;
+  options.add_generation_prompt = prompt.add_generation_prompt;
+  options.enable_thinking = prompt.enable_thinking;
   options.bos = text_of(tokenizer.bos_id());
   options.eos = text_of(tokenizer.eos_id());
   DSLA_ASSIGN_OR_RETURN(const auto pieces, RenderChat(chat_template, messages, options));

@@ -12,11 +12,17 @@
 
 namespace dsla {
 
+struct PromptOptions {
+  bool add_generation_prompt = true;  // the beginning of an answer
+  bool enable_thinking = true;        // false: the answer begins with its thinking over (Qwen3)
+};
+
 // Renders messages and tokenises the pieces, so that only the template's own control pieces become
-// control tokens. Errors: RenderChat's, and kInvalidArgument for an empty conversation.
+// control tokens. Errors: RenderChat's, kInvalidArgument for an empty conversation, and
+// kUnsupported for a template that cannot do without thinking.
 Expected<std::vector<int32_t>> EncodeChat(const Tokenizer& tokenizer,
                                           const ChatTemplate& chat_template,
                                           std::span<const ChatMessage> messages,
-                                          bool add_generation_prompt);
+                                          const PromptOptions& prompt = {});
 
 }  // namespace dsla

@@ -294,11 +294,17 @@ TEST(RequestUnsupported, IsRefusedByName) {
        {R"("tools":[{}])", R"("functions":[{}])", R"("tool_choice":"auto")",
         R"("function_call":"auto")", R"("modalities":["text","audio"])", R"("audio":{})",
         R"("prediction":{})", R"("web_search_options":{})", R"("chat_template":"x")",
-        R"("chat_template_kwargs":{"a":1})", R"("reasoning_effort":"low")",
-        R"("continue_final_message":true)"}) {
+        R"("reasoning_effort":"low")", R"("continue_final_message":true)"}) {
     BadChat(fmt::format("{}{}}}", chat, field), "unsupported_parameter",
             field.substr(1, field.find('"', 1) - 1));
   }
+  BadChat(chat + R"("chat_template_kwargs":{"enable_thinking":true,"a":1}})",
+          "unsupported_parameter", "chat_template_kwargs.a");
+  BadChat(chat + R"("chat_template_kwargs":{"enable_thinking":"no"}})", "invalid_type",
+          "chat_template_kwargs.enable_thinking");
+  EXPECT_FALSE(
+      Chat(chat + R"("chat_template_kwargs":{"enable_thinking":false}})").prompt.enable_thinking);
+  EXPECT_TRUE(Chat(chat + R"("chat_template_kwargs":{}})").prompt.enable_thinking);
   Chat(chat + R"("tools":[],"tool_choice":"none","modalities":["text"],"store":true,)"
               R"("metadata":{"a":"b"},"user":"u","parallel_tool_calls":true,"what":{}})");
 }
