@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <nlohmann/json.hpp>
 
+#include "format/chat/strip.h"
 #include "format/tokenizer/byte_level.h"
 #include "format/tokenizer/testing.h"
 
@@ -126,6 +127,27 @@ TEST(PromptTest, ThinkingIsLeftOutWhereATemplateCan) {
   EXPECT_TRUE(end("qwen3").ends_with("<think>\n\n</think>\n\n")) << end("qwen3");
   EXPECT_TRUE(end("chatml").ends_with("assistant\n")) << "it never thinks";
   EXPECT_EQ(end("qwen3-thinking"), "the chat template 'qwen3-thinking' always thinks");
+}
+
+TEST(PromptTest, TheLastMessageIsContinued) {
+  const auto tokenizer = ChatMl();
+  const auto end = [&](const char* name, std::vector<ChatMessage> messages) {
+    const auto ids =
+        EncodeChat(*tokenizer, ChatTemplateByName(name).value(), messages, {.continue_last = true});
+    return ids.ok() ? tokenizer->Decode(*ids) : ids.status().message();
+  };
+  const std::vector<ChatMessage> hello = {{"user", "hello"}, {"assistant", "hello, w "}};
+  EXPECT_EQ(end("chatml", hello),
+            "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nhello, w ");
+  EXPECT_TRUE(end("llama3", hello).ends_with("hello, w")) << "it trims";
+  for (const std::string& name : ChatTemplateNames()) {
+    EXPECT_TRUE(StripRight(end(name.c_str(), hello)).ends_with("hello, w")) << name;
+  }
+  const std::string none = "the last message is no answer that could be continued";
+  EXPECT_EQ(end("chatml", {{"user", "hello"}}), none);
+  EXPECT_EQ(end("chatml", {{"user", "hello"}, {"assistant", " \n"}}), none);
+  EXPECT_EQ(end("qwen3", {{"user", "hello"}, {"assistant", "<think>a</think>b"}}),
+            "the chat template changes the last message, which cannot be continued");
 }
 
 TEST(PromptTest, AnEmptyConversationIsRefused) {

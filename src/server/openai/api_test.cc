@@ -238,25 +238,6 @@ TEST(Chat, ATemplateThatRefuses) {
               "chat_template_error", "messages");
 }
 
-TEST(Chat, ThinkingIsLeftOutWhenAsked) {
-  TestApi api;
-  const auto asks = [&](const char* name, const char* thinking) {
-    api.router.reset();
-    api.context.chat_template = ChatTemplateByName(name).value();
-    return api.Chat(fmt::format(R"({{"messages":[{{"role":"user","content":"x"}}],"max_tokens":1,)"
-                                R"("chat_template_kwargs":{{"enable_thinking":{}}}}})",
-                                thinking));
-  };
-  asks("qwen3", "true");
-  asks("qwen3", "false");
-  ASSERT_EQ(api.engine.jobs(), 2u);
-  const auto prompt = [&](int job) {
-    return api.tokenizer->Decode(api.engine.job(job).request.prompt);
-  };
-  EXPECT_EQ(prompt(1), prompt(0) + "<think>\n\n</think>\n\n");
-  ExpectError(*asks("qwen3-thinking", "false"), 400, "chat_template_error", "messages");
-}
-
 TEST(Scoring, EchoWithLogprobsAsEvaluationHarnessesNeedIt) {
   TestApi api;
   const auto responder = api.Completions(

@@ -112,6 +112,7 @@ void HandleCompletions(const ServicePtr& service, PermitPtr permit, RequestPtr r
   if (auto error = FindModel(*service, completion.common.model, &plan.model)) {
     return Refuse(*responder, *error);
   }
+  plan.continues = true;
   plan.echo = completion.echo;
   plan.logprobs = completion.logprobs;
   for (const Prompt& prompt : completion.prompts) {
@@ -130,6 +131,7 @@ void HandleChat(const ServicePtr& service, PermitPtr permit, RequestPtr request,
   ChatRequest& chat = std::get<ChatRequest>(parsed);
   GenerationPlan plan;
   plan.chat = true;
+  plan.continues = chat.prompt.continue_last;
   if (auto error = FindModel(*service, chat.common.model, &plan.model)) {
     return Refuse(*responder, *error);
   }

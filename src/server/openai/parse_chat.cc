@@ -107,10 +107,6 @@ void RefuseUnsupportedChat(const Fields& fields) {
     }
     fields.RefuseUnless("modalities", text_alone);
   }
-  bool continues = false;
-  if (fields.Bool("continue_final_message", &continues)) {
-    fields.RefuseUnless("continue_final_message", !continues);
-  }
 }
 
 // logprobs is a boolean here, with top_logprobs beside it.
@@ -154,7 +150,13 @@ void ParseMessages(const Fields& fields, const Limits& limits, std::vector<ChatM
 }
 
 void ParsePromptOptions(const Fields& fields, PromptOptions* prompt) {
-  fields.Bool("add_generation_prompt", &prompt->add_generation_prompt);
+  const bool given = fields.Bool("add_generation_prompt", &prompt->add_generation_prompt);
+  fields.Bool("continue_final_message", &prompt->continue_last);
+  if (prompt->continue_last && given && prompt->add_generation_prompt) {
+    fields.error()->Set(InvalidRequestError(
+        "'add_generation_prompt' and 'continue_final_message' contradict each other",
+        "continue_final_message"));
+  }
   const auto object = fields.Object("chat_template_kwargs");
   if (!object) return;
   const Fields kwargs(*object, "chat_template_kwargs.", fields.error());

@@ -294,10 +294,13 @@ TEST(RequestUnsupported, IsRefusedByName) {
        {R"("tools":[{}])", R"("functions":[{}])", R"("tool_choice":"auto")",
         R"("function_call":"auto")", R"("modalities":["text","audio"])", R"("audio":{})",
         R"("prediction":{})", R"("web_search_options":{})", R"("chat_template":"x")",
-        R"("reasoning_effort":"low")", R"("continue_final_message":true)"}) {
+        R"("reasoning_effort":"low")"}) {
     BadChat(fmt::format("{}{}}}", chat, field), "unsupported_parameter",
             field.substr(1, field.find('"', 1) - 1));
   }
+  BadChat(chat + R"("continue_final_message":true,"add_generation_prompt":true})", "invalid_value",
+          "continue_final_message");
+  EXPECT_TRUE(Chat(chat + R"("continue_final_message":true})").prompt.continue_last);
   BadChat(chat + R"("chat_template_kwargs":{"enable_thinking":true,"a":1}})",
           "unsupported_parameter", "chat_template_kwargs.a");
   BadChat(chat + R"("chat_template_kwargs":{"enable_thinking":"no"}})", "invalid_type",
