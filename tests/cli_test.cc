@@ -437,6 +437,19 @@ TEST_F(CliTest, TrainsAnAdapterAndRunsIt) {
   EXPECT_THAT(ReadAll(texts), HasSubstr("\"text\""));
 }
 
+TEST_F(CliTest, AnInterruptedTrainerSaysWhatItDoes) {
+  const std::string err = (folder_ / "err").string(), text = (folder_ / "text.txt").string(),
+                    command = "env --default-signal=INT timeout -s INT -k 60 1 " + program_ +
+                              " distill write --model " + model_ + " --prompts " + text +
+                              " --documents 1000000 --length 40 --batch 2 --threads 1 --out " +
+                              (folder_ / "texts.jsonl").string() + " 2>" + err;
+  std::ofstream(text) << std::string(4000, 'a');
+  const int status = std::system(command.c_str());
+  EXPECT_EQ(WEXITSTATUS(status), 124);  // timeout's own: it ended by itself
+  EXPECT_THAT(ReadAll(err), HasSubstr("once more ends it at once"));
+  EXPECT_THAT(ReadAll(err), HasSubstr("interrupted after"));
+}
+
 // The program without the libraries that belong beside it: it starts, and names what it misses.
 TEST_F(CliTest, NamesTheLibraryThatIsNotThere) {
   const fs::path alone = folder_ / "alone";
