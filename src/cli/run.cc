@@ -11,6 +11,7 @@
 #include "base/mapped_file.h"
 #include "cli/commands.h"
 #include "cli/reply.h"
+#include "cli/sampling_args.h"
 #include "engine/prompt.h"
 
 namespace dsla {
@@ -270,43 +271,13 @@ Status Run(const RunArgs& args) {
 
 void AddSampling(CLI::App& command, RunArgs& args) {
   const auto group = "Sampling";
-  SamplingParams& sampling = args.sampling;
-  sampling.temperature = 0;  // a plain run answers the same every time
-  command.add_option("--temperature", sampling.temperature, "0 = always the likeliest token")
-      ->capture_default_str()
-      ->group(group);
-  command.add_option("--top-k", sampling.top_k, "keep the K likeliest tokens; 0 = all")
-      ->capture_default_str()
-      ->group(group);
-  command
-      .add_option("--top-p", sampling.top_p, "keep the likeliest tokens of this total probability")
-      ->capture_default_str()
-      ->group(group);
-  command
-      .add_option("--min-p", sampling.min_p,
-                  "drop tokens under this share of the likeliest one's probability")
-      ->capture_default_str()
-      ->group(group);
-  command
-      .add_option("--repetition-penalty", sampling.repetition_penalty,
-                  "divides the logits of tokens seen; 1 = off")
-      ->capture_default_str()
-      ->group(group);
-  command
-      .add_option("--presence-penalty", sampling.presence_penalty,
-                  "subtracted once from tokens of the reply")
-      ->capture_default_str()
-      ->group(group);
-  command
-      .add_option("--frequency-penalty", sampling.frequency_penalty,
-                  "subtracted from tokens of the reply, each time")
-      ->capture_default_str()
-      ->group(group);
+  args.sampling.temperature = 0;  // a plain run answers the same every time
+  AddSamplingArgs(command, args.sampling, group);
   command.add_option("--logit-bias", args.logit_bias, "added to a token's logit; may be repeated")
       ->type_name("ID:BIAS")
       ->allow_extra_args(false)
       ->group(group);
-  command.add_option("--seed", sampling.seed, "draws depend on it and the position alone")
+  command.add_option("--seed", args.sampling.seed, "draws depend on it and the position alone")
       ->capture_default_str()
       ->group(group);
 }

@@ -284,6 +284,7 @@ Status Program::MakeApi() {
   DSLA_ASSIGN_OR_RETURN(context.limits.default_tier, TierOf(args_.default_tier));
   if (context.limits.default_tier == Tier::kEconomy && ladder_.max_level == 0)
     return InvalidArgument("--default-tier: economy needs an adapter, and there is none");
+  context.limits.sampling = args_.sampling;
   WarnOfSmallCache(context.limits.default_tier);
   context.default_timeout = args_.request_timeout;
   context.max_in_flight = args_.max_in_flight;

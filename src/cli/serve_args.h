@@ -32,6 +32,7 @@ struct ServeArgs {
   int max_batch_tokens = 0;  // 0: what suits the device
   bool no_prefix_cache = false;
   std::string default_tier = "auto";
+  SamplingParams sampling;     // of requests that say nothing of theirs
   double request_timeout = 0;  // seconds; 0 = none
   int max_in_flight = 4096;
 

@@ -79,6 +79,7 @@ def check_refusals(program, folder, model):
     refused(program, model, ["--level", "3"], ["--level: 3", "--policy fixed"])
     refused(program, model, ["--policy", "fixed", "--level", "3"], ["--level: 3", "no adapter"])
     refused(program, model, ["--model-name", ""], ["--model-name"])
+    refused(program, model, ["--temperature", "-1"], ["temperature"])
     refused(program, folder / "none", ["--chat-template", "nope"], ["'nope'"])
     refused(program, model, ["--memory", "lots"], ["--memory: 'lots'"])
     refused(program, model, ["--memory", "1K"], ["--memory", "1K", str(LEAST_MEMORY)])
@@ -269,6 +270,14 @@ def check_address(program, model):
     check(url.startswith("http://[::1]:"), f"an IPv6 address in the URL that is logged: {url}")
 
 
+def check_sampling(program, model):
+    with serving(program, "--model", model, *ONE, "--temperature", "0") as running:
+        texts = {completions(running, prompt="x", max_tokens=20).json["choices"][0]["text"] for _ in range(4)}
+        check(len(texts) == 1, f"requests that name no temperature get the server's: {len(texts)} texts of 4")
+        texts = {completions(running, prompt="x", max_tokens=20, temperature=1).json["choices"][0]["text"] for _ in range(4)}
+        check(len(texts) > 1, f"those that name one get theirs: {len(texts)} texts of 4")
+
+
 def check_full_disk(program, model):
     with serving(program, "--model", model, *ONE, "--log-file", "/dev/full") as running:
         for _ in range(20):
@@ -374,6 +383,7 @@ def main():
             lambda: check_hangup_and_pipe(arguments.program, folder, model),
             lambda: check_start(arguments.program, model),
             lambda: check_address(arguments.program, model),
+            lambda: check_sampling(arguments.program, model),
             lambda: check_full_disk(arguments.program, model),
             lambda: check_descriptors(arguments.program, model, folder),
             lambda: check_least_memory(arguments.program, model),

@@ -33,7 +33,9 @@ struct Limits {
   int64_t max_total_tokens = 1 << 20;    // prompts * n * max_tokens
   int64_t max_total_logprobs = 1 << 22;  // that one answer holds, tens of bytes each
   double max_timeout = 3600;             // seconds
+  // Of requests that say nothing of theirs.
   Tier default_tier = Tier::kAuto;
+  SamplingParams sampling;
 };
 
 // What completions and chat have in common.

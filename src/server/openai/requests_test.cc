@@ -312,6 +312,25 @@ TEST(RequestUnsupported, IsRefusedByName) {
               R"("metadata":{"a":"b"},"user":"u","parallel_tool_calls":true,"what":{}})");
 }
 
+TEST(RequestFields, SamplingThatIsNotSaidIsTheServers) {
+  Limits limits = TestLimits();
+  limits.sampling = {.temperature = 0.5f, .top_k = 40, .top_p = 0.9f, .min_p = 0.05f};
+  const auto sampling = [&](const std::string& body) {
+    return Good(ParseCompletion(body, limits), body).common.sampling;
+  };
+  const SamplingParams none = sampling(R"({"prompt":"x","temperature":null})");
+  EXPECT_EQ(none.temperature, 0.5f);
+  EXPECT_EQ(none.top_k, 40);
+  EXPECT_EQ(none.top_p, 0.9f);
+  EXPECT_EQ(none.min_p, 0.05f);
+  const SamplingParams own =
+      sampling(R"({"prompt":"x","temperature":1,"top_k":-1,"top_p":1,"min_p":0})");
+  EXPECT_EQ(own.temperature, 1);
+  EXPECT_EQ(own.top_k, 0);
+  EXPECT_EQ(own.top_p, 1);
+  EXPECT_EQ(own.min_p, 0);
+}
+
 TEST(RequestPrompt, AllFourForms) {
   const auto prompts = [](const std::string& prompt) {
     return Completion(fmt::format(R"({{"prompt":{}}})", prompt)).prompts;
