@@ -299,6 +299,8 @@ TEST_F(CliTest, BadOptionsAreNamed) {
   ExpectRefused("run --no-such-option x", "'--no-such-option' (see dsla run --help)");
   ExpectRefused("serve --prot 3 --max-runing=4",
                 "there is no option '--prot' (did you mean '--port'?) (see dsla serve --help)");
+  ExpectRefused("serve -", "there is no option '-' (see");
+  ExpectRefused("serve --temp 1", "(did you mean '--temperature'?)");
   ExpectRefused("serve model.gguf", "unexpected argument 'model.gguf' (see dsla serve --help)");
   ExpectRefused("bench --txt x", "there is no option '--txt' (did you mean '--text'?)");
   ExpectRefused("distill write --lenght 5", "(did you mean '--length'?) (see dsla distill write");

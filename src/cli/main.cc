@@ -40,10 +40,12 @@ std::string MessageOf(const CLI::ParseError& error, const CLI::App& app) {
   const std::string name = option->substr(0, option->find('='));
   std::vector<std::string> names;
   for (const CLI::Option* known : CommandOf(app)->get_options()) {
-    for (const std::string& long_name : known->get_lnames()) names.push_back("--" + long_name);
+    names.insert(names.end(), known->get_lnames().begin(), known->get_lnames().end());
   }
+  const std::string word = name.substr(std::min(name.find_first_not_of('-'), name.size()));
+  const std::string near = dsla::NearMatch(word, names);
   return fmt::format("there is no option '{}'{}", name,
-                     dsla::DidYouMean(dsla::NearMatch(name, names)));
+                     dsla::DidYouMean(near.empty() ? "" : "--" + near));
 }
 
 }  // namespace

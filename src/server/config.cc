@@ -218,6 +218,10 @@ std::string DidYouMean(const std::string& near) {
 }
 
 std::string NearMatch(const std::string& name, const std::vector<std::string>& names) {
+  constexpr size_t kAbbreviation = 3;  // characters that tell enough of a word
+  for (const std::string& other : names) {
+    if (name.size() >= kAbbreviation && other.starts_with(name)) return other;
+  }
   std::string best;
   size_t best_distance = 1 + name.size() / 3;  // more edits than that are another word
   for (const std::string& other : names) {

@@ -162,6 +162,7 @@ TEST_F(ConfigTest, FlagsMayBeFalse) {
 TEST(NearMatchTest, OnlyCloseOnes) {
   EXPECT_EQ(NearMatch("slo-tfft", {"host", "slo-ttft"}), "slo-ttft");
   EXPECT_EQ(NearMatch("temperature", {"host", "port"}), "");
+  EXPECT_EQ(NearMatch("temp", {"help", "temperature"}), "temperature");
 }
 
 }  // namespace
