@@ -362,6 +362,14 @@ TEST_F(CliTest, AChatMayBeginWithAPrompt) {
   EXPECT_THAT(chat.out, testing::StartsWith(one.out));
 }
 
+TEST_F(CliTest, AChatThatIsFullSaysHowToGoOn) {
+  const std::string command = "run " + Model() + "--chat --chat-template chatml -n 4 ";
+  const Outcome chat = Dsla(command, std::string(600, 'x') + "\n/clear\nabc\n");
+  EXPECT_EQ(chat.exit_code, 0);
+  EXPECT_THAT(chat.err, HasSubstr("the context holds 512 (/clear starts over)"));
+  EXPECT_EQ(chat.out, Dsla(command, "abc\n").out);
+}
+
 TEST_F(CliTest, AnAnswerThatRunsOutOfMemoryEndsItsLine) {
   const Outcome outcome = Dsla("run " + Model() + "--memory 64K --ignore-eos -n 400 abc");
   EXPECT_EQ(outcome.exit_code, 2);

@@ -196,7 +196,7 @@ Status Chat(const RunArgs& args, const LoadedModel& loaded, const std::string& f
     auto answer = Answer(loaded, pool, session, session_options, prompt, generate_options,
                          /*chat=*/true, /*stream=*/true);
     if (!answer.ok()) {
-      fmt::print(stderr, "{}\n", answer.status().message());
+      fmt::print(stderr, "{} (/clear starts over)\n", answer.status().message());
       messages.pop_back();
       return Status::Ok();
     }
