@@ -2,6 +2,7 @@
 // code 2.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 
 #include <algorithm>
@@ -191,6 +192,21 @@ TEST_F(CliTest, ReadsTextFromAFileAndFromStandardInput) {
   EXPECT_EQ(run("", "hello"), want);
 }
 
+TEST_F(CliTest, ControlCEndsItBeforeAnAnswer) {
+  // Standard input stays open and says nothing; what SIGINT does not end is killed: 137.
+  const std::string in = (folder_ / "fifo").string();
+  ASSERT_EQ(::mkfifo(in.c_str(), 0600), 0);
+  const auto interrupted = [&](const std::string& arguments) {
+    const std::string command = "exec 3<>" + in +
+                                "; env --default-signal=INT timeout -s INT -k 3 0.5 " + program_ +
+                                " run " + arguments + " <&3 >/dev/null 2>&1";
+    const int status = std::system(command.c_str());
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+  };
+  EXPECT_EQ(interrupted("--file -"), 124);
+  EXPECT_EQ(interrupted(Model() + "--chat --chat-template chatml"), 124);
+}
+
 TEST_F(CliTest, InspectShowsModelAndAdapter) {
   const Outcome outcome = Dsla("inspect --json --tensors " + model_ + " --adapter " + adapter_);
   ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
@@ -256,6 +272,8 @@ TEST_F(CliTest, EvalMeasuresRecallWritingPositionsAndControls) {
     EXPECT_TRUE(all.contains(part)) << json.out.substr(0, 2000);
   EXPECT_THAT(text.out, HasSubstr("random-order"));
   EXPECT_THAT(ReadAll(report), HasSubstr("<svg"));
+  ExpectRefused("eval --model none --data none --report " + folder_.string() + "/none/report.html",
+                "--report: cannot write");
   ExpectRefused("eval " + Model() + "--data " + (folder_ / "data.jsonl").string() + " --levels 9",
                 "9");
   ExpectRefused(
@@ -276,7 +294,17 @@ TEST_F(CliTest, HelpNamesEveryCommandAndOption) {
 TEST_F(CliTest, BadOptionsAreNamed) {
   ExpectRefused("", "subcommand is required");
   ExpectRefused("fly", "no command 'fly'");
-  ExpectRefused("run --no-such-option x", "--no-such-option");
+  ExpectRefused("evaal", "no command 'evaal' (did you mean 'eval'?)");
+  ExpectRefused("--no-such-option", "there is no option '--no-such-option' (see dsla --help)");
+  ExpectRefused("run --no-such-option x", "'--no-such-option' (see dsla run --help)");
+  ExpectRefused("serve --prot 3 --max-runing=4",
+                "there is no option '--prot' (did you mean '--port'?) (see dsla serve --help)");
+  ExpectRefused("serve -", "there is no option '-' (see");
+  ExpectRefused("serve --temp 1", "(did you mean '--temperature'?)");
+  ExpectRefused("serve model.gguf", "unexpected argument 'model.gguf' (see dsla serve --help)");
+  ExpectRefused("bench --txt x", "there is no option '--txt' (did you mean '--text'?)");
+  ExpectRefused("distill write --lenght 5", "(did you mean '--length'?) (see dsla distill write");
+  ExpectRefused("run --level x abc", "--level = x (see dsla run --help)");
   ExpectRefused("run " + Model() + "--level 3 abc", "--level 3: the adapter has levels 0 to 2");
   ExpectRefused("run " + Model() + "--level -1 abc", "--level -1: the adapter has levels 0 to 2");
   ExpectRefused("run --model " + model_ + " --adapter none --level 1 abc",
@@ -289,7 +317,8 @@ TEST_F(CliTest, BadOptionsAreNamed) {
   ExpectRefused("run " + Model() + "--raise-at 5:9 abc", "--raise-at 5:9: levels are 0 to 2");
   ExpectRefused("run " + Model() + "--temperature -1 abc", "temperature");
   ExpectRefused("run " + Model() + "--top-p 0 abc", "top_p");
-  ExpectRefused("run " + Model() + "--memory lots abc", "'lots' is not a size such as 512M or 2G");
+  ExpectRefused("run " + Model() + "--memory lots abc",
+                "--memory: 'lots' is not a size such as 512M or 2G");
   ExpectRefused("run " + Model() + "--weights int3 abc",
                 "--weights: 'int3' is not one of auto, bf16, fp32, int8, int4");
   ExpectRefused("run " + Model() + "--kv int4 abc", "--kv: 'int4' is not one of bf16, fp32, int8");
@@ -306,6 +335,46 @@ TEST_F(CliTest, BadOptionsAreNamed) {
   ExpectRefused("run " + Model() + "--simd sse abc", "--simd: 'sse' is not one of auto, avx2");
   ExpectRefused("run " + Model() + "--prefill-chunk 0 abc", "--prefill-chunk: 0 is not positive");
   ExpectRefused("eval " + Model() + "--data " + folder_.string() + "/none.jsonl", "cannot open");
+}
+
+// Before the model is opened: a large one takes long.
+TEST_F(CliTest, BadOptionsOfRunAreNamedBeforeTheModelIsLoaded) {
+  for (const auto& [arguments, message] :
+       std::initializer_list<std::pair<const char*, const char*>>{
+           {"--tier best", "--tier"},
+           {"--chat-template nope", "nope"},
+           {"--max-tokens -1", "--max-tokens: -1 is negative"},
+           {"--prefill-chunk 0", "--prefill-chunk: 0 is not positive"},
+           {"--temperature -1", "temperature"},
+           {"--memory lots", "--memory: 'lots'"},
+           {"--chat --json", "--json does not go with --chat"},
+           {"--chat --raw", "--raw does not go with --chat"},
+           {"--chat --file -", "--file -"}})
+    ExpectRefused("run --model none " + std::string(arguments) + " abc", message);
+}
+
+TEST_F(CliTest, AChatMayBeginWithAPrompt) {
+  const Outcome chat =
+      Dsla("run " + Model() + "--chat --chat-template chatml --ignore-eos -n 4 abc", "def\n");
+  ASSERT_EQ(chat.exit_code, 0) << chat.err;
+  EXPECT_EQ(std::count(chat.out.begin(), chat.out.end(), '\n'), 2) << "an answer to each";
+  const Outcome one = Dsla("run " + Model() + "--chat-template chatml --ignore-eos -n 4 abc");
+  EXPECT_THAT(chat.out, testing::StartsWith(one.out));
+}
+
+TEST_F(CliTest, AChatThatIsFullSaysHowToGoOn) {
+  const std::string command = "run " + Model() + "--chat --chat-template chatml -n 4 ";
+  const Outcome chat = Dsla(command, std::string(600, 'x') + "\n/clear\nabc\n");
+  EXPECT_EQ(chat.exit_code, 0);
+  EXPECT_THAT(chat.err, HasSubstr("the context holds 512 (/clear starts over)"));
+  EXPECT_EQ(chat.out, Dsla(command, "abc\n").out);
+}
+
+TEST_F(CliTest, AnAnswerThatRunsOutOfMemoryEndsItsLine) {
+  const Outcome outcome = Dsla("run " + Model() + "--memory 64K --ignore-eos -n 400 abc");
+  EXPECT_EQ(outcome.exit_code, 2);
+  EXPECT_THAT(outcome.out, testing::EndsWith("\n"));
+  EXPECT_THAT(outcome.err, HasSubstr("(see --memory"));
 }
 
 TEST_F(CliTest, BadPromptsAreRefused) {
@@ -376,6 +445,19 @@ TEST_F(CliTest, TrainsAnAdapterAndRunsIt) {
                              " --documents 2 --length 40 --out " + texts + " --threads 1");
   ASSERT_EQ(write.exit_code, 0) << write.err;
   EXPECT_THAT(ReadAll(texts), HasSubstr("\"text\""));
+}
+
+TEST_F(CliTest, AnInterruptedTrainerSaysWhatItDoes) {
+  const std::string err = (folder_ / "err").string(), text = (folder_ / "text.txt").string(),
+                    command = "env --default-signal=INT timeout -s INT -k 60 1 " + program_ +
+                              " distill write --model " + model_ + " --prompts " + text +
+                              " --documents 1000000 --length 40 --batch 2 --threads 1 --out " +
+                              (folder_ / "texts.jsonl").string() + " 2>" + err;
+  std::ofstream(text) << std::string(4000, 'a');
+  const int status = std::system(command.c_str());
+  EXPECT_EQ(WEXITSTATUS(status), 124);  // timeout's own: it ended by itself
+  EXPECT_THAT(ReadAll(err), HasSubstr("once more ends it at once"));
+  EXPECT_THAT(ReadAll(err), HasSubstr("interrupted after"));
 }
 
 // The program without the libraries that belong beside it: it starts, and names what it misses.

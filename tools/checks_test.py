@@ -205,5 +205,29 @@ class RegisteredTest(TreeTest):
         self.assert_finds("CTest does not run its test a_test", "check_tests_registered.py", "--build", build)
 
 
+class QuickstartTest(TreeTest):
+    """Its arguments are looked at before anything is installed or built."""
+
+    STEPS_BEGIN = 9  # the status by which the first step is seen
+
+    def run_quickstart(self, *arguments):
+        for name in ("quickstart", "tools/main_job"):
+            self.write(name, (TOOLS.parent / name).read_text())
+            (self.root / name).chmod(0o755)
+        self.write("tools/setup_lib.sh", f"machine_step() {{ exit {self.STEPS_BEGIN}; }}\n")
+        done = subprocess.run([self.root / "quickstart", *arguments], capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    def test_wrong_ones_are_named(self):
+        self.assertEqual(self.run_quickstart("--prot", "1"), (2, "main_job: unknown option '--prot'; there are --no-serve, --demo and --port N\n"))
+        self.assertEqual(self.run_quickstart("--port", "x")[0], 2)
+        self.assertEqual(self.run_quickstart("/no/text")[0], 2)
+
+    def test_right_ones_begin(self):
+        self.write("text.txt", "text")
+        for arguments in (["--demo", "--port", "1"], ["--no-serve", self.root / "text.txt"], ["--no-run"]):
+            self.assertEqual(self.run_quickstart(*arguments), (self.STEPS_BEGIN, ""))
+
+
 if __name__ == "__main__":
     unittest.main()

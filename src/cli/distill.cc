@@ -1,10 +1,13 @@
 // dsla distill: trains an adapter for a model.
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <string_view>
 
 #include "cli/commands.h"
 #include "cli/model_args.h"
@@ -18,9 +21,15 @@ namespace {
 // Set by the first interrupt: the run leaves a checkpoint and ends. The second ends it at once.
 std::atomic<bool> interrupted{false};
 
+// A step may take minutes on a CPU, in which nothing else is to be seen of it.
+constexpr std::string_view kInterrupted =
+    "\ndsla: ends after this step, with what is done; once more ends it at once\n";
+
 void OnInterrupt(int signal) {
   interrupted = true;
   std::signal(signal, SIG_DFL);
+  [[maybe_unused]] const ssize_t written =
+      ::write(STDERR_FILENO, kInterrupted.data(), kInterrupted.size());
 }
 
 struct DistillArgs {

@@ -4,7 +4,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
+#include <filesystem>
 #include <iterator>
 #include <nlohmann/json.hpp>
 
@@ -63,7 +66,16 @@ Expected<std::vector<std::vector<int32_t>>> ReadData(const EvalArgs& args,
   return documents;
 }
 
+// Said at the start: what is measured may take hours.
+Status CheckReport(const std::string& path) {
+  std::filesystem::path folder = std::filesystem::path(path).parent_path();
+  if (folder.empty()) folder = ".";
+  if (::access(folder.c_str(), W_OK) == 0) return Status::Ok();
+  return InvalidArgument("--report: cannot write '{}': {}", path, std::strerror(errno));
+}
+
 Status Eval(const EvalArgs& args) {
+  if (!args.html.empty()) DSLA_RETURN_IF_ERROR(CheckReport(args.html));
   EvaluationOptions options = args.evaluation;
   // Beside level 0, each level is in memory from the start and once for each switch; recall forks
   // what it reads.

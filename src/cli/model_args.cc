@@ -213,6 +213,11 @@ Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences) {
   options.max_positions = args.context;
   if (args.threads < 0 || args.threads > 1024)
     return InvalidArgument("--threads: {} is not in 1 to 1024", args.threads);
+  if (!args.memory.empty()) {
+    const auto bytes = ParseBytes(args.memory);
+    if (!bytes.ok()) return InvalidArgument("--memory: {}", bytes.status().message());
+    loaded.memory_bytes = *bytes;
+  }
   loaded.workspace = std::make_unique<Workspace>();
   loaded.ctx.threads = ThreadCount(args.threads);
   loaded.ctx.workspace = loaded.workspace.get();
@@ -226,10 +231,7 @@ Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences) {
   // What loading took beside the weights goes back to the system: a half of a small model's memory.
   loaded.file->ReleasePages();
   ::malloc_trim(0);
-  loaded.memory_bytes = DefaultMemory(*loaded.model, sequences);
-  if (!args.memory.empty()) {
-    DSLA_ASSIGN_OR_RETURN(loaded.memory_bytes, ParseBytes(args.memory));
-  }
+  if (args.memory.empty()) loaded.memory_bytes = DefaultMemory(*loaded.model, sequences);
   loaded.load_seconds = NowSeconds() - start;
   return loaded;
 }

@@ -15,19 +15,36 @@ namespace {
 
 std::atomic<bool> interrupted{false};
 
+// Control-C ends the answer while there is one of these, elsewhere the program.
+class InterruptCatcher {
+ public:
+  InterruptCatcher() {
+    interrupted = false;
+    before_ = std::signal(SIGINT, [](int) { interrupted = true; });
+  }
+  ~InterruptCatcher() { std::signal(SIGINT, before_); }
+  InterruptCatcher(const InterruptCatcher&) = delete;
+  InterruptCatcher& operator=(const InterruptCatcher&) = delete;
+
+ private:
+  void (*before_)(int);
+};
+
+// The cache ran out; the message has its figures.
+Status NamingTheOption(const Status& status) {
+  if (status.code() != StatusCode::kResourceExhausted) return status;
+  return ResourceExhausted("{} (see --memory and --tier auto)", status.message());
+}
+
 double PerSecond(double count, double seconds) { return seconds > 0 ? count / seconds : 0; }
 
 }  // namespace
-
-void CatchInterrupts() {
-  std::signal(SIGINT, [](int) { interrupted = true; });
-}
-void ForgetInterrupt() { interrupted = false; }
 
 Expected<Reply> Answer(const LoadedModel& loaded, CachePool& pool,
                        std::unique_ptr<Session>& session, const SessionOptions& session_options,
                        const std::vector<int32_t>& prompt, GenerateOptions options, bool chat,
                        bool stream) {
+  const InterruptCatcher catcher;
   Reply reply;
   const double start = NowSeconds();
   // States cannot be rewound: a conversation that does not continue what is cached starts over.
@@ -53,7 +70,7 @@ Expected<Reply> Answer(const LoadedModel& loaded, CachePool& pool,
         }
         return !interrupted.load();
       });
-  if (!prefilled.ok()) return prefilled;
+  if (!prefilled.ok()) return NamingTheOption(prefilled);
   reply.prefill_seconds = NowSeconds() - start;
 
   IncrementalDecoder decoder(*loaded.tokenizer, {.skip_special = true, .continues = !chat});
@@ -67,9 +84,11 @@ Expected<Reply> Answer(const LoadedModel& loaded, CachePool& pool,
     emit(decoder.Push(token));
     return !interrupted.load();
   };
-  DSLA_ASSIGN_OR_RETURN(reply.result, session->Generate(options));
+  auto result = session->Generate(options);
   emit(decoder.Finish());
   if (stream) std::fputs("\n", stdout);
+  if (!result.ok()) return NamingTheOption(result.status());
+  reply.result = std::move(result).value();
   reply.first_token_seconds = reply.prefill_seconds + reply.result.seconds_to_first_token;
   return reply;
 }

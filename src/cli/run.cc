@@ -11,6 +11,7 @@
 #include "base/mapped_file.h"
 #include "cli/commands.h"
 #include "cli/reply.h"
+#include "cli/sampling_args.h"
 #include "engine/prompt.h"
 
 namespace dsla {
@@ -24,6 +25,7 @@ struct RunArgs {
   std::string chat_template;
   bool chat = false;
   bool raw = false;
+  bool no_thinking = false;
   std::string tier = "full";
   int level = 0;
   std::vector<std::string> raise_at;
@@ -76,6 +78,23 @@ Expected<std::string> ReadPrompt(const RunArgs& args) {
   return text;
 }
 
+// What can be said before the model is loaded, which may take long.
+Status CheckArgs(const RunArgs& args) {
+  if (args.chat && args.file == "-")
+    return InvalidArgument("--chat: reads what is said from standard input, so not '--file -'");
+  for (const auto& [given, name] : {std::pair(args.raw, "--raw"), std::pair(args.json, "--json")}) {
+    if (args.chat && given) return InvalidArgument("{} does not go with --chat", name);
+  }
+  if (args.tier != "full" && args.tier != "auto" && args.tier != "economy")
+    return InvalidArgument("--tier: '{}' is not one of full, auto, economy", args.tier);
+  if (args.prefill_chunk < 1)
+    return InvalidArgument("--prefill-chunk: {} is not positive", args.prefill_chunk);
+  if (args.max_tokens < 0) return InvalidArgument("--max-tokens: {} is negative", args.max_tokens);
+  if (!args.chat_template.empty())
+    DSLA_RETURN_IF_ERROR(ChatTemplateByName(args.chat_template).status());
+  return Validate(args.sampling, 0);  // --logit-bias is not part of it yet
+}
+
 // The template for the model's conversations, or none for plain completion.
 Expected<std::optional<ChatTemplate>> ChooseTemplate(const RunArgs& args,
                                                      const LoadedModel& loaded) {
@@ -95,16 +114,10 @@ Expected<SessionOptions> ChooseLevel(const RunArgs& args, const LoadedModel& loa
   options.prefill_chunk = args.prefill_chunk;
   const AdapterInfo* adapter = loaded.model->adapter();
   const int top = adapter == nullptr ? 0 : adapter->top_level;
-  if (args.tier != "full" && args.tier != "auto" && args.tier != "economy") {
-    return InvalidArgument("--tier: '{}' is not one of full, auto, economy", args.tier);
-  }
   if (args.tier != "full" && adapter == nullptr) {
     return InvalidArgument("--tier {}: '{}' has no adapter, so only tier full", args.tier,
                            loaded.file->path());
   }
-  if (args.prefill_chunk < 1)
-    return InvalidArgument("--prefill-chunk: {} is not positive", args.prefill_chunk);
-  if (args.max_tokens < 0) return InvalidArgument("--max-tokens: {} is negative", args.max_tokens);
   options.level = args.tier == "economy" ? top : args.level;
   options.auto_raise = args.tier == "auto";
   options.auto_top_level = top;
@@ -148,20 +161,22 @@ Expected<GenerateOptions> MakeGenerateOptions(const RunArgs& args, const LoadedM
   return options;
 }
 
-Expected<std::vector<int32_t>> EncodePrompt(const LoadedModel& loaded,
+Expected<std::vector<int32_t>> EncodePrompt(const RunArgs& args, const LoadedModel& loaded,
                                             const std::optional<ChatTemplate>& chat_template,
                                             const std::vector<ChatMessage>& messages) {
   if (!chat_template) return loaded.tokenizer->Encode(messages.back().content);
-  return EncodeChat(*loaded.tokenizer, *chat_template, messages, true);
+  return EncodeChat(*loaded.tokenizer, *chat_template, messages,
+                    {.enable_thinking = !args.no_thinking});
 }
 
 constexpr char kChatHelp[] =
     "/level N  raise the running conversation to level N      /stats  figures of the last answer\n"
     "/clear    start over                                     /quit   leave (or Ctrl-D)\n";
 
-// The terminal conversation: each turn continues the cached one.
-Status Chat(const RunArgs& args, const LoadedModel& loaded, const SessionOptions& session_options,
-            const GenerateOptions& generate_options) {
+// The terminal conversation: each turn continues the cached one. `first` is the first turn's text;
+// empty: it is asked for.
+Status Chat(const RunArgs& args, const LoadedModel& loaded, const std::string& first,
+            const SessionOptions& session_options, const GenerateOptions& generate_options) {
   DSLA_ASSIGN_OR_RETURN(const auto chat_template, ChooseTemplate(args, loaded));
   if (!chat_template)
     return InvalidArgument("--chat: '{}' has no chat template; name one with --chat-template",
@@ -175,13 +190,28 @@ Status Chat(const RunArgs& args, const LoadedModel& loaded, const SessionOptions
     messages.clear();
     if (!args.system.empty()) messages.push_back({"system", args.system});
   };
+  const auto say = [&](const std::string& text) -> Status {
+    messages.push_back({"user", text});
+    DSLA_ASSIGN_OR_RETURN(const auto prompt, EncodePrompt(args, loaded, chat_template, messages));
+    auto answer = Answer(loaded, pool, session, session_options, prompt, generate_options,
+                         /*chat=*/true, /*stream=*/true);
+    if (!answer.ok()) {
+      fmt::print(stderr, "{} (/clear starts over)\n", answer.status().message());
+      messages.pop_back();
+      return Status::Ok();
+    }
+    reply = std::move(answer).value();
+    messages.push_back({"assistant", reply.text});
+    if (args.stats) PrintStats(loaded, *session, reply);
+    return Status::Ok();
+  };
   clear();
   fmt::print(stderr, "{}, level {} of {}. /help lists the commands.\n", loaded.model->config().name,
              session_options.level, loaded.model->max_level());
+  if (!first.empty()) DSLA_RETURN_IF_ERROR(say(first));
   for (std::string line;;) {
     fmt::print(stderr, "> ");
     if (!std::getline(std::cin, line)) break;
-    ForgetInterrupt();
     if (line.empty()) continue;
     if (line == "/quit") break;
     if (line == "/help") {
@@ -201,38 +231,28 @@ Status Chat(const RunArgs& args, const LoadedModel& loaded, const SessionOptions
     } else if (line.front() == '/') {
       fmt::print(stderr, "no such command: {}\n{}", line, kChatHelp);
     } else {
-      messages.push_back({"user", line});
-      DSLA_ASSIGN_OR_RETURN(const auto prompt, EncodePrompt(loaded, chat_template, messages));
-      auto answer = Answer(loaded, pool, session, session_options, prompt, generate_options,
-                           /*chat=*/true, /*stream=*/true);
-      if (!answer.ok()) {
-        fmt::print(stderr, "{}\n", answer.status().message());
-        messages.pop_back();
-        continue;
-      }
-      reply = std::move(answer).value();
-      messages.push_back({"assistant", reply.text});
-      if (args.stats) PrintStats(loaded, *session, reply);
+      DSLA_RETURN_IF_ERROR(say(line));
     }
   }
   return Status::Ok();
 }
 
 Status Run(const RunArgs& args) {
-  std::vector<ChatMessage> messages;
-  if (!args.system.empty()) messages.push_back({"system", args.system});
-  if (!args.chat) {
-    // Before the model is loaded, so that a bad prompt fails at once.
-    DSLA_ASSIGN_OR_RETURN(std::string text, ReadPrompt(args));
-    messages.push_back({"user", std::move(text)});
+  DSLA_RETURN_IF_ERROR(CheckArgs(args));
+  std::string text;
+  if (!args.chat || !args.file.empty() || !args.prompt.empty()) {
+    DSLA_ASSIGN_OR_RETURN(text, ReadPrompt(args));
   }
   DSLA_ASSIGN_OR_RETURN(const LoadedModel loaded, LoadModel(args.model));
   DSLA_ASSIGN_OR_RETURN(const SessionOptions session_options, ChooseLevel(args, loaded));
   DSLA_ASSIGN_OR_RETURN(const GenerateOptions generate_options, MakeGenerateOptions(args, loaded));
-  if (args.chat) return Chat(args, loaded, session_options, generate_options);
+  if (args.chat) return Chat(args, loaded, text, session_options, generate_options);
 
+  std::vector<ChatMessage> messages;
+  if (!args.system.empty()) messages.push_back({"system", args.system});
+  messages.push_back({"user", std::move(text)});
   DSLA_ASSIGN_OR_RETURN(const auto chat_template, ChooseTemplate(args, loaded));
-  DSLA_ASSIGN_OR_RETURN(const auto prompt, EncodePrompt(loaded, chat_template, messages));
+  DSLA_ASSIGN_OR_RETURN(const auto prompt, EncodePrompt(args, loaded, chat_template, messages));
   DSLA_ASSIGN_OR_RETURN(CachePool pool, loaded.NewPool());
   std::unique_ptr<Session> session;
   DSLA_ASSIGN_OR_RETURN(const Reply reply,
@@ -251,43 +271,13 @@ Status Run(const RunArgs& args) {
 
 void AddSampling(CLI::App& command, RunArgs& args) {
   const auto group = "Sampling";
-  SamplingParams& sampling = args.sampling;
-  sampling.temperature = 0;  // a plain run answers the same every time
-  command.add_option("--temperature", sampling.temperature, "0 = always the likeliest token")
-      ->capture_default_str()
-      ->group(group);
-  command.add_option("--top-k", sampling.top_k, "keep the K likeliest tokens; 0 = all")
-      ->capture_default_str()
-      ->group(group);
-  command
-      .add_option("--top-p", sampling.top_p, "keep the likeliest tokens of this total probability")
-      ->capture_default_str()
-      ->group(group);
-  command
-      .add_option("--min-p", sampling.min_p,
-                  "drop tokens under this share of the likeliest one's probability")
-      ->capture_default_str()
-      ->group(group);
-  command
-      .add_option("--repetition-penalty", sampling.repetition_penalty,
-                  "divides the logits of tokens seen; 1 = off")
-      ->capture_default_str()
-      ->group(group);
-  command
-      .add_option("--presence-penalty", sampling.presence_penalty,
-                  "subtracted once from tokens of the reply")
-      ->capture_default_str()
-      ->group(group);
-  command
-      .add_option("--frequency-penalty", sampling.frequency_penalty,
-                  "subtracted from tokens of the reply, each time")
-      ->capture_default_str()
-      ->group(group);
+  args.sampling.temperature = 0;  // a plain run answers the same every time
+  AddSamplingArgs(command, args.sampling, group);
   command.add_option("--logit-bias", args.logit_bias, "added to a token's logit; may be repeated")
       ->type_name("ID:BIAS")
       ->allow_extra_args(false)
       ->group(group);
-  command.add_option("--seed", sampling.seed, "draws depend on it and the position alone")
+  command.add_option("--seed", args.sampling.seed, "draws depend on it and the position alone")
       ->capture_default_str()
       ->group(group);
 }
@@ -314,13 +304,20 @@ void AddRun(CLI::App& app, Command& chosen) {
   command.add_option("-s,--system", args->system, "system message")
       ->type_name("TEXT")
       ->group(group);
-  command.add_flag("--chat", args->chat, "converse in the terminal")->group(group);
+  command
+      .add_flag("--chat", args->chat,
+                "converse in the terminal; PROMPT and --file, if given, are the first turn")
+      ->group(group);
   command.add_flag("--raw", args->raw, "continue the text as it is, without a chat template")
       ->group(group);
   command
       .add_option("--chat-template", args->chat_template,
                   "use this template instead of the model's own")
       ->type_name("NAME")
+      ->group(group);
+  command
+      .add_flag("--no-thinking", args->no_thinking,
+                "let the answer begin at once where the model may think before it (Qwen3)")
       ->group(group);
 
   const auto levels = "Level";
@@ -366,7 +363,6 @@ void AddRun(CLI::App& app, Command& chosen) {
 
   command.callback([args, &chosen] {
     chosen = [args] {
-      CatchInterrupts();
       const Status status = Run(*args);
       return status.ok() ? 0 : Fail(status);
     };

@@ -84,6 +84,7 @@ class Program {
   Status MakeEngine();
   Status MakeApi();
   std::shared_ptr<Router> NewRouter() const;
+  std::string Url() const;
   void WarnOfSmallCache(Tier tier);
 
   const ServeArgs& args_;
@@ -125,14 +126,19 @@ std::shared_ptr<Router> Program::NewRouter() const {
   return router;
 }
 
+std::string Program::Url() const {
+  const std::string& host = args_.http.host;
+  const bool v6 = host.find(':') != std::string::npos;
+  return fmt::format("{}://{}:{}/", scheme_, v6 ? "[" + host + "]" : host, server_->port());
+}
+
 Status Program::Listen() {
   DSLA_ASSIGN_OR_RETURN(const HttpServerOptions options, HttpOptionsOf(args_));
   DSLA_ASSIGN_OR_RETURN(KeyRing keys, KeysOf(args_));
   if (!options.tls_cert.empty()) scheme_ = "https";
   DSLA_ASSIGN_OR_RETURN(server_,
                         HttpServer::Start(options, NewRouter(), std::move(keys), &access_log_));
-  log_->Write(LogLevel::kInfo, "listening",
-              {{"url", fmt::format("{}://{}:{}/", scheme_, options.host, server_->port())}});
+  log_->Write(LogLevel::kInfo, "listening", {{"url", Url()}});
   loader_ = std::thread([this] { Load(); });
   return Status::Ok();
 }
@@ -197,6 +203,11 @@ Status Program::MakeEngine() {
                            ladder_.max_level,
                            ladder_.adapter.empty() ? ": there is no adapter" : "");
   }
+  if (policy_.policy == "fixed" && policy_.fixed_level > policy_.max_level) {
+    return InvalidArgument("--level: {} is above the highest level, {}{}", policy_.fixed_level,
+                           policy_.max_level,
+                           ladder_.adapter.empty() ? ": there is no adapter" : "");
+  }
   EngineOptions options = args_.engine;
   // A GPU is only busy with many rows, and takes a few ms for them.
   constexpr int kDeviceBatchTokens = 4096;
@@ -209,6 +220,8 @@ Status Program::MakeEngine() {
   options.prefix_cache = !args_.no_prefix_cache;
   options.default_max_level = policy_.max_level;
   policy_.slo.prefill_chunk = options.max_batch_tokens;
+  DSLA_RETURN_IF_ERROR(  // before the time that measuring takes
+      CheckOptions(options, ladder_.max_level, model_.model->cache_geometry().page_size));
   if (ladder_.max_level == 0) {
     if (policy_.policy != "fixed") policy_.fixed_level = 0;
     policy_.policy = "fixed";  // there is nothing to decide, and nothing to measure for it
@@ -271,6 +284,7 @@ Status Program::MakeApi() {
   DSLA_ASSIGN_OR_RETURN(context.limits.default_tier, TierOf(args_.default_tier));
   if (context.limits.default_tier == Tier::kEconomy && ladder_.max_level == 0)
     return InvalidArgument("--default-tier: economy needs an adapter, and there is none");
+  context.limits.sampling = args_.sampling;
   WarnOfSmallCache(context.limits.default_tier);
   context.default_timeout = args_.request_timeout;
   context.max_in_flight = args_.max_in_flight;
@@ -288,10 +302,9 @@ Status Program::MakeApi() {
   server_->SetRouter(router);
   health_.SetPhase(Phase::kServing);
   server_->SetPhase(Phase::kServing);
-  log_->Write(LogLevel::kInfo, "ready",
-              {{"url", fmt::format("{}://{}:{}/", scheme_, args_.http.host, server_->port())},
-               {"policy", policy_.policy},
-               {"max_level", int64_t{policy_.max_level}}});
+  log_->Write(
+      LogLevel::kInfo, "ready",
+      {{"url", Url()}, {"policy", policy_.policy}, {"max_level", int64_t{policy_.max_level}}});
   return Status::Ok();
 }
 
@@ -382,6 +395,7 @@ int Serve(CLI::App& command, ServeArgs& args) {
   const std::vector<std::string> dropped = DropServiceVariables(command, environment);
   const auto config = ResolveConfig(command, environment, kServeSecrets);
   if (!config.ok()) return Fail(config.status());
+  if (const Status status = CheckArgs(command, args); !status.ok()) return Fail(status);
   const auto log_options = LogOptionsOf(args);
   if (!log_options.ok()) return Fail(log_options.status());
   auto opened = Log::Open(*log_options);

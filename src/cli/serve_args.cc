@@ -1,5 +1,11 @@
 #include "cli/serve_args.h"
 
+#include <algorithm>
+
+#include "cli/sampling_args.h"
+#include "format/chat/chat_template.h"
+#include "ops/sampling/sampling.h"
+
 namespace dsla {
 namespace {
 
@@ -223,6 +229,13 @@ void AddLog(CLI::App& command, ServeArgs& args) {
       ->group(group);
 }
 
+// As it stands in a browser's Origin header: without a path, not even "/".
+bool IsOrigin(const std::string& text) {
+  const size_t scheme = text.find("://");
+  if (scheme == std::string::npos) return text == "*" || text == "null";
+  return scheme > 0 && scheme + 3 < text.size() && text.find('/', scheme + 3) == std::string::npos;
+}
+
 // Those given, then those of the file.
 Status AppendKeyFile(const std::string& path, std::vector<std::string>& keys) {
   if (path.empty()) return Status::Ok();
@@ -263,7 +276,20 @@ void ServeArgs::AddTo(CLI::App& command) {
   AddHttpLimits(command, *this);
   AddEngine(command, *this);
   AddPolicy(command, *this);
+  AddSamplingArgs(command, sampling, "Sampling, of requests that do not say theirs");
   AddLog(command, *this);
+}
+
+Status CheckArgs(const CLI::App& command, const ServeArgs& args) {
+  if (args.policy.policy != "fixed" && command.get_option("--level")->count() > 0) {
+    return InvalidArgument("--level: {} is the level of --policy fixed; the policy is {}",
+                           args.policy.fixed_level, args.policy.policy);
+  }
+  if (std::find(args.model_names.begin(), args.model_names.end(), "") != args.model_names.end())
+    return InvalidArgument("--model-name: is empty");
+  DSLA_RETURN_IF_ERROR(Validate(args.sampling, 0));
+  if (args.chat_template.empty()) return Status::Ok();
+  return ChatTemplateByName(args.chat_template).status();
 }
 
 Expected<LogOptions> LogOptionsOf(const ServeArgs& args) {
@@ -276,6 +302,17 @@ Expected<LogOptions> LogOptionsOf(const ServeArgs& args) {
 
 Expected<HttpServerOptions> HttpOptionsOf(const ServeArgs& args) {
   HttpServerOptions options = args.http;
+  // To the resolver it means every address, which is more than one who left a variable empty wants.
+  if (options.host.empty())
+    return InvalidArgument("--host: is empty; every address of this machine is 0.0.0.0 or ::");
+  for (const std::string& origin : options.cors_origins) {
+    if (!IsOrigin(origin)) {
+      return InvalidArgument(
+          "--cors-origin: '{}' is neither '*' nor an origin such as https://example.org, as "
+          "browsers send it",
+          origin);
+    }
+  }
   const auto bytes = ParseBytes(args.max_body);
   if (!bytes.ok()) return InvalidArgument("--max-body: {}", bytes.status().message());
   options.limits.body_bytes = *bytes;

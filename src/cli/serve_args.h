@@ -32,6 +32,7 @@ struct ServeArgs {
   int max_batch_tokens = 0;  // 0: what suits the device
   bool no_prefix_cache = false;
   std::string default_tier = "auto";
+  SamplingParams sampling;     // of requests that say nothing of theirs
   double request_timeout = 0;  // seconds; 0 = none
   int max_in_flight = 4096;
 
@@ -48,6 +49,8 @@ struct ServeArgs {
 // Options whose values are never shown.
 extern const std::vector<std::string> kServeSecrets;
 
+// What can be said before the model is loaded, of `args` as `command` has read them.
+Status CheckArgs(const CLI::App& command, const ServeArgs& args);
 Expected<LogOptions> LogOptionsOf(const ServeArgs& args);
 Expected<HttpServerOptions> HttpOptionsOf(const ServeArgs& args);
 Expected<KeyRing> KeysOf(const ServeArgs& args);

@@ -43,11 +43,26 @@ Expected<CostModel> ReadCost(const std::string& path, const std::string& with) {
   return model;
 }
 
+std::string PartOf(const std::string& path) { return path + ".part"; }
+
+Status CannotWrite(const std::string& path, const std::string& why) {
+  return InvalidArgument("--cost-model: cannot write '{}': {}", path, why);
+}
+
+// Said before the time that measuring takes.
+Status CheckWritable(const std::string& path) {
+  const bool opened = std::ofstream(PartOf(path)).is_open();
+  if (!opened) return CannotWrite(path, std::strerror(errno));
+  std::error_code error;
+  std::filesystem::remove(PartOf(path), error);
+  return Status::Ok();
+}
+
 // Whole or not at all: a server that is started beside this one may read it.
 Status WriteCost(const CostModel& model, const std::string& with, const std::string& path) {
   const nlohmann::json json{{"measured_with", with},
                             {"cost_model", nlohmann::json::parse(model.ToJson())}};
-  const std::string temporary = path + ".part";
+  const std::string temporary = PartOf(path);
   std::ofstream file(temporary);
   file << json.dump(1) << '\n';
   file.close();
@@ -56,7 +71,7 @@ Status WriteCost(const CostModel& model, const std::string& with, const std::str
   if (file.good() && !error) return Status::Ok();
   const std::string why = error ? error.message() : std::strerror(errno);
   std::filesystem::remove(temporary, error);
-  return InvalidArgument("--cost-model: cannot write '{}': {}", path, why);
+  return CannotWrite(path, why);
 }
 
 }  // namespace
@@ -71,6 +86,7 @@ Expected<ServeCost> CostForServing(const LoadedModel& loaded, int top_level,
       DSLA_ASSIGN_OR_RETURN(CostModel model, ReadCost(path, with));
       return ServeCost{.model = std::move(model), .measured = false};
     }
+    DSLA_RETURN_IF_ERROR(CheckWritable(path));
   }
   DSLA_ASSIGN_OR_RETURN(CostModel model,
                         Calibrate(loaded.ctx, *loaded.model,

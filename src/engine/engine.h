@@ -37,6 +37,10 @@ struct EngineOptions {
   int default_max_level = 0;  // highest level for Tier::kAuto
 };
 
+// What Engine::Create refuses, for who does long work before it. kInvalidArgument, naming the
+// option.
+Status CheckOptions(const EngineOptions& options, int max_level, int page_size);
+
 // Why a request was not accepted.
 struct Rejection {
   enum class Kind {

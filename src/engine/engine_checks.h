@@ -31,7 +31,4 @@ struct RequestLimits {
 // The first field that is wrong, or nothing. Without the bounds of the cache and of the queue.
 std::optional<Rejection> CheckRequest(const Request& request, const RequestLimits& limits);
 
-// kInvalidArgument, naming the option.
-Status CheckOptions(const EngineOptions& options, int max_level, int page_size);
-
 }  // namespace dsla

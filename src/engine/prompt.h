@@ -12,11 +12,21 @@
 
 namespace dsla {
 
+struct PromptOptions {
+  bool add_generation_prompt = true;  // the beginning of an answer
+  bool enable_thinking = true;        // false: the answer begins with its thinking over (Qwen3)
+  // The prompt ends within the last message, the assistant's, so that the answer goes on from it.
+  // Goes before add_generation_prompt.
+  bool continue_last = false;
+};
+
 // Renders messages and tokenises the pieces, so that only the template's own control pieces become
-// control tokens. Errors: RenderChat's, and kInvalidArgument for an empty conversation.
+// control tokens. Errors: RenderChat's, kInvalidArgument for an empty conversation or one without
+// an answer to continue, and kUnsupported for a template that cannot do without thinking or that
+// changes the answer.
 Expected<std::vector<int32_t>> EncodeChat(const Tokenizer& tokenizer,
                                           const ChatTemplate& chat_template,
                                           std::span<const ChatMessage> messages,
-                                          bool add_generation_prompt);
+                                          const PromptOptions& prompt = {});
 
 }  // namespace dsla

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <nlohmann/json.hpp>
 
+#include "format/chat/strip.h"
 #include "format/tokenizer/byte_level.h"
 #include "format/tokenizer/testing.h"
 
@@ -85,7 +86,7 @@ TEST(PromptTest, PiecesGiveTheIdsOfTheWholeString) {
   const std::vector<ChatMessage> messages = {
       {"system", "hello"}, {"user", " he ll\n"}, {"assistant", "hello w\u00e9"}, {"user", "hell"}};
   const ChatTemplate chatml_template = ChatTemplateByName("chatml").value();
-  EXPECT_EQ(EncodeChat(*chatml, chatml_template, messages, true).value(),
+  EXPECT_EQ(EncodeChat(*chatml, chatml_template, messages).value(),
             EncodeRendered(*chatml, chatml_template, messages, {}));
 
   const auto metaspace = Metaspace();
@@ -93,7 +94,7 @@ TEST(PromptTest, PiecesGiveTheIdsOfTheWholeString) {
   for (const char* name : {"llama2", "mistral-v0.1", "mistral-v0.3"}) {
     SCOPED_TRACE(name);
     const ChatTemplate chat_template = ChatTemplateByName(name).value();
-    auto ids = EncodeChat(*metaspace, chat_template, turns, true);
+    auto ids = EncodeChat(*metaspace, chat_template, turns);
     ASSERT_TRUE(ids.ok()) << ids.status().message();
     EXPECT_EQ(*ids, EncodeRendered(*metaspace, chat_template, turns,
                                    {.bos = metaspace->bos_id() ? "<s>" : "",
@@ -106,7 +107,7 @@ TEST(PromptTest, TextOfAMessageNeverBecomesAControlToken) {
   const ChatTemplate chatml = ChatTemplateByName("chatml").value();
   const auto control_ids = [&](const std::string& content) {
     const std::vector<ChatMessage> messages = {{"user", content}};
-    const auto ids = EncodeChat(*tokenizer, chatml, messages, true).value();
+    const auto ids = EncodeChat(*tokenizer, chatml, messages).value();
     return std::count_if(ids.begin(), ids.end(),
                          [&](int32_t id) { return tokenizer->IsSpecial(id); });
   };
@@ -115,8 +116,42 @@ TEST(PromptTest, TextOfAMessageNeverBecomesAControlToken) {
   EXPECT_EQ(control_ids("<|im_end|>\n<|im_start|>system\nhello<|end|>"), plain);
 }
 
+TEST(PromptTest, ThinkingIsLeftOutWhereATemplateCan) {
+  const auto tokenizer = ChatMl();
+  const std::vector<ChatMessage> messages = {{"user", "hello"}};
+  const auto end = [&](const char* name) {
+    const auto ids = EncodeChat(*tokenizer, ChatTemplateByName(name).value(), messages,
+                                {.enable_thinking = false});
+    return ids.ok() ? tokenizer->Decode(*ids) : ids.status().message();
+  };
+  EXPECT_TRUE(end("qwen3").ends_with("<think>\n\n</think>\n\n")) << end("qwen3");
+  EXPECT_TRUE(end("chatml").ends_with("assistant\n")) << "it never thinks";
+  EXPECT_EQ(end("qwen3-thinking"), "the chat template 'qwen3-thinking' always thinks");
+}
+
+TEST(PromptTest, TheLastMessageIsContinued) {
+  const auto tokenizer = ChatMl();
+  const auto end = [&](const char* name, std::vector<ChatMessage> messages) {
+    const auto ids =
+        EncodeChat(*tokenizer, ChatTemplateByName(name).value(), messages, {.continue_last = true});
+    return ids.ok() ? tokenizer->Decode(*ids) : ids.status().message();
+  };
+  const std::vector<ChatMessage> hello = {{"user", "hello"}, {"assistant", "hello, w "}};
+  EXPECT_EQ(end("chatml", hello),
+            "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nhello, w ");
+  EXPECT_TRUE(end("llama3", hello).ends_with("hello, w")) << "it trims";
+  for (const std::string& name : ChatTemplateNames()) {
+    EXPECT_TRUE(StripRight(end(name.c_str(), hello)).ends_with("hello, w")) << name;
+  }
+  const std::string none = "the last message is no answer that could be continued";
+  EXPECT_EQ(end("chatml", {{"user", "hello"}}), none);
+  EXPECT_EQ(end("chatml", {{"user", "hello"}, {"assistant", " \n"}}), none);
+  EXPECT_EQ(end("qwen3", {{"user", "hello"}, {"assistant", "<think>a</think>b"}}),
+            "the chat template changes the last message, which cannot be continued");
+}
+
 TEST(PromptTest, AnEmptyConversationIsRefused) {
-  EXPECT_EQ(EncodeChat(*ChatMl(), ChatTemplateByName("chatml").value(), {}, true).status().code(),
+  EXPECT_EQ(EncodeChat(*ChatMl(), ChatTemplateByName("chatml").value(), {}).status().code(),
             StatusCode::kInvalidArgument);
 }
 

@@ -25,8 +25,8 @@ struct Request {
   int max_tokens = 16;  // >= 0; 0 only with prompt_logprobs
   int min_tokens = 0;   // no stop id or stop string ends the reply earlier
   bool ignore_eos = false;
-  bool continues = false;         // the reply's text goes on from the prompt's (completions, not
-                                  // chat): SentencePiece keeps a leading space
+  bool continues = false;         // the reply's text goes on from the prompt's (a completion, or a
+                                  // message continued): SentencePiece keeps a leading space
   std::vector<int32_t> stop_ids;  // besides the model's own end tokens
   std::vector<std::string> stop;  // none empty; the reply ends before the first one
   int top_logprobs = -1;          // -1: none; n >= 0: the chosen token's and the n likeliest

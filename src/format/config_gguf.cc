@@ -62,12 +62,13 @@ class GgufConfigParser {
   Status Refuse() {
     DSLA_ASSIGN_OR_RETURN(const auto experts, gguf_.Integer(Key("expert_count")));
     if (experts.value_or(0) > 0) {
-      return Unsupported("'{}': mixture of {} experts", path_, *experts);
+      return Unsupported("'{}': mixture of {} experts (not supported)", path_, *experts);
     }
     for (const char* suffix : {"logit_scale", "embedding_scale", "residual_scale",
                                "attention.scale", "attention.sliding_window_pattern",
                                "attn_logit_softcapping", "final_logit_softcapping"}) {
-      if (gguf_.Has(Key(suffix))) return Unsupported("'{}': metadata '{}'", path_, Key(suffix));
+      if (gguf_.Has(Key(suffix)))
+        return Unsupported("'{}': metadata '{}' (not supported)", path_, Key(suffix));
     }
     DSLA_ASSIGN_OR_RETURN(const auto causal, gguf_.Bool(Key("attention.causal")));
     if (!causal.value_or(true)) return Unsupported("'{}': attention is not causal", path_);
@@ -81,7 +82,8 @@ class GgufConfigParser {
     if (values.empty()) return DataLoss("'{}': metadata '{}' is empty", path_, key);
     for (const int64_t value : values) {
       if (value != values.front()) {
-        return Unsupported("'{}': metadata '{}' differs between layers", path_, key);
+        return Unsupported("'{}': metadata '{}' differs between layers (not supported)", path_,
+                           key);
       }
     }
     return std::optional(values.front());
@@ -116,10 +118,11 @@ class GgufConfigParser {
     DSLA_RETURN_IF_ERROR(ReadInt("attention.value_length", c.C / c.H, &value_length));
     DSLA_RETURN_IF_ERROR(ReadInt("rope.dimension_count", c.D, &rotated));
     if (value_length != c.D) {
-      return Unsupported("'{}': keys of {} and values of {} channels", path_, c.D, value_length);
+      return Unsupported("'{}': keys of {} and values of {} channels (not supported)", path_, c.D,
+                         value_length);
     }
     if (rotated != c.D) {
-      return Unsupported("'{}': RoPE over {} of {} channels", path_, rotated, c.D);
+      return Unsupported("'{}': RoPE over {} of {} channels (not supported)", path_, rotated, c.D);
     }
     DSLA_RETURN_IF_ERROR(VocabularySize());
     const std::string eps = Key("attention.layer_norm_rms_epsilon");
@@ -154,7 +157,8 @@ class GgufConfigParser {
     }
     const GgufTensor* table = FindTensor(gguf_, "rope_freqs.weight");
     if (linear && table != nullptr) {
-      return Unsupported("'{}': linear RoPE scaling together with rope_freqs.weight", path_);
+      return Unsupported(
+          "'{}': linear RoPE scaling together with rope_freqs.weight (not supported)", path_);
     }
     if (linear) {
       rope.scaling = RopeScaling::kLinear;

@@ -162,11 +162,12 @@ class HfConfigParser {
     for (const char* key : {"mlp_bias", "rope_interleaved"}) {
       bool value = false;
       DSLA_RETURN_IF_ERROR(fields_.Bool(key, false, &value));
-      if (value) return Unsupported("'{}': {}", path_, key);
+      if (value) return Unsupported("'{}': {} (not supported)", path_, key);
     }
     double rotated = 1;
     DSLA_RETURN_IF_ERROR(fields_.Number("partial_rotary_factor", 1.0, &rotated));
-    if (rotated != 1) return Unsupported("'{}': partial_rotary_factor {}", path_, rotated);
+    if (rotated != 1)
+      return Unsupported("'{}': partial_rotary_factor {} (not supported)", path_, rotated);
     return Status::Ok();
   }
 
@@ -196,7 +197,8 @@ class HfConfigParser {
     bool bias = false;
     DSLA_RETURN_IF_ERROR(fields_.Bool("attention_bias", false, &bias));
     if (bias && !family_->attention_bias_key) {
-      return Unsupported("'{}': attention_bias for {}", path_, config_.architecture);
+      return Unsupported("'{}': attention_bias for {} (not supported)", path_,
+                         config_.architecture);
     }
     config_.qkv_bias = bias || family_->qkv_bias;
     config_.o_bias = bias;
@@ -215,14 +217,15 @@ class HfConfigParser {
     if (!parameters->is_object()) return DataLoss("'{}': {} is not an object", path_, key);
     for (const auto& item : parameters->items()) {
       if (item.value().is_object()) {
-        return Unsupported("'{}': {} that differ between layers", path_, key);
+        return Unsupported("'{}': {} that differ between layers (not supported)", path_, key);
       }
     }
     const Fields scaling(*parameters, path_);
     DSLA_RETURN_IF_ERROR(scaling.Number("rope_theta", rope.theta, &rope.theta));
     double rotated = 1;
     DSLA_RETURN_IF_ERROR(scaling.Number("partial_rotary_factor", 1.0, &rotated));
-    if (rotated != 1) return Unsupported("'{}': partial_rotary_factor {}", path_, rotated);
+    if (rotated != 1)
+      return Unsupported("'{}': partial_rotary_factor {} (not supported)", path_, rotated);
     std::string type;
     DSLA_RETURN_IF_ERROR(scaling.String("type", "default", &type));
     DSLA_RETURN_IF_ERROR(scaling.String("rope_type", type.c_str(), &type));
@@ -253,7 +256,8 @@ class HfConfigParser {
     if (mistral && !fields_.Has("sliding_window")) window = 4096;
     if (!used) window = 0;
     if (window > 0 && !mistral && !qwen) {
-      return Unsupported("'{}': sliding_window for {}", path_, config_.architecture);
+      return Unsupported("'{}': sliding_window for {} (not supported)", path_,
+                         config_.architecture);
     }
     if (const json* types = fields_.Find("layer_types")) {
       DSLA_RETURN_IF_ERROR(LayerTypes(*types, &window));

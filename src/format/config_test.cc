@@ -123,7 +123,8 @@ TEST(HfConfig, SlidingWindow) {
   EXPECT_EQ(Parse(c).status().message(), "'c.json': layer_types is not a list of 24 names");
   c = Llama3();
   c["sliding_window"] = 1024;
-  EXPECT_EQ(Parse(c).status().message(), "'c.json': sliding_window for LlamaForCausalLM");
+  EXPECT_EQ(Parse(c).status().message(),
+            "'c.json': sliding_window for LlamaForCausalLM (not supported)");
 }
 
 TEST(HfConfig, Qwen) {
@@ -157,7 +158,8 @@ TEST(HfConfig, RopeSpellings) {
   EXPECT_EQ(Good(c).rope.theta, 20000.0);
   EXPECT_EQ(Good(c).rope.factor, 2.0);
   c["rope_parameters"] = {{"full_attention", {{"rope_type", "default"}}}};
-  EXPECT_EQ(Parse(c).status().message(), "'c.json': rope_parameters that differ between layers");
+  EXPECT_EQ(Parse(c).status().message(),
+            "'c.json': rope_parameters that differ between layers (not supported)");
 }
 
 TEST(HfConfig, Refused) {
@@ -177,12 +179,12 @@ TEST(HfConfig, Refused) {
       {"architectures", nullptr, "architectures is not a list of one name"},
       {"architectures", json::array(), "architectures is not a list of one name"},
       {"hidden_act", "gelu", "hidden_act 'gelu' (known: silu)"},
-      {"mlp_bias", true, "mlp_bias"},
+      {"mlp_bias", true, "mlp_bias (not supported)"},
       {"mlp_bias", 1, "mlp_bias is neither true nor false"},
       {"quantization_config",
        {{"quant_method", "gptq"}},
        "quantization_config (weights must be F32, F16 or BF16)"},
-      {"partial_rotary_factor", 0.5, "partial_rotary_factor 0.5"},
+      {"partial_rotary_factor", 0.5, "partial_rotary_factor 0.5 (not supported)"},
       {"rope_scaling",
        {{"rope_type", "yarn"}, {"factor", 2.0}},
        "RoPE scaling 'yarn' (known: default, linear, llama3)"},
@@ -379,8 +381,9 @@ TEST(GgufConfig, Refused) {
        "unknown architecture 'mamba' (known: llama, qwen2, qwen3)"},
       {[](Builder* b) { b->U32("split.count", 3); },
        "one of 3 split files; merge them into one first"},
-      {[](Builder* b) { b->U32("llama.expert_count", 8); }, "mixture of 8 experts"},
-      {[](Builder* b) { b->F32("llama.logit_scale", 8); }, "metadata 'llama.logit_scale'"},
+      {[](Builder* b) { b->U32("llama.expert_count", 8); }, "mixture of 8 experts (not supported)"},
+      {[](Builder* b) { b->F32("llama.logit_scale", 8); },
+       "metadata 'llama.logit_scale' (not supported)"},
       {[](Builder* b) { b->Bool("llama.attention.causal", false); }, "attention is not causal"},
       {[](Builder* b) { b->Remove("llama.block_count"); }, "no llama.block_count in the metadata"},
       {[](Builder* b) {
@@ -397,7 +400,7 @@ TEST(GgufConfig, Refused) {
          b->Remove("llama.attention.head_count_kv");
          b->I32s("llama.attention.head_count_kv", {1, 2});
        },
-       "metadata 'llama.attention.head_count_kv' differs between layers"},
+       "metadata 'llama.attention.head_count_kv' differs between layers (not supported)"},
       {[](Builder* b) {
          b->Remove("llama.attention.head_count");
          b->U32("llama.attention.head_count", 0);
@@ -407,8 +410,9 @@ TEST(GgufConfig, Refused) {
          b->Remove("llama.attention.value_length");
          b->U32("llama.attention.value_length", 8);
        },
-       "keys of 4 and values of 8 channels"},
-      {[](Builder* b) { b->U32("llama.rope.dimension_count", 2); }, "RoPE over 2 of 4 channels"},
+       "keys of 4 and values of 8 channels (not supported)"},
+      {[](Builder* b) { b->U32("llama.rope.dimension_count", 2); },
+       "RoPE over 2 of 4 channels (not supported)"},
       {[](Builder* b) { b->Find("token_embd.weight")->name = "embd"; },
        "no tensor 'token_embd.weight'"},
       {[](Builder* b) { b->String("llama.rope.scaling.type", "yarn"); },

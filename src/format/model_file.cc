@@ -1,6 +1,7 @@
 #include "format/model_file.h"
 
 #include <filesystem>
+#include <iterator>
 #include <system_error>
 
 #include "base/check.h"
@@ -41,6 +42,19 @@ void HashSampled(std::span<const std::byte> data, Sha256* hash) {
     const size_t offset = (data.size() - kBlock) * i / (kBlocks - 1);
     hash->Update(data.subspan(offset, kBlock));
   }
+}
+
+// "meta-llama/Llama-3.2-1B", a name on the Hugging Face Hub as other servers take it.
+bool IsHubName(const std::filesystem::path& path) {
+  return std::distance(path.begin(), path.end()) == 2 && path.is_relative() &&
+         !path.string().starts_with('.') && path.extension() != ".gguf";
+}
+
+// A shard, a tokenizer or the like beside the config.json of its model.
+bool IsPartOfHfModel(const std::filesystem::path& path) {
+  std::error_code error;
+  return (path.extension() == ".safetensors" || path.extension() == ".json") &&
+         std::filesystem::exists(path.parent_path() / "config.json", error);
 }
 
 }  // namespace
@@ -84,12 +98,17 @@ Expected<std::unique_ptr<ModelFile>> ModelFile::Open(const std::string& path) {
   std::error_code error;
   const auto status = std::filesystem::status(path, error);
   if (!std::filesystem::exists(status)) {
-    return NotFound("cannot open '{}': {}", Printable(path),
-                    error ? error.message() : std::string("No such file or directory"));
+    return NotFound("cannot open '{}': {}{}", Printable(path),
+                    error ? error.message() : std::string("No such file or directory"),
+                    IsHubName(path) ? " (models are read from files, none is downloaded)" : "");
   }
   if (std::filesystem::is_directory(status)) return OpenHfModel(path);
   if (!std::filesystem::is_regular_file(status)) {
     return InvalidArgument("'{}' is neither a file nor a directory", path);
+  }
+  if (IsPartOfHfModel(path)) {
+    return InvalidArgument("'{}' is one file of a Hugging Face model: its directory is the model",
+                           path);
   }
   return OpenGgufModel(path);
 }

@@ -309,6 +309,17 @@ TEST(ModelFile, UnreadablePaths) {
   EXPECT_EQ(ModelFile::Open("/dev/null").status().message(),
             "'/dev/null' is neither a file nor a directory");
   EXPECT_EQ(ModelFile::Open("").status().message(), "cannot open '': No such file or directory");
+  EXPECT_EQ(
+      ModelFile::Open("meta-llama/Llama-3.2-1B").status().message(),
+      "cannot open 'meta-llama/Llama-3.2-1B': No such file or directory (models are read from "
+      "files, none is downloaded)");
+  const TempDir model;
+  model.Write("config.json", "{}");
+  for (const std::string name : {"config.json", "model-00001-of-00002.safetensors"}) {
+    const std::string part = model.Write(name, "{}");
+    EXPECT_EQ(ModelFile::Open(part).status().message(),
+              "'" + part + "' is one file of a Hugging Face model: its directory is the model");
+  }
   const TempDir dir;
   const std::string path = dir.Write("text.gguf", "hello, this is no model");
   EXPECT_EQ(ModelFile::Open(path).status().message(),

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <numeric>
 #include <regex>
 
@@ -25,10 +26,6 @@ std::string EnvironmentName(const std::string& option) {
 std::string NameOf(const CLI::Option& option) {
   const auto& names = option.get_lnames();
   return names.empty() || names[0] == "help" ? "" : names[0];
-}
-
-std::string Hint(const std::string& near) {
-  return near.empty() ? "" : fmt::format(" (did you mean '{}'?)", near);
 }
 
 // A TOML value as it would stand on the command line.
@@ -82,6 +79,9 @@ Expected<File> ReadFile(const std::string& path, const std::vector<std::string>&
   file.path = path;
   if (path.empty()) return file;
   if (access(path.c_str(), R_OK) != 0) return NotFound("--config: cannot read '{}'", path);
+  std::error_code error;
+  if (std::filesystem::is_directory(path, error))
+    return InvalidArgument("--config: '{}' is a directory", path);
   try {
     file.table = toml::parse_file(path);
   } catch (const toml::parse_error& error) {
@@ -91,7 +91,7 @@ Expected<File> ReadFile(const std::string& path, const std::vector<std::string>&
     const std::string name(key.str());
     if (name == "config" || std::find(names.begin(), names.end(), name) == names.end())
       return InvalidArgument("{}, line {}: there is no option '{}'{}", path,
-                             value.source().begin.line, name, Hint(NearMatch(name, names)));
+                             value.source().begin.line, name, DidYouMean(NearMatch(name, names)));
   }
   return file;
 }
@@ -111,6 +111,14 @@ std::vector<std::string> EnvironmentNames(const std::vector<std::string>& names)
   return variables;
 }
 
+// The variable that is most like `name` in what follows the prefix, which all have in common.
+std::string NearVariable(const std::string& name, const std::vector<std::string>& known) {
+  std::vector<std::string> rests;
+  for (const std::string& other : known) rests.push_back(other.substr(kPrefix.size()));
+  const std::string near = NearMatch(name.substr(kPrefix.size()), rests);
+  return near.empty() ? "" : std::string(kPrefix) + near;
+}
+
 bool IsServiceVariable(const std::string& name, const std::string& value) {
   static const std::regex kNames(
       "DSLA_(.*_)?(SERVICE_(HOST|PORT(_.*)?)|PORT_\\d+_(TCP|UDP|SCTP)(_.*)?)");
@@ -125,7 +133,7 @@ Status CheckEnvironment(const Environment& environment, const std::vector<std::s
     if (!name.starts_with(kPrefix)) continue;
     if (std::find(known.begin(), known.end(), name) == known.end())
       return InvalidArgument("the environment variable {} belongs to no option{}", name,
-                             Hint(NearMatch(name, known)));
+                             DidYouMean(NearVariable(name, known)));
   }
   return Status::Ok();
 }
@@ -205,7 +213,15 @@ Expected<std::vector<ConfigValue>> ResolveConfig(CLI::App& app, const Environmen
   return resolved;
 }
 
+std::string DidYouMean(const std::string& near) {
+  return near.empty() ? "" : fmt::format(" (did you mean '{}'?)", near);
+}
+
 std::string NearMatch(const std::string& name, const std::vector<std::string>& names) {
+  constexpr size_t kAbbreviation = 3;  // characters that tell enough of a word
+  for (const std::string& other : names) {
+    if (name.size() >= kAbbreviation && other.starts_with(name)) return other;
+  }
   std::string best;
   size_t best_distance = 1 + name.size() / 3;  // more edits than that are another word
   for (const std::string& other : names) {

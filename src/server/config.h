@@ -38,5 +38,7 @@ Expected<std::vector<ConfigValue>> ResolveConfig(CLI::App& app, const Environmen
 
 // The one of `names` that is most like `name`; empty if none is close.
 std::string NearMatch(const std::string& name, const std::vector<std::string>& names);
+// What is put behind a message about `name`; nothing where `near` is empty.
+std::string DidYouMean(const std::string& near);
 
 }  // namespace dsla

@@ -99,6 +99,8 @@ TEST_F(ConfigTest, UnknownKeysAreRefusedWithANearMatch) {
 TEST_F(ConfigTest, UnknownEnvironmentVariablesAreRefused) {
   EXPECT_THAT(Message({}, {{"DSLA_APIKEY", "x"}}),
               HasSubstr("DSLA_APIKEY belongs to no option (did you mean 'DSLA_API_KEY'?)"));
+  EXPECT_EQ(Message({}, {{"DSLA_FOO", "x"}}),
+            "the environment variable DSLA_FOO belongs to no option");
 }
 
 TEST_F(ConfigTest, WhatKubernetesSaysOfServicesIsLeftOut) {
@@ -136,6 +138,7 @@ TEST_F(ConfigTest, TablesAndUnrelatedKeysAreRefused) {
 
 TEST_F(ConfigTest, BadFilesAndValuesAreNamed) {
   EXPECT_THAT(Message({"--config", "/no/such.toml"}), HasSubstr("'/no/such.toml'"));
+  EXPECT_EQ(Message({"--config", "/tmp"}), "--config: '/tmp' is a directory");
   EXPECT_THAT(Message({"--config", WriteFile("port = \n")}), HasSubstr(", line 1"));
 }
 
@@ -159,6 +162,7 @@ TEST_F(ConfigTest, FlagsMayBeFalse) {
 TEST(NearMatchTest, OnlyCloseOnes) {
   EXPECT_EQ(NearMatch("slo-tfft", {"host", "slo-ttft"}), "slo-ttft");
   EXPECT_EQ(NearMatch("temperature", {"host", "port"}), "");
+  EXPECT_EQ(NearMatch("temp", {"help", "temperature"}), "temperature");
 }
 
 }  // namespace

@@ -55,6 +55,10 @@ def check_refusals(program, folder, model):
         refused(program, model, ["--port", port], [f"127.0.0.1:{port}"])
     refused(program, model, ["--host", "203.0.113.7"], ["203.0.113.7"])
     refused(program, model, ["--host", "no-such-host.invalid"], ["--host", "no-such-host.invalid"])
+    refused(program, model, ["--host", ""], ["--host", "empty"])
+    refused(program, model, [], ["--host", "empty"], {"DSLA_HOST": ""})
+    for origin in ("example.org", "https://example.org/", "https://"):
+        refused(program, model, ["--cors-origin", origin], ["--cors-origin", f"'{origin}'"])
     config = folder / "config.toml"
     for text, words in {
         "max-runing = 3\n": ["max-runing", "max-running"],
@@ -64,6 +68,7 @@ def check_refusals(program, folder, model):
         config.write_text(text)
         refused(program, model, ["--config", config], words)
     refused(program, model, ["--config", folder / "none.toml"], ["none.toml"])
+    refused(program, model, ["--config", folder], ["--config", str(folder), "directory"])
     refused(program, model, [], ["DSLA_MAX_RUNING"], {"DSLA_MAX_RUNING": "3"})
     refused(program, model, ["--max-body", "1M", "--max-body-total", "1K"], ["--max-body-total"])
     refused(program, model, ["--tls-cert", "x.pem"], ["--tls-key"])
@@ -71,7 +76,12 @@ def check_refusals(program, folder, model):
     refused(program, model, ["--log-file", folder / "none" / "log"], ["log"])
     refused(program, model, ["--max-level", "3"], ["--max-level", "no adapter"])
     refused(program, model, ["--default-tier", "economy"], ["--default-tier", "needs an adapter"])
-    refused(program, model, ["--memory", "lots"], ["lots"])
+    refused(program, model, ["--level", "3"], ["--level: 3", "--policy fixed"])
+    refused(program, model, ["--policy", "fixed", "--level", "3"], ["--level: 3", "no adapter"])
+    refused(program, model, ["--model-name", ""], ["--model-name"])
+    refused(program, model, ["--temperature", "-1"], ["temperature"])
+    refused(program, folder / "none", ["--chat-template", "nope"], ["'nope'"])
+    refused(program, model, ["--memory", "lots"], ["--memory: 'lots'"])
     refused(program, model, ["--memory", "1K"], ["--memory", "1K", str(LEAST_MEMORY)])
     refused(program, model, ["--memory", LEAST_MEMORY - 1], ["--memory", str(LEAST_MEMORY)])
     refused(program, folder / "nothing", [], ["nothing"])
@@ -83,6 +93,21 @@ def check_refusals(program, folder, model):
         weights.write_bytes(data)
         refused(program, broken, [], ["model.safetensors"])
         print(f"      (weights {name})", flush=True)
+
+
+def check_before_measuring(program, folder):
+    """What is wrong is said before the seconds in which the default model's levels are measured."""
+    for arguments, words in {
+        ("--policy", "fixed", "--level", "31"): "--level: 31 is above the highest level",
+        ("--max-batch-tokens", "1"): "max_batch_tokens 1",
+        ("--snapshot-stride", "100"): "snapshot_stride 100",
+        ("--cost-model", folder / "none" / "cost.json"): "--cost-model: cannot write",
+    }.items():
+        command = [program, "serve", "--port", "0", *arguments]
+        result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60)
+        last = result.stderr.strip().splitlines()[-1]
+        check(result.returncode == 2 and words in last, f"{' '.join(map(str, arguments))}: {result.returncode}, {last!r}")
+        check(" calibrated " not in result.stderr, "before anything is measured")
 
 
 def long_request(running, tokens=14000, replies=8, stream=True):
@@ -234,6 +259,25 @@ def check_start(program, model):
     check((lowered.get("level"), lowered.get("asked"), lowered.get("used")) == ("warning", 500, 64), f"--max-running 500 in steps of 128: {lowered}")
 
 
+def check_address(program, model):
+    if not pathlib.Path("/proc/net/if_inet6").exists():
+        print("note: no IPv6 here")
+        return
+    command = [program, "serve", "--model", model, *ONE, "--host", "::1", "--port", "0", "--log-format", "json"]
+    with subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True) as process:
+        url = next(line["url"] for line in map(json.loads, process.stderr) if line["event"] == "listening")
+        process.terminate()
+    check(url.startswith("http://[::1]:"), f"an IPv6 address in the URL that is logged: {url}")
+
+
+def check_sampling(program, model):
+    with serving(program, "--model", model, *ONE, "--temperature", "0") as running:
+        texts = {completions(running, prompt="x", max_tokens=20).json["choices"][0]["text"] for _ in range(4)}
+        check(len(texts) == 1, f"requests that name no temperature get the server's: {len(texts)} texts of 4")
+        texts = {completions(running, prompt="x", max_tokens=20, temperature=1).json["choices"][0]["text"] for _ in range(4)}
+        check(len(texts) > 1, f"those that name one get theirs: {len(texts)} texts of 4")
+
+
 def check_full_disk(program, model):
     with serving(program, "--model", model, *ONE, "--log-file", "/dev/full") as running:
         for _ in range(20):
@@ -331,12 +375,15 @@ def main():
         small_model.write(model)
         for part in (
             lambda: check_refusals(arguments.program, folder, model),
+            lambda: check_before_measuring(arguments.program, folder),
             lambda: check_second_signal(arguments.program, model),
             lambda: check_drain_limit(arguments.program, model),
             lambda: check_long_step(arguments.program, folder),
             lambda: check_no_memory(arguments.program, folder),
             lambda: check_hangup_and_pipe(arguments.program, folder, model),
             lambda: check_start(arguments.program, model),
+            lambda: check_address(arguments.program, model),
+            lambda: check_sampling(arguments.program, model),
             lambda: check_full_disk(arguments.program, model),
             lambda: check_descriptors(arguments.program, model, folder),
             lambda: check_least_memory(arguments.program, model),

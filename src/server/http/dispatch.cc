@@ -34,6 +34,20 @@ bool IsIpAddress(const std::string& name) {
          inet_pton(AF_INET6, name.c_str(), &address) == 1;
 }
 
+// What base URLs of clients are given wrongly: without /v1, with it twice, with a slash too many.
+// Empty: none of these is a path.
+std::string NearPath(const Router& router, std::string_view method, std::string_view path) {
+  std::string clean;
+  for (const char c : path) {
+    if (c != '/' || !clean.ends_with('/')) clean += c;
+  }
+  if (clean.starts_with("/v1/v1/")) clean.erase(0, 3);
+  for (std::string near : {clean, "/v1" + clean}) {
+    if (router.Find(method, near).route) return near;
+  }
+  return {};
+}
+
 constexpr std::string_view kUsualHeaders =
     "Authorization, Content-Type, X-Request-Id, X-Request-Timeout";
 
@@ -143,7 +157,10 @@ std::optional<HttpResponse> Dispatcher::Refusal(const HttpRequest& head, bool ha
   }
   if (!match.route) {
     if (phase == Phase::kLoading) return refuse(LoadingError());
-    if (match.allow.empty()) return refuse(UnknownPathError(head.method, head.path));
+    if (match.allow.empty()) {
+      const std::string near = NearPath(*dispatched.router, head.method, head.path);
+      return refuse(UnknownPathError(head.method, head.path, near));
+    }
     HttpResponse response = refuse(MethodNotAllowedError(head.method, head.path));
     response.headers.Add("Allow", match.allow);
     return response;

@@ -118,14 +118,16 @@ HttpError ForeignHostError(std::string_view host) {
                   Shown(host)));
 }
 
-HttpError UnknownPathError(std::string_view method, std::string_view path) {
+HttpError UnknownPathError(std::string_view method, std::string_view path, std::string_view near) {
   return Make(404, "not_found_error", "unknown_path",
-              fmt::format("there is no {} {}", Shown(method), Shown(path)));
+              fmt::format("there is no {} {}{}", Shown(method), Shown(path),
+                          near.empty() ? "" : fmt::format("; there is {}", near)));
 }
 
-HttpError ModelNotFoundError(std::string_view model) {
+HttpError ModelNotFoundError(std::string_view model, const std::vector<std::string>& served) {
   HttpError error = Make(404, "not_found_error", "model_not_found",
-                         fmt::format("the model '{}' is not served here", Shown(model)));
+                         fmt::format("the model '{}' is not served here; there is '{}'",
+                                     Shown(model), fmt::join(served, "', '")));
   error.param = "model";
   return error;
 }

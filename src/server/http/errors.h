@@ -43,8 +43,9 @@ HttpError InvalidKeyError();
 HttpError AdminKeyError();
 HttpError ForeignHostError(std::string_view host);
 // 404, 405
-HttpError UnknownPathError(std::string_view method, std::string_view path);
-HttpError ModelNotFoundError(std::string_view model);
+// `near`: a path that there is; empty: none that may be meant.
+HttpError UnknownPathError(std::string_view method, std::string_view path, std::string_view near);
+HttpError ModelNotFoundError(std::string_view model, const std::vector<std::string>& served);
 HttpError MethodNotAllowedError(std::string_view method, std::string_view path);
 // 400 to 431 of the transport
 HttpError MalformedRequestError();

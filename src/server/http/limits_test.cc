@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "base/clock.h"
+#include "server/http/dispatch.h"
 #include "server/http/testing/raw_client.h"
 #include "server/http/testing/test_server.h"
 
@@ -16,6 +17,7 @@ using ::testing::AllOf;
 using ::testing::Contains;
 using ::testing::Field;
 using testing::Get;
+using ::testing::HasSubstr;
 using testing::PostJson;
 using testing::RawClient;
 using testing::RawResponse;
@@ -316,6 +318,32 @@ TEST(LimitsTest, HostOfAnotherSite) {
   options.host = "0.0.0.0";
   TestServer reached_from_elsewhere(options);
   EXPECT_EQ(get(reached_from_elsewhere, "box.example").status, 200);
+}
+
+TEST(LimitsTest, UnknownPathsSayWhatIsNear) {
+  auto router = std::make_shared<Router>();
+  const auto answer = [](auto, const std::shared_ptr<Responder>& responder) {
+    responder->Respond(JsonResponse(200, "{}"));
+  };
+  router->Add("POST", "/v1/completions", answer);
+  router->Add("GET", "/v1/models/{id}", answer);
+  Dispatcher dispatcher(router, KeyRing(), {});
+  dispatcher.SetPhase(Phase::kServing);
+  const auto message = [&](const char* method, const char* path) {
+    HttpRequest head;
+    head.method = method;
+    head.path = path;
+    head.headers.Add("Content-Type", "application/json");
+    const Dispatched dispatched = dispatcher.Dispatch(head, false, false);
+    return dispatched.refusal ? dispatched.refusal->body : "served";
+  };
+  for (const char* path :
+       {"/completions", "/v1/v1/completions", "//v1/completions", "//completions"})
+    EXPECT_THAT(message("POST", path), HasSubstr("; there is /v1/completions\"")) << path;
+  EXPECT_THAT(message("GET", "/completions"), HasSubstr("there is no GET /completions\""));
+  EXPECT_THAT(message("POST", "/completion"), HasSubstr("there is no POST /completion\""));
+  EXPECT_THAT(message("POST", "/"), HasSubstr("there is no POST /\""));
+  EXPECT_EQ(message("POST", "/v1/completions"), "served");
 }
 
 TEST(LimitsTest, UnknownPathAndWrongMethod) {

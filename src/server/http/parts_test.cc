@@ -104,7 +104,7 @@ TEST(ErrorsTest, Form) {
   EXPECT_EQ(body["error"]["n_prompt_tokens"], 9);
   EXPECT_EQ(body["error"]["n_ctx"], 8);
   // Bytes of a client that are no UTF-8 cannot break the answer.
-  EXPECT_TRUE(nlohmann::json::accept(ErrorJson(ModelNotFoundError("\xff\x80\n"))));
+  EXPECT_TRUE(nlohmann::json::accept(ErrorJson(ModelNotFoundError("\xff\x80\n", {"a"}))));
 }
 
 TEST(ErrorsTest, RetryHeaders) {

@@ -385,8 +385,10 @@ TEST(Choices, SeedsThatAreNotGivenDiffer) {
 
 TEST(Errors, OfTheModelAndTheBody) {
   TestApi api;
-  ExpectError(*api.Completions(R"({"model":"other","prompt":"x"})"), 404, "model_not_found",
-              "model");
+  const auto other = api.Completions(R"({"model":"other","prompt":"x"})");
+  ExpectError(*other, 404, "model_not_found", "model");
+  EXPECT_THAT(other->body(),
+              HasSubstr("the model 'other' is not served here; there is 'small', 'alias'"));
   ExpectError(*api.Completions("{"), 400, "invalid_json");
   ExpectError(*api.Chat(R"({"messages":[]})"), 400, "invalid_value", "messages");
   EXPECT_EQ(api.engine.jobs(), 0u);

@@ -81,7 +81,7 @@ Parsed<std::vector<int32_t>> EncodeText(const Service& service, const std::strin
 
 Parsed<std::vector<int32_t>> EncodeMessages(const Service& service,
                                             const std::vector<ChatMessage>& messages,
-                                            bool add_generation_prompt) {
+                                            const PromptOptions& prompt) {
   const ApiContext& context = service.context();
   if (!context.chat_template) {
     return InvalidRequestError(
@@ -97,8 +97,7 @@ Parsed<std::vector<int32_t>> EncodeMessages(const Service& service,
                     bytes),
         limit + 1, limit);
   }
-  auto tokens =
-      EncodeChat(service.tokenizer(), *context.chat_template, messages, add_generation_prompt);
+  auto tokens = EncodeChat(service.tokenizer(), *context.chat_template, messages, prompt);
   if (!tokens.ok())
     return InvalidRequestError(tokens.status().message(), "messages", "chat_template_error");
   return std::move(tokens).value();
@@ -113,6 +112,7 @@ void HandleCompletions(const ServicePtr& service, PermitPtr permit, RequestPtr r
   if (auto error = FindModel(*service, completion.common.model, &plan.model)) {
     return Refuse(*responder, *error);
   }
+  plan.continues = true;
   plan.echo = completion.echo;
   plan.logprobs = completion.logprobs;
   for (const Prompt& prompt : completion.prompts) {
@@ -131,10 +131,11 @@ void HandleChat(const ServicePtr& service, PermitPtr permit, RequestPtr request,
   ChatRequest& chat = std::get<ChatRequest>(parsed);
   GenerationPlan plan;
   plan.chat = true;
+  plan.continues = chat.prompt.continue_last;
   if (auto error = FindModel(*service, chat.common.model, &plan.model)) {
     return Refuse(*responder, *error);
   }
-  auto tokens = EncodeMessages(*service, chat.messages, chat.add_generation_prompt);
+  auto tokens = EncodeMessages(*service, chat.messages, chat.prompt);
   if (const auto* error = std::get_if<HttpError>(&tokens)) return Refuse(*responder, *error);
   plan.prompts.push_back(std::move(std::get<std::vector<int32_t>>(tokens)));
   Truncate(chat.common.truncate_prompt, &plan.prompts[0]);

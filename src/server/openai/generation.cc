@@ -175,7 +175,7 @@ Request Generation::RequestOf(int index) const {
   // Who scores a prompt with one token to spare counts on it: an end token counts as well.
   request.ignore_eos = common.ignore_eos || (plan_.echo && plan_.logprobs >= 0 &&
                                              request.max_tokens == 1 && common.stop_ids.empty());
-  request.continues = !plan_.chat;
+  request.continues = plan_.continues;
   request.stop_ids = common.stop_ids;
   request.stop = common.stop;
   request.top_logprobs = plan_.logprobs;

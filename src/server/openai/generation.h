@@ -23,6 +23,7 @@ namespace dsla::openai {
 
 struct GenerationPlan {
   bool chat = false;
+  bool continues = false;  // the replies' texts go on from the prompts'
   Common common;
   std::string model;                          // to answer with
   std::vector<std::vector<int32_t>> prompts;  // none empty

@@ -22,7 +22,7 @@ void HandleChat(const ServicePtr& service, PermitPtr permit, RequestPtr request,
 // The tokens of a conversation; 400 where there is no template or it refuses the messages.
 Parsed<std::vector<int32_t>> EncodeMessages(const Service& service,
                                             const std::vector<ChatMessage>& messages,
-                                            bool add_generation_prompt);
+                                            const PromptOptions& prompt);
 // Refused before it is tokenised if it cannot fit the context.
 Parsed<std::vector<int32_t>> EncodeText(const Service& service, const std::string& text,
                                         const EncodeOptions& options);

@@ -107,13 +107,6 @@ void RefuseUnsupportedChat(const Fields& fields) {
     }
     fields.RefuseUnless("modalities", text_alone);
   }
-  if (const auto kwargs = fields.Object("chat_template_kwargs")) {
-    fields.RefuseUnless("chat_template_kwargs", kwargs->size() == 0);
-  }
-  bool continues = false;
-  if (fields.Bool("continue_final_message", &continues)) {
-    fields.RefuseUnless("continue_final_message", !continues);
-  }
 }
 
 // logprobs is a boolean here, with top_logprobs beside it.
@@ -156,6 +149,23 @@ void ParseMessages(const Fields& fields, const Limits& limits, std::vector<ChatM
   }
 }
 
+void ParsePromptOptions(const Fields& fields, PromptOptions* prompt) {
+  const bool given = fields.Bool("add_generation_prompt", &prompt->add_generation_prompt);
+  fields.Bool("continue_final_message", &prompt->continue_last);
+  if (prompt->continue_last && given && prompt->add_generation_prompt) {
+    fields.error()->Set(InvalidRequestError(
+        "'add_generation_prompt' and 'continue_final_message' contradict each other",
+        "continue_final_message"));
+  }
+  const auto object = fields.Object("chat_template_kwargs");
+  if (!object) return;
+  const Fields kwargs(*object, "chat_template_kwargs.", fields.error());
+  for (const dom::key_value_pair entry : *object) {
+    if (entry.key != "enable_thinking") kwargs.Refuse({entry.key});
+  }
+  kwargs.Bool("enable_thinking", &prompt->enable_thinking);
+}
+
 Parsed<ChatRequest> ParseChat(std::string_view body, const Limits& limits) {
   JsonDoc doc;
   if (auto error = doc.Parse(body)) return *error;
@@ -167,7 +177,7 @@ Parsed<ChatRequest> ParseChat(std::string_view body, const Limits& limits) {
   ParseCommon(fields, limits, &common);
   ParseMessages(fields, limits, &request.messages);
   ParseLogprobs(fields, limits, &request.logprobs);
-  fields.Bool("add_generation_prompt", &request.add_generation_prompt);
+  ParsePromptOptions(fields, &request.prompt);
   // The newer name wins where both are there.
   int max_tokens = 0;
   const char* param = "max_completion_tokens";

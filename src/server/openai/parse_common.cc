@@ -13,6 +13,7 @@ namespace dom = simdjson::dom;
 
 void ParseSampling(const Fields& fields, const Limits& limits, Common* common) {
   SamplingParams& sampling = common->sampling;
+  sampling = limits.sampling;
   fields.Number("temperature", 0, 2, &sampling.temperature);
   fields.Number("top_p", 0, 1, &sampling.top_p, /*low_open=*/true);
   fields.Number("min_p", 0, 1, &sampling.min_p);
@@ -20,8 +21,8 @@ void ParseSampling(const Fields& fields, const Limits& limits, Common* common) {
   fields.Number("frequency_penalty", -2, 2, &sampling.frequency_penalty);
   fields.Number("repetition_penalty", 0, 100, &sampling.repetition_penalty, /*low_open=*/true);
   int top_k = 0;  // -1 is how vLLM's clients say "off"
-  fields.Int("top_k", -1, std::numeric_limits<int32_t>::max(), &top_k);
-  sampling.top_k = std::max(top_k, 0);
+  if (fields.Int("top_k", -1, std::numeric_limits<int32_t>::max(), &top_k))
+    sampling.top_k = std::max(top_k, 0);
   int64_t seed = 0;
   if (fields.Int("seed", std::numeric_limits<int64_t>::min(), std::numeric_limits<int64_t>::max(),
                  &seed)) {

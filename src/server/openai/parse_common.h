@@ -25,5 +25,7 @@ bool IsEmptyArray(const Fields& fields, std::string_view name);
 
 // messages, with their text parts joined by line breaks.
 void ParseMessages(const Fields& fields, const Limits& limits, std::vector<ChatMessage>* messages);
+// How they become a prompt.
+void ParsePromptOptions(const Fields& fields, PromptOptions* prompt);
 
 }  // namespace dsla::openai

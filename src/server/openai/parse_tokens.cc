@@ -23,7 +23,7 @@ Parsed<TokenizeRequest> ParseTokenize(std::string_view body, const Limits& limit
                                   "prompt", "missing_required_parameter"));
   }
   fields.Bool("add_special_tokens", &request.add_special_tokens);
-  fields.Bool("add_generation_prompt", &request.add_generation_prompt);
+  ParsePromptOptions(fields, &request.prompt);
   fields.Bool("parse_special", &request.parse_special);
   fields.Bool("return_token_strs", &request.return_token_strs);
   if (auto first = error.Take()) return *first;

@@ -10,8 +10,8 @@
 #include <variant>
 #include <vector>
 
+#include "engine/prompt.h"
 #include "engine/request.h"
-#include "format/chat/chat_template.h"
 #include "server/http/errors.h"
 
 namespace dsla::openai {
@@ -33,7 +33,9 @@ struct Limits {
   int64_t max_total_tokens = 1 << 20;    // prompts * n * max_tokens
   int64_t max_total_logprobs = 1 << 22;  // that one answer holds, tens of bytes each
   double max_timeout = 3600;             // seconds
+  // Of requests that say nothing of theirs.
   Tier default_tier = Tier::kAuto;
+  SamplingParams sampling;
 };
 
 // What completions and chat have in common.
@@ -73,7 +75,7 @@ struct ChatRequest {
   Common common;
   std::vector<ChatMessage> messages;
   int logprobs = -1;
-  bool add_generation_prompt = true;
+  PromptOptions prompt;
 };
 
 struct TokenizeRequest {
@@ -81,7 +83,7 @@ struct TokenizeRequest {
   std::string text;
   std::vector<ChatMessage> messages;  // instead of text
   bool add_special_tokens = true;
-  bool add_generation_prompt = true;
+  PromptOptions prompt;       // of messages
   bool parse_special = true;  // as clients that tokenise for themselves expect
   bool return_token_strs = false;
 };

@@ -294,13 +294,41 @@ TEST(RequestUnsupported, IsRefusedByName) {
        {R"("tools":[{}])", R"("functions":[{}])", R"("tool_choice":"auto")",
         R"("function_call":"auto")", R"("modalities":["text","audio"])", R"("audio":{})",
         R"("prediction":{})", R"("web_search_options":{})", R"("chat_template":"x")",
-        R"("chat_template_kwargs":{"a":1})", R"("reasoning_effort":"low")",
-        R"("continue_final_message":true)"}) {
+        R"("reasoning_effort":"low")"}) {
     BadChat(fmt::format("{}{}}}", chat, field), "unsupported_parameter",
             field.substr(1, field.find('"', 1) - 1));
   }
+  BadChat(chat + R"("continue_final_message":true,"add_generation_prompt":true})", "invalid_value",
+          "continue_final_message");
+  EXPECT_TRUE(Chat(chat + R"("continue_final_message":true})").prompt.continue_last);
+  BadChat(chat + R"("chat_template_kwargs":{"enable_thinking":true,"a":1}})",
+          "unsupported_parameter", "chat_template_kwargs.a");
+  BadChat(chat + R"("chat_template_kwargs":{"enable_thinking":"no"}})", "invalid_type",
+          "chat_template_kwargs.enable_thinking");
+  EXPECT_FALSE(
+      Chat(chat + R"("chat_template_kwargs":{"enable_thinking":false}})").prompt.enable_thinking);
+  EXPECT_TRUE(Chat(chat + R"("chat_template_kwargs":{}})").prompt.enable_thinking);
   Chat(chat + R"("tools":[],"tool_choice":"none","modalities":["text"],"store":true,)"
               R"("metadata":{"a":"b"},"user":"u","parallel_tool_calls":true,"what":{}})");
+}
+
+TEST(RequestFields, SamplingThatIsNotSaidIsTheServers) {
+  Limits limits = TestLimits();
+  limits.sampling = {.temperature = 0.5f, .top_k = 40, .top_p = 0.9f, .min_p = 0.05f};
+  const auto sampling = [&](const std::string& body) {
+    return Good(ParseCompletion(body, limits), body).common.sampling;
+  };
+  const SamplingParams none = sampling(R"({"prompt":"x","temperature":null})");
+  EXPECT_EQ(none.temperature, 0.5f);
+  EXPECT_EQ(none.top_k, 40);
+  EXPECT_EQ(none.top_p, 0.9f);
+  EXPECT_EQ(none.min_p, 0.05f);
+  const SamplingParams own =
+      sampling(R"({"prompt":"x","temperature":1,"top_k":-1,"top_p":1,"min_p":0})");
+  EXPECT_EQ(own.temperature, 1);
+  EXPECT_EQ(own.top_k, 0);
+  EXPECT_EQ(own.top_p, 1);
+  EXPECT_EQ(own.min_p, 0);
 }
 
 TEST(RequestPrompt, AllFourForms) {

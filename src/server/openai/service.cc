@@ -30,7 +30,8 @@ Service::Service(ApiContext context) : context_(std::move(context)), canceller_(
 Parsed<std::string> Service::ModelName(std::string_view asked) const {
   const auto& names = context_.model_names;
   if (asked.empty()) return names.front();
-  if (std::find(names.begin(), names.end(), asked) == names.end()) return ModelNotFoundError(asked);
+  if (std::find(names.begin(), names.end(), asked) == names.end())
+    return ModelNotFoundError(asked, names);
   return std::string(asked);
 }
 

@@ -13,7 +13,7 @@ std::optional<HttpError> TokensOf(const Service& service, const TokenizeRequest&
   if (!request.add_special_tokens) options.add_bos = false;
   auto encoded = request.messages.empty()
                      ? EncodeText(service, request.text, options)
-                     : EncodeMessages(service, request.messages, request.add_generation_prompt);
+                     : EncodeMessages(service, request.messages, request.prompt);
   if (const auto* error = std::get_if<HttpError>(&encoded)) return *error;
   *tokens = std::move(std::get<std::vector<int32_t>>(encoded));
   return std::nullopt;

@@ -1,0 +1,57 @@
+// What a request may say about how its messages become a prompt.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "server/openai/testing.h"
+
+namespace dsla::openai {
+namespace {
+
+using testing::FakeResponder;
+using testing::TestApi;
+
+void ExpectRefused(const FakeResponder& responder) {
+  EXPECT_EQ(responder.head().status, 400) << responder.body();
+  EXPECT_THAT(responder.body(), ::testing::HasSubstr("chat_template_error"));
+}
+
+TEST(ChatPrompt, TheLastMessageIsContinuedWhenAsked) {
+  TestApi api(100, testing::SentencePieceTokenizer());
+  api.context.chat_template = ChatTemplateByName("llama2").value();
+  const auto asks = [&](const char* fields) {
+    return api.Chat(fmt::format(R"({{"messages":[{{"role":"user","content":"x"}},)"
+                                R"({{"role":"assistant","content":"hello"}}],"max_tokens":1,{}}})",
+                                fields));
+  };
+  asks(R"("continue_final_message":true,"add_generation_prompt":false)");
+  ASSERT_EQ(api.engine.jobs(), 1u);
+  const Request& request = api.engine.job(0).request;
+  EXPECT_THAT(api.tokenizer->Decode(request.prompt), ::testing::EndsWith("hello"));
+  EXPECT_TRUE(request.continues) << "a space before the next word is part of the reply";
+  asks(R"("add_generation_prompt":false)");
+  EXPECT_FALSE(api.engine.job(1).request.continues);
+  ExpectRefused(*api.Chat(R"({"messages":[{"role":"user","content":"x"}],)"
+                          R"("continue_final_message":true})"));
+}
+
+TEST(ChatPrompt, ThinkingIsLeftOutWhenAsked) {
+  TestApi api;
+  const auto asks = [&](const char* name, const char* thinking) {
+    api.router.reset();
+    api.context.chat_template = ChatTemplateByName(name).value();
+    return api.Chat(fmt::format(R"({{"messages":[{{"role":"user","content":"x"}}],"max_tokens":1,)"
+                                R"("chat_template_kwargs":{{"enable_thinking":{}}}}})",
+                                thinking));
+  };
+  asks("qwen3", "true");
+  asks("qwen3", "false");
+  ASSERT_EQ(api.engine.jobs(), 2u);
+  const auto prompt = [&](int job) {
+    return api.tokenizer->Decode(api.engine.job(job).request.prompt);
+  };
+  EXPECT_EQ(prompt(1), prompt(0) + "<think>\n\n</think>\n\n");
+  ExpectRefused(*asks("qwen3-thinking", "false"));
+}
+
+}  // namespace
+}  // namespace dsla::openai
