@@ -77,11 +77,10 @@ Expected<Reservation> PrefixCache::TakeSnapshot(const SequenceCache& sequence) {
   const int level = sequence.level();
   ReclaimUsedBefore(level * ledger_->config().slot_bytes, time_);
   DSLA_ASSIGN_OR_RETURN(Reservation reservation, ledger_->Reserve(0, level));
-  auto slot = reservation.slots().begin();
-  for (int layer = 0; layer < options_.layers; ++layer) {
-    if (!sequence.is_dsla(layer)) continue;
-    DSLA_RETURN_IF_ERROR(copier_->CopySlot(sequence.slot(layer), *slot++));
-  }
+  std::vector<int32_t> from;
+  for (int layer = 0; layer < options_.layers; ++layer)
+    if (sequence.is_dsla(layer)) from.push_back(sequence.slot(layer));
+  DSLA_RETURN_IF_ERROR(copier_->CopySlots(from, reservation.slots()));
   return reservation;
 }
 

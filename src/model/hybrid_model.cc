@@ -148,7 +148,8 @@ PlacedRows HybridModel::Place(CachePool& pool, std::span<const SequenceRows> bat
       if (!rows->cache->is_dsla(layer))
         pool.Touch(BlockKind::kPage, rows->cache->pages(layer).subspan(first_new));
     }
-    for (const int32_t slot : rows->cache->TakeFreshSlots()) pool.ZeroBlock(BlockKind::kSlot, slot);
+    const std::vector<int32_t> fresh = rows->cache->TakeFreshSlots();
+    if (!fresh.empty()) pool.ZeroBlocks(BlockKind::kSlot, fresh);
   }
   return placed;
 }
@@ -250,7 +251,7 @@ Status HybridModel::Raise(const ExecContext& ctx, CachePool& pool, SequenceCache
     for (const auto& [layer, slot] : conversions) {
       pool.Touch(BlockKind::kSlot, {&slot, 1});
       if (cache.length() == 0) {
-        pool.ZeroBlock(BlockKind::kSlot, slot);
+        pool.ZeroBlocks(BlockKind::kSlot, {&slot, 1});
         continue;
       }
       if (on_device_ != nullptr) {

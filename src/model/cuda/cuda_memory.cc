@@ -182,15 +182,18 @@ void CudaBlockMemory::GiveBack(std::byte* block, int64_t bytes) {
   for (int64_t i = range.first; i <= range.last; ++i) Leave(*range.space, i);
 }
 
-void CudaBlockMemory::Copy(std::byte* to, const std::byte* from, int64_t bytes) {
+void CudaBlockMemory::Copy(std::span<const BlockCopy> copies, int64_t bytes) {
   cudaSetDevice(device_);
-  Check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice, stream_),
-        "copying a cache block");
+  copies_.clear();
+  for (const BlockCopy& copy : copies) copies_.push_back({copy.to, copy.from});
+  Check(CopyOnDevice(copies_, bytes, stream_), "copying cache blocks");
 }
 
-void CudaBlockMemory::Zero(std::byte* block, int64_t bytes) {
+void CudaBlockMemory::Zero(std::span<std::byte* const> blocks, int64_t bytes) {
   cudaSetDevice(device_);
-  Check(cudaMemsetAsync(block, 0, static_cast<size_t>(bytes), stream_), "clearing a cache block");
+  copies_.clear();
+  for (std::byte* const block : blocks) copies_.push_back({block, nullptr});
+  Check(CopyOnDevice(copies_, bytes, stream_), "clearing cache blocks");
 }
 
 }  // namespace dsla::cuda

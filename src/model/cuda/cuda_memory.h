@@ -15,6 +15,7 @@
 
 #include "cache/block_memory.h"
 #include "model/cuda/cuda_util.h"
+#include "ops/cuda/blocks.h"
 
 namespace dsla::cuda {
 
@@ -45,8 +46,8 @@ class CudaBlockMemory : public BlockMemory {
   void Release(std::byte* begin, int64_t bytes) override;
   void Back(std::byte* block, int64_t bytes) override;
   void GiveBack(std::byte* block, int64_t bytes) override;
-  void Copy(std::byte* to, const std::byte* from, int64_t bytes) override;
-  void Zero(std::byte* block, int64_t bytes) override;
+  void Copy(std::span<const BlockCopy> copies, int64_t bytes) override;
+  void Zero(std::span<std::byte* const> blocks, int64_t bytes) override;
 
  private:
   using Handle = CUmemGenericAllocationHandle;
@@ -81,6 +82,7 @@ class CudaBlockMemory : public BlockMemory {
   int64_t created_ = 0;                 // units
   std::map<std::byte*, Space> spaces_;  // by address
   std::vector<Handle> spares_;          // not mapped
+  std::vector<DeviceCopy> copies_;      // of one call, kept for their memory
 };
 
 }  // namespace dsla::cuda
