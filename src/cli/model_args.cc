@@ -9,6 +9,7 @@
 #include <filesystem>
 
 #include "base/clock.h"
+#include "cli/device_choice.h"
 #include "ops/simd/limit.h"
 
 namespace dsla {
@@ -36,37 +37,28 @@ Expected<WeightFormat> ParseWeightFormat(const std::string& value, const ModelFi
 // The model on the device that `args` mean, or on the CPU.
 Expected<std::unique_ptr<HybridModel>> LoadOn(const ModelArgs& args, const LoadedModel& loaded,
                                               const Adapter* adapter, ModelOptions options) {
-  const auto load = [&] { return HybridModel::Load(loaded.ctx, *loaded.file, adapter, options); };
-  if (args.device == "cpu") return load();
-  const bool automatic = args.device == "auto";
-  // What only the CPU has is taken as a wish for it.
+  DeviceWish wish{
+      .device = args.device, .weights = options.weights, .chooses_weights = args.weights == "auto"};
   const bool on_devices = args.weights != "fp32" && args.kv == "bf16";
-  if (automatic && !on_devices) return load();
-  if (!on_devices) {
+  // What only the CPU has is taken as a wish for it.
+  if (wish.device == "auto" && !on_devices) wish.device = "cpu";
+  if (wish.device != "cpu" && !on_devices) {
     return InvalidArgument(
         "--device {}: weights are held in bf16, int8 or int4 there and the cache in bf16, not "
         "--weights {} and --kv {}",
         args.device, args.weights, args.kv);
   }
-  const WeightFormat asked = options.weights;
-  auto device = OpenDevice(automatic ? "cuda" : args.device);
-  if (!device.ok() && automatic) return load();
-  if (!device.ok()) {
-    return Error(device.status().code(), "--device {}: {}", args.device, device.status().message());
-  }
-  options.device = std::move(device).value();
-  if (args.weights == "auto" && !options.device->Prefers(loaded.file->config(), asked))
-    options.weights = WeightFormat::kBF16;
-  auto model = load();
-  if (model.status().code() == StatusCode::kResourceExhausted && options.weights != asked) {
-    options.weights = asked;
-    model = load();
-  }
-  if (model.ok() || !automatic) return model;
-  fmt::print(stderr, "dsla: {}; running on the CPU\n", model.status().message());
-  options.device = nullptr;
-  options.weights = asked;
-  return load();
+  std::unique_ptr<HybridModel> model;
+  const auto load = [&](const std::shared_ptr<Device>& device, WeightFormat weights) -> Status {
+    options.device = device;
+    options.weights = weights;
+    DSLA_ASSIGN_OR_RETURN(model, HybridModel::Load(loaded.ctx, *loaded.file, adapter, options));
+    return Status::Ok();
+  };
+  const auto say = [](const std::string& line) { fmt::print(stderr, "dsla: {}\n", line); };
+  DSLA_RETURN_IF_ERROR(
+      LoadOnDevice(wish, loaded.file->config(), {.open = OpenDevice, .load = load, .say = say}));
+  return model;
 }
 
 // One sequence of the whole context at any level: every layer's pages and every layer's slot. On a
@@ -204,7 +196,7 @@ Status OpenFiles(const ModelArgs& args, LoadedModel& loaded) {
 
 }  // namespace
 
-Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences) {
+Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences, int step_rows) {
   const double start = NowSeconds();
   DSLA_RETURN_IF_ERROR(LimitSimd(args.simd));
   LoadedModel loaded;
@@ -229,6 +221,11 @@ Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences) {
   loaded.memory_bytes = DefaultMemory(*loaded.model, sequences);
   if (!args.memory.empty()) {
     DSLA_ASSIGN_OR_RETURN(loaded.memory_bytes, ParseBytes(args.memory));
+    if (const Device* const device = loaded.model->device()) {
+      DSLA_RETURN_IF_ERROR(CheckCacheMemory(*device,
+                                            loaded.model->step_bytes(std::max(1, step_rows)),
+                                            args.memory, loaded.memory_bytes));
+    }
   }
   loaded.load_seconds = NowSeconds() - start;
   return loaded;

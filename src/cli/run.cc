@@ -226,7 +226,8 @@ Status Run(const RunArgs& args) {
     DSLA_ASSIGN_OR_RETURN(std::string text, ReadPrompt(args));
     messages.push_back({"user", std::move(text)});
   }
-  DSLA_ASSIGN_OR_RETURN(const LoadedModel loaded, LoadModel(args.model));
+  DSLA_ASSIGN_OR_RETURN(const LoadedModel loaded,
+                        LoadModel(args.model, /*sequences=*/1, args.prefill_chunk));
   DSLA_ASSIGN_OR_RETURN(const SessionOptions session_options, ChooseLevel(args, loaded));
   DSLA_ASSIGN_OR_RETURN(const GenerateOptions generate_options, MakeGenerateOptions(args, loaded));
   if (args.chat) return Chat(args, loaded, session_options, generate_options);

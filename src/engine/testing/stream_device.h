@@ -162,6 +162,7 @@ class StreamModel : public DeviceModel {
     return Unsupported("not of this test");
   }
   int64_t weight_bytes(int) const override { return 0; }
+  int64_t step_bytes(int64_t) const override { return 0; }
 
  private:
   struct Entry {  // of one token in a page

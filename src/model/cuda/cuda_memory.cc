@@ -24,8 +24,7 @@ void CheckDriver(CUresult result, const char* what) {
 
 Expected<DriverApi> DriverApi::Load() {
   void* library = ::dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);  // stays loaded
-  if (library == nullptr)
-    return Error(StatusCode::kUnavailable, "no NVIDIA driver: {}", ::dlerror());
+  if (library == nullptr) return NotFound("no NVIDIA driver: {}", ::dlerror());
   DriverApi api;
   const char* missing = nullptr;
   const auto find = [&](auto& function, const char* name) {
@@ -41,8 +40,7 @@ Expected<DriverApi> DriverApi::Load() {
   find(api.unmap, "cuMemUnmap");
   find(api.set_access, "cuMemSetAccess");
   find(api.granularity, "cuMemGetAllocationGranularity");
-  if (missing != nullptr)
-    return Error(StatusCode::kUnavailable, "the NVIDIA driver is too old: it has no {}", missing);
+  if (missing != nullptr) return NotFound("the NVIDIA driver is too old: it has no {}", missing);
   return api;
 }
 

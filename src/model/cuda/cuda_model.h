@@ -42,6 +42,7 @@ class CudaModel : public DeviceModel {
             int32_t slot) override;
   Expected<std::unique_ptr<DeviceModel>> WithAdapter(const DeviceModelSpec& spec) const override;
   int64_t weight_bytes(int level) const override;
+  int64_t step_bytes(int64_t rows) const override;
 
  private:
   // Arrays of a step of up to T rows.
@@ -98,7 +99,9 @@ class CudaModel : public DeviceModel {
     int64_t last_step = 0;
   };
 
+  int64_t Place(Activations& a, int64_t rows, int64_t tile) const;
   void Carve(Activations& a, int64_t T, int64_t tile) const;
+  int64_t FixedScratchBytes() const;
   static bool IsReplayed(const PlacedRows& rows);
   void RunGraph(const CacheViews& cache, const PlacedRows& rows,
                 std::span<const int32_t> choice_before);
