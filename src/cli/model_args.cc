@@ -63,15 +63,16 @@ Expected<std::unique_ptr<HybridModel>> LoadOn(const ModelArgs& args, const Loade
 
 // One sequence of the whole context at any level: every layer's pages and every layer's slot. On a
 // device at most what is free there, less room for what a step needs.
-int64_t DefaultMemory(const HybridModel& model, int sequences) {
+int64_t DefaultMemory(const HybridModel& model, int sequences, int step_rows) {
   const CacheGeometry geometry = model.cache_geometry();
   const int64_t pages = PagesFor(model.max_positions(), geometry.page_size);
   const int64_t per_layer = pages * geometry.page_bytes() + geometry.slot_block_bytes();
   const int64_t whole = sequences * model.config().L * per_layer;
   if (model.device() == nullptr) return whole;
   constexpr double kCacheShare = 0.85;
-  return std::min(
-      whole, static_cast<int64_t>(kCacheShare * static_cast<double>(model.device()->free_bytes())));
+  const int64_t free = model.device()->free_bytes();
+  const auto share = static_cast<int64_t>(kCacheShare * static_cast<double>(free));
+  return std::min({whole, share, std::max<int64_t>(0, free - model.step_bytes(step_rows))});
 }
 
 }  // namespace
@@ -218,12 +219,12 @@ Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences, int step_r
   // What loading took beside the weights goes back to the system: a half of a small model's memory.
   loaded.file->ReleasePages();
   ::malloc_trim(0);
-  loaded.memory_bytes = DefaultMemory(*loaded.model, sequences);
+  step_rows = std::max(1, step_rows);
+  loaded.memory_bytes = DefaultMemory(*loaded.model, sequences, step_rows);
   if (!args.memory.empty()) {
     DSLA_ASSIGN_OR_RETURN(loaded.memory_bytes, ParseBytes(args.memory));
     if (const Device* const device = loaded.model->device()) {
-      DSLA_RETURN_IF_ERROR(CheckCacheMemory(*device,
-                                            loaded.model->step_bytes(std::max(1, step_rows)),
+      DSLA_RETURN_IF_ERROR(CheckCacheMemory(*device, loaded.model->step_bytes(step_rows),
                                             args.memory, loaded.memory_bytes));
     }
   }
