@@ -119,7 +119,7 @@ int64_t CudaModel::Place(Activations& a, int64_t rows, int64_t tile) const {
   const int64_t q = int64_t{c.H} * c.D, qkv = q + 2 * int64_t{c.Hkv} * c.D;
   const bool adapter = !adapter_->layers.empty();
   const int64_t r = adapter ? adapter_->most_rank : 0, heads = adapter ? c.H : 0;
-  const int64_t T = rows;
+  const int64_t T = Gemm::Rows(rows);
   int64_t size = 0;
   const auto place = [&](auto*& pointer, int64_t count, int64_t bytes_each) {
     const int64_t at = size;
