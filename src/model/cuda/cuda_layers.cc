@@ -73,8 +73,9 @@ void CudaModel::AttentionBlock(const Step& step, int l) {
   }
   const CudaDslaLayer* const dsla =
       first < tables.T ? &adapter_->layers[static_cast<size_t>(l)] : nullptr;
+  const bool all = softmax == 0;
 
-  QueriesKeysValues(step, dsla, l);
+  QueriesKeysValues(step, dsla, all, l);
   Check(RopeKv(
             {.qkv = a.qkv,
              .bias = c.qkv_bias ? layer.qkv_bias.as<float>() : nullptr,
@@ -97,15 +98,15 @@ void CudaModel::AttentionBlock(const Step& step, int l) {
         "rotating queries and keys");
   if (softmax > 0) SoftmaxRows(step, l);
   if (dsla) DslaRows(step, l);
-  Output(step, dsla, l);
+  Output(step, dsla, all, l);
 }
 
 // q, k, v = W x; of DSLA rows also the claims, and q += B_q A_q x.
-void CudaModel::QueriesKeysValues(const Step& step, const CudaDslaLayer* dsla, int l) {
+void CudaModel::QueriesKeysValues(const Step& step, const CudaDslaLayer* dsla, bool all, int l) {
   const ModelConfig& c = spec_.config;
   const Activations& a = *step.a;
   const int64_t T = step.tables->T, stride = int64_t{c.H + 2 * c.Hkv} * c.D;
-  const bool merged = OneLevel(step) && dsla && !dsla->merged_qkv.empty();
+  const bool merged = all && !dsla->merged_qkv.empty();
   const Matrix& weight = merged ? dsla->merged_qkv : weights_->layers[static_cast<size_t>(l)].qkv;
   const int r = dsla && !merged ? dsla->r : 0, H = dsla && dsla->claims ? c.H : 0;
   if (r + H == 0) {
@@ -122,10 +123,10 @@ void CudaModel::QueriesKeysValues(const Step& step, const CudaDslaLayer* dsla, i
 }
 
 // delta = W out, of DSLA rows += B_o A_o out.
-void CudaModel::Output(const Step& step, const CudaDslaLayer* dsla, int l) {
+void CudaModel::Output(const Step& step, const CudaDslaLayer* dsla, bool all, int l) {
   const ModelConfig& c = spec_.config;
   const Activations& a = *step.a;
-  const bool merged = OneLevel(step) && dsla && !dsla->merged_o.empty();
+  const bool merged = all && !dsla->merged_o.empty();
   const Matrix& weight = merged ? dsla->merged_o : weights_->layers[static_cast<size_t>(l)].o;
   if (merged || dsla == nullptr || dsla->r == 0) {
     gemm_->Run(weight, a.attention, weight.in, step.tables->T, a.delta, c.C);

@@ -119,11 +119,9 @@ class CudaModel : public DeviceModel {
   void RunLayers(const Step& step);
   void MarkParts(const Begun& step, int layer);
   void AttentionBlock(const Step& step, int layer);
-  // Whether, where any row of a layer is DSLA, all are.
-  static bool OneLevel(const Step& step) { return step.padded && step.level != kMixed; }
-  // dsla: the adapter's layer, or null where no row is DSLA.
-  void QueriesKeysValues(const Step& step, const CudaDslaLayer* dsla, int layer);
-  void Output(const Step& step, const CudaDslaLayer* dsla, int layer);
+  // dsla: the adapter's layer, or null where no row is DSLA; all: every row is.
+  void QueriesKeysValues(const Step& step, const CudaDslaLayer* dsla, bool all, int layer);
+  void Output(const Step& step, const CudaDslaLayer* dsla, bool all, int layer);
   AdapterInArgs FirstProduct(const Step& step, const Matrix& weight, int r, const std::byte* x,
                              int layer) const;
   void SecondProduct(const Matrix& weight, const AdapterInArgs& first, std::byte* y,
