@@ -8,6 +8,14 @@
 #include "ops/norm_rope/cuda/norm_rope_cuda.h"
 
 namespace dsla::cuda {
+namespace {
+
+// Of two layers' shapes.
+bool SamePlan(const DslaShape& a, const DslaShape& b) {
+  return a.F == b.F && a.states == b.states && a.window == b.window && a.sinks == b.sinks;
+}
+
+}  // namespace
 
 void CudaModel::RunLayers(const Step& step) {
   const ModelConfig& c = spec_.config;
@@ -237,7 +245,7 @@ void CudaModel::DslaRows(const Step& step, int l) {
   const DslaShape& shape = adapter_->shapes[layer];
   const int64_t q = int64_t{c.H} * c.D, kv = int64_t{c.Hkv} * c.D, stride = q + 2 * kv;
 
-  const auto run = [&](const RowGroup& group) {
+  const auto run = [&](const RowGroup& group, DeviceBuffer& scratch, bool has_plan) {
     const std::byte* const rows = a.qkv + 2 * group.first_row * stride;
     DslaCudaArgs args{.shape = shape,
                       .layout = adapter_->layouts[layer],
@@ -258,23 +266,34 @@ void CudaModel::DslaRows(const Step& step, int l) {
                       .k_stride = stride,
                       .v_stride = stride,
                       .claim = dsla.claims ? a.claim + group.first_row * c.H : nullptr,
-                      .out = a.attention + 2 * group.first_row * q};
-    if (!step.padded) {
-      Grow(*step.scratch, group.single ? DecodeWorkspaceBytes(shape, group.count)
-                                       : PrefillWorkspaceBytes(shape, group.count, group.rows));
+                      .out = a.attention + 2 * group.first_row * q,
+                      .has_plan = has_plan};
+    if (!step.padded && !has_plan) {
+      Grow(scratch, group.single ? DecodeWorkspaceBytes(shape, group.count)
+                                 : PrefillWorkspaceBytes(shape, group.count, group.rows));
     }
-    args.workspace = step.scratch->as();
-    args.workspace_bytes = step.scratch->bytes();
+    args.workspace = scratch.as();
+    args.workspace_bytes = scratch.bytes();
     Check(group.single ? Decode(args, stream_) : Prefill(args, stream_),
           "dual-state linear attention");
   };
   if (step.padded) {
-    run({.first = 0, .count = tables.N, .first_row = 0, .rows = tables.N, .single = true});
+    run({.first = 0, .count = tables.N, .first_row = 0, .rows = tables.N, .single = true},
+        *step.scratch, false);
     return;
   }
   const int rank = spec_.rank[layer];
   for (const RowGroup& group : tables.groups) {
-    if (step.rows->sequences[static_cast<size_t>(group.first)]->cache->level() > rank) run(group);
+    if (step.rows->sequences[static_cast<size_t>(group.first)]->cache->level() <= rank) continue;
+    if (group.single) {
+      run(group, *step.scratch, false);
+      continue;
+    }
+    // The plan of the rows is in its workspace until another group, or shape, takes that.
+    const bool has_plan = chunked_ == &group && SamePlan(adapter_->shapes[chunked_layer_], shape);
+    run(group, chunk_scratch_, has_plan);
+    chunked_ = &group;
+    chunked_layer_ = layer;
   }
 }
 

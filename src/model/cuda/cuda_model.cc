@@ -391,6 +391,7 @@ StepTables CudaModel::RunLaunched(const CacheViews& cache, const PlacedRows& row
   StepTables tables(rows, spec_.rank, 0);
   SendTables(tables, rows, choice_before, host_tables_, tables_);
   planned_.assign(tables.groups.size(), false);
+  chunked_ = nullptr;
   RunLayers({.tables = &tables,
              .host = host_tables_.as<int32_t>(),
              .device = tables_.as<int32_t>(),

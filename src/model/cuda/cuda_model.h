@@ -158,6 +158,10 @@ class CudaModel : public DeviceModel {
   DeviceBuffer tables_, scratch_;
   std::vector<DeviceBuffer> plans_;  // prefill attention's workspace, by group
   std::vector<bool> planned_;        // in this step
+  DeviceBuffer chunk_scratch_;       // of DSLA rows in chunks
+  // Whose rows it was last used for in this step, and in which layer.
+  const RowGroup* chunked_ = nullptr;
+  size_t chunked_layer_ = 0;
   PinnedBuffer host_tables_, host_choices_, host_top_, host_logits_;
   cudaEvent_t tables_sent_ = nullptr;
 };
