@@ -98,6 +98,7 @@ class Worker : private CacheOps {
   void PlanStep();
   void NoteStarted(const StepPlan& plan);
   void Launch(Flight& step);  // runs it, or begins it
+  void BackBlocks(std::span<const SequenceRows> batch);
   void LaunchAhead();
   void Await(Flight& step);
   void Abandon();  // what is in flight: waits for it

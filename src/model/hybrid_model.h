@@ -113,6 +113,10 @@ class HybridModel {
                Products products, const LogitsVisitor& visit,
                const LaunchedHook& launched = {}) const;
 
+  // Memory behind the blocks that a step of these rows writes, which the step would ask for itself.
+  // Throws std::bad_alloc if a device has none left; then nothing else has happened.
+  void Back(CachePool& pool, std::span<const SequenceRows> batch) const;
+
   // A step in which at most most_choices() sequences (0: the CPU has no such steps) ask for the
   // logits of their last row, with `sampling` alone, and the others for none. Begin returns when
   // the device has been told of it, and End waits for the oldest step that was begun and gives the

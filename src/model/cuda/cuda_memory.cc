@@ -13,6 +13,8 @@ namespace {
 // the rarer is one whose pages a raise has freed all.
 constexpr size_t kUnitBytes = size_t{16} << 20;
 constexpr int kSparesAtOnce = 16;
+// What units beyond the budget leave free: steps, their graphs and kernels take some of it.
+constexpr size_t kLeftFree = size_t{1} << 30;
 
 void CheckDriver(CUresult result, const char* what) {
   if (result == CUDA_SUCCESS) return;
@@ -40,6 +42,7 @@ Expected<DriverApi> DriverApi::Load() {
   find(api.unmap, "cuMemUnmap");
   find(api.set_access, "cuMemSetAccess");
   find(api.granularity, "cuMemGetAllocationGranularity");
+  find(api.info, "cuMemGetInfo_v2");
   if (missing != nullptr) return NotFound("the NVIDIA driver is too old: it has no {}", missing);
   return api;
 }
@@ -98,6 +101,7 @@ CudaBlockMemory::Range CudaBlockMemory::UnitsOf(std::byte* block, int64_t bytes)
 CudaBlockMemory::Handle CudaBlockMemory::Take(const Space& for_space) {
   const bool within = (created_ + 1) * unit_bytes_ <= budget_bytes_;
   if (spares_.empty() && (within || !MakeSpares(for_space))) {
+    if (!within && !MayExceedBudget()) throw std::bad_alloc();
     Handle handle = 0;
     const CUresult result =
         driver_.create(&handle, static_cast<size_t>(unit_bytes_), &property_, 0);
@@ -110,6 +114,12 @@ CudaBlockMemory::Handle CudaBlockMemory::Take(const Space& for_space) {
   const Handle handle = spares_.back();
   spares_.pop_back();
   return handle;
+}
+
+bool CudaBlockMemory::MayExceedBudget() const {
+  size_t free = 0, total = 0;
+  CheckDriver(driver_.info(&free, &total), "asking for free memory");
+  return free >= kLeftFree + static_cast<size_t>(unit_bytes_);
 }
 
 // Of units that no block is in, of another space if it has any; there the last, as the first are

@@ -4,7 +4,7 @@
 //
 // Mapping takes the host's time, a unit's as much whatever its size, so units are larger than the
 // driver's own, and one that no block is left in stays where it is until a block elsewhere needs
-// it.
+// it. Such units may be more than the budget as long as the GPU has memory to spare.
 #pragma once
 
 #include <cuda.h>
@@ -30,6 +30,7 @@ struct DriverApi {
   decltype(&cuMemUnmap) unmap = nullptr;
   decltype(&cuMemSetAccess) set_access = nullptr;
   decltype(&cuMemGetAllocationGranularity) granularity = nullptr;
+  decltype(&cuMemGetInfo) info = nullptr;
 
   static Expected<DriverApi> Load();
 };
@@ -71,6 +72,7 @@ class CudaBlockMemory : public BlockMemory {
   void Unmap(std::byte* base, Space& space, int64_t unit);
   void Leave(Space& space, int64_t unit);  // by one block
   Handle Take(const Space& for_space);
+  bool MayExceedBudget() const;
   bool MakeSpares(const Space& for_space);
 
   DriverApi driver_;
