@@ -144,7 +144,9 @@ class Simulation : public CacheOps {
     policy_->ObserveFold({.from = from, .to = level, .length = cache.length(), .seconds = seconds});
     return Status::Ok();
   }
-  Status CopySlot(int32_t, int32_t) override { return Status::Ok(); }
+  Status CopySlots(std::span<const int32_t>, std::span<const int32_t>) override {
+    return Status::Ok();
+  }
 
  private:
   struct State {

@@ -26,11 +26,12 @@ class HostBlockMemory : public BlockMemory {
   void GiveBack(std::byte* block, int64_t bytes) override {
     ::madvise(block, bytes, MADV_DONTNEED);
   }
-  void Copy(std::byte* to, const std::byte* from, int64_t bytes) override {
-    std::memcpy(to, from, static_cast<size_t>(bytes));
+  void Copy(std::span<const BlockCopy> copies, int64_t bytes) override {
+    for (const BlockCopy& copy : copies)
+      std::memcpy(copy.to, copy.from, static_cast<size_t>(bytes));
   }
-  void Zero(std::byte* block, int64_t bytes) override {
-    std::memset(block, 0, static_cast<size_t>(bytes));
+  void Zero(std::span<std::byte* const> blocks, int64_t bytes) override {
+    for (std::byte* const block : blocks) std::memset(block, 0, static_cast<size_t>(bytes));
   }
 };
 

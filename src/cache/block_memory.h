@@ -6,10 +6,16 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "base/status.h"
 
 namespace dsla {
+
+struct BlockCopy {
+  std::byte* to = nullptr;
+  const std::byte* from = nullptr;
+};
 
 class BlockMemory {
  public:
@@ -23,8 +29,10 @@ class BlockMemory {
   virtual void Back(std::byte* block, int64_t bytes) = 0;
   virtual void GiveBack(std::byte* block, int64_t bytes) = 0;
 
-  virtual void Copy(std::byte* to, const std::byte* from, int64_t bytes) = 0;
-  virtual void Zero(std::byte* block, int64_t bytes) = 0;
+  // Of blocks of `bytes` bytes, none of which is written twice, or written and read: a device does
+  // all of a call at once.
+  virtual void Copy(std::span<const BlockCopy> copies, int64_t bytes) = 0;
+  virtual void Zero(std::span<std::byte* const> blocks, int64_t bytes) = 0;
 };
 
 // The host's memory. Lives as long as the program.

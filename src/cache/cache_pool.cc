@@ -104,14 +104,21 @@ void CachePool::Touch(BlockKind kind, std::span<const int32_t> ids) {
   }
 }
 
-void CachePool::CopyBlock(BlockKind kind, int32_t from, int32_t to) {
-  Touch(kind, {&to, 1});
-  memory_->Copy(Block(kind, to), Block(kind, from), ledger_->config().bytes(kind));
+void CachePool::CopyBlocks(BlockKind kind, std::span<const int32_t> from,
+                           std::span<const int32_t> to) {
+  DSLA_CHECK(from.size() == to.size());
+  Touch(kind, to);
+  copies_.clear();
+  for (size_t i = 0; i < to.size(); ++i)
+    copies_.push_back({.to = Block(kind, to[i]), .from = Block(kind, from[i])});
+  memory_->Copy(copies_, ledger_->config().bytes(kind));
 }
 
-void CachePool::ZeroBlock(BlockKind kind, int32_t to) {
-  Touch(kind, {&to, 1});
-  memory_->Zero(Block(kind, to), ledger_->config().bytes(kind));
+void CachePool::ZeroBlocks(BlockKind kind, std::span<const int32_t> to) {
+  Touch(kind, to);
+  zeros_.clear();
+  for (const int32_t id : to) zeros_.push_back(Block(kind, id));
+  memory_->Zero(zeros_, ledger_->config().bytes(kind));
 }
 
 // Of millions of blocks, often while the budget is full: hence words.

@@ -54,9 +54,9 @@ class CachePool {
   // resident, and trims free blocks while the resident bytes exceed the budget. Throws
   // std::bad_alloc if a device has no memory left.
   void Touch(BlockKind kind, std::span<const int32_t> ids);
-  // Touch `to`, then set all of it.
-  void CopyBlock(BlockKind kind, int32_t from, int32_t to);
-  void ZeroBlock(BlockKind kind, int32_t to);
+  // Touch `to`, then set all of it: to what the blocks of `from` in its order hold, or to zeros.
+  void CopyBlocks(BlockKind kind, std::span<const int32_t> from, std::span<const int32_t> to);
+  void ZeroBlocks(BlockKind kind, std::span<const int32_t> to);
   int64_t resident_bytes() const;
 
  private:
@@ -72,6 +72,9 @@ class CachePool {
   int64_t arena_bytes_[kBlockKinds] = {0, 0};
   std::vector<uint64_t> resident_[kBlockKinds];  // bits, as the ledger's free()
   int64_t resident_count_[kBlockKinds] = {0, 0};
+  // Of one call, kept for their memory.
+  std::vector<BlockCopy> copies_;
+  std::vector<std::byte*> zeros_;
 };
 
 }  // namespace dsla

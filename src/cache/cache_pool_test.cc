@@ -26,6 +26,27 @@ TEST(CachePoolTest, BlocksAreWholeMemoryPagesAndDoNotOverlap) {
   EXPECT_EQ(view.page_stride * 2, pool->geometry().page_bytes());
 }
 
+TEST(CachePoolTest, BlocksAreCopiedAndCleared) {
+  auto pool = CachePool::Create(SmallGeometry(), int64_t{4} << 20);
+  ASSERT_TRUE(pool.ok());
+  auto reserved = pool->ledger().Reserve(0, 6);
+  ASSERT_TRUE(reserved.ok());
+  const std::vector<int32_t>& ids = reserved->slots();
+  pool->Touch(BlockKind::kSlot, ids);
+  const auto slot = [&](size_t i) {
+    return static_cast<std::byte*>(pool->slots().base) + ids[i] * pool->slots().slot_bytes;
+  };
+  const auto size = static_cast<size_t>(pool->slots().slot_bytes);
+  for (size_t i = 0; i < ids.size(); ++i) std::memset(slot(i), static_cast<int>(i) + 1, size);
+  pool->CopyBlocks(BlockKind::kSlot, std::span(ids).first(2), std::span(ids).subspan(3, 2));
+  pool->ZeroBlocks(BlockKind::kSlot, std::span(ids).subspan(1, 2));
+  const int want[] = {1, 0, 0, 1, 2, 6};
+  for (size_t i = 0; i < ids.size(); ++i) {
+    EXPECT_EQ(slot(i)[0], static_cast<std::byte>(want[i])) << i;
+    EXPECT_EQ(slot(i)[size - 1], static_cast<std::byte>(want[i])) << i;
+  }
+}
+
 TEST(CachePoolTest, FreeBlocksGoBackToTheSystemWhenTheOtherKindGrows) {
   const int64_t budget = int64_t{4} << 20;
   auto pool = CachePool::Create(SmallGeometry(), budget);
@@ -86,8 +107,8 @@ class UnitMemory : public BlockMemory {
   void GiveBack(std::byte* block, int64_t) override {
     if (--blocks_[Unit(block)] == 0) ++left_;
   }
-  void Copy(std::byte*, const std::byte*, int64_t) override {}
-  void Zero(std::byte*, int64_t) override {}
+  void Copy(std::span<const BlockCopy>, int64_t) override {}
+  void Zero(std::span<std::byte* const>, int64_t) override {}
 
  private:
   const std::byte* Unit(const std::byte* block) const {

@@ -100,14 +100,16 @@ Status PrefixCache::Adopt(const Hit& hit, SequenceCache* sequence) {
   const int64_t slot_bytes = hit.node->level() * ledger_->config().slot_bytes;
   if (slot_bytes > ledger_->free_bytes()) ReclaimUsedBefore(slot_bytes, hit.node->last_use);
   DSLA_RETURN_IF_ERROR(sequence->Adopt(hit.tokens, std::move(pages)));
+  if (sequence->level() == 0) return Status::Ok();
+  std::vector<int32_t> from, to;
   for (int layer = 0; layer < options_.layers; ++layer) {
     if (!sequence->is_dsla(layer)) continue;
-    const Status copied = copier_->CopySlot(hit.node->snapshot[layer], sequence->slot(layer));
-    if (copied.ok()) continue;
-    sequence->Release();
-    return copied;
+    from.push_back(hit.node->snapshot[layer]);
+    to.push_back(sequence->slot(layer));
   }
-  return Status::Ok();
+  const Status copied = copier_->CopySlots(from, to);
+  if (!copied.ok()) sequence->Release();
+  return copied;
 }
 
 void PrefixCache::Insert(const PrefixTokens& of, std::span<const LevelSpan> history,

@@ -33,13 +33,14 @@
 
 namespace dsla {
 
-// Copies the memory of a state slot; whoever owns it implements this. `to` was just reserved.
-// kResourceExhausted where there is no memory behind it. May throw what a device that failed
-// throws: the caches' accounts stay right.
+// Copies the memory of state slots, those of a sequence's layers at once; whoever owns it
+// implements this. `to`, in the order of `from`, were just reserved. kResourceExhausted where there
+// is no memory behind them. May throw what a device that failed throws: the caches' accounts stay
+// right.
 class SlotCopier {
  public:
   virtual ~SlotCopier() = default;
-  virtual Status CopySlot(int32_t from, int32_t to) = 0;
+  virtual Status CopySlots(std::span<const int32_t> from, std::span<const int32_t> to) = 0;
 };
 
 struct PrefixCacheOptions {

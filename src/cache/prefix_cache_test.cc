@@ -17,9 +17,13 @@ const std::vector<int> kLadder = {2, 0, 3, 1};
 
 class PrefixCacheTest : public testing::Test, public SlotCopier {
  protected:
-  Status CopySlot(int32_t from, int32_t to) override {
-    DSLA_RETURN_IF_ERROR(copying_());
-    copies_.emplace_back(from, to);
+  Status CopySlots(std::span<const int32_t> from, std::span<const int32_t> to) override {
+    EXPECT_EQ(from.size(), to.size());
+    ++calls_;
+    for (size_t i = 0; i < from.size(); ++i) {
+      DSLA_RETURN_IF_ERROR(copying_());
+      copies_.emplace_back(from[i], to[i]);
+    }
     return Status::Ok();
   }
 
@@ -50,6 +54,7 @@ class PrefixCacheTest : public testing::Test, public SlotCopier {
   Ledger ledger_{{.budget_bytes = 10000, .page_bytes = 100, .slot_bytes = 150}};
   std::function<Status()> copying_ = [] { return Status::Ok(); };
   std::vector<std::pair<int32_t, int32_t>> copies_;
+  int calls_ = 0;
   PrefixCache cache_{&ledger_, this, {.layers = kLayers, .page_size = kPage, .adapter_id = "a"}};
 };
 
@@ -120,6 +125,7 @@ TEST_F(PrefixCacheTest, AboveLevelZeroASequenceResumesOnlyAtASnapshot) {
   Insert(std::span(tokens).first(8), {{0, 2}}, sequence, true);
   EXPECT_EQ(cache_.snapshots(), 1);
   ASSERT_EQ(copies_.size(), 2u);
+  EXPECT_EQ(calls_, 1);
   const auto hit = cache_.Lookup({.tokens = tokens, .level = 2, .may_fold = false});
   EXPECT_EQ(hit.tokens, 8);
   EXPECT_EQ(cache_.Lookup({.tokens = std::span(tokens).first(8), .level = 2}).tokens, 0);
@@ -129,6 +135,7 @@ TEST_F(PrefixCacheTest, AboveLevelZeroASequenceResumesOnlyAtASnapshot) {
   ASSERT_TRUE(cache_.Adopt(hit, &second).ok());
   EXPECT_TRUE(second.TakeFreshSlots().empty()) << "a reset would wipe the restored states";
   ASSERT_EQ(copies_.size(), 2u);
+  EXPECT_EQ(calls_, 2);
   EXPECT_NE(second.slot(2), sequence.slot(2));
   EXPECT_EQ(second.pages(1).size(), 2u);
   EXPECT_TRUE(second.pages(2).empty());

@@ -39,7 +39,7 @@ PrefixCache::Node* PrefixCache::Add(Node* parent, const PrefixKey& key,
 
 void PrefixCache::Touch(Node* node) {
   ++time_;
-  if (node->children > 0) ++enriched_;  // places that were used apart now are one
+  if (node->children == 1) ++enriched_;  // places that were used apart now are one
   for (; node != nullptr; node = node->parent) {
     const bool leaf = node->children == 0;
     if (leaf) leaves_.erase({node->last_use, node});
@@ -50,12 +50,10 @@ void PrefixCache::Touch(Node* node) {
   }
 }
 
-// The node's branch has more to give up than when it was last looked at.
+// The branch whose own the node is, if any, has more to give up than when it was last looked at.
 void PrefixCache::Enrich(Node* node) {
-  if (node->children == 0)
-    node->bare = -1;
-  else
-    ++enriched_;
+  if (node->children == 0) node->bare = -1;
+  if (node->children == 1) ++enriched_;
 }
 
 void PrefixCache::FillPages(Node* node, const SequenceCache& sequence) {
@@ -77,11 +75,10 @@ Expected<Reservation> PrefixCache::TakeSnapshot(const SequenceCache& sequence) {
   const int level = sequence.level();
   ReclaimUsedBefore(level * ledger_->config().slot_bytes, time_);
   DSLA_ASSIGN_OR_RETURN(Reservation reservation, ledger_->Reserve(0, level));
-  auto slot = reservation.slots().begin();
-  for (int layer = 0; layer < options_.layers; ++layer) {
-    if (!sequence.is_dsla(layer)) continue;
-    DSLA_RETURN_IF_ERROR(copier_->CopySlot(sequence.slot(layer), *slot++));
-  }
+  std::vector<int32_t> from;
+  for (int layer = 0; layer < options_.layers; ++layer)
+    if (sequence.is_dsla(layer)) from.push_back(sequence.slot(layer));
+  DSLA_RETURN_IF_ERROR(copier_->CopySlots(from, reservation.slots()));
   return reservation;
 }
 

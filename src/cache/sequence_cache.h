@@ -43,6 +43,7 @@ class SequenceCache {
   void Abort();
   // Slots handed out since the last call; whoever owns the memory must reset them before use.
   std::vector<int32_t> TakeFreshSlots() { return std::exchange(fresh_slots_, {}); }
+  std::span<const int32_t> fresh_slots() const { return fresh_slots_; }
 
   // Starts an empty sequence with the first `tokens` tokens of another, a multiple of the page
   // size: shares pages[layer] for each softmax layer, and takes a slot per DSLA layer, which the

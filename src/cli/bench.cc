@@ -265,7 +265,8 @@ Status Bench(const BenchArgs& args) {
       std::max(args.requests, *std::max_element(args.batches.begin(), args.batches.end()));
   const int contexts =
       1 + (args.depths.empty() ? static_cast<int>(args.speed.levels.size()) : most);
-  DSLA_ASSIGN_OR_RETURN(const LoadedModel loaded, LoadModel(args.model, contexts));
+  DSLA_ASSIGN_OR_RETURN(const LoadedModel loaded,
+                        LoadModel(args.model, contexts, std::max(args.speed.prefill_chunk, most)));
   SpeedOptions speed = args.speed;
   if (speed.levels.empty()) {
     speed.levels = {0};

@@ -9,6 +9,7 @@
 #include <filesystem>
 
 #include "base/clock.h"
+#include "cli/device_choice.h"
 #include "ops/simd/limit.h"
 
 namespace dsla {
@@ -36,50 +37,42 @@ Expected<WeightFormat> ParseWeightFormat(const std::string& value, const ModelFi
 // The model on the device that `args` mean, or on the CPU.
 Expected<std::unique_ptr<HybridModel>> LoadOn(const ModelArgs& args, const LoadedModel& loaded,
                                               const Adapter* adapter, ModelOptions options) {
-  const auto load = [&] { return HybridModel::Load(loaded.ctx, *loaded.file, adapter, options); };
-  if (args.device == "cpu") return load();
-  const bool automatic = args.device == "auto";
-  // What only the CPU has is taken as a wish for it.
+  DeviceWish wish{
+      .device = args.device, .weights = options.weights, .chooses_weights = args.weights == "auto"};
   const bool on_devices = args.weights != "fp32" && args.kv == "bf16";
-  if (automatic && !on_devices) return load();
-  if (!on_devices) {
+  // What only the CPU has is taken as a wish for it.
+  if (wish.device == "auto" && !on_devices) wish.device = "cpu";
+  if (wish.device != "cpu" && !on_devices) {
     return InvalidArgument(
         "--device {}: weights are held in bf16, int8 or int4 there and the cache in bf16, not "
         "--weights {} and --kv {}",
         args.device, args.weights, args.kv);
   }
-  const WeightFormat asked = options.weights;
-  auto device = OpenDevice(automatic ? "cuda" : args.device);
-  if (!device.ok() && automatic) return load();
-  if (!device.ok()) {
-    return Error(device.status().code(), "--device {}: {}", args.device, device.status().message());
-  }
-  options.device = std::move(device).value();
-  if (args.weights == "auto" && !options.device->Prefers(loaded.file->config(), asked))
-    options.weights = WeightFormat::kBF16;
-  auto model = load();
-  if (model.status().code() == StatusCode::kResourceExhausted && options.weights != asked) {
-    options.weights = asked;
-    model = load();
-  }
-  if (model.ok() || !automatic) return model;
-  fmt::print(stderr, "dsla: {}; running on the CPU\n", model.status().message());
-  options.device = nullptr;
-  options.weights = asked;
-  return load();
+  std::unique_ptr<HybridModel> model;
+  const auto load = [&](const std::shared_ptr<Device>& device, WeightFormat weights) -> Status {
+    options.device = device;
+    options.weights = weights;
+    DSLA_ASSIGN_OR_RETURN(model, HybridModel::Load(loaded.ctx, *loaded.file, adapter, options));
+    return Status::Ok();
+  };
+  const auto say = [](const std::string& line) { fmt::print(stderr, "dsla: {}\n", line); };
+  DSLA_RETURN_IF_ERROR(
+      LoadOnDevice(wish, loaded.file->config(), {.open = OpenDevice, .load = load, .say = say}));
+  return model;
 }
 
 // One sequence of the whole context at any level: every layer's pages and every layer's slot. On a
 // device at most what is free there, less room for what a step needs.
-int64_t DefaultMemory(const HybridModel& model, int sequences) {
+int64_t DefaultMemory(const HybridModel& model, int sequences, int step_rows) {
   const CacheGeometry geometry = model.cache_geometry();
   const int64_t pages = PagesFor(model.max_positions(), geometry.page_size);
   const int64_t per_layer = pages * geometry.page_bytes() + geometry.slot_block_bytes();
   const int64_t whole = sequences * model.config().L * per_layer;
   if (model.device() == nullptr) return whole;
   constexpr double kCacheShare = 0.85;
-  return std::min(
-      whole, static_cast<int64_t>(kCacheShare * static_cast<double>(model.device()->free_bytes())));
+  const int64_t free = model.device()->free_bytes();
+  const auto share = static_cast<int64_t>(kCacheShare * static_cast<double>(free));
+  return std::min({whole, share, std::max<int64_t>(0, free - model.step_bytes(step_rows))});
 }
 
 }  // namespace
@@ -204,7 +197,7 @@ Status OpenFiles(const ModelArgs& args, LoadedModel& loaded) {
 
 }  // namespace
 
-Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences) {
+Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences, int step_rows) {
   const double start = NowSeconds();
   DSLA_RETURN_IF_ERROR(LimitSimd(args.simd));
   LoadedModel loaded;
@@ -231,7 +224,13 @@ Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences) {
   // What loading took beside the weights goes back to the system: a half of a small model's memory.
   loaded.file->ReleasePages();
   ::malloc_trim(0);
-  if (args.memory.empty()) loaded.memory_bytes = DefaultMemory(*loaded.model, sequences);
+  step_rows = std::max(1, step_rows);
+  if (args.memory.empty()) {
+    loaded.memory_bytes = DefaultMemory(*loaded.model, sequences, step_rows);
+  } else if (const Device* const device = loaded.model->device()) {
+    DSLA_RETURN_IF_ERROR(CheckCacheMemory(*device, loaded.model->step_bytes(step_rows), args.memory,
+                                          loaded.memory_bytes));
+  }
   loaded.load_seconds = NowSeconds() - start;
   return loaded;
 }

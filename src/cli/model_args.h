@@ -53,8 +53,10 @@ struct LoadedModel {
 inline constexpr const char* kKvHelp = "how cached K and V are held: bf16, fp32 or int8";
 Expected<DType> ParseKvType(const std::string& value);
 
-// `sequences`: how many full contexts the default cache budget is for.
-Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences = 1);
+// `sequences`: how many full contexts the default cache budget is for; `step_rows`: the largest
+// step that will be run. kResourceExhausted where --memory asks for more than a device has beside
+// it.
+Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences = 1, int step_rows = 512);
 
 // The model and adapter that are used when none is named: in the project's .venv and models/, found
 // from the binary's place.

@@ -243,7 +243,8 @@ Status Run(const RunArgs& args) {
   if (!args.chat || !args.file.empty() || !args.prompt.empty()) {
     DSLA_ASSIGN_OR_RETURN(text, ReadPrompt(args));
   }
-  DSLA_ASSIGN_OR_RETURN(const LoadedModel loaded, LoadModel(args.model));
+  DSLA_ASSIGN_OR_RETURN(const LoadedModel loaded,
+                        LoadModel(args.model, /*sequences=*/1, args.prefill_chunk));
   DSLA_ASSIGN_OR_RETURN(const SessionOptions session_options, ChooseLevel(args, loaded));
   DSLA_ASSIGN_OR_RETURN(const GenerateOptions generate_options, MakeGenerateOptions(args, loaded));
   if (args.chat) return Chat(args, loaded, text, session_options, generate_options);

@@ -32,8 +32,10 @@ namespace {
 
 constexpr const char* kVersion = "0.1.0";
 constexpr int kDefaultSequences = 8;  // full contexts that the default cache memory is for
-constexpr double kLastAnswers = 2;    // seconds in which clients are told that theirs have failed
-constexpr int kTextThreads = 2;       // for large texts
+// A GPU is only busy with many rows, and takes a few ms for them.
+constexpr int kDeviceBatchTokens = 4096;
+constexpr double kLastAnswers = 2;  // seconds in which clients are told that theirs have failed
+constexpr int kTextThreads = 2;     // for large texts
 
 // What the machine, or the container, lets this process have.
 int64_t MemoryLimit() {
@@ -156,7 +158,9 @@ void Program::Load() {
 }
 
 Status Program::LoadAll() {
-  DSLA_ASSIGN_OR_RETURN(model_, LoadModel(args_.model, kDefaultSequences));
+  DSLA_ASSIGN_OR_RETURN(
+      model_, LoadModel(args_.model, kDefaultSequences,
+                        args_.max_batch_tokens > 0 ? args_.max_batch_tokens : kDeviceBatchTokens));
   const Device* device = model_.model->device();
   if (device != nullptr && args_.engine.deterministic) {
     return InvalidArgument(
@@ -209,8 +213,6 @@ Status Program::MakeEngine() {
                            ladder_.adapter.empty() ? ": there is no adapter" : "");
   }
   EngineOptions options = args_.engine;
-  // A GPU is only busy with many rows, and takes a few ms for them.
-  constexpr int kDeviceBatchTokens = 4096;
   if (args_.max_batch_tokens > 0) {
     options.max_batch_tokens = args_.max_batch_tokens;
   } else if (model_.model->device() != nullptr) {

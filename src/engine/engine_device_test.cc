@@ -492,6 +492,26 @@ TEST_F(EngineDeviceTest, ADeviceThatFailsAtACopyLosesNoEnd) {
   }
 }
 
+// Entries of the prefix cache may keep units of memory that the ledger knows nothing of.
+TEST_F(EngineDeviceTest, WithoutMemoryForRowsThePrefixCacheIsGivenUp) {
+  std::atomic<int> fails = 0;
+  OnStream on({.choose = OneMore, .backs = [&] {
+                 if (fails > 0 && fails-- > 0) throw std::bad_alloc();
+               }});
+  TestEngine engine(on.small.model(), *tokenizer_, Options());
+  const std::vector<int32_t> prompt(40, 7);
+  EXPECT_TRUE(engine.Submit(Ask(2, prompt))->Wait().status.ok());
+  EXPECT_EQ(engine.Submit(Ask(2, prompt))->Wait().cached_tokens, 32);
+  for (const int count : {2, 40}) {
+    fails = count;
+    const auto sink = engine.Submit(Ask(2, std::vector<int32_t>(200, 9 + count)));
+    EXPECT_EQ(sink->Wait().status.ok(), count == 2) << sink->Wait().status.message();
+    fails = 0;
+  }
+  EXPECT_EQ(engine.Submit(Ask(2, prompt))->Wait().cached_tokens, 0);
+  ExpectNoLeak(engine);
+}
+
 TEST_F(EngineDeviceTest, WithoutMemoryForACopyThereIsNoSnapshot) {
   int backs = 0;
   OnStream on({.choose = OneMore, .backs = [&] {

@@ -31,14 +31,17 @@ std::vector<FakeModel::Entry>& FakeModel::Page(int32_t id) {
   return pages_[id];
 }
 
-Status FakeModel::CopySlot(int32_t from, int32_t to) {
-  EXPECT_FALSE(ledger_->is_free(BlockKind::kSlot, from));
-  EXPECT_EQ(ledger_->references(BlockKind::kSlot, to), 1);
-  EXPECT_FALSE(ledger_->is_retained(BlockKind::kSlot, to));
+Status FakeModel::CopySlots(std::span<const int32_t> from, std::span<const int32_t> to) {
+  EXPECT_EQ(from.size(), to.size());
   if (failing_copies_ > 0 && failing_copies_-- > 0) return ResourceExhausted("no memory to copy");
-  ++copies_;
-  slots_.resize(std::max<size_t>({slots_.size(), from + 1ul, to + 1ul}));
-  slots_[to] = slots_[from];
+  for (size_t i = 0; i < from.size(); ++i) {
+    EXPECT_FALSE(ledger_->is_free(BlockKind::kSlot, from[i]));
+    EXPECT_EQ(ledger_->references(BlockKind::kSlot, to[i]), 1);
+    EXPECT_FALSE(ledger_->is_retained(BlockKind::kSlot, to[i]));
+    ++copies_;
+    slots_.resize(std::max<size_t>({slots_.size(), from[i] + 1ul, to[i] + 1ul}));
+    slots_[to[i]] = slots_[from[i]];
+  }
   return Status::Ok();
 }
 

@@ -29,7 +29,7 @@ class FakeModel : public CacheOps {
     return SequenceCache(ledger_, ladder_, page_size_, level);
   }
   Status Raise(SequenceCache& cache, int level) override;
-  Status CopySlot(int32_t from, int32_t to) override;
+  Status CopySlots(std::span<const int32_t> from, std::span<const int32_t> to) override;
 
   // Runs the rows of a sequence whose tokens are `tokens`, those of a row that is fed included;
   // gives the last row's link. owner: who may share with whom, as a part of every link.

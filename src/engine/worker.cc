@@ -102,9 +102,9 @@ Status Worker::Raise(SequenceCache& cache, int level) {
   return status;
 }
 
-Status Worker::CopySlot(int32_t from, int32_t to) {
+Status Worker::CopySlots(std::span<const int32_t> from, std::span<const int32_t> to) {
   try {
-    pool_.CopyBlock(BlockKind::kSlot, from, to);
+    pool_.CopyBlocks(BlockKind::kSlot, from, to);
   } catch (const std::bad_alloc&) {
     return ResourceExhausted("out of memory for a copy of states");
   }

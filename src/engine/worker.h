@@ -76,7 +76,7 @@ class Worker : private CacheOps {
   // CacheOps
   SequenceCache NewSequence(int level) override;
   Status Raise(SequenceCache& cache, int level) override;
-  Status CopySlot(int32_t from, int32_t to) override;
+  Status CopySlots(std::span<const int32_t> from, std::span<const int32_t> to) override;
 
   // worker.cc
   bool TakeMail(std::optional<std::chrono::duration<double>> wait);
@@ -98,6 +98,7 @@ class Worker : private CacheOps {
   void PlanStep();
   void NoteStarted(const StepPlan& plan);
   void Launch(Flight& step);  // runs it, or begins it
+  void BackBlocks(std::span<const SequenceRows> batch);
   void LaunchAhead();
   void Await(Flight& step);
   void Abandon();  // what is in flight: waits for it

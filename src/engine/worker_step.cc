@@ -99,6 +99,7 @@ void Worker::Launch(Flight& step) {
   const int64_t number = launched_++;
   step.failed = Try(plan, [&] {
     if (fault_injector_) fault_injector_(number);
+    BackBlocks(step.batch);
     if (chosen) return model_->Begin(ctx_, pool_, step.batch);
     model_->Forward(
         ctx_, pool_, step.batch, options_.deterministic ? Products::kInvariant : Products::kFastest,
@@ -108,6 +109,21 @@ void Worker::Launch(Flight& step) {
         [&] { HandOnAll(); });
   });
   step.begun = chosen && step.failed.ok();
+}
+
+// A device's memory comes in units, which blocks of either kind may keep, so there may be none left
+// where the ledger has room. Then entries of the prefix cache go until there is.
+void Worker::BackBlocks(std::span<const SequenceRows> batch) {
+  const Ledger& ledger = pool_.ledger();
+  for (int64_t more = ledger.config().budget_bytes / 64 + 1;; more *= 2) {
+    try {
+      return model_->Back(pool_, batch);
+    } catch (const std::bad_alloc&) {
+      PrefixCache* const cache = scheduler_.prefix_cache();
+      if (cache == nullptr || cache->entries() == 0) throw;
+      if (!cache->Reclaim(ledger.free_bytes() + more)) cache->Clear();
+    }
+  }
 }
 
 // Its outcomes are known.

@@ -109,9 +109,8 @@ class ModelProbe final : public CostProbe {
   Status MakeContext(SequenceCache& cache, int64_t tokens) {
     if (tokens == 0) return Status::Ok();
     DSLA_RETURN_IF_ERROR(cache.Reserve(static_cast<int>(tokens)));
-    for (int layer = 0; layer < cache.layers(); ++layer) {
-      for (const int32_t page : cache.pages(layer)) pool_.ZeroBlock(BlockKind::kPage, page);
-    }
+    for (int layer = 0; layer < cache.layers(); ++layer)
+      pool_.ZeroBlocks(BlockKind::kPage, cache.pages(layer));
     cache.Commit(static_cast<int>(tokens));
     return Status::Ok();
   }

@@ -19,9 +19,13 @@ Expected<SequenceCache> ForkSequence(const HybridModel& model, CachePool& pool,
     pages[layer].assign(shared.begin(), shared.end());
   }
   DSLA_RETURN_IF_ERROR(fork.Adopt(tokens, std::move(pages)));
+  std::vector<int32_t> copied, to;
   for (int layer = 0; layer < from.layers(); ++layer) {
-    if (from.is_dsla(layer)) pool.CopyBlock(BlockKind::kSlot, from.slot(layer), fork.slot(layer));
+    if (!from.is_dsla(layer)) continue;
+    copied.push_back(from.slot(layer));
+    to.push_back(fork.slot(layer));
   }
+  pool.CopyBlocks(BlockKind::kSlot, copied, to);
   return fork;
 }
 

@@ -84,10 +84,8 @@ class Depths {
   // Fills an empty sequence with the context, and folds it to `level`.
   Status Copy(SequenceCache& to, int level) {
     DSLA_RETURN_IF_ERROR(to.Reserve(context_.length()));
-    for (int layer = 0; layer < to.layers(); ++layer) {
-      for (size_t i = 0; i < to.pages(layer).size(); ++i)
-        pool_.CopyBlock(BlockKind::kPage, context_.pages(layer)[i], to.pages(layer)[i]);
-    }
+    for (int layer = 0; layer < to.layers(); ++layer)
+      pool_.CopyBlocks(BlockKind::kPage, context_.pages(layer), to.pages(layer));
     to.Commit(context_.length());
     return model_.Raise(ctx_, pool_, to, level);
   }

@@ -24,12 +24,13 @@ Expected<std::shared_ptr<Device>> OpenDevice(const std::string& name) {
   if (!known) return InvalidArgument("not one of auto, cpu, cuda, cuda:N");
   // First what is there only with a GPU: our own part brings libraries of half a gigabyte along.
   if (::dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL) == nullptr)
-    return Error(StatusCode::kUnavailable, "no NVIDIA driver: {}", ::dlerror());
-  DSLA_ASSIGN_OR_RETURN(void* const open,
-                        LibraryFunction("libdsla_cuda_model.so", "DslaOpenCudaDevice"));
+    return NotFound("no NVIDIA driver: {}", ::dlerror());
+  const auto open = LibraryFunction("libdsla_cuda_model.so", "DslaOpenCudaDevice");
+  if (!open.ok()) return NotFound("{}", open.status().message());
   std::shared_ptr<Device> device;
   Status status;
-  reinterpret_cast<void (*)(int, std::shared_ptr<Device>*, Status*)>(open)(index, &device, &status);
+  reinterpret_cast<void (*)(int, std::shared_ptr<Device>*, Status*)> (*open)(index, &device,
+                                                                             &status);
   if (!status.ok()) return status;
   return device;
 }

@@ -90,7 +90,8 @@ class DeviceModel {
 
   // The same weights with another adapter.
   virtual Expected<std::unique_ptr<DeviceModel>> WithAdapter(const DeviceModelSpec& spec) const = 0;
-  virtual int64_t weight_bytes(int level) const = 0;  // see HybridModel::weight_bytes
+  virtual int64_t weight_bytes(int level) const = 0;  // see HybridModel
+  virtual int64_t step_bytes(int64_t rows) const = 0;
 };
 
 // What a device can do at best, measured.
@@ -117,8 +118,9 @@ class Device {
                                                       const ParallelRunner& parallel) = 0;
 };
 
-// "cuda" or "cuda:1". kInvalidArgument if that names no kind of device; kUnavailable, with the
-// reason, if there is none, or this build has no part for it.
+// "cuda" or "cuda:1". kInvalidArgument if that names no kind of device; kNotFound, with the reason,
+// if there is none of that number, or this build has no part for it; kUnsupported or kUnavailable
+// if it cannot be used.
 Expected<std::shared_ptr<Device>> OpenDevice(const std::string& name);
 
 }  // namespace dsla

@@ -136,19 +136,27 @@ namespace {
 CacheViews Views(const CachePool& pool) { return {pool.pages(), pool.slots()}; }
 }  // namespace
 
+void HybridModel::Back(CachePool& pool, std::span<const SequenceRows> batch) const {
+  for (const SequenceRows& rows : batch) {
+    const int first_new = rows.cache->length() / options_.page_size;
+    for (int layer = 0; layer < config_.L; ++layer) {
+      if (!rows.cache->is_dsla(layer))
+        pool.Touch(BlockKind::kPage, rows.cache->pages(layer).subspan(first_new));
+    }
+    pool.Touch(BlockKind::kSlot, rows.cache->fresh_slots());
+  }
+}
+
 PlacedRows HybridModel::Place(CachePool& pool, std::span<const SequenceRows> batch,
                               Workspace& workspace) const {
+  Back(pool, batch);
   const PlacedRows placed = PlaceRows(batch, workspace);
   for (const SequenceRows* rows : placed.sequences) {
     DSLA_CHECK(rows->cache->length() + static_cast<int64_t>(rows->tokens.size()) <=
                rope_.positions());
     for (const int32_t token : rows->tokens) DSLA_CHECK(token >= 0 && token < config_.V);
-    const int first_new = rows->cache->length() / options_.page_size;
-    for (int layer = 0; layer < config_.L; ++layer) {
-      if (!rows->cache->is_dsla(layer))
-        pool.Touch(BlockKind::kPage, rows->cache->pages(layer).subspan(first_new));
-    }
-    for (const int32_t slot : rows->cache->TakeFreshSlots()) pool.ZeroBlock(BlockKind::kSlot, slot);
+    const std::vector<int32_t> fresh = rows->cache->TakeFreshSlots();
+    if (!fresh.empty()) pool.ZeroBlocks(BlockKind::kSlot, fresh);
   }
   return placed;
 }
@@ -250,7 +258,7 @@ Status HybridModel::Raise(const ExecContext& ctx, CachePool& pool, SequenceCache
     for (const auto& [layer, slot] : conversions) {
       pool.Touch(BlockKind::kSlot, {&slot, 1});
       if (cache.length() == 0) {
-        pool.ZeroBlock(BlockKind::kSlot, slot);
+        pool.ZeroBlocks(BlockKind::kSlot, {&slot, 1});
         continue;
       }
       if (on_device_ != nullptr) {

@@ -79,6 +79,11 @@ class HybridModel {
   // Bytes that a decode step reads besides the cache: weights, and the adapter's of the converted
   // layers.
   int64_t weight_bytes(int level) const;
+  // About the most of a device's memory that steps of up to `rows` rows, and raises, take beside
+  // weights and cache when the model has just been loaded; 0 on the CPU.
+  int64_t step_bytes(int64_t rows) const {
+    return on_device_ == nullptr ? 0 : on_device_->step_bytes(rows);
+  }
 
   // Runs all rows through all layers, writing their K and V and advancing the states; the caller
   // then commits the tokens to each cache. logits: for each sequence in the batch's order
@@ -107,6 +112,10 @@ class HybridModel {
   void Forward(const ExecContext& ctx, CachePool& pool, std::span<const SequenceRows> batch,
                Products products, const LogitsVisitor& visit,
                const LaunchedHook& launched = {}) const;
+
+  // Memory behind the blocks that a step of these rows writes, which the step would ask for itself.
+  // Throws std::bad_alloc if a device has none left; then nothing else has happened.
+  void Back(CachePool& pool, std::span<const SequenceRows> batch) const;
 
   // A step in which at most most_choices() sequences (0: the CPU has no such steps) ask for the
   // logits of their last row, with `sampling` alone, and the others for none. Begin returns when

@@ -72,12 +72,14 @@ class StreamMemory : public BlockMemory {
     stream_->RunAll();
     HostMemory().GiveBack(block, bytes);
   }
-  void Copy(std::byte* to, const std::byte* from, int64_t bytes) override {
+  void Copy(std::span<const BlockCopy> copies, int64_t bytes) override {
     options_->copies();
-    stream_->Push([=] { HostMemory().Copy(to, from, bytes); });
+    const std::vector<BlockCopy> all(copies.begin(), copies.end());
+    stream_->Push([=] { HostMemory().Copy(all, bytes); });
   }
-  void Zero(std::byte* block, int64_t bytes) override {
-    stream_->Push([=] { HostMemory().Zero(block, bytes); });
+  void Zero(std::span<std::byte* const> blocks, int64_t bytes) override {
+    const std::vector<std::byte*> all(blocks.begin(), blocks.end());
+    stream_->Push([=] { HostMemory().Zero(all, bytes); });
   }
 
  private:
@@ -160,6 +162,7 @@ class StreamModel : public DeviceModel {
     return Unsupported("not of this test");
   }
   int64_t weight_bytes(int) const override { return 0; }
+  int64_t step_bytes(int64_t) const override { return 0; }
 
  private:
   struct Entry {  // of one token in a page

@@ -146,14 +146,14 @@ Expected<std::shared_ptr<Device>> Open(int index) {
   int count = 0;
   const cudaError_t found = cudaGetDeviceCount(&count);
   if (found != cudaSuccess || count == 0) {
-    return Error(StatusCode::kUnavailable, "no GPU: {}", cudaGetErrorString(found));
+    return NotFound("no GPU: {}", cudaGetErrorString(found));
   }
-  if (index >= count) return Error(StatusCode::kUnavailable, "this machine has {} GPUs", count);
+  if (index >= count) return NotFound("this machine has {} GPUs", count);
   cudaDeviceProp property;
   Check(cudaGetDeviceProperties(&property, index), "asking for a GPU's properties");
   if (property.major < kLeastMajor) {
-    return Error(StatusCode::kUnavailable, "{}: compute capability {}.{}: needs {}.0",
-                 property.name, property.major, property.minor, kLeastMajor);
+    return Unsupported("cuda:{} ({}): compute capability {}.{}: needs {}.0", index, property.name,
+                       property.major, property.minor, kLeastMajor);
   }
   Check(cudaSetDevice(index), "choosing a GPU");
   cudaStream_t stream = nullptr;

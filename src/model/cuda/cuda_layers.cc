@@ -8,6 +8,14 @@
 #include "ops/norm_rope/cuda/norm_rope_cuda.h"
 
 namespace dsla::cuda {
+namespace {
+
+// Of two layers' shapes.
+bool SamePlan(const DslaShape& a, const DslaShape& b) {
+  return a.F == b.F && a.states == b.states && a.window == b.window && a.sinks == b.sinks;
+}
+
+}  // namespace
 
 void CudaModel::RunLayers(const Step& step) {
   const ModelConfig& c = spec_.config;
@@ -73,8 +81,9 @@ void CudaModel::AttentionBlock(const Step& step, int l) {
   }
   const CudaDslaLayer* const dsla =
       first < tables.T ? &adapter_->layers[static_cast<size_t>(l)] : nullptr;
+  const bool all = softmax == 0;
 
-  QueriesKeysValues(step, dsla, l);
+  QueriesKeysValues(step, dsla, all, l);
   Check(RopeKv(
             {.qkv = a.qkv,
              .bias = c.qkv_bias ? layer.qkv_bias.as<float>() : nullptr,
@@ -97,15 +106,15 @@ void CudaModel::AttentionBlock(const Step& step, int l) {
         "rotating queries and keys");
   if (softmax > 0) SoftmaxRows(step, l);
   if (dsla) DslaRows(step, l);
-  Output(step, dsla, l);
+  Output(step, dsla, all, l);
 }
 
 // q, k, v = W x; of DSLA rows also the claims, and q += B_q A_q x.
-void CudaModel::QueriesKeysValues(const Step& step, const CudaDslaLayer* dsla, int l) {
+void CudaModel::QueriesKeysValues(const Step& step, const CudaDslaLayer* dsla, bool all, int l) {
   const ModelConfig& c = spec_.config;
   const Activations& a = *step.a;
   const int64_t T = step.tables->T, stride = int64_t{c.H + 2 * c.Hkv} * c.D;
-  const bool merged = OneLevel(step) && dsla && !dsla->merged_qkv.empty();
+  const bool merged = all && !dsla->merged_qkv.empty();
   const Matrix& weight = merged ? dsla->merged_qkv : weights_->layers[static_cast<size_t>(l)].qkv;
   const int r = dsla && !merged ? dsla->r : 0, H = dsla && dsla->claims ? c.H : 0;
   if (r + H == 0) {
@@ -122,10 +131,10 @@ void CudaModel::QueriesKeysValues(const Step& step, const CudaDslaLayer* dsla, i
 }
 
 // delta = W out, of DSLA rows += B_o A_o out.
-void CudaModel::Output(const Step& step, const CudaDslaLayer* dsla, int l) {
+void CudaModel::Output(const Step& step, const CudaDslaLayer* dsla, bool all, int l) {
   const ModelConfig& c = spec_.config;
   const Activations& a = *step.a;
-  const bool merged = OneLevel(step) && dsla && !dsla->merged_o.empty();
+  const bool merged = all && !dsla->merged_o.empty();
   const Matrix& weight = merged ? dsla->merged_o : weights_->layers[static_cast<size_t>(l)].o;
   if (merged || dsla == nullptr || dsla->r == 0) {
     gemm_->Run(weight, a.attention, weight.in, step.tables->T, a.delta, c.C);
@@ -236,7 +245,7 @@ void CudaModel::DslaRows(const Step& step, int l) {
   const DslaShape& shape = adapter_->shapes[layer];
   const int64_t q = int64_t{c.H} * c.D, kv = int64_t{c.Hkv} * c.D, stride = q + 2 * kv;
 
-  const auto run = [&](const RowGroup& group) {
+  const auto run = [&](const RowGroup& group, DeviceBuffer& scratch, bool has_plan) {
     const std::byte* const rows = a.qkv + 2 * group.first_row * stride;
     DslaCudaArgs args{.shape = shape,
                       .layout = adapter_->layouts[layer],
@@ -257,23 +266,34 @@ void CudaModel::DslaRows(const Step& step, int l) {
                       .k_stride = stride,
                       .v_stride = stride,
                       .claim = dsla.claims ? a.claim + group.first_row * c.H : nullptr,
-                      .out = a.attention + 2 * group.first_row * q};
-    if (!step.padded) {
-      Grow(*step.scratch, group.single ? DecodeWorkspaceBytes(shape, group.count)
-                                       : PrefillWorkspaceBytes(shape, group.count, group.rows));
+                      .out = a.attention + 2 * group.first_row * q,
+                      .has_plan = has_plan};
+    if (!step.padded && !has_plan) {
+      Grow(scratch, group.single ? DecodeWorkspaceBytes(shape, group.count)
+                                 : PrefillWorkspaceBytes(shape, group.count, group.rows));
     }
-    args.workspace = step.scratch->as();
-    args.workspace_bytes = step.scratch->bytes();
+    args.workspace = scratch.as();
+    args.workspace_bytes = scratch.bytes();
     Check(group.single ? Decode(args, stream_) : Prefill(args, stream_),
           "dual-state linear attention");
   };
   if (step.padded) {
-    run({.first = 0, .count = tables.N, .first_row = 0, .rows = tables.N, .single = true});
+    run({.first = 0, .count = tables.N, .first_row = 0, .rows = tables.N, .single = true},
+        *step.scratch, false);
     return;
   }
   const int rank = spec_.rank[layer];
   for (const RowGroup& group : tables.groups) {
-    if (step.rows->sequences[static_cast<size_t>(group.first)]->cache->level() > rank) run(group);
+    if (step.rows->sequences[static_cast<size_t>(group.first)]->cache->level() <= rank) continue;
+    if (group.single) {
+      run(group, *step.scratch, false);
+      continue;
+    }
+    // The plan of the rows is in its workspace until another group, or shape, takes that.
+    const bool has_plan = chunked_ == &group && SamePlan(adapter_->shapes[chunked_layer_], shape);
+    run(group, chunk_scratch_, has_plan);
+    chunked_ = &group;
+    chunked_layer_ = layer;
   }
 }
 

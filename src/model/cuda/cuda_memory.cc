@@ -13,6 +13,8 @@ namespace {
 // the rarer is one whose pages a raise has freed all.
 constexpr size_t kUnitBytes = size_t{16} << 20;
 constexpr int kSparesAtOnce = 16;
+// What units beyond the budget leave free: steps, their graphs and kernels take some of it.
+constexpr size_t kLeftFree = size_t{1} << 30;
 
 void CheckDriver(CUresult result, const char* what) {
   if (result == CUDA_SUCCESS) return;
@@ -24,8 +26,7 @@ void CheckDriver(CUresult result, const char* what) {
 
 Expected<DriverApi> DriverApi::Load() {
   void* library = ::dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);  // stays loaded
-  if (library == nullptr)
-    return Error(StatusCode::kUnavailable, "no NVIDIA driver: {}", ::dlerror());
+  if (library == nullptr) return NotFound("no NVIDIA driver: {}", ::dlerror());
   DriverApi api;
   const char* missing = nullptr;
   const auto find = [&](auto& function, const char* name) {
@@ -41,8 +42,8 @@ Expected<DriverApi> DriverApi::Load() {
   find(api.unmap, "cuMemUnmap");
   find(api.set_access, "cuMemSetAccess");
   find(api.granularity, "cuMemGetAllocationGranularity");
-  if (missing != nullptr)
-    return Error(StatusCode::kUnavailable, "the NVIDIA driver is too old: it has no {}", missing);
+  find(api.info, "cuMemGetInfo_v2");
+  if (missing != nullptr) return NotFound("the NVIDIA driver is too old: it has no {}", missing);
   return api;
 }
 
@@ -100,6 +101,7 @@ CudaBlockMemory::Range CudaBlockMemory::UnitsOf(std::byte* block, int64_t bytes)
 CudaBlockMemory::Handle CudaBlockMemory::Take(const Space& for_space) {
   const bool within = (created_ + 1) * unit_bytes_ <= budget_bytes_;
   if (spares_.empty() && (within || !MakeSpares(for_space))) {
+    if (!within && !MayExceedBudget()) throw std::bad_alloc();
     Handle handle = 0;
     const CUresult result =
         driver_.create(&handle, static_cast<size_t>(unit_bytes_), &property_, 0);
@@ -112,6 +114,12 @@ CudaBlockMemory::Handle CudaBlockMemory::Take(const Space& for_space) {
   const Handle handle = spares_.back();
   spares_.pop_back();
   return handle;
+}
+
+bool CudaBlockMemory::MayExceedBudget() const {
+  size_t free = 0, total = 0;
+  CheckDriver(driver_.info(&free, &total), "asking for free memory");
+  return free >= kLeftFree + static_cast<size_t>(unit_bytes_);
 }
 
 // Of units that no block is in, of another space if it has any; there the last, as the first are
@@ -182,15 +190,18 @@ void CudaBlockMemory::GiveBack(std::byte* block, int64_t bytes) {
   for (int64_t i = range.first; i <= range.last; ++i) Leave(*range.space, i);
 }
 
-void CudaBlockMemory::Copy(std::byte* to, const std::byte* from, int64_t bytes) {
+void CudaBlockMemory::Copy(std::span<const BlockCopy> copies, int64_t bytes) {
   cudaSetDevice(device_);
-  Check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice, stream_),
-        "copying a cache block");
+  copies_.clear();
+  for (const BlockCopy& copy : copies) copies_.push_back({copy.to, copy.from});
+  Check(CopyOnDevice(copies_, bytes, stream_), "copying cache blocks");
 }
 
-void CudaBlockMemory::Zero(std::byte* block, int64_t bytes) {
+void CudaBlockMemory::Zero(std::span<std::byte* const> blocks, int64_t bytes) {
   cudaSetDevice(device_);
-  Check(cudaMemsetAsync(block, 0, static_cast<size_t>(bytes), stream_), "clearing a cache block");
+  copies_.clear();
+  for (std::byte* const block : blocks) copies_.push_back({block, nullptr});
+  Check(CopyOnDevice(copies_, bytes, stream_), "clearing cache blocks");
 }
 
 }  // namespace dsla::cuda

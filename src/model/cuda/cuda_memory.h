@@ -4,7 +4,7 @@
 //
 // Mapping takes the host's time, a unit's as much whatever its size, so units are larger than the
 // driver's own, and one that no block is left in stays where it is until a block elsewhere needs
-// it.
+// it. Such units may be more than the budget as long as the GPU has memory to spare.
 #pragma once
 
 #include <cuda.h>
@@ -15,6 +15,7 @@
 
 #include "cache/block_memory.h"
 #include "model/cuda/cuda_util.h"
+#include "ops/cuda/blocks.h"
 
 namespace dsla::cuda {
 
@@ -29,6 +30,7 @@ struct DriverApi {
   decltype(&cuMemUnmap) unmap = nullptr;
   decltype(&cuMemSetAccess) set_access = nullptr;
   decltype(&cuMemGetAllocationGranularity) granularity = nullptr;
+  decltype(&cuMemGetInfo) info = nullptr;
 
   static Expected<DriverApi> Load();
 };
@@ -45,8 +47,8 @@ class CudaBlockMemory : public BlockMemory {
   void Release(std::byte* begin, int64_t bytes) override;
   void Back(std::byte* block, int64_t bytes) override;
   void GiveBack(std::byte* block, int64_t bytes) override;
-  void Copy(std::byte* to, const std::byte* from, int64_t bytes) override;
-  void Zero(std::byte* block, int64_t bytes) override;
+  void Copy(std::span<const BlockCopy> copies, int64_t bytes) override;
+  void Zero(std::span<std::byte* const> blocks, int64_t bytes) override;
 
  private:
   using Handle = CUmemGenericAllocationHandle;
@@ -70,6 +72,7 @@ class CudaBlockMemory : public BlockMemory {
   void Unmap(std::byte* base, Space& space, int64_t unit);
   void Leave(Space& space, int64_t unit);  // by one block
   Handle Take(const Space& for_space);
+  bool MayExceedBudget() const;
   bool MakeSpares(const Space& for_space);
 
   DriverApi driver_;
@@ -81,6 +84,7 @@ class CudaBlockMemory : public BlockMemory {
   int64_t created_ = 0;                 // units
   std::map<std::byte*, Space> spaces_;  // by address
   std::vector<Handle> spares_;          // not mapped
+  std::vector<DeviceCopy> copies_;      // of one call, kept for their memory
 };
 
 }  // namespace dsla::cuda

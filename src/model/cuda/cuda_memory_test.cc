@@ -15,6 +15,7 @@ constexpr int64_t kUnit = 16 << 20;
 // What the driver has to say of it: created and mapped handles, and what kernels may read.
 struct FakeDriver {
   int most = 1 << 20;  // units that it has
+  size_t free = size_t{1} << 40;
   CUmemGenericAllocationHandle next = 1;
   CUdeviceptr next_address = CUdeviceptr{1} << 40;
   std::set<CUmemGenericAllocationHandle> created;
@@ -78,6 +79,10 @@ DriverApi Api() {
     }
     return CUDA_SUCCESS;
   };
+  api.info = [](size_t* free, size_t* total) {
+    *free = *total = fake->free;
+    return CUDA_SUCCESS;
+  };
   return api;
 }
 
@@ -128,6 +133,21 @@ TEST_F(CudaMemoryTest, AUnitGoesWhereItIsNeededWithItsLastBlock) {
   EXPECT_EQ(driver_.created.size(), 5u);
   memory.Back(pages + 2 * kUnit / 2, kUnit / 2);
   EXPECT_TRUE(driver_.IsOpen(pages, 4 * kUnit));
+}
+
+TEST_F(CudaMemoryTest, BeyondTheBudgetThereIsOnlyWhatTheGpuHasToSpare) {
+  CudaBlockMemory memory(Api(), 0, nullptr);
+  std::byte* const pages = memory.Reserve(2 * kUnit).value();
+  std::byte* const slots = memory.Reserve(2 * kUnit).value();
+  for (int64_t i = 0; i < 4; ++i) memory.Back(pages + i * kUnit / 2, kUnit / 2);
+  memory.GiveBack(pages, kUnit / 2);
+  memory.GiveBack(pages + 2 * kUnit / 2, kUnit / 2);
+  driver_.free = (size_t{1} << 30) + kUnit - 1;
+  EXPECT_THROW(memory.Back(slots, kUnit), std::bad_alloc);
+  EXPECT_EQ(driver_.created.size(), 2u);
+  driver_.free = (size_t{1} << 30) + kUnit;
+  memory.Back(slots, kUnit);
+  EXPECT_EQ(driver_.created.size(), 3u);
 }
 
 TEST_F(CudaMemoryTest, OneWaitIsForSeveralUnits) {

@@ -113,34 +113,56 @@ void CudaModel::DropGraph(Graph& graph) {
   graph.runs = 0;
 }
 
-void CudaModel::Carve(Activations& a, int64_t T, int64_t tile) const {
+// Where the arrays lie in a.memory, and how many bytes they take.
+int64_t CudaModel::Place(Activations& a, int64_t rows, int64_t tile) const {
   const ModelConfig& c = spec_.config;
   const int64_t q = int64_t{c.H} * c.D, qkv = q + 2 * int64_t{c.Hkv} * c.D;
   const bool adapter = !adapter_->layers.empty();
   const int64_t r = adapter ? adapter_->most_rank : 0, heads = adapter ? c.H : 0;
+  const int64_t T = Gemm::Rows(rows);
   int64_t size = 0;
   const auto place = [&](auto*& pointer, int64_t count, int64_t bytes_each) {
     const int64_t at = size;
     size += (count * bytes_each + 255) / 256 * 256;
     pointer = a.memory.as<std::remove_reference_t<decltype(*pointer)>>(at);
   };
-  for (int pass = 0; pass < 2; ++pass) {  // sizes, then addresses
-    size = 0;
-    place(a.hidden, T * c.C, 4);
-    place(a.normed, T * c.C, 2);
-    place(a.delta, T * c.C, 2);
-    place(a.qkv, T * qkv, 2);
-    place(a.attention, T * q, 2);
-    place(a.gate_up, T * 2 * c.ffn, 2);
-    place(a.activation, T * c.ffn, 2);
-    place(a.low_rank, T * r, 2);
-    place(a.claim, T * heads, 4);
-    place(a.last, tile * c.C, 2);
-    place(a.logits, tile * c.V, 4);
-    place(a.top, tile * kMostTop, sizeof(TokenLogprob));
-    if (pass == 0) a.memory.Grow(size);
-  }
+  place(a.hidden, T * c.C, 4);
+  place(a.normed, T * c.C, 2);
+  place(a.delta, T * c.C, 2);
+  place(a.qkv, T * qkv, 2);
+  place(a.attention, T * q, 2);
+  place(a.gate_up, T * 2 * c.ffn, 2);
+  place(a.activation, T * c.ffn, 2);
+  place(a.low_rank, T * r, 2);
+  place(a.claim, T * heads, 4);
+  place(a.last, tile * c.C, 2);
+  place(a.logits, tile * c.V, 4);
+  place(a.top, tile * kMostTop, sizeof(TokenLogprob));
+  return size;
+}
+
+void CudaModel::Carve(Activations& a, int64_t T, int64_t tile) const {
+  a.memory.Grow(Place(a, T, tile));
+  Place(a, T, tile);
   a.T = T;
+}
+
+// Activations and workspaces, as far as they are large; the last is for graphs, and for kernels,
+// which the driver loads when they are first launched.
+int64_t CudaModel::step_bytes(int64_t rows) const {
+  const ModelConfig& c = spec_.config;
+  constexpr int kSequences = 64;  // that prompts in a step are of, about
+  constexpr int64_t kOthers = int64_t{256} << 20;
+  Activations none;
+  int64_t chunks = 0, fold = 0;
+  for (const DslaShape& shape : adapter_->shapes) {
+    chunks = std::max(chunks, PrefillWorkspaceBytes(shape, kSequences, rows));
+    fold = std::max(fold, FoldWorkspaceBytes(shape, 1, spec_.positions));
+  }
+  return Place(none, rows, kTileRows) + Place(none, kMostGraphRows, kMostGraphRows) +
+         2 * std::max(FixedScratchBytes(), fold) + chunks +
+         PrefillAttentionWorkspaceBytes(kSequences, rows, c.H, c.Hkv, c.D) + kLeastTableBytes +
+         kOthers;
 }
 
 void CudaModel::Forward(const CacheViews& cache, const PlacedRows& rows,
@@ -165,20 +187,24 @@ void CudaModel::Grow(DeviceBuffer& buffer, int64_t bytes) {
   buffer.Grow(bytes);
 }
 
+int64_t CudaModel::FixedScratchBytes() const {
+  const ModelConfig& c = spec_.config;
+  int64_t bytes = std::max(DecodeAttentionWorkspaceBytes(kMostGraphRows, c.H, c.Hkv, c.D),
+                           ChooseWorkspaceBytes(kMostGraphRows, c.V));
+  for (const DslaShape& shape : adapter_->shapes)
+    bytes = std::max(bytes, DecodeWorkspaceBytes(shape, kMostGraphRows));
+  return bytes;
+}
+
 CudaModel::Fixed& CudaModel::FixedMemory() {
   if (fixed_ != nullptr) return *fixed_;
-  const ModelConfig& c = spec_.config;
   auto fixed = std::make_unique<Fixed>();
   Carve(fixed->activations, kMostGraphRows, kMostGraphRows);
   // What rows of padding hold must be numbers: they go through the products beside the others.
   Check(cudaMemsetAsync(fixed->activations.memory.as(), 0,
                         static_cast<size_t>(fixed->activations.memory.bytes()), stream_),
         "clearing memory");
-  int64_t scratch = DecodeAttentionWorkspaceBytes(kMostGraphRows, c.H, c.Hkv, c.D);
-  for (const DslaShape& shape : adapter_->shapes)
-    scratch = std::max(scratch, DecodeWorkspaceBytes(shape, kMostGraphRows));
-  scratch = std::max(scratch, ChooseWorkspaceBytes(kMostGraphRows, c.V));
-  fixed->scratch.Grow(scratch);
+  fixed->scratch.Grow(FixedScratchBytes());
   fixed->choices.Grow(kMostGraphRows * int64_t{sizeof(RowChoice)});
   fixed_ = std::move(fixed);
   return *fixed_;
@@ -365,6 +391,7 @@ StepTables CudaModel::RunLaunched(const CacheViews& cache, const PlacedRows& row
   StepTables tables(rows, spec_.rank, 0);
   SendTables(tables, rows, choice_before, host_tables_, tables_);
   planned_.assign(tables.groups.size(), false);
+  chunked_ = nullptr;
   RunLayers({.tables = &tables,
              .host = host_tables_.as<int32_t>(),
              .device = tables_.as<int32_t>(),

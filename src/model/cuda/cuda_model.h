@@ -42,6 +42,7 @@ class CudaModel : public DeviceModel {
             int32_t slot) override;
   Expected<std::unique_ptr<DeviceModel>> WithAdapter(const DeviceModelSpec& spec) const override;
   int64_t weight_bytes(int level) const override;
+  int64_t step_bytes(int64_t rows) const override;
 
  private:
   // Arrays of a step of up to T rows.
@@ -98,7 +99,9 @@ class CudaModel : public DeviceModel {
     int64_t last_step = 0;
   };
 
+  int64_t Place(Activations& a, int64_t rows, int64_t tile) const;
   void Carve(Activations& a, int64_t T, int64_t tile) const;
+  int64_t FixedScratchBytes() const;
   static bool IsReplayed(const PlacedRows& rows);
   void RunGraph(const CacheViews& cache, const PlacedRows& rows,
                 std::span<const int32_t> choice_before);
@@ -116,11 +119,9 @@ class CudaModel : public DeviceModel {
   void RunLayers(const Step& step);
   void MarkParts(const Begun& step, int layer);
   void AttentionBlock(const Step& step, int layer);
-  // Whether, where any row of a layer is DSLA, all are.
-  static bool OneLevel(const Step& step) { return step.padded && step.level != kMixed; }
-  // dsla: the adapter's layer, or null where no row is DSLA.
-  void QueriesKeysValues(const Step& step, const CudaDslaLayer* dsla, int layer);
-  void Output(const Step& step, const CudaDslaLayer* dsla, int layer);
+  // dsla: the adapter's layer, or null where no row is DSLA; all: every row is.
+  void QueriesKeysValues(const Step& step, const CudaDslaLayer* dsla, bool all, int layer);
+  void Output(const Step& step, const CudaDslaLayer* dsla, bool all, int layer);
   AdapterInArgs FirstProduct(const Step& step, const Matrix& weight, int r, const std::byte* x,
                              int layer) const;
   void SecondProduct(const Matrix& weight, const AdapterInArgs& first, std::byte* y,
@@ -157,6 +158,10 @@ class CudaModel : public DeviceModel {
   DeviceBuffer tables_, scratch_;
   std::vector<DeviceBuffer> plans_;  // prefill attention's workspace, by group
   std::vector<bool> planned_;        // in this step
+  DeviceBuffer chunk_scratch_;       // of DSLA rows in chunks
+  // Whose rows it was last used for in this step, and in which layer.
+  const RowGroup* chunked_ = nullptr;
+  size_t chunked_layer_ = 0;
   PinnedBuffer host_tables_, host_choices_, host_top_, host_logits_;
   cudaEvent_t tables_sent_ = nullptr;
 };

@@ -164,7 +164,8 @@ TEST_P(BothTest, AllLevelsInOneBatchWithRaisesInBetween) {
   Step(pairs);
 }
 
-// Steps of one level have graphs of their own.
+// Steps of one level have graphs of their own, and where they are not replayed merged matrices,
+// too.
 TEST_P(BothTest, AllRowsAtOneLevel) {
   for (const int level : {1, GetParam().L}) {
     std::deque<Pair> pairs;
@@ -177,6 +178,8 @@ TEST_P(BothTest, AllRowsAtOneLevel) {
       for (Pair& pair : pairs) pair.tokens = Tokens(1);
       Step(pairs);
     }
+    for (size_t n = 0; n < pairs.size(); ++n) pairs[n].tokens = Tokens(n % 2 == 0 ? 200 : 1);
+    Step(pairs);
   }
 }
 

@@ -89,12 +89,13 @@ void Gemm::Multiply(const void* weight, int64_t out, int64_t in, const void* x, 
                     int64_t T, void* y, int64_t y_stride, Out type) {
   const float one = 1, zero = 0;
   // Column-major: y^T [out, T] = (W^T)^T [out, in] x^T [in, T].
-  CheckCublas(cublasGemmEx(handle_, CUBLAS_OP_T, CUBLAS_OP_N, static_cast<int>(out),
-                           static_cast<int>(T), static_cast<int>(in), &one, weight, CUDA_R_16BF,
-                           static_cast<int>(in), x, CUDA_R_16BF, static_cast<int>(x_stride), &zero,
-                           y, type == Out::kBf16 ? CUDA_R_16BF : CUDA_R_32F,
-                           static_cast<int>(y_stride), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
-              "a product");
+  CheckCublas(
+      cublasGemmEx(handle_, CUBLAS_OP_T, CUBLAS_OP_N, static_cast<int>(out),
+                   static_cast<int>(Rows(T)), static_cast<int>(in), &one, weight, CUDA_R_16BF,
+                   static_cast<int>(in), x, CUDA_R_16BF, static_cast<int>(x_stride), &zero, y,
+                   type == Out::kBf16 ? CUDA_R_16BF : CUDA_R_32F, static_cast<int>(y_stride),
+                   CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+      "a product");
 }
 
 void Gemm::RunJoint(const Matrix& weight, void* y, int64_t y_stride, const AdapterInArgs& adapter) {

@@ -22,6 +22,13 @@ class Gemm {
   void MakeRoomToUnpack() { unpacked_.Grow(kUnpackedBytes); }
   static constexpr int64_t kUnpackedBytes = int64_t{64} << 20;
 
+  // cuBLAS looks for a kernel when it first sees a number of rows, which takes as long as many
+  // launches. So beyond 64 rows it is told of so many: x and y have room for them.
+  static int64_t Rows(int64_t T) {
+    const int64_t unit = T <= 512 ? 64 : 128;
+    return T <= 64 ? T : (T + unit - 1) / unit * unit;
+  }
+
   // x: [T, in] bf16 with x_stride elements between rows; y: [T, out] in bf16, or fp32. With `from`
   // (on the GPU) y += x W^T in the rows from *from on, and the others are left alone.
   enum class Out { kBf16, kF32 };

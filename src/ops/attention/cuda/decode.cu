@@ -10,6 +10,7 @@
 
 #include "base/check.h"
 #include "ops/attention/cuda/attention_cuda.h"
+#include "ops/cuda/kernel_attribute.cuh"
 #include "ops/dsla/cuda/common.cuh"
 
 namespace dsla::cuda {
@@ -275,12 +276,7 @@ __global__ void __launch_bounds__(kThreads) MergeKernel(const __grid_constant__ 
 int Groups(int H, int Hkv) { return (H / Hkv + kHeads - 1) / kHeads; }
 
 // Two for each multiprocessor.
-int WaveBlocks() {
-  int device = 0, multiprocessors = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  return 2 * multiprocessors;
-}
+int WaveBlocks() { return 2 * CurrentDevice().multiprocessors; }
 
 // Parts that a row has at most, and those of one wave of two blocks per multiprocessor.
 struct Parts {
@@ -297,8 +293,7 @@ int64_t AlignedFloats(int64_t n) { return (n + 63) / 64 * 64; }
 template <int D>
 int Launch(const Params& p, int N, cudaStream_t stream) {
   const size_t shared = kWarps * kRingBytes;
-  const cudaError_t error = cudaFuncSetAttribute(
-      PartKernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  const cudaError_t error = AllowShared<PartKernel<D>>(static_cast<int>(shared));
   if (error != cudaSuccess) return error;
   StartEarly(PartKernel<D>, dim3(p.parts, p.Hkv * p.groups, N), kThreads, p, stream, shared);
   StartEarly(MergeKernel<D>, dim3(p.H, N), kThreads, p, stream);

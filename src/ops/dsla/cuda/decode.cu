@@ -145,18 +145,25 @@ __global__ void __launch_bounds__(32 * kStrands, D == 64 ? 3 : 2)
   }
 }
 
-// As many blocks as the GPU holds, but a block has 32 tasks at most.
+// As many blocks as the GPU holds, which is asked once by each thread for the device in use, but a
+// block has 32 tasks at most.
 template <int D, int kG>
 int Blocks(int tasks, int bytes) {
-  int blocks = 0;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, WholeKernel<D, kG>, 32 * kStrands, bytes);
+  thread_local int known = -1, blocks = 0;
+  int device = 0;
+  cudaGetDevice(&device);
+  if (device != known) {
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, WholeKernel<D, kG>, 32 * kStrands,
+                                                  bytes);
+    known = device;
+  }
   return std::max(std::min(tasks, blocks * CurrentDevice().multiprocessors), (tasks + 31) / 32);
 }
 
 template <int D, int kG>
 void LaunchWhole(const DecodeParams& p, cudaStream_t stream) {
   constexpr int kBytes = SharedBytes<D, kG>(kStrands, kPlaces<D>, kStrands);
-  SetShared(WholeKernel<D, kG>, kBytes);
+  SetShared<WholeKernel<D, kG>>(kBytes);
   const int blocks = Blocks<D, kG>(p.layer.N * p.layer.Hkv, kBytes);
   StartEarly(WholeKernel<D, kG>, dim3(blocks), 32 * kStrands, p, stream,
              static_cast<size_t>(kBytes));

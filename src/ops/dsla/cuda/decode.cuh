@@ -13,6 +13,7 @@
 
 #include <type_traits>
 
+#include "ops/cuda/kernel_attribute.cuh"
 #include "ops/dsla/cuda/common.cuh"
 
 namespace dsla::cuda {
@@ -120,10 +121,10 @@ void ForGroup(int G, const Run& run) {
 
 // All kernels of a step ask for the same division of an SM's memory, since blocks that want
 // another one do not start beside those that run. An error stays for cudaGetLastError.
-template <typename Kernel>
-void PreferShared(Kernel kernel) {
-  cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                       cudaSharedmemCarveoutMaxShared);
+template <auto kKernel>
+void PreferShared() {
+  RaiseAttribute<kKernel, cudaFuncAttributePreferredSharedMemoryCarveout>(
+      cudaSharedmemCarveoutMaxShared);
 }
 
 void LaunchProject(const DecodeParams& p, int D, cudaStream_t stream);

@@ -117,7 +117,7 @@ template <int D>
 void Launch(const DecodeParams& p, cudaStream_t stream) {
   const Layer& l = p.layer;
   const dim3 jobs(l.H + l.Hkv + l.Hkv * (l.SF / D), (l.N + kRowTile - 1) / kRowTile);
-  PreferShared(ProjectKernel<D>);
+  PreferShared<ProjectKernel<D>>();
   StartEarly(ProjectKernel<D>, jobs, kThreads, p, stream);
 }
 

@@ -190,7 +190,7 @@ template <int D, int kG>
 bool Launch(DecodeParams& p, cudaStream_t stream) {
   const Cut<D, kG> cut = CutOf<D, kG>(p);
   if (cut.blocks == 0) return false;
-  SetShared(SplitKernel<D, kG>, cut.bytes);
+  SetShared<SplitKernel<D, kG>>(cut.bytes);
   StartEarly(SplitKernel<D, kG>, dim3(p.layer.Hkv, p.layer.N, cut.blocks), 32 * cut.warps, p,
              stream, static_cast<size_t>(cut.bytes), cut.blocks);
   return true;

@@ -55,10 +55,10 @@ constexpr int SharedBytes(int warps, int places, int sums) {
          sums * int{sizeof(Sums<D, kG>)};
 }
 
-template <typename Kernel>
-void SetShared(Kernel kernel, int bytes) {
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  PreferShared(kernel);
+template <auto kKernel>
+void SetShared(int bytes) {
+  AllowShared<kKernel>(bytes);
+  PreferShared<kKernel>();
 }
 
 }  // namespace dsla::cuda

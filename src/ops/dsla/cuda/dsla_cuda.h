@@ -56,6 +56,8 @@ struct DslaCudaArgs {
   void* out = nullptr;           // [T, H, D] bf16, dense, 16-byte aligned
   void* workspace = nullptr;     // 256-byte aligned
   int64_t workspace_bytes = 0;
+  // Of prefill: the workspace was last used for the same rows and shape, and has their plan.
+  bool has_plan = false;
 };
 
 // One new row per sequence: row n belongs to sequence n. One launch, or two where rows are many;

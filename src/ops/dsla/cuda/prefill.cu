@@ -204,13 +204,13 @@ void CarveAll(const DslaShape& s, int N, int64_t T, bool fold, void* workspace, 
   Carve(s, N, T, fits, fold, static_cast<std::byte*>(workspace), p);
 }
 
-int Run(PrefillParams& p, const DslaShape& s, cudaStream_t stream) {
+int Run(PrefillParams& p, const DslaShape& s, bool has_plan, cudaStream_t stream) {
   const bool in_one = p.most_segments > 0;
   for (p.wave = 0; in_one && p.wave < p.waves; ++p.wave) {
     LaunchFold(p, s.D, stream);
     if (p.most_segments > 1) LaunchCombine(p, s.D, stream);
   }
-  if (!in_one && p.only_rows == 0) LaunchPlan(p, stream);
+  if (!in_one && p.only_rows == 0 && !has_plan) LaunchPlan(p, stream);
   for (p.wave = 0; !in_one && p.wave < p.waves; ++p.wave) {
     LaunchPrepare(p, s.D, stream);
     const bool keeps_states = p.form == Form::kKeepsStates;
@@ -280,7 +280,7 @@ int Prefill(const DslaCudaArgs& a, Stream stream) {
   p.claim = a.claim;
   p.out = static_cast<__nv_bfloat16*>(a.out);
   CarveAll(a.shape, a.rows.N, a.T, false, a.workspace, a.workspace_bytes, &p);
-  return Run(p, a.shape, stream);
+  return Run(p, a.shape, a.has_plan, stream);
 }
 
 int Fold(const DslaCudaFoldArgs& a, Stream stream) {
@@ -297,7 +297,7 @@ int Fold(const DslaCudaFoldArgs& a, Stream stream) {
              a.tables.page_start,
              a.tables.pages};
   CarveAll(a.shape, a.rows.N, a.T, true, a.workspace, a.workspace_bytes, &p);
-  return Run(p, a.shape, stream);
+  return Run(p, a.shape, /*has_plan=*/false, stream);
 }
 
 }  // namespace dsla::cuda

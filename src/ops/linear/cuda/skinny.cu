@@ -17,6 +17,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "ops/cuda/kernel_attribute.cuh"
 #include "ops/linear/cuda/packed.cuh"
 #include "ops/linear/cuda/product.cuh"
 #include "ops/norm_rope/cuda/elementwise.cuh"
@@ -314,8 +315,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
 
 template <typename C>
 int StartCut(const ProductPair& pair, Stream stream) {
-  const cudaError_t status =
-      cudaFuncSetAttribute(SkinnyKernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kBytes);
+  const cudaError_t status = AllowShared<SkinnyKernel<C>>(C::kBytes);
   if (status != cudaSuccess) return status;
   const dim3 grid(CeilDiv(pair.of[0].T, C::kColumns * 8), Tiles<C::kFeatures>(pair));
   StartEarly(SkinnyKernel<C>, grid, C::kThreads, pair, stream, C::kBytes);
@@ -326,10 +326,7 @@ template <int bits, int columns, int tiles, int stages, int warps = 8, int block
 int StartColumns(const ProductPair& pair, Stream stream) {
   using Most = Cut<bits, warps, columns, tiles, stages, blocks, kMostShared>;
   if constexpr (Most::kBytes > kLeastShared) {
-    int device = 0, shared = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (shared < Most::kBytes)
+    if (CurrentDevice().most_shared < Most::kBytes)
       return StartCut<Cut<bits, warps, columns, tiles, stages, blocks, kLeastShared>>(pair, stream);
   }
   return StartCut<Most>(pair, stream);

@@ -12,6 +12,7 @@
 #include <algorithm>
 
 #include "base/check.h"
+#include "ops/cuda/kernel_attribute.cuh"
 #include "ops/linear/cuda/cluster.cuh"
 #include "ops/linear/cuda/product.cuh"
 #include "ops/norm_rope/cuda/elementwise.cuh"
@@ -306,8 +307,7 @@ dim3 Grid(const ProductPair& pair) {
 template <typename C>
 int Start(const TiledParams& params, Stream stream) {
   const cudaError_t status =
-      cudaFuncSetAttribute(TiledKernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           std::max(C::kStages * C::kStageBytes, C::kSumBytes));
+      AllowShared<TiledKernel<C>>(std::max(C::kStages * C::kStageBytes, C::kSumBytes));
   if (status != cudaSuccess) return status;
   // Short products take no more than they need, so that more blocks find a place.
   const int stages = std::min(C::kStages, Stages<C>(params.pair.of[0], 0));
@@ -339,11 +339,8 @@ bool InQuads(const ProductParams& p) {
 int LaunchTiled(const ProductPair& pair, Stream stream) {
   const TiledParams params{pair, {InQuads(pair.of[0]), InQuads(pair.of[1])}};
   const int in = pair.of[0].in;
-  int device = 0, processors = 0, major = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (in > 1024 && major >= 9)
+  const int processors = CurrentDevice().multiprocessors;
+  if (in > 1024 && CurrentDevice().major >= 9)
     return StartSmallest<Tile<64, 32, 64, 4>, Tile<64, 64, 64, 4>>(params, processors, stream);
   // Two blocks fit a processor.
   return StartSmallest<Tile<32, 32, 128, 1>, Tile<64, 32, 128, 1>, Tile<64, 64, 64, 1>,
