@@ -40,8 +40,8 @@ using KeyTile = uint4[kChunk * D / 8];  // as warpgroup.cuh has it, rows at RowO
 // What a team of 2 D threads shares. A warp has 16 channels of each block of D.
 template <int D, int kSigns>
 struct __align__(1024) TeamShared {
-  KeyTile<D> key;                   // as it is
-  uint4 plain[2 * kChunk * D / 8];  // RoPE undone: two terms of bf16, the second as rows 64 .. 127
+  KeyTile<D> key;    // as it is
+  KeyTile<D> plain;  // RoPE undone, fp16
   // Of e^y, and of e^-y if the features need it, per warp and slot: the sum of its powers, and what
   // makes features. One sign: minus the inverse of the whole sum. Two: minus its logarithm in base
   // 2. Each warp has its own copy of that.
@@ -49,7 +49,8 @@ struct __align__(1024) TeamShared {
   float scale[kSigns][D / 16][kChunk];
 };
 
-// Weights: phi_k, then gates of kBlocks. Each as tiles of 64 channels, one for each warpgroup.
+// Weights: phi_k in bf16, then gates of kBlocks in fp16. Each as tiles of 64 channels, one for each
+// warpgroup.
 template <int D, int kBlocks, int kSigns>
 struct PrepareShared {
   KeyTile<D> weight[1 + kBlocks][D / 64];
@@ -70,9 +71,9 @@ __device__ __forceinline__ int SlotOf(int token) { return TokenOf(token); }
 __device__ __forceinline__ int RowOfSlot(int slot) {
   return (slot & 33) | (slot & 6) << 2 | (slot & 24) >> 2;
 }
-// Piece `c` of row `row` of a tile of `rows` rows.
-__device__ __forceinline__ int PieceOf(int row, int c, int rows = kChunk) {
-  return c / 8 * (rows * 8) + Swizzle<8>(row, c % 8);
+// Piece `c` of row `row` of a tile.
+__device__ __forceinline__ int PieceOf(int row, int c) {
+  return c / 8 * (kChunk * 8) + Swizzle<8>(row, c % 8);
 }
 
 // Undoes RoPE for two dimensions x of the first half of a head and their partners y: two terms
