@@ -3,6 +3,7 @@
 #include "ops/dsla/cuda/dsla_cuda.h"
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <random>
 #include <string>
@@ -104,6 +105,33 @@ TEST_P(DslaCudaTest, PrefillOfLargeKeyLogits) {
   GpuCall gpu(layer, input, got, 1);
   gpu.Prefill(cuda::MaxChunks(1, count));
   ExpectClose(gpu.Out(), reference.out(), kChunkTolerance);
+  gpu.ReadPool(got);
+  ExpectSlots(s.D, got, want, {0}, kStateTolerance);
+}
+
+TEST_P(DslaCudaTest, PrefillOfKeysBeyondHalf) {
+  // Two dimensions that RoPE hardly turns are larger than any fp16, with both signs, so infinities
+  // would cancel to NaN. Gates are at an end of their range, features 0 or 1: what a key is clamped
+  // to does not matter.
+  const DslaShape s = shape();
+  const int count = s.window + 200;
+  const GpuLayer layer(s, GetParam().gates, count, 7);
+  auto tokens = MakeSequences(s, {count});
+  auto* keys = reinterpret_cast<bf16*>(tokens[0].k.data());
+  for (int i = 0; i < count * s.Hkv; ++i) {
+    const float large = i % 3 == 0 ? -1e5f : 1e5f;
+    keys[i * s.D + s.D / 2 - 1] = ToBf16(large);
+    keys[i * s.D + s.D / 2 - 2] = ToBf16(-large);
+  }
+  TestPool want(s, 1), got(s, 1);
+  want.Reset(0);
+  got.Reset(0);
+  const std::vector<TestPart> parts{{&tokens[0], 0, count, 0}};
+  TestBatch reference(layer.host, want, parts), input(layer.host, got, parts);
+  DslaForwardRef(reference.args());
+  GpuCall gpu(layer, input, got, 1);
+  gpu.Prefill(cuda::MaxChunks(1, count));
+  for (const float x : gpu.Out()) ASSERT_TRUE(std::isfinite(x));
   gpu.ReadPool(got);
   ExpectSlots(s.D, got, want, {0}, kStateTolerance);
 }

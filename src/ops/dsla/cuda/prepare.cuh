@@ -40,8 +40,8 @@ using KeyTile = uint4[kChunk * D / 8];  // as warpgroup.cuh has it, rows at RowO
 // What a team of 2 D threads shares. A warp has 16 channels of each block of D.
 template <int D, int kSigns>
 struct __align__(1024) TeamShared {
-  KeyTile<D> key;                   // as it is
-  uint4 plain[2 * kChunk * D / 8];  // RoPE undone: two terms of bf16, the second as rows 64 .. 127
+  KeyTile<D> key;    // as it is
+  KeyTile<D> plain;  // RoPE undone, fp16
   // Of e^y, and of e^-y if the features need it, per warp and slot: the sum of its powers, and what
   // makes features. One sign: minus the inverse of the whole sum. Two: minus its logarithm in base
   // 2. Each warp has its own copy of that.
@@ -49,7 +49,8 @@ struct __align__(1024) TeamShared {
   float scale[kSigns][D / 16][kChunk];
 };
 
-// Weights: phi_k, then gates of kBlocks. Each as tiles of 64 channels, one for each warpgroup.
+// Weights: phi_k in bf16, then gates of kBlocks in fp16. Each as tiles of 64 channels, one for each
+// warpgroup.
 template <int D, int kBlocks, int kSigns>
 struct PrepareShared {
   KeyTile<D> weight[1 + kBlocks][D / 64];
@@ -70,9 +71,9 @@ __device__ __forceinline__ int SlotOf(int token) { return TokenOf(token); }
 __device__ __forceinline__ int RowOfSlot(int slot) {
   return (slot & 33) | (slot & 6) << 2 | (slot & 24) >> 2;
 }
-// Piece `c` of row `row` of a tile of `rows` rows.
-__device__ __forceinline__ int PieceOf(int row, int c, int rows = kChunk) {
-  return c / 8 * (rows * 8) + Swizzle<8>(row, c % 8);
+// Piece `c` of row `row` of a tile.
+__device__ __forceinline__ int PieceOf(int row, int c) {
+  return c / 8 * (kChunk * 8) + Swizzle<8>(row, c % 8);
 }
 
 // Undoes RoPE for two dimensions x of the first half of a head and their partners y: two terms
@@ -86,6 +87,13 @@ __device__ __forceinline__ void Undo(uint32_t x, uint32_t y, float2 cos, float2 
   y_high = Pack(y0, y1);
   x_low = Pack(x0 - Low(x_high), x1 - High(x_high));
   y_low = Pack(y0 - Low(y_high), y1 - High(y_high));
+}
+
+// The same, to one term of fp16 each: 11 bits, saturated.
+__device__ __forceinline__ void UndoToHalf(uint32_t x, uint32_t y, float2 cos, float2 sin,
+                                           uint32_t& x_half, uint32_t& y_half) {
+  x_half = PackHalf(Low(x) * cos.x + Low(y) * sin.x, High(x) * cos.y + High(y) * sin.y);
+  y_half = PackHalf(Low(y) * cos.x - Low(x) * sin.x, High(y) * cos.y - High(x) * sin.y);
 }
 
 // Over the lanes of all g, of 16 values each: leaves values 8 g2 + 4 g1 + 2 g0 + {0, 1} in the lane

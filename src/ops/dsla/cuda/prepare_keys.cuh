@@ -18,9 +18,9 @@ __device__ __forceinline__ void TransposeQuad(uint32_t (&x)[4], int t) {
     }
 }
 
-// The packed weights to shared memory, channels as rows: a quad of lanes has two channels' 16
-// dimensions in two pieces each. And the biases. By `warps` warps; `meanwhile` comes when the first
-// loads are under way.
+// The packed weights to shared memory, channels as rows, those of gates in fp16: a quad of lanes
+// has two channels' 16 dimensions in two pieces each. And the biases. By `warps` warps; `meanwhile`
+// comes when the first loads are under way.
 template <int D, int kBlocks, typename Shared, typename Meanwhile>
 __device__ __forceinline__ void LoadWeights(Shared& shared, const Layer& l, int h, int first_block,
                                             int warps, const Meanwhile& meanwhile) {
@@ -51,6 +51,9 @@ __device__ __forceinline__ void LoadWeights(Shared& shared, const Layer& l, int 
       const int i = tile(u), m = i / (kOf * kOf), k = i / kOf % kOf, j = i % kOf;
       if (i >= kTiles) break;
       uint32_t x[4] = {packed[u].x, packed[u].y, packed[u].z, packed[u].w};
+      if (m > 0)
+#pragma unroll
+        for (uint32_t& word : x) word = HalfOf(word);
       TransposeQuad(x, t);
       const int row = 16 * (j % 4) + g / 2 + t / 2 * 4 + g % 2 * 8;
       shared.weight[m][j / 4][PieceOf(row, 2 * k + t % 2)] = {x[0], x[1], x[2], x[3]};
@@ -113,19 +116,15 @@ __device__ __forceinline__ void UndoRope(TeamShared<D, kSigns>& s, const Layer& 
     const int row = RowOfSlot(slot) + 32 * half;
     const uint4 a = s.key[PieceOf(row, c)], b = s.key[PieceOf(row, c + kOfRow)];
     const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
-    uint32_t u[2][4], w[2][4];
+    uint32_t u[4], w[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float4 &cs = cos[half][i / 2], &sn = sin[half][i / 2];
-      Undo(x[i], y[i], i % 2 ? float2{cs.z, cs.w} : float2{cs.x, cs.y},
-           i % 2 ? float2{sn.z, sn.w} : float2{sn.x, sn.y}, u[0][i], w[0][i], u[1][i], w[1][i]);
+      UndoToHalf(x[i], y[i], i % 2 ? float2{cs.z, cs.w} : float2{cs.x, cs.y},
+                 i % 2 ? float2{sn.z, sn.w} : float2{sn.x, sn.y}, u[i], w[i]);
     }
-#pragma unroll
-    for (int term = 0; term < 2; ++term) {
-      const auto place = [&](int c) { return PieceOf(row + term * kChunk, c, 2 * kChunk); };
-      s.plain[place(c)] = {u[term][0], u[term][1], u[term][2], u[term][3]};
-      s.plain[place(c + kOfRow)] = {w[term][0], w[term][1], w[term][2], w[term][3]};
-    }
+    s.plain[PieceOf(row, c)] = {u[0], u[1], u[2], u[3]};
+    s.plain[PieceOf(row, c + kOfRow)] = {w[0], w[1], w[2], w[3]};
   }
   PublishCopies();
   Barrier<2 * D>(team);
@@ -212,7 +211,7 @@ struct KeyFetcher {
 
   __device__ __forceinline__ void Undo(TeamShared<D, kSigns>& team, const Chunk& chunk,
                                        const Chunk& next) {
-    constexpr int kPanel = 2 * kChunk * 8;
+    constexpr int kPanel = 2 * kChunk * 8;  // half pieces
     const Place at;
     const auto* keys = reinterpret_cast<const uint2*>(team.key) + at.HalfPiece();
     auto* plain = reinterpret_cast<uint2*>(team.plain) + at.HalfPiece();
@@ -220,15 +219,12 @@ struct KeyFetcher {
     for (int u = 0; u < kTimes; ++u) {
       const uint2 a = keys[u * 128], b = keys[u * 128 + kPanel];
       const float4 cs = cos[u % kAhead], sn = sin[u % kAhead];
-      uint2 high[2], low[2];
-      cuda::Undo(a.x, b.x, {cs.x, cs.y}, {sn.x, sn.y}, high[0].x, high[1].x, low[0].x, low[1].x);
-      cuda::Undo(a.y, b.y, {cs.z, cs.w}, {sn.z, sn.w}, high[0].y, high[1].y, low[0].y, low[1].y);
+      uint2 x, y;
+      UndoToHalf(a.x, b.x, {cs.x, cs.y}, {sn.x, sn.y}, x.x, y.x);
+      UndoToHalf(a.y, b.y, {cs.z, cs.w}, {sn.z, sn.w}, x.y, y.y);
       LoadAngles(at, u + kAhead < kTimes ? chunk : next, (u + kAhead) % kTimes);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        plain[u * 128 + half * 2 * kPanel] = high[half];
-        plain[u * 128 + half * 2 * kPanel + kPanel] = low[half];
-      }
+      plain[u * 128] = x;
+      plain[u * 128 + kPanel] = y;
     }
   }
 

@@ -102,29 +102,10 @@ struct Team {
     return SharedAddress(shared.weight[m][warp() / 4]);
   }
 
-  // A block's logits of gates. One product with both terms of the keys, whose columns are added up
-  // afterwards, so that the weights are read once; two where registers are short.
+  // A block's logits of gates.
   __device__ __forceinline__ void GateLogits(float (&gate)[8][4], int b) const {
-    const uint32_t weight = Fresh(Weight(1 + b)), plain = Fresh(SharedAddress(keys().plain));
-    if constexpr (D == 128 && kSigns == 2) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) gate[j][i] = 0;
-      Pin(gate);
-      BeginProducts();
-      AddScores<D, kChunk, 2 * kChunk>(gate, weight, plain);
-      AddScores<D, kChunk, 2 * kChunk>(gate, weight, plain + kChunk * 128);
-      EndProducts();
-      Pin(gate);
-    } else {
-      float terms[16][4];
-      ScoreKeys<D, 2 * kChunk, 2 * kChunk>(terms, weight, plain);
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) gate[j][i] = terms[j][i] + terms[8 + j][i];
-    }
+    ScoreKeys<D, kChunk, kChunk, true>(gate, Fresh(Weight(1 + b)),
+                                       Fresh(SharedAddress(keys().plain)));
   }
 
   // phi_k's logits.

@@ -196,6 +196,43 @@ __device__ __forceinline__ void WarpgroupMma(float (&c)[16][4], const uint32_t (
       : DSLA_SIXTEEN(c, 0), DSLA_SIXTEEN(c, 4), DSLA_SIXTEEN(c, 8), DSLA_SIXTEEN(c, 12)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kTransposedB));
 }
+// Operands of fp16.
+__device__ __forceinline__ void WarpgroupMmaF16(float (&c)[4][4], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, 1, "
+      "0, 0;\n}"
+      : DSLA_SIXTEEN(c, 0)
+      : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void WarpgroupMmaF16(float (&c)[8][4], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0;\n}"
+      : DSLA_SIXTEEN(c, 0), DSLA_SIXTEEN(c, 4)
+      : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void FirstWarpgroupMmaF16(float (&c)[4][4], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.u32 p, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, 1, "
+      "0, 0;\n}"
+      : DSLA_FIRST_SIXTEEN(c, 0)
+      : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void FirstWarpgroupMmaF16(float (&c)[8][4], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.u32 p, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0;\n}"
+      : DSLA_FIRST_SIXTEEN(c, 0), DSLA_FIRST_SIXTEEN(c, 4)
+      : "l"(a), "l"(b));
+}
 #undef DSLA_SIXTEEN
 #undef DSLA_FOUR
 #undef DSLA_FIRST_SIXTEEN
@@ -270,15 +307,26 @@ __device__ __forceinline__ void PublishCopies() {
 #endif
 }
 
-// scores += q k^T: a tile of 64 rows, and kKeys rows from a multiple of 8 on of a tile of kRows.
-// Between Begin and Commit; the scores are there after Wait.
-template <int D, int kKeys, int kRows>
-__device__ __forceinline__ void AddScores(float (&scores)[kKeys / 8][4], uint32_t q, uint32_t k) {
+// scores = q k^T: a tile of 64 rows, and kKeys rows from a multiple of 8 on of a tile of kRows, of
+// bf16 or with kF16 of fp16. Under way, and there after Wait and Pin.
+template <int D, int kKeys, int kRows, bool kF16 = false>
+__device__ __forceinline__ void StartScores(float (&scores)[kKeys / 8][4], uint32_t q, uint32_t k) {
+#pragma unroll
+  for (int i = 0; i < kKeys / 8; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) scores[i][j] = 0;
+  Pin(scores);
+  BeginProducts();
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #pragma unroll
-  for (int c = 0; c < D / 16; ++c)
-    WarpgroupMma(scores, PanelDescriptor(q, c / 4 * (64 * 128) + c % 4 * 32),
-                 PanelDescriptor(k, c / 4 * (kRows * 128) + c % 4 * 32));
+  for (int c = 0; c < D / 16; ++c) {
+    const uint64_t a = PanelDescriptor(q, c / 4 * (64 * 128) + c % 4 * 32);
+    const uint64_t b = PanelDescriptor(k, c / 4 * (kRows * 128) + c % 4 * 32);
+    if constexpr (kF16)
+      WarpgroupMmaF16(scores, a, b);
+    else
+      WarpgroupMma(scores, a, b);
+  }
 #else
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
 #pragma unroll 2  // more would have a register for every address
@@ -292,28 +340,16 @@ __device__ __forceinline__ void AddScores(float (&scores)[kKeys / 8][4], uint32_
       LoadMatrix(
           b, k + c / 4 * (kRows * 128) +
                  16 * Swizzle<8>(16 * j + lane % 8 + lane / 16 * 8, 2 * (c % 4) + lane / 8 % 2));
-      Mma(scores[2 * j], a, b[0], b[1]);
-      Mma(scores[2 * j + 1], a, b[2], b[3]);
+      Mma<kF16>(scores[2 * j], a, b[0], b[1]);
+      Mma<kF16>(scores[2 * j + 1], a, b[2], b[3]);
     }
   }
 #endif
-}
-
-// scores = q k^T, with such tiles: under way, and there after Wait and Pin.
-template <int D, int kKeys, int kRows>
-__device__ __forceinline__ void StartScores(float (&scores)[kKeys / 8][4], uint32_t q, uint32_t k) {
-#pragma unroll
-  for (int i = 0; i < kKeys / 8; ++i)
-#pragma unroll
-    for (int j = 0; j < 4; ++j) scores[i][j] = 0;
-  Pin(scores);
-  BeginProducts();
-  AddScores<D, kKeys, kRows>(scores, q, k);
   CommitProducts();
 }
-template <int D, int kKeys, int kRows>
+template <int D, int kKeys, int kRows, bool kF16 = false>
 __device__ __forceinline__ void ScoreKeys(float (&scores)[kKeys / 8][4], uint32_t q, uint32_t k) {
-  StartScores<D, kKeys, kRows>(scores, q, k);
+  StartScores<D, kKeys, kRows, kF16>(scores, q, k);
   WaitProducts<0>();
   Pin(scores);
 }
