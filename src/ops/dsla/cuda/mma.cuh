@@ -1,4 +1,5 @@
-// Thin wrappers of the PTX that the kernels use (sm_80 and later), and conversions to bf16.
+// Thin wrappers of the PTX that the kernels use (sm_80 and later), and conversions to bf16 and
+// fp16.
 // Fragment layouts are those of mma.m16n8k16: lane = 4 g + t; A holds (g, 2t), (g + 8, 2t),
 // (g, 2t + 8), (g + 8, 2t + 8), two columns each; C holds (g, 2t), (g, 2t + 1), (g + 8, 2t), ...
 #pragma once
@@ -13,6 +14,16 @@ __device__ __forceinline__ void Mma(float (&c)[4], const uint32_t (&a)[4], uint3
                                     uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Operands of fp16.
+__device__ __forceinline__ void MmaF16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                       uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -90,6 +101,14 @@ __device__ __forceinline__ uint32_t Pack(float lo, float hi) {
 }
 __device__ __forceinline__ float Low(uint32_t x) { return __uint_as_float(x << 16); }
 __device__ __forceinline__ float High(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
+// To fp16. What is larger than its largest number, 65504, becomes that.
+__device__ __forceinline__ uint32_t PackHalf(float lo, float hi) {
+  uint32_t x;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(hi), "f"(lo));
+  return x;
+}
+// Of two bf16. Exact from 2^-17 to 65504; under that fp16 has steps of 2^-24.
+__device__ __forceinline__ uint32_t HalfOf(uint32_t x) { return PackHalf(Low(x), High(x)); }
 
 // About two units in the last place. Results under 2^-126 become 0: used only where those are
 // nothing beside what they are added to (decays, which may be that small and matter, are products

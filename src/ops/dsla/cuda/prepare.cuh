@@ -88,6 +88,13 @@ __device__ __forceinline__ void Undo(uint32_t x, uint32_t y, float2 cos, float2 
   y_low = Pack(y0 - Low(y_high), y1 - High(y_high));
 }
 
+// The same, to one term of fp16 each: 11 bits, saturated.
+__device__ __forceinline__ void UndoToHalf(uint32_t x, uint32_t y, float2 cos, float2 sin,
+                                           uint32_t& x_half, uint32_t& y_half) {
+  x_half = PackHalf(Low(x) * cos.x + Low(y) * sin.x, High(x) * cos.y + High(y) * sin.y);
+  y_half = PackHalf(Low(y) * cos.x - Low(x) * sin.x, High(y) * cos.y - High(x) * sin.y);
+}
+
 // Over the lanes of all g, of 16 values each: leaves values 8 g2 + 4 g1 + 2 g0 + {0, 1} in the lane
 // whose g has bits g2 g1 g0.
 template <typename Op>

@@ -196,6 +196,43 @@ __device__ __forceinline__ void WarpgroupMma(float (&c)[16][4], const uint32_t (
       : DSLA_SIXTEEN(c, 0), DSLA_SIXTEEN(c, 4), DSLA_SIXTEEN(c, 8), DSLA_SIXTEEN(c, 12)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kTransposedB));
 }
+// Operands of fp16.
+__device__ __forceinline__ void WarpgroupMmaF16(float (&c)[4][4], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, 1, "
+      "0, 0;\n}"
+      : DSLA_SIXTEEN(c, 0)
+      : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void WarpgroupMmaF16(float (&c)[8][4], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0;\n}"
+      : DSLA_SIXTEEN(c, 0), DSLA_SIXTEEN(c, 4)
+      : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void FirstWarpgroupMmaF16(float (&c)[4][4], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.u32 p, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, 1, "
+      "0, 0;\n}"
+      : DSLA_FIRST_SIXTEEN(c, 0)
+      : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void FirstWarpgroupMmaF16(float (&c)[8][4], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.u32 p, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0;\n}"
+      : DSLA_FIRST_SIXTEEN(c, 0), DSLA_FIRST_SIXTEEN(c, 4)
+      : "l"(a), "l"(b));
+}
 #undef DSLA_SIXTEEN
 #undef DSLA_FOUR
 #undef DSLA_FIRST_SIXTEEN
