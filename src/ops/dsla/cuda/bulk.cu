@@ -57,10 +57,10 @@ CUtensorMap GrowthMapOf(const uint32_t* base, int64_t blocks, int of_tile) {
 
 CUtensorMap ChunkMapOf(const void* rows, int D) {
   const auto width = static_cast<cuuint64_t>(D), panels = width / 64;
-  // Token 16 t + 2 j + i has row 8 j + 2 t + i.
-  const cuuint64_t extents[5] = {64, cuuint64_t{1} << 31, 4, 8, panels};
-  const cuuint64_t bytes[4] = {2 * width, 16 * 2 * width, 2 * 2 * width, 2 * 64};
-  const cuuint32_t tile[5] = {64, 2, 4, 8, static_cast<cuuint32_t>(panels)};
+  // Token 8 t + 2 j + i has row 8 j + 2 t + i.
+  const cuuint64_t extents[5] = {64, cuuint64_t{1} << 31, 4, 4, panels};
+  const cuuint64_t bytes[4] = {2 * width, 8 * 2 * width, 2 * 2 * width, 2 * 64};
+  const cuuint32_t tile[5] = {64, 2, 4, 4, 1};
   return Encode(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_SWIZZLE_128B, rows, extents, bytes,
                 tile);
 }

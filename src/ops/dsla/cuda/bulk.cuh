@@ -31,8 +31,8 @@ struct QueriesParams : PrefillParams {
   CUtensorMap key_map, state_map;  // of 64 channels
 };
 QueriesParams WithHeadMaps(const PrefillParams& p);
-// Of rows of D elements one behind the other, or of as many bytes: a tile is a chunk's, panels with
-// rows in the order of fold.cuh.
+// Of rows of D elements one behind the other, or of as many bytes: a tile is a panel of half a
+// chunk's, rows in the order of fold.cuh.
 CUtensorMap ChunkMapOf(const void* rows, int D);
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -80,13 +80,18 @@ __device__ __forceinline__ void CopyTile(void* to, const CUtensorMap& map, int r
       "l"(&map), "r"(row), "r"(panel), "r"(SharedAddress(&barrier)), "r"(0)
       : "memory");
 }
-__device__ __forceinline__ void CopyChunk(void* to, const CUtensorMap& map, int row,
+// A chunk's rows, from row `row` on, to a tile of so many panels.
+template <int kPanels>
+__device__ __forceinline__ void CopyChunk(uint4* to, const CUtensorMap& map, int row,
                                           uint64_t& barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
-      "[%1, {%4, %2, %4, %4, %4}], [%3];" ::"r"(SharedAddress(to)),
-      "l"(&map), "r"(row), "r"(SharedAddress(&barrier)), "r"(0)
-      : "memory");
+  constexpr int kHalf = kChunk / 2;
+#pragma unroll
+  for (int i = 0; i < 2 * kPanels; ++i)
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+        "[%1, {%5, %2, %5, %5, %3}], [%4];" ::"r"(SharedAddress(to + i * (kHalf * 8))),
+        "l"(&map), "r"(row + i % 2 * kHalf), "r"(i / 2), "r"(SharedAddress(&barrier)), "r"(0)
+        : "memory");
 }
 __device__ __forceinline__ void CopyGrowth(void* to, const CUtensorMap& map, int block,
                                            uint64_t& barrier) {

@@ -320,9 +320,12 @@ TEST_P(DslaCudaTest, DecodeLeavesPaddingRowsAlone) {
   }
 }
 
-TEST_P(DslaCudaTest, Fold) {
-  const DslaShape s = shape();
-  const GpuLayer layer(s, GetParam().gates, 512, 10);
+// `logits` is a factor of those of the keys' features.
+void ExpectFold(const Case& c, float logits, float floor) {
+  DslaShape s = Shape(c);
+  s.gate_floor = floor;
+  const GpuLayer layer(s, c.gates, 512, 10, logits);
+  const Tolerance tolerance = c.gates == TestGates::kMixed ? kFoldStateTolerance : kStateTolerance;
   const int W = s.window;
   const std::vector<int> lengths{0, 1, 63, 64, 65, W, W + 1, W + 63, W + 64, W + 65, 200, 321};
   const int N = static_cast<int>(lengths.size());
@@ -390,10 +393,16 @@ TEST_P(DslaCudaTest, Fold) {
       CheckCuda(cuda::Fold(args, nullptr));
       CheckCuda(cudaDeviceSynchronize());
       states.Read(got.View().base);
-      ExpectSlots(s.D, got, want, slots, kStateTolerance);
+      ExpectSlots(s.D, got, want, slots, tolerance);
     }
   }
 }
+
+TEST_P(DslaCudaTest, Fold) { ExpectFold(GetParam(), 1, shape().gate_floor); }
+// Logits of keys' features whose exponentials fp32 does not have.
+TEST_P(DslaCudaTest, FoldOfLargeKeyLogits) { ExpectFold(GetParam(), 100, shape().gate_floor); }
+// Gates at such a floor are not all fast.
+TEST_P(DslaCudaTest, FoldWithNearFloor) { ExpectFold(GetParam(), 1, -0.25f); }
 
 INSTANTIATE_TEST_SUITE_P(
     Shapes, DslaCudaTest,

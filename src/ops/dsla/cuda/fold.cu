@@ -12,6 +12,7 @@
 // accumulators from the first chunk to the last. One warpgroup's products run under the others'
 // arithmetic.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <initializer_list>
 
@@ -26,9 +27,6 @@ namespace {
 // many segments, so results depend on the number; any will do.
 template <int D>
 constexpr int kBlocksAtOnce = D == 128 ? 132 : 264;
-
-template <int D>
-constexpr int kThreads = 2 * D + 128;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -81,9 +79,13 @@ __device__ __forceinline__ void FoldSegment(FoldShared<D, kBlocks>& s, const Fol
       InitBarrier(s.plain_full[i], 4);
       InitBarrier(s.plain_free[i], kFoldWarps);
       InitBarrier(s.value_free[i], kFoldWarps);
-      InitCopyBarrier(s.key_here[i]);
-      InitCopyBarrier(s.value_here[i]);
     }
+    for (int group = 0; group < s.kGroups; ++group) {
+      InitBarrier(s.feature_full[group], 4);
+      InitBarrier(s.feature_free[group], 4);
+    }
+    InitCopyBarrier(s.key_here);
+    InitCopyBarrier(s.value_here);
   }
   AwaitPrevious();
   AllowNext();
@@ -109,7 +111,7 @@ __device__ __forceinline__ void FoldSegment(FoldShared<D, kBlocks>& s, const Fol
 
 // grid (Hkv, segments of a wave, F / D)
 template <int D, int kBlocks>
-__global__ void __launch_bounds__(kThreads<D>, D == 128 ? 1 : 2)
+__global__ void __launch_bounds__(kFoldThreads<D>, D == 128 ? 1 : 2)
     FoldKernel(const __grid_constant__ FoldParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) std::byte memory[];
@@ -120,7 +122,13 @@ __global__ void __launch_bounds__(kThreads<D>, D == 128 ? 1 : 2)
 }
 
 FoldParams WithMaps(const PrefillParams& p, int D) {
-  FoldParams x{p, p.pages.page_size % kChunk == 0, {}, {}, {}, {}};
+  constexpr float kNear = -1, kNone = -126;
+  FoldParams x{p};
+  x.lowest = std::max(std::log2(1 + p.layer.least_gate), kNone);
+  x.near_floor = x.lowest > kNear;
+  if (x.near_floor) x.lowest = kNone;
+  x.share = -1 / (x.lowest * kDslaGateDivisor);
+  x.in_pages = p.pages.page_size % kChunk == 0;
   for (const void* from :
        std::initializer_list<const void*>{p.pages.k, p.pages.v, p.layer.sin, p.layer.cos})
     x.in_pages = x.in_pages && reinterpret_cast<uintptr_t>(from) % 16 == 0;
@@ -135,7 +143,7 @@ FoldParams WithMaps(const PrefillParams& p, int D) {
 template <int D, int kBlocks>
 void Launch(const FoldParams& p, cudaStream_t stream) {
   const dim3 grid(p.layer.Hkv, p.wave_segments, p.layer.F / D);
-  Start<FoldKernel<D, kBlocks>>("fold", grid, kThreads<D>, sizeof(FoldShared<D, kBlocks>), p,
+  Start<FoldKernel<D, kBlocks>>("fold", grid, kFoldThreads<D>, sizeof(FoldShared<D, kBlocks>), p,
                                 stream);
 }
 template <int D>

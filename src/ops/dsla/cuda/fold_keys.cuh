@@ -8,8 +8,9 @@ namespace dsla::cuda {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// Of a lane of a warp that fetches: of the warp's 16 tokens of a chunk those from `first` on,
-// kRows apart, and of their rows the piece c, or dimensions 4 c .. 4 c + 3 of both halves.
+// Of a lane of a warp that fetches: of the warp's 16 tokens of a chunk, 8 of each half, those from
+// `first` on, kRows apart, and of their rows the piece c, or dimensions 4 c .. 4 c + 3 of both
+// halves of a head.
 template <int D>
 struct FetchPlace {
   static constexpr int kOfRow = D / 8, kRows = 32 / kOfRow, kTimes = 16 / kRows;
@@ -22,6 +23,11 @@ struct FetchPlace {
     first = lane / kOfRow;
     c = lane % kOfRow;
     row = first / 2 * 8 + 2 * warp + first % 2;
+  }
+  // The chunk's token that is number first + kRows u of the warp's.
+  __device__ __forceinline__ int Token(int u) const {
+    const int m = first + u * kRows;
+    return m / 8 * (kChunk / 2) + 8 * warp + m % 8;
   }
   __device__ __forceinline__ int Piece() const {
     return c / 8 * (kChunk * 8) + Swizzle<8>(row, c % 8);
@@ -62,7 +68,7 @@ __device__ __forceinline__ void FetchRows(uint4* to, const PrefillParams& p, con
                                           const __nv_bfloat16* rows, int i) {
   const FetchPlace<D> at;
   // Each lane finds one of the rows that it has in common with others.
-  const int token = part.e0 + i * kChunk + 16 * at.warp + at.c % at.kTimes * at.kRows + at.first;
+  const int token = part.e0 + i * kChunk + at.Token(at.c % at.kTimes);
   int found = -1;
   if (token >= p.layer.S && token < part.until) {
     const PagedToken x = FindToken(p, part, token);
@@ -84,37 +90,34 @@ template <int D>
 __device__ __forceinline__ void FetchAngles(uint4* to, const FoldPart& part, const float* table,
                                             int i) {
   const FetchPlace<D> at;
-  const int first = part.e0 + i * kChunk + 16 * at.warp + at.first;
+  const int first = part.e0 + i * kChunk;
   to += at.Piece();
 #pragma unroll 1
   for (int u = 0; u < at.kTimes; ++u) {
-    const int64_t token = min(first + u * at.kRows, part.until - 1);
+    const int64_t token = min(first + at.Token(u), part.until - 1);
     CopyAsync(to + u * at.kStep, table + token * (D / 2) + 4 * at.c);
   }
 }
 
-// Undoes the RoPE of keys: two terms, in whose places sines and cosines are.
+// Undoes the RoPE of keys, in whose place their sines are.
 template <int D>
-__device__ __forceinline__ void UndoRope(const uint4* keys, uint4* high, uint4* low) {
+__device__ __forceinline__ void UndoRope(const uint4* keys, const uint4* cosines, uint4* plain) {
   const FetchPlace<D> at;
   const int half[2] = {at.HalfPiece(0), at.HalfPiece(1)};
 #pragma unroll
   for (int u = 0; u < at.kTimes; ++u) {
-    auto* to_high = reinterpret_cast<uint2*>(high + u * at.kStep);
-    auto* to_low = reinterpret_cast<uint2*>(low + u * at.kStep);
-    const float4 sn = *reinterpret_cast<const float4*>(high + at.Piece() + u * at.kStep);
-    const float4 cs = *reinterpret_cast<const float4*>(low + at.Piece() + u * at.kStep);
-    const auto* from = reinterpret_cast<const uint2*>(keys + u * at.kStep);
+    const int row = u * at.kStep;
+    const float4 sn = *reinterpret_cast<const float4*>(plain + at.Piece() + row);
+    const float4 cs = *reinterpret_cast<const float4*>(cosines + at.Piece() + row);
+    const auto* from = reinterpret_cast<const uint2*>(keys + row);
+    auto* to = reinterpret_cast<uint2*>(plain + row);
     const uint2 a = from[half[0]], b = from[half[1]];
-    uint2 x[2], y[2];  // both terms of both halves
-    Undo(a.x, b.x, {cs.x, cs.y}, {sn.x, sn.y}, x[0].x, x[1].x, y[0].x, y[1].x);
-    Undo(a.y, b.y, {cs.z, cs.w}, {sn.z, sn.w}, x[0].y, x[1].y, y[0].y, y[1].y);
+    uint2 x[2];
+    UndoToHalf(a.x, b.x, {cs.x, cs.y}, {sn.x, sn.y}, x[0].x, x[1].x);
+    UndoToHalf(a.y, b.y, {cs.z, cs.w}, {sn.z, sn.w}, x[0].y, x[1].y);
     __syncwarp();  // all have the row's angles
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      to_high[half[k]] = x[k];
-      to_low[half[k]] = y[k];
-    }
+    to[half[0]] = x[0];
+    to[half[1]] = x[1];
   }
 }
 
@@ -159,88 +162,86 @@ __device__ __forceinline__ void StoreFeatures(FoldShared<D, kBlocks>& s, int gro
   }
 }
 
-// All that the block's first warpgroup does. A warp undoes the RoPE of the keys that it has copied.
-// One lane starts the copies of whole chunks, and all lanes those of others.
+// All that the block's first warpgroup does. One lane starts the copies of whole chunks, and all
+// lanes those of others.
 template <int D, int kBlocks>
 __device__ __forceinline__ void FoldKeys(FoldShared<D, kBlocks>& s, const FoldParams& p, int warp) {
-  constexpr int kBytes = sizeof(typename FoldShared<D, kBlocks>::Tile);
+  constexpr int kBytes = sizeof(typename FoldShared<D, kBlocks>::Tile), kPanels = D / 64;
   const FoldPart& part = s.part;
   if (part.chunks == 0) return;
   const uint32_t places = LaneFeatures<D>();
-  // Keys and angles of chunk i, whose first row is `row`. Keys lie where its values come later.
+  // Of chunk i, whose first row is `row`.
   const auto fetch_keys = [&](int i, int row) {
-    uint4 *keys = s.v[i % 2], *sines = s.plain[i % 2][0], *cosines = s.plain[i % 2][1];
-    uint64_t& here = s.key_here[i % 2];
+    uint4* sines = s.plain[i % 2];
     if (IsWhole(p, part, i)) {
       if (warp > 0 || !Elect()) return;
-      ArriveExpecting(here, 3 * kBytes);
-      CopyChunk(keys, p.keys, row, here);
-      CopyChunk(sines, p.sines, part.e0 + i * kChunk, here);
-      CopyChunk(cosines, p.cosines, part.e0 + i * kChunk, here);
+      ArriveExpecting(s.key_here, 3 * kBytes);
+      CopyChunk<kPanels>(s.key, p.keys, row, s.key_here);
+      CopyChunk<kPanels>(sines, p.sines, part.e0 + i * kChunk, s.key_here);
+      CopyChunk<kPanels>(s.cosines, p.cosines, part.e0 + i * kChunk, s.key_here);
     } else {
-      FetchRows<D>(keys, p, part, p.pages.k, i);
+      FetchRows<D>(s.key, p, part, p.pages.k, i);
       FetchAngles<D>(sines, part, p.layer.sin, i);
-      FetchAngles<D>(cosines, part, p.layer.cos, i);
+      FetchAngles<D>(s.cosines, part, p.layer.cos, i);
       CommitCopies();
-      if (warp == 0 && Elect()) ArriveExpecting(here, 0);  // phases go on
+      if (warp == 0 && Elect()) ArriveExpecting(s.key_here, 0);  // phases go on
     }
   };
   const auto fetch_values = [&](int i, int row) {
-    uint64_t& here = s.value_here[i % 2];
     if (IsWhole(p, part, i)) {
       if (warp > 0 || !Elect()) return;
-      ArriveExpecting(here, kBytes);
-      CopyChunk(s.v[i % 2], p.values, row, here);
+      ArriveExpecting(s.value_here, kBytes);
+      CopyChunk<kPanels>(s.v[i % 2], p.values, row, s.value_here);
     } else {
       FetchRows<D>(s.v[i % 2], p, part, p.pages.v, i);
       CommitCopies();
-      if (warp == 0 && Elect()) ArriveExpecting(here, 0);
+      if (warp == 0 && Elect()) ArriveExpecting(s.value_here, 0);
     }
   };
-  PagedToken next = FindToken(p, part, part.e0);
-  int row = RowOf<D>(p, p.pages.pages[next.page], next.row);
+  const auto row_of = [&](int i) {
+    const PagedToken x = FindToken(p, part, min(part.e0 + i * kChunk, part.until - 1));
+    return RowOf<D>(p, p.pages.pages[x.page], x.row);
+  };
+  int row = row_of(0);
   fetch_keys(0, row);
   for (int i = 0; i < part.chunks; ++i) {
-    auto& plain = s.plain[i % 2];
+    const int next = row_of(i + 1);
     const bool whole = IsWhole(p, part, i);
     if (!whole) {
       WaitCopies<0>();
       PublishCopies();
       Barrier<128>(0);
     }
-    Await(s.key_here[i % 2], i / 2);
+    Await(s.key_here, i);
     float y[D / 8][4];
-    StartScores<D, D, D>(y, SharedAddress(s.v[i % 2]), SharedAddress(s.phi));
-    UndoRope<D>(s.v[i % 2], plain[0], plain[1]);
+    StartScores<D, D, D>(y, SharedAddress(s.key), SharedAddress(s.phi));
+    UndoRope<D>(s.key, s.cosines, s.plain[i % 2]);
     PublishCopies();
     Arrive(s.plain_full[i % 2]);
     WaitProducts<0>();
     Pin(y);
-    Barrier<128>(0);  // all have done with the keys
+    Barrier<128>(0);  // all have done with keys and angles
 
+    if (i + 1 < part.chunks) {
+      if (i > 0) Await(s.plain_free[(i + 1) % 2], (i - 1) / 2);
+      fetch_keys(i + 1, next);
+    }
+    if (i > 1) Await(s.value_free[i % 2], (i - 1) / 2);
     fetch_values(i, row);
-    next = FindToken(p, part, min(part.e0 + (i + 1) * kChunk, part.until - 1));
-    const int page = p.pages.pages[next.page];
+    row = next;
     const float2 scale = Exponentials<D>(y);
     if (!whole) {
       WaitCopies<0>();
       PublishCopies();
     }
-    Await(s.value_here[i % 2], i / 2);
+    Await(s.value_here, i);
 #pragma unroll
     for (int group = 0; group < s.kGroups; ++group) {
-      if (i > 0) MeetAt(Meeting::kFree, group);
+      if (i > 0) Await(s.feature_free[group], i - 1);
       StoreFeatures(s, group, Fresh(places), y, scale);
-      ArriveAt(Meeting::kFull, group);
+      Arrive(s.feature_full[group]);
     }
-    row = RowOf<D>(p, page, next.row);
-    if (i + 1 == part.chunks) break;
-    Await(s.value_free[(i + 1) % 2], i / 2);
-    if (i > 0) Await(s.plain_free[(i + 1) % 2], (i - 1) / 2);
-    fetch_keys(i + 1, row);
   }
-  // Nobody is to be left at a barrier.
-  for (int group = 0; group < s.kGroups; ++group) MeetAt(Meeting::kFree, group);
 }
 
 #endif

@@ -8,22 +8,18 @@ namespace dsla::cuda {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// 64 channels: x = weights (high + low)^T.
+// Of 64 channels and half of a chunk's tokens: x = weights keys^T.
 template <int D>
-__device__ __forceinline__ void MakeLogits(float (&x)[8][4], uint32_t weight, uint32_t high,
-                                           uint32_t low) {
+__device__ __forceinline__ void MakeLogits(float (&x)[4][4], uint32_t weight, uint32_t keys) {
   weight = Fresh(weight);
+  keys = Fresh(keys);
 #pragma unroll
-  for (int term = 0; term < 2; ++term) {
-    const uint32_t keys = Fresh(term == 0 ? high : low);
-#pragma unroll
-    for (int c = 0; c < D / 16; ++c) {
-      const int at = c / 4 * (64 * 128) + c % 4 * 32;
-      if (term == 0 && c == 0)
-        FirstWarpgroupMma(x, PanelDescriptor(weight, at), PanelDescriptor(keys, at));
-      else
-        WarpgroupMma(x, PanelDescriptor(weight, at), PanelDescriptor(keys, at));
-    }
+  for (int c = 0; c < D / 16; ++c) {
+    const int at = c / 4 * (64 * 128) + c % 4 * 32;
+    if (c == 0)
+      FirstWarpgroupMmaF16(x, PanelDescriptor(weight, at), PanelDescriptor(keys, at));
+    else
+      WarpgroupMmaF16(x, PanelDescriptor(weight, at), PanelDescriptor(keys, at));
   }
 }
 // 64 channels of a state, and rows 16 c .. 16 c + 15 of V.
@@ -33,196 +29,270 @@ __device__ __forceinline__ void AddToState(float (&state)[D / 8][4], const uint3
   WarpgroupMma<1>(state, key, PanelDescriptor(v, c * (16 * 128), 64 * 128));
 }
 
-// e^a - 1 of gates that are not all slow, of logits as GateMinusOneOf has them: by logarithms where
-// all of the warp's are over kFast, in fewer instructions. 1 + e^-x has an error of 2^-24 there,
-// and e^a one of 2^-22, which is 2e-4 of 1 - e^a at most.
-constexpr float kFast = -6;
+// RootMinusOne with a term less: a relative error under 7e-5, where a weight has 9 bits.
+__device__ __forceinline__ float ShortRootMinusOne(float u) {
+  float x = -0.00287957f;
+  x = x * u + 0.01089458f;
+  x = x * u - 0.02090675f;
+  x = x * u + 0.03298824f;
+  x = x * u - 0.06249596f;
+  return x * u;
+}
+// e^a - 1 of logits t of GateMinusOneOf, four at a time: as many chains as hide one's latency. The
+// floor is one of the exponent: a saturated product.
 template <int n>
-__device__ __forceinline__ void FastGatesMinusOne(float (&t)[n][4], float least) {
-  float lowest[4] = {t[0][0], t[0][1], t[0][2], t[0][3]};
+__device__ __forceinline__ void MakeGatesMinusOne(float (&t)[n][4], float lowest, float share) {
 #pragma unroll
-  for (int i = 4; i < 4 * n; ++i) lowest[i % 4] = fminf(lowest[i % 4], t[i / 4][i % 4]);
-  if (!__all_sync(~0u, fminf(fminf(lowest[0], lowest[1]), fminf(lowest[2], lowest[3])) > kFast))
-    return AnyGatesMinusOne(t, least);
+  for (int i = 0; i < n; ++i) {
+    float fast[4], root[4];
 #pragma unroll
-  for (int i = 0; i < 4 * n; ++i) {
-    float& x = t[i / 4][i % 4];
-    x = fmaxf(Exp2(Log2(1 + Exp2(x)) * (-1.f / kDslaGateDivisor)) - 1, least);
+    for (int e = 0; e < 4; ++e) {
+      root[e] = Exp2(-fabsf(t[i][e]));
+      fast[e] = Exp2(__saturatef(t[i][e] * share) * lowest);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) root[e] = ShortRootMinusOne(root[e]);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) t[i][e] = fast[e] * root[e] + (fast[e] - 1);
   }
+}
+// Of slow gates.
+template <int n>
+__device__ __forceinline__ void MakeSlowGatesMinusOne(float (&t)[n][4]) {
+#pragma unroll
+  for (int i = 0; i < 4 * n; ++i) t[i / 4][i % 4] = ShortRootMinusOne(Exp2(t[i / 4][i % 4]));
 }
 
 // Of a thread of the warps that fold; `warp` counts all of the block's.
 struct FoldThread {
   int lane, warp, group, g, t;
   __device__ __forceinline__ FoldThread() {
-    const uint32_t i = threadIdx.x;
+    const uint32_t i = ThreadAgain();
     lane = i % 32;
     warp = i / 32 - 4;
     group = i / 128 - 1;
     g = i / 4 % 8;
     t = i % 4;
   }
+  __device__ __forceinline__ int Channel() const { return 16 * warp + g; }
 };
 
-// A warpgroup's part of a segment.
+// The least scale of a state: its inverse is a factor of weights, which stay far from the largest
+// numbers of bf16 and fp32.
+constexpr float kLeastScale = 0x1p-64f;
+
+// A warpgroup's part of a segment, in steps of one half of a chunk's tokens and one block of
+// channels. Products that a step's gates are made of are started two steps ahead, and awaited, with
+// those that the step before has added to its state, in the middle of that.
 template <int D, int kBlocks>
 struct Folder {
-  static constexpr int kLast = kBlocks - 1;
   using Shared = FoldShared<D, kBlocks>;
 
   Shared& s;
-  const PrefillParams& p;
-  // States and norms of the segment with their signs turned, as e^a - 1 has it: a weight takes one
-  // instruction less. Norms and decays: a quad has two channels of each block, and its lanes keep
-  // those of one each.
+  const FoldParams& p;
+  const int group = __shfl_sync(~0u, FoldThread().group, 0);  // one for all of a warp
+  const int chunks = s.part.chunks, lead = s.part.lead, tail = s.part.tail;
+  // In one register: the first of the lane's two channels, the other is 8 further, and where phi_k
+  // has that.
+  const uint32_t places =
+      FoldThread().Channel() | FeaturePlace<D>(FoldThread().Channel(), FoldThread().t, 0) << 8;
+  // States and norms of the segment, in units of a channel's scale and with their signs turned, as
+  // e^a - 1 has it: a weight takes one instruction less, and decays go to the scale until it is too
+  // small. A quad has two channels of each block: its lanes have parts of their norms, and lane
+  // 2 b + r the decay up to the last change of unit of channel r of block b.
   float state[kBlocks][D / 8][4] = {};
-  float z = 0, decay = 1;
-  float gate[8][4];    // logits without their bias, then e^a - 1
-  uint32_t key[4][4];  // -K^T, of 16 rows of a tile each
+  float norm[kBlocks][2] = {};
+  float decay = 1;
+  float gate[2][4][4];  // of every other step: logits, then e^a - 1, then parts of weights
+  bool slow;            // all gates of the warp in the step that comes
+  uint32_t key[2][4];   // -K^T over the scale, of 16 rows of a tile each
 
-  // One for all of a warp.
-  __device__ __forceinline__ int Group() const { return __shfl_sync(~0u, FoldThread().group, 0); }
+  struct Step {
+    int chunk, half, b;
+    __device__ __forceinline__ int Parity() const { return kBlocks == 2 ? b : half; }
+    __device__ __forceinline__ bool IsFirst() const { return half == 0 && b == 0; }
+    __device__ __forceinline__ bool IsLast() const { return half == 1 && b == kBlocks - 1; }
+    __device__ __forceinline__ Step Next() const {
+      return b + 1 < kBlocks ? Step{chunk, half, b + 1} : Step{chunk + half, 1 - half, 0};
+    }
+  };
 
-  // Block b's gates of chunk i: products under way.
-  __device__ __forceinline__ void StartGates(int i, int b) {
+  __device__ __forceinline__ int Channel() const { return static_cast<int>(Fresh(places) & 0xff); }
+  // Of the lane's first channel.
+  __device__ __forceinline__ float* Scale(int b) const { return s.scale + b * D + Channel(); }
+
+  // Products under way.
+  __device__ __forceinline__ void StartGates(const Step& at) {
     // Behind the last chunk the same is done with whatever is there, for nobody.
-    if (b == 0 && i < s.part.chunks) Await(s.plain_full[i % 2], i / 2);
+    if (at.IsFirst() && at.chunk < chunks) Await(s.plain_full[at.chunk % 2], at.chunk / 2);
     BeginProducts();
-    MakeLogits<D>(gate, SharedAddress(s.gates[b][Group()]), SharedAddress(s.plain[i % 2][0]),
-                  SharedAddress(s.plain[i % 2][1]));
+    MakeLogits<D>(gate[at.Parity()], SharedAddress(s.gates[at.b][group]),
+                  SharedAddress(s.plain[at.chunk % 2]) + at.half * (32 * 128));
     CommitProducts();
   }
-  // They are there; at most `pending` products that came after them are not.
-  template <int pending>
-  __device__ __forceinline__ void EndGates(int i, int b) {
-    WaitProducts<pending>();
-    Pin(gate);
-    if (b == kLast) Arrive(s.plain_free[i % 2]);
-  }
-
-  // Block b of chunk i to its state, and the gates that come next. These are awaited; most of the
-  // state's products run while they are worked on. Not all: the last 16 rows of K would be more
-  // registers than there are.
-  __device__ __forceinline__ void StartState(int i, int b) {
-    Pin(state[b]);
+  __device__ __forceinline__ void StartState(const Step& at) {
+    auto& to = state[at.b];
+    const uint32_t v = Fresh(SharedAddress(s.v[at.chunk % 2])) + at.half * (32 * 128);
+    Pin(to);
     Pin(key);
-    const uint32_t v = Fresh(SharedAddress(s.v[i % 2]));
-    BeginProducts();
-    AddToState<D>(state[b], key[3], v, 3);
-    EndProducts();
-    Pin(state[b]);
-    Pin(key);
-    const int next = b == kLast ? i + 1 : i, next_block = b == kLast ? 0 : b + 1;
-    StartGates(next, next_block);
     BeginProducts();
 #pragma unroll
-    for (int c = 2; c >= 0; --c) AddToState<D>(state[b], key[c], v, c);
+    for (int c = 0; c < 2; ++c) AddToState<D>(to, key[c], v, c);
     CommitProducts();
-    EndGates<1>(next, next_block);
   }
+  // In a step: what the one before has added to its state is there, and the next one's logits.
   // Before its first chunk a segment ends one that it has not begun: V's places are counted so.
-  __device__ __forceinline__ void EndState(int i, int b) {
+  __device__ __forceinline__ void AwaitProducts(const Step& at) {
     WaitProducts<0>();
-    Pin(state[b]);
-#pragma unroll
-    for (int c = 0; c < 3; ++c) Pin(key[c]);
-    if (b == kLast) Arrive(s.value_free[i & 1]);
+    Pin(state[kBlocks - 1 - at.b]);
+    Pin(key);
+    Pin(gate[1 - at.Parity()]);
+    if (at.IsFirst()) Arrive(s.value_free[(at.chunk + 1) % 2]);
+    if (at.Next().IsLast()) Arrive(s.plain_free[at.chunk % 2]);
   }
 
-  // Block b of chunk i from its gates' logits to K, and what comes before it to the chunk's end.
-  __device__ __forceinline__ void Weigh(int i, int b) {
-    const Layer& l = p.layer;
-    const auto [lane, warp, group, g, t] = FoldThread();
-    const float* bias = s.bias + b * D + 16 * warp + g;
-    // Known before it is asked.
-    const bool whole = i >= s.part.lead && i < s.part.tail;
-    if (ScaleLogits(gate, {bias[0], bias[8]}, l.least_gate))
-      SlowGatesMinusOne(gate);
+  __device__ __forceinline__ void SortGates(const Step& at) {
+    const float* bias = s.bias + at.b * D + Channel();
+    slow = ScaleLogits(gate[at.Parity()], {bias[0], bias[8]}, p.layer.least_gate);
+  }
+  // e^a - 1, which is 0 for tokens that do not enter.
+  __device__ __forceinline__ void MakeGates(const Step& at, bool whole) {
+    auto& x = gate[at.Parity()];
+    if (slow)
+      MakeSlowGatesMinusOne(x);
     else
-      FastGatesMinusOne(gate, l.least_gate);
-    if (!whole) {
-      const int first = s.part.e0 + i * kChunk, from = l.S, until = s.part.until;
+      MakeGatesMinusOne(x, p.lowest, p.share);
+    if (p.near_floor) {
 #pragma unroll
-      for (int k = 0; k < 16; ++k) {
-        const int token = first + 16 * t + k;
-        if (token < from || token >= until) gate[k / 2][k % 2] = gate[k / 2][2 + k % 2] = 0;
-      }
+      for (int i = 0; i < 16; ++i) x[i / 4][i % 4] = fmaxf(x[i / 4][i % 4], p.layer.least_gate);
     }
-    float run[2], total[2];  // products of what comes later, of all
+    if (whole) return;
+    const int first = s.part.e0 + at.chunk * kChunk + at.half * (kChunk / 2) + 8 * FoldThread().t;
+    const int from = p.layer.S, until = s.part.until;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float x = 1 + gate[0][2 * r];
+    for (int k = 0; k < 8; ++k)
+      if (first + k < from || first + k >= until) x[k / 2][k % 2] = x[k / 2][2 + k % 2] = 0;
+  }
+
+  // In the place of e^a - 1: weights but for the decays of what comes after a lane's tokens. Leaves
+  // the decays over these tokens.
+  __device__ __forceinline__ void Weigh(const Step& at, float (&decays)[2]) {
+    auto& x = gate[at.Parity()];
+    const float4* features = s.feature + (Fresh(places) >> 8) + at.half * (8 * D);
 #pragma unroll
-      for (int k = 1; k < 16; ++k) x += x * gate[k / 2][2 * r + k % 2];
-      const float next = __shfl_xor_sync(~0u, x, 1), pair = x * next;
-      const float others = __shfl_xor_sync(~0u, pair, 2);
-      run[r] = (t & 1 ? 1.f : next) * (t & 2 ? 1.f : others);
-      total[r] = pair * others;
-    }
-    b > 0 ? EndState(i, b - 1) : EndState(i - 1, kLast);
-    if (b == 0) MeetAt(Meeting::kFull, Group());
-    const FoldThread at;
-    const float4* features = s.feature + FeaturePlace<D>(16 * at.warp + at.g, at.t, 0);
+    for (int r = 0; r < 2; ++r) decays[r] = 1;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (at.t == 2 * b + r) {
-        z *= total[r];
-        decay *= total[r];
-      }
-#pragma unroll
-      for (int j = 0; j < D / 8; ++j) {
-        state[b][j][2 * r] *= total[r];
-        state[b][j][2 * r + 1] *= total[r];
-      }
-    }
-    float sum[2] = {};
-#pragma unroll
-    for (int four = 3; four >= 0; --four) {
+    for (int four = 1; four >= 0; --four)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        asm volatile("" ::: "memory");  // no sooner: there are no registers to spare
-        const float4 x = features[four * (4 * D) + 32 * r];
-        const float feature[4] = {x.x, x.z, x.y, x.w};
-        float weight[4];
+        const float4 y = features[four * (4 * D) + 32 * r];
+        const float feature[4] = {y.x, y.z, y.y, y.w};
 #pragma unroll
         for (int k = 3; k >= 0; --k) {
-          const float x = gate[2 * four + k / 2][2 * r + k % 2];
-          weight[k] = x * run[r] * feature[k];
-          run[r] = fmaf(run[r], x, run[r]);  // does not wait for the weight
-          sum[r] += weight[k];
+          float& less = x[2 * four + k / 2][2 * r + k % 2];
+          const float decayed = fmaf(decays[r], less, decays[r]);
+          less = less * decays[r] * feature[k];
+          decays[r] = decayed;
         }
-        key[four][r] = Pack(weight[0], weight[1]);
-        key[four][2 + r] = Pack(weight[2], weight[3]);
       }
-    }
-    if (b == kLast) ArriveAt(Meeting::kFree, Group());
+  }
+
+  // Weights, with their other factor, to K^T. Leaves their sums.
+  __device__ __forceinline__ void MakeKeys(const Step& at, const float (&factor)[2],
+                                           float (&sums)[2]) {
+    const auto& x = gate[at.Parity()];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      sum[r] = QuadSum(sum[r]);
-      if (FoldThread().t == 2 * b + r) z += sum[r];
+      float sum[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float weight[2] = {x[j][2 * r], x[j][2 * r + 1]};
+        key[j / 2][j % 2 * 2 + r] = Pack(weight[0] * factor[r], weight[1] * factor[r]);
+        sum[j] = weight[0] + weight[1];
+      }
+      sums[r] = ((sum[0] + sum[1]) + (sum[2] + sum[3])) * factor[r];
     }
+  }
+  // Units of 1 for those of `by`.
+  __device__ __forceinline__ void ChangeUnits(int b, const float (&by)[2]) {
+    const int t = FoldThread().t;
+    if (t / 2 == b) decay *= t % 2 == 0 ? by[0] : by[1];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      norm[b][r] *= by[r];
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) {
+        state[b][j][2 * r] *= by[r];
+        state[b][j][2 * r + 1] *= by[r];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void Run(const Step& at, bool whole) {
+    MakeGates(at, whole);
+    if (at.IsFirst()) Await(s.feature_full[group], at.chunk);
+    float after[2], total[2];  // decays of what comes after a lane's tokens, of all
+    Weigh(at, total);
+    if (at.IsLast()) Arrive(s.feature_free[group]);
+    const int t = FoldThread().t;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float next = __shfl_xor_sync(~0u, total[r], 1), pair = total[r] * next;
+      const float others = __shfl_xor_sync(~0u, pair, 2);
+      after[r] = (t & 1 ? 1.f : next) * (t & 2 ? 1.f : others);
+      total[r] = pair * others;
+    }
+    AwaitProducts(at);
+    float by[2], sums[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) by[r] = Scale(at.b)[8 * r] * total[r];
+    const bool far = __any_sync(~0u, fminf(by[0], by[1]) < kLeastScale);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float inverse = Reciprocal(by[r]);
+      after[r] *= far ? 1 : inverse;
+    }
+    MakeKeys(at, after, sums);
+    SortGates(at.Next());
+    __syncwarp();  // all have read it
+    if (t < 2) Scale(at.b)[8 * t] = far ? 1 : t == 0 ? by[0] : by[1];
+    __syncwarp();
+    if (far) ChangeUnits(at.b, by);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) norm[at.b][r] += sums[r];
+    StartState(at);
+    StartGates(at.Next().Next());
   }
 
   __device__ __forceinline__ void Run() {
-    if (s.part.chunks == 0) return;
-    StartGates(0, 0);
-    EndGates<0>(0, 0);
-    for (int i = 0; i < s.part.chunks; ++i) {
+    if (chunks == 0) return;
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-        Weigh(i, b);
-        StartState(i, b);
-      }
+    for (int b = 0; b < kBlocks; ++b) Pin(state[b]);  // zeros, before products are under way
+    const Step first{0, 0, 0};
+    StartGates(first);
+    WaitProducts<0>();
+    Pin(gate[0]);
+    SortGates(first);
+    StartGates(first.Next());
+    for (int i = 0; i < chunks; ++i) {
+      const bool whole = i >= lead && i < tail;
+      // Twice the code would not fit into the cache of instructions.
+#pragma unroll(kBlocks == 1 ? 2 : 1)
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) Run(Step{i, half, b}, whole);
     }
-    EndState(s.part.chunks - 1, kLast);
+    WaitProducts<0>();
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) Pin(state[b]);
   }
 
   // To the slot, or for a segment among others to its part of `start`.
   __device__ __forceinline__ void Write() const {
-    const auto [lane, warp, group, g, t] = FoldThread();
+    const int t = FoldThread().t;
     const Layer& l = p.layer;
     const int h = blockIdx.x, store = blockIdx.y;
-    const int64_t at = int64_t{h} * l.SF + blockIdx.z * D + 16 * warp + g;
+    const int64_t at = int64_t{h} * l.SF + blockIdx.z * D + Channel();
     float *states, *norms, *decays = nullptr;
     if (s.part.segments == 1) {
       std::byte* slot = SlotBase(l, s.part.n);
@@ -239,13 +309,15 @@ struct Folder {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int channel = b * l.F + 8 * r;
+        const float unit = -Scale(b)[8 * r], sum = QuadSum(norm[b][r]);
 #pragma unroll
         for (int j = 0; j < D / 8; ++j)
+          // Not the negative zeros of states of nothing.
           *reinterpret_cast<float2*>(states + channel * D + 8 * j + 2 * t) = {
-              0 - state[b][j][2 * r], 0 - state[b][j][2 * r + 1]};
+              state[b][j][2 * r] * unit + 0.f, state[b][j][2 * r + 1] * unit + 0.f};
         if (t != 2 * b + r) continue;
-        norms[channel] = 0 - z;
-        if (decays) decays[channel] = decay;
+        norms[channel] = sum * unit + 0.f;
+        if (decays) decays[channel] = decay * -unit;
       }
   }
 };
