@@ -291,7 +291,7 @@ int Main(int argc, char** argv) {
   for (const Setup& s : {wide, bare, grouped, small})
     for (int N : {1, 8, 32, 128}) BenchDecode(s, N, stream, m);
   for (const Setup& s : {wide, bare, grouped, small, small_bare, shipped})
-    for (int T : {2048, 8192, 65536})
+    for (int T : {2048, 3072, 4096, 8192, 65536})
       for (int wave : m.wave > 0 ? std::vector<int>{m.wave} : std::vector<int>{32, 0})
         BenchPrefill(s, T, wave, stream, m);
   for (const Setup& s : {wide, grouped, small, shipped})

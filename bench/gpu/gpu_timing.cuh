@@ -2,6 +2,7 @@
 // values.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -13,16 +14,49 @@
 
 namespace dsla {
 
+// Holds a stream back until all that is to be timed has been queued on it, as in a step of a model,
+// whose launches are ahead of the GPU. Else the time of short work is that of its launches.
+class StreamGate {
+ public:
+  StreamGate() {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result{};
+    CheckCuda(cudaGetDriverEntryPointByVersion("cuStreamWaitValue32", &found, 12000,
+                                               cudaEnableDefault, &result));
+    wait_ = reinterpret_cast<decltype(&cuStreamWaitValue32)>(found);
+    CheckCuda(cudaHostAlloc(&open_, sizeof(uint32_t), cudaHostAllocMapped));
+  }
+  StreamGate(const StreamGate&) = delete;
+  StreamGate& operator=(const StreamGate&) = delete;
+  ~StreamGate() { cudaFreeHost(const_cast<uint32_t*>(open_)); }
+
+  // What came before on the stream has ended.
+  void Close(cudaStream_t stream) {
+    *open_ = 0;
+    CheckCuda(wait_(stream, reinterpret_cast<CUdeviceptr>(open_), 1, CU_STREAM_WAIT_VALUE_EQ));
+  }
+  void Open() { *open_ = 1; }
+
+ private:
+  decltype(&cuStreamWaitValue32) wait_;
+  volatile uint32_t* open_ = nullptr;
+};
+
+// `run` must not wait for the stream.
 inline double MedianSeconds(cudaStream_t stream, int repeats, const std::function<void(int)>& run) {
   cudaEvent_t begin, end;
   CheckCuda(cudaEventCreate(&begin));
   CheckCuda(cudaEventCreate(&end));
+  StreamGate gate;
   for (int i = 0; i < 3; ++i) run(i);
+  CheckCuda(cudaStreamSynchronize(stream));
   std::vector<double> seconds;
   for (int i = 0; i < repeats; ++i) {
+    gate.Close(stream);
     CheckCuda(cudaEventRecord(begin, stream));
     run(i);
     CheckCuda(cudaEventRecord(end, stream));
+    gate.Open();
     CheckCuda(cudaEventSynchronize(end));
     float ms = 0;
     CheckCuda(cudaEventElapsedTime(&ms, begin, end));

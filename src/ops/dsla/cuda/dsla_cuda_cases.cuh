@@ -27,9 +27,10 @@ inline constexpr Tolerance kChunkTolerance = RoundingTolerance(8, DType::kBF16);
 // their term, 4 standard deviations of a term's u / sqrt(3), per channel (features differ in
 // scale).
 inline constexpr Tolerance kStateTolerance = RoundingTolerance(4, DType::kBF16);
-// A fold gives gates the keys that it has in fp16, of 12 bits with their rounding; otherwise as
-// kDecodeStateTolerance says.
-inline constexpr Tolerance kFoldStateTolerance{kStateTolerance.relative + 4 * 34 * 0x1p-12 / 1.7};
+// Beside that, where gates are mixed: they read keys rounded to fp16, to within 2^-12 (the keys
+// themselves are bf16), and a slow gate's relative error is its logit's, as kDecodeStateTolerance
+// has it.
+inline constexpr Tolerance kMixedStateTolerance{kStateTolerance.relative + 4 * 34 * 0x1p-12 / 1.7};
 // Decode rounds its output, and the window's weights to 17 bits, which is nothing beside that.
 inline constexpr Tolerance kDecodeTolerance = RoundingTolerance(1, DType::kBF16);
 // A slow gate's relative error is its logit's error. The key that gates read has 17 bits; logits of
@@ -41,6 +42,9 @@ struct Case {
   const char* name;
   int H, Hkv, D, F, states, window, sinks;
   TestGates gates;
+  Tolerance StateTolerance() const {
+    return gates == TestGates::kMixed ? kMixedStateTolerance : kStateTolerance;
+  }
 };
 
 inline DslaShape Shape(const Case& c) {

@@ -66,7 +66,7 @@ TEST_P(DslaCudaTest, PrefillThenMore) {
       ExpectClose(std::span(out).subspan(begin, reference.out(i).size()), reference.out(i),
                   kChunkTolerance);
     }
-    ExpectSlots(s.D, got, want, slots, kStateTolerance);
+    ExpectSlots(s.D, got, want, slots, GetParam().StateTolerance());
   }
 }
 
@@ -325,7 +325,6 @@ void ExpectFold(const Case& c, float logits, float floor) {
   DslaShape s = Shape(c);
   s.gate_floor = floor;
   const GpuLayer layer(s, c.gates, 512, 10, logits);
-  const Tolerance tolerance = c.gates == TestGates::kMixed ? kFoldStateTolerance : kStateTolerance;
   const int W = s.window;
   const std::vector<int> lengths{0, 1, 63, 64, 65, W, W + 1, W + 63, W + 64, W + 65, 200, 321};
   const int N = static_cast<int>(lengths.size());
@@ -393,7 +392,7 @@ void ExpectFold(const Case& c, float logits, float floor) {
       CheckCuda(cuda::Fold(args, nullptr));
       CheckCuda(cudaDeviceSynchronize());
       states.Read(got.View().base);
-      ExpectSlots(s.D, got, want, slots, tolerance);
+      ExpectSlots(s.D, got, want, slots, c.StateTolerance());
     }
   }
 }

@@ -76,20 +76,8 @@ __device__ __forceinline__ int PieceOf(int row, int c) {
   return c / 8 * (kChunk * 8) + Swizzle<8>(row, c % 8);
 }
 
-// Undoes RoPE for two dimensions x of the first half of a head and their partners y: two terms
-// each.
-__device__ __forceinline__ void Undo(uint32_t x, uint32_t y, float2 cos, float2 sin,
-                                     uint32_t& x_high, uint32_t& y_high, uint32_t& x_low,
-                                     uint32_t& y_low) {
-  const float x0 = Low(x) * cos.x + Low(y) * sin.x, x1 = High(x) * cos.y + High(y) * sin.y;
-  const float y0 = Low(y) * cos.x - Low(x) * sin.x, y1 = High(y) * cos.y - High(x) * sin.y;
-  x_high = Pack(x0, x1);
-  y_high = Pack(y0, y1);
-  x_low = Pack(x0 - Low(x_high), x1 - High(x_high));
-  y_low = Pack(y0 - Low(y_high), y1 - High(y_high));
-}
-
-// The same, to one term of fp16 each: 11 bits, saturated.
+// Undoes RoPE for two dimensions x of the first half of a head and their partners y, to fp16: 11
+// bits, saturated.
 __device__ __forceinline__ void UndoToHalf(uint32_t x, uint32_t y, float2 cos, float2 sin,
                                            uint32_t& x_half, uint32_t& y_half) {
   x_half = PackHalf(Low(x) * cos.x + Low(y) * sin.x, High(x) * cos.y + High(y) * sin.y);

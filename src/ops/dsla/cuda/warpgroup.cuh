@@ -104,17 +104,6 @@ __device__ __forceinline__ void WarpgroupMma(float (&c)[8][4], uint64_t a, uint6
       : DSLA_SIXTEEN(c, 0), DSLA_SIXTEEN(c, 4)
       : "l"(a), "l"(b), "n"(kTransposedA), "n"(kTransposedB));
 }
-// c = a b, whatever was there.
-__device__ __forceinline__ void FirstWarpgroupMma(float (&c)[8][4], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.u32 p, 0, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, "
-      "0;\n}"
-      : DSLA_FIRST_SIXTEEN(c, 0), DSLA_FIRST_SIXTEEN(c, 4)
-      : "l"(a), "l"(b));
-}
 template <int kTransposedA = 0, int kTransposedB = 0>
 __device__ __forceinline__ void WarpgroupMma(float (&c)[9][4], uint64_t a, uint64_t b) {
   asm volatile(
@@ -215,6 +204,7 @@ __device__ __forceinline__ void WarpgroupMmaF16(float (&c)[8][4], uint64_t a, ui
       : DSLA_SIXTEEN(c, 0), DSLA_SIXTEEN(c, 4)
       : "l"(a), "l"(b));
 }
+// c = a b, whatever was there.
 __device__ __forceinline__ void FirstWarpgroupMmaF16(float (&c)[4][4], uint64_t a, uint64_t b) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.u32 p, 0, 0;\n"
@@ -222,15 +212,6 @@ __device__ __forceinline__ void FirstWarpgroupMmaF16(float (&c)[4][4], uint64_t 
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, 1, "
       "0, 0;\n}"
       : DSLA_FIRST_SIXTEEN(c, 0)
-      : "l"(a), "l"(b));
-}
-__device__ __forceinline__ void FirstWarpgroupMmaF16(float (&c)[8][4], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.u32 p, 0, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0;\n}"
-      : DSLA_FIRST_SIXTEEN(c, 0), DSLA_FIRST_SIXTEEN(c, 4)
       : "l"(a), "l"(b));
 }
 #undef DSLA_SIXTEEN
