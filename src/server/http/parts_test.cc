@@ -141,7 +141,7 @@ TEST(RequestReaderTest, AChunkedBodyIsTheSameInPiecesOfAnySize) {
   for (const auto& [bytes, body] : bodies) {
     const std::string all = head + bytes;
     for (size_t step = 1; step <= all.size(); ++step) {
-      RequestReader reader((RequestLimits()));
+      RequestReader reader((HttpRequestLimits()));
       std::string in;
       auto event = RequestReader::Event::kNeedMore;
       for (size_t at = 0; at < all.size(); at += step) {

@@ -62,7 +62,7 @@ bool PercentDecode(std::string_view text, std::string* decoded) {
 }
 
 struct RequestReader::Impl {
-  explicit Impl(const RequestLimits& l) : limits(l) { Reset(); }
+  explicit Impl(const HttpRequestLimits& l) : limits(l) { Reset(); }
 
   void Reset() {
     parser.emplace();
@@ -85,7 +85,7 @@ struct RequestReader::Impl {
   Event TakeHead();
   Event FeedBody(std::string_view data, size_t* used);
 
-  const RequestLimits limits;
+  const HttpRequestLimits limits;
   std::optional<http::request_parser<http::string_body>> parser;
   HttpRequest request;
   HttpError error;
@@ -191,7 +191,8 @@ RequestReader::Event RequestReader::Impl::FeedBody(std::string_view data, size_t
   return data.size() > kMaxChunkHead ? Fail(MalformedRequestError()) : Event::kNeedMore;
 }
 
-RequestReader::RequestReader(const RequestLimits& limits) : impl_(std::make_unique<Impl>(limits)) {}
+RequestReader::RequestReader(const HttpRequestLimits& limits)
+    : impl_(std::make_unique<Impl>(limits)) {}
 RequestReader::~RequestReader() = default;
 
 RequestReader::Event RequestReader::Feed(std::string_view data, size_t* used) {

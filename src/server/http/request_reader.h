@@ -13,7 +13,7 @@
 
 namespace dsla {
 
-struct RequestLimits {
+struct HttpRequestLimits {
   int64_t head_bytes = 16 << 10;
   int64_t uri_bytes = 8 << 10;
   int64_t body_bytes = 16 << 20;
@@ -21,7 +21,7 @@ struct RequestLimits {
 
 class RequestReader {
  public:
-  explicit RequestReader(const RequestLimits& limits);
+  explicit RequestReader(const HttpRequestLimits& limits);
   ~RequestReader();
   RequestReader(const RequestReader&) = delete;
   RequestReader& operator=(const RequestReader&) = delete;

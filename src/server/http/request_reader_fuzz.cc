@@ -11,7 +11,7 @@ namespace {
 
 // Reads requests from `bytes`, which come `step` at a time; a digest of what was read.
 std::string ReadAll(const std::string& bytes, size_t step) {
-  dsla::RequestLimits limits;
+  dsla::HttpRequestLimits limits;
   limits.head_bytes = 2048;
   limits.uri_bytes = 512;
   limits.body_bytes = 4096;

@@ -27,7 +27,7 @@ struct HttpServerOptions {
   int io_threads = 2;
   std::string tls_cert, tls_key;  // PEM files, both or none
   std::vector<std::string> cors_origins;
-  RequestLimits limits;
+  HttpRequestLimits limits;
   // 64 more are taken for one request each: a busy server still answers probes, and 503 to others.
   int max_connections = 1024;
   // Bytes of request bodies that all connections together may hold, from the first byte that comes

@@ -7,10 +7,9 @@
 // A block folds a segment of a sequence for one KV head, with one set of weights. One of its
 // warpgroups has the keys: it fetches chunks, makes phi_k, undoes RoPE. The others each have 64
 // channels of a block of D of every state: gates' logits as [channels, d] x [d, tokens] by wgmma,
-// so that a lane has 16 tokens of its two channels and products over time stay in registers; K^T,
-// rounded, is in these registers the A operand of its product with V, and the states are
-// accumulators from the first chunk to the last. One warpgroup's products run under the others'
-// arithmetic.
+// so that a lane has runs of tokens of its two channels and products over time stay in registers;
+// K^T, rounded, is the A operand of its product with V, and the states are accumulators from the
+// first chunk to the last. Products run under the arithmetic of the step before, and of others.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
