@@ -90,23 +90,33 @@ TEST_P(DslaCudaTest, PrefillOfLargeQueries) {
   ExpectClose(gpu.Out(), reference.out(), kChunkTolerance);
 }
 
+struct Prefilled {
+  std::vector<float> out, want;
+};
+// One sequence from its beginning, whose states are compared.
+Prefilled PrefillAlone(const GpuLayer& layer, const TestTokens& tokens, int count) {
+  const DslaShape& s = layer.host.shape;
+  TestPool want(s, 1), got(s, 1);
+  want.Reset(0);
+  got.Reset(0);
+  const std::vector<TestPart> parts{{&tokens, 0, count, 0}};
+  TestBatch reference(layer.host, want, parts), input(layer.host, got, parts);
+  DslaForwardRef(reference.args());
+  GpuCall gpu(layer, input, got, 1);
+  gpu.Prefill(cuda::MaxChunks(1, count));
+  gpu.ReadPool(got);
+  ExpectSlots(s.D, got, want, {0}, kStateTolerance);
+  return {gpu.Out(), reference.out()};
+}
+
 TEST_P(DslaCudaTest, PrefillOfLargeKeyLogits) {
   // Logits of keys' features whose exponentials fp32 does not have.
   const DslaShape s = shape();
   const int count = s.window + 200;
   const GpuLayer layer(s, GetParam().gates, count, 7, 100);
   const auto tokens = MakeSequences(s, {count});
-  TestPool want(s, 1), got(s, 1);
-  want.Reset(0);
-  got.Reset(0);
-  const std::vector<TestPart> parts{{&tokens[0], 0, count, 0}};
-  TestBatch reference(layer.host, want, parts), input(layer.host, got, parts);
-  DslaForwardRef(reference.args());
-  GpuCall gpu(layer, input, got, 1);
-  gpu.Prefill(cuda::MaxChunks(1, count));
-  ExpectClose(gpu.Out(), reference.out(), kChunkTolerance);
-  gpu.ReadPool(got);
-  ExpectSlots(s.D, got, want, {0}, kStateTolerance);
+  const Prefilled x = PrefillAlone(layer, tokens[0], count);
+  ExpectClose(x.out, x.want, kChunkTolerance);
 }
 
 TEST_P(DslaCudaTest, PrefillOfKeysBeyondHalf) {
@@ -123,17 +133,7 @@ TEST_P(DslaCudaTest, PrefillOfKeysBeyondHalf) {
     keys[i * s.D + s.D / 2 - 1] = ToBf16(large);
     keys[i * s.D + s.D / 2 - 2] = ToBf16(-large);
   }
-  TestPool want(s, 1), got(s, 1);
-  want.Reset(0);
-  got.Reset(0);
-  const std::vector<TestPart> parts{{&tokens[0], 0, count, 0}};
-  TestBatch reference(layer.host, want, parts), input(layer.host, got, parts);
-  DslaForwardRef(reference.args());
-  GpuCall gpu(layer, input, got, 1);
-  gpu.Prefill(cuda::MaxChunks(1, count));
-  for (const float x : gpu.Out()) ASSERT_TRUE(std::isfinite(x));
-  gpu.ReadPool(got);
-  ExpectSlots(s.D, got, want, {0}, kStateTolerance);
+  for (const float x : PrefillAlone(layer, tokens[0], count).out) ASSERT_TRUE(std::isfinite(x));
 }
 
 TEST_P(DslaCudaTest, Decode) {

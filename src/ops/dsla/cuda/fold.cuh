@@ -92,6 +92,7 @@ __device__ __forceinline__ void LoadFoldWeights(FoldShared<D, kBlocks>& s, const
       const int c = i / 32 / (D / 16), channel = i / 32 % (D / 16) * 16 + g, row = channel % kRows;
       auto* to = reinterpret_cast<uint32_t*>(tiles[channel / kRows]) + t +
                  4 * (c / 4 * (kRows * 8) + Swizzle<8>(row, c % 4 * 2));
+      // The next piece is the one that swizzling pairs with it; 8 rows on are swizzled alike.
       to[0] = as_operand(x.x);
       to[4 - (row & 1) * 8] = as_operand(x.y);
       to[8 * 32] = as_operand(x.z);

@@ -65,10 +65,9 @@ __device__ __forceinline__ void MakeSlowGatesMinusOne(float (&t)[n][4]) {
 
 // Of a thread of the warps that fold; `warp` counts all of the block's.
 struct FoldThread {
-  int lane, warp, group, g, t;
+  int warp, group, g, t;
   __device__ __forceinline__ FoldThread() {
     const uint32_t i = ThreadAgain();
-    lane = i % 32;
     warp = i / 32 - 4;
     group = i / 128 - 1;
     g = i / 4 % 8;
