@@ -320,12 +320,14 @@ TEST_F(CliTest, BadOptionsAreNamed) {
   ExpectRefused("run " + Model() + "--memory lots abc",
                 "--memory: 'lots' is not a size such as 512M or 2G");
   ExpectRefused("run " + Model() + "--weights int3 abc",
-                "--weights: 'int3' is not one of auto, bf16, fp32, int8, int4");
+                "--weights: 'int3' is not one of auto, bf16, fp32, fp8, int8, int4");
+  ExpectRefused("run " + Model() + "--weights fp8 --device cpu abc",
+                "weights in fp8 are for GPUs of compute capability 9.0");
   ExpectRefused("run " + Model() + "--kv int4 abc", "--kv: 'int4' is not one of bf16, fp32, int8");
   ExpectRefused("run " + Model() + "--device tpu abc",
                 "--device tpu: not one of auto, cpu, cuda, cuda:N");
   ExpectRefused("run " + Model() + "--device cuda --weights fp32 abc",
-                "--device cuda: weights are held in bf16, int8 or int4 there and the cache in "
+                "--device cuda: weights are held in bf16, fp8, int8 or int4 there and the cache in "
                 "bf16, not --weights fp32 and --kv bf16");
   ExpectRefused("run --random-weights abc", "--random-weights: needs a config.json as --model");
   ExpectRefused("run " + Model() + "--context 100000 abc",

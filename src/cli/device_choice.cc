@@ -42,6 +42,10 @@ Status LoadOnAny(const DeviceWish& wish, const ModelConfig& config, const Device
     if (!IsOfDevice(status)) return status;
     passed_over += fmt::format("{}{}", passed_over.empty() ? "" : "; ", status.message());
   }
+  if (wish.weights == WeightFormat::kFp8) {
+    return Unsupported("--weights fp8 takes a GPU of compute capability 9.0: {}",
+                       passed_over.empty() ? "there is no GPU" : passed_over);
+  }
   tell("the CPU");
   return steps.load(nullptr, wish.weights);
 }

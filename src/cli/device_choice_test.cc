@@ -93,6 +93,16 @@ TEST_F(DeviceChoiceTest, AutoTakesTheCpuWhereNoGpuCanHoldTheModel) {
   EXPECT_THAT(said_, ElementsAre("cuda:0: head dim 96; cuda:1: failed; running on the CPU"));
 }
 
+TEST_F(DeviceChoiceTest, WhatOnlyAGpuHasIsNotTakenToTheCpu) {
+  EXPECT_EQ(Load("auto", WeightFormat::kFp8).message(),
+            "--weights fp8 takes a GPU of compute capability 9.0: there is no GPU");
+  Add("cuda:0");
+  loads_.emplace("cuda:0 fp8", Unsupported("cuda:0: weights in fp8 take compute capability 9.0"));
+  EXPECT_THAT(Load("auto", WeightFormat::kFp8).message(), HasSubstr("9.0: cuda:0: weights in fp8"));
+  EXPECT_THAT(tried_, ElementsAre("cuda:0 fp8"));
+  EXPECT_THAT(said_, IsEmpty());
+}
+
 TEST_F(DeviceChoiceTest, WhatNoDeviceMendsEndsIt) {
   Add("cuda:0");
   Add("cuda:1");

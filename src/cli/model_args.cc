@@ -27,11 +27,11 @@ fs::path ProjectRoot() {
 
 Expected<WeightFormat> ParseWeightFormat(const std::string& value, const ModelFile& file) {
   if (value == "auto") return FormatFor(file);
-  for (const WeightFormat format :
-       {WeightFormat::kBF16, WeightFormat::kF32, WeightFormat::kInt8, WeightFormat::kInt4}) {
+  for (const WeightFormat format : {WeightFormat::kBF16, WeightFormat::kF32, WeightFormat::kInt8,
+                                    WeightFormat::kInt4, WeightFormat::kFp8}) {
     if (value == Name(format)) return format;
   }
-  return InvalidArgument("--weights: '{}' is not one of auto, bf16, fp32, int8, int4", value);
+  return InvalidArgument("--weights: '{}' is not one of auto, bf16, fp32, fp8, int8, int4", value);
 }
 
 // The model on the device that `args` mean, or on the CPU.
@@ -44,7 +44,7 @@ Expected<std::unique_ptr<HybridModel>> LoadOn(const ModelArgs& args, const Loade
   if (wish.device == "auto" && !on_devices) wish.device = "cpu";
   if (wish.device != "cpu" && !on_devices) {
     return InvalidArgument(
-        "--device {}: weights are held in bf16, int8 or int4 there and the cache in bf16, not "
+        "--device {}: weights are held in bf16, fp8, int8 or int4 there and the cache in bf16, not "
         "--weights {} and --kv {}",
         args.device, args.weights, args.kv);
   }
@@ -91,8 +91,10 @@ void ModelArgs::AddTo(CLI::App& app) {
       ->group(group);
   app.add_option(
          "--weights", weights,
-         "how weights are held: bf16, fp32 (on the CPU), int8, int4, or auto: as small as keeps\n"
-         "what the file holds, on a GPU where that is as fast or bf16 does not fit")
+         "how weights are held: bf16, fp32 (on the CPU), fp8 (on a GPU of compute capability "
+         "9.0),\n"
+         "int8, int4, or auto: as small as keeps what the file holds, on a GPU where that is as\n"
+         "fast or bf16 does not fit")
       ->type_name("TYPE")
       ->capture_default_str()
       ->group(group);

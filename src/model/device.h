@@ -36,7 +36,7 @@ using WeightPacker =
 // What a device needs to know of a model to hold it.
 struct DeviceModelSpec {
   ModelConfig config;
-  WeightFormat weights = WeightFormat::kBF16;  // bf16, or int8 or int4, which are what `pack` makes
+  WeightFormat weights = WeightFormat::kBF16;  // bf16, fp8, or int8 or int4, which `pack` makes
   WeightPacker pack;
   bool also_unpacked = false;       // also in bf16, if there is memory to spare
   const float* rope_cos = nullptr;  // [positions, D/2], on the host

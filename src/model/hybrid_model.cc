@@ -29,6 +29,8 @@ Expected<std::unique_ptr<HybridModel>> HybridModel::Load(const ExecContext& ctx,
   model->config_ = config;
   model->options_ = options;
   if (options.device == nullptr) {
+    if (options.weights == WeightFormat::kFp8)
+      return Unsupported("weights in fp8 are for GPUs of compute capability 9.0");
     DSLA_ASSIGN_OR_RETURN(ModelWeights weights, LoadWeights(ctx, file, options.weights));
     model->weights_ = std::make_shared<const ModelWeights>(std::move(weights));
   }
@@ -40,7 +42,7 @@ Expected<std::unique_ptr<HybridModel>> HybridModel::Load(const ExecContext& ctx,
 Status HybridModel::LoadOnDevice(const ExecContext& ctx, const ModelFile& file,
                                  const Adapter* adapter) {
   if (options_.weights == WeightFormat::kF32 || options_.kv_dtype != DType::kBF16) {
-    return Unsupported("{}: weights are held in bf16, int8 or int4 there, the cache in bf16",
+    return Unsupported("{}: weights are held in bf16, fp8, int8 or int4 there, the cache in bf16",
                        options_.device->name());
   }
   const auto read = [&](const std::string& name, std::span<float> out) {

@@ -33,8 +33,8 @@ struct ModelOptions {
   DType kv_dtype = DType::kBF16;
   int page_size = 64;     // tokens per KV page
   int max_positions = 0;  // longest sequence; 0 = the model's context length
-  // Where the model runs; null: on the CPU. A device holds weights in bf16, int8 or int4 and the
-  // cache in bf16.
+  // Where the model runs; null: on the CPU. A device holds weights in bf16, fp8, int8 or int4 and
+  // the cache in bf16.
   std::shared_ptr<Device> device = nullptr;
   // There: weights in int8 or int4 also in bf16, for steps of many rows, if there is memory to
   // spare.

@@ -17,9 +17,11 @@ constexpr int64_t kBothShare = 4;
 
 class CudaDevice : public Device {
  public:
-  CudaDevice(int index, std::string name, const DriverApi& driver, cudaStream_t stream)
+  CudaDevice(int index, const cudaDeviceProp& property, const DriverApi& driver,
+             cudaStream_t stream)
       : index_(index),
-        name_(std::move(name)),
+        name_(fmt::format("cuda:{} ({})", index, property.name)),
+        has_fp8_(property.major == 9 && property.minor == 0),
         stream_(stream),
         memory_(driver, index, stream),
         gemm_(std::make_shared<Gemm>(stream)) {}
@@ -85,18 +87,20 @@ class CudaDevice : public Device {
       return Unsupported("{}: model width {} and vocabulary {}: have up to {} and below {}", name_,
                          c.C, c.V, kMaxNormWidth, kMaxVocabulary);
     }
+    const bool fp8 = spec.weights == WeightFormat::kFp8;
+    if (fp8) DSLA_RETURN_IF_ERROR(CheckFp8(c));
     cudaSetDevice(index_);
     if (spec.adapter != nullptr) DSLA_RETURN_IF_ERROR(CheckAdapter(spec));
     const bool both =
         IsPacked(spec.weights) && spec.also_unpacked && HasRoomForBoth(c, spec.weights);
-    const bool unpacks = IsPacked(spec.weights) && !both;
-    const int64_t bytes = WeightBytes(c, spec.weights) + (unpacks ? Gemm::kUnpackedBytes : 0);
+    const bool room = fp8 || (IsPacked(spec.weights) && !both);
+    const int64_t bytes = WeightBytes(c, spec.weights) + (room ? Gemm::kRoomBytes : 0);
     if (bytes > free_bytes()) {
       return ResourceExhausted("{}: the weights take {} bytes in {}, and {} are free", name_, bytes,
                                Name(spec.weights), free_bytes());
     }
     try {
-      if (unpacks) gemm_->MakeRoomToUnpack();
+      if (room) gemm_->MakeRoom();
       DSLA_ASSIGN_OR_RETURN(auto weights, UploadWeights(index_, spec, both, read, parallel));
       auto adapter = UploadAdapter(spec, *weights, stream_);
       return std::unique_ptr<DeviceModel>(
@@ -109,6 +113,15 @@ class CudaDevice : public Device {
   }
 
  private:
+  Status CheckFp8(const ModelConfig& c) const {
+    if (!has_fp8_) return Unsupported("{}: weights in fp8 take compute capability 9.0", name_);
+    if (c.C % 16 != 0 || c.ffn % 16 != 0) {
+      return Unsupported(
+          "{}: weights in fp8, model width {} and MLP width {}: have multiples of 16", name_, c.C,
+          c.ffn);
+    }
+    return Status::Ok();
+  }
   bool HasRoomForBoth(const ModelConfig& config, WeightFormat format) const {
     const int64_t both = WeightBytes(config, format) + WeightBytes(config, WeightFormat::kBF16);
     return kBothShare * both <= free_bytes();
@@ -136,6 +149,7 @@ class CudaDevice : public Device {
 
   int index_;
   std::string name_;
+  bool has_fp8_;         // products of rows and weights in fp8 with a scale each
   cudaStream_t stream_;  // as long as the program
   CudaBlockMemory memory_;
   std::shared_ptr<Gemm> gemm_;
@@ -158,8 +172,7 @@ Expected<std::shared_ptr<Device>> Open(int index) {
   Check(cudaSetDevice(index), "choosing a GPU");
   cudaStream_t stream = nullptr;
   Check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream");
-  return std::shared_ptr<Device>(std::make_shared<CudaDevice>(
-      index, fmt::format("cuda:{} ({})", index, property.name), driver, stream));
+  return std::shared_ptr<Device>(std::make_shared<CudaDevice>(index, property, driver, stream));
 }
 
 }  // namespace

@@ -27,7 +27,7 @@ void CudaModel::RunLayers(const Step& step) {
                    .chosen = &choices_.as<RowChoice>()->token,
                    .chosen_stride = sizeof(RowChoice) / sizeof(int32_t),
                    .embedding = weights_->embedding.data.as(),
-                   .bits = weights_->embedding.bits,
+                   .bits = weights_->embedding.bits(),
                    .T = T,
                    .C = c.C,
                    .hidden = a.hidden},

@@ -27,15 +27,22 @@ DeviceBuffer UploadVector(std::span<const float> from) {
   return UploadBytes(from.data(), static_cast<int64_t>(from.size_bytes()));
 }
 
-int64_t MatrixBytes(int64_t out, int64_t in, int bits) {
-  return bits == 16 ? 2 * out * in : PackedShape{.out = out, .in = in, .bits = bits}.bytes();
+// Of the embedding and the head, where the layers' matrices have another.
+WeightFormat EndFormat(WeightFormat format) {
+  switch (format) {
+    case WeightFormat::kInt4:
+      return WeightFormat::kInt8;
+    case WeightFormat::kFp8:
+      return WeightFormat::kBF16;
+    default:
+      return format;
+  }
 }
-
-// Of the model's matrices, and of the embedding and the head.
-int LayerBits(WeightFormat format) {
-  return format == WeightFormat::kInt4 ? 4 : format == WeightFormat::kInt8 ? 8 : 16;
+int64_t MatrixBytes(int64_t out, int64_t in, WeightFormat format) {
+  if (format == WeightFormat::kFp8) return out * in + 4 * out;
+  if (!IsPacked(format)) return 2 * out * in;
+  return PackedShape{.out = out, .in = in, .bits = BitsOf(format)}.bytes();
 }
-int EndBits(WeightFormat format) { return std::max(LayerBits(format), 8); }
 
 Matrix UploadMatrix(std::span<const float> from, int64_t out, int64_t in) {
   DSLA_CHECK(static_cast<int64_t>(from.size()) == out * in);
@@ -44,22 +51,43 @@ Matrix UploadMatrix(std::span<const float> from, int64_t out, int64_t in) {
   return {.data = UploadBytes(narrow.data(), 2 * out * in), .out = out, .in = in};
 }
 
-// The same of a weight of the model, which may be packed.
+// bf16 to e4m3.
+Matrix Rounded(const Matrix& from) {
+  Matrix to{.data = DeviceBuffer(from.out * from.in),
+            .out = from.out,
+            .in = from.in,
+            .format = WeightFormat::kFp8,
+            .scale = DeviceBuffer(4 * from.out)};
+  Check(RoundRows({.x = from.data.as(),
+                   .x_stride = from.in,
+                   .T = static_cast<int>(from.out),
+                   .in = static_cast<int>(from.in),
+                   .to = to.data.as(),
+                   .scale = to.scale.as<float>()},
+                  cudaStreamLegacy),
+        "rounding a weight");
+  AwaitUploads();  // before `from` goes
+  return to;
+}
+
+// The same of a weight of the model.
 Matrix UploadWeight(const DeviceModelSpec& spec, std::span<const float> from, int64_t out,
-                    int64_t in, int bits) {
-  if (bits == 16) return UploadMatrix(from, out, in);
+                    int64_t in, WeightFormat format) {
+  if (format == WeightFormat::kFp8) return Rounded(UploadMatrix(from, out, in));
+  if (!IsPacked(format)) return UploadMatrix(from, out, in);
   DSLA_CHECK(static_cast<int64_t>(from.size()) == out * in);
-  const PackedShape shape{.out = out, .in = in, .bits = bits};
+  const PackedShape shape{.out = out, .in = in, .bits = BitsOf(format)};
   std::vector<std::byte> packed(static_cast<size_t>(shape.bytes()));
   spec.pack(shape, from.data(), packed.data());
-  return {.data = UploadBytes(packed.data(), shape.bytes()), .out = out, .in = in, .bits = bits};
+  return {
+      .data = UploadBytes(packed.data(), shape.bytes()), .out = out, .in = in, .format = format};
 }
 
 // Adds a packed weight's form for many rows.
 void Unpack(Matrix& matrix) {
-  matrix.unpacked.Grow(MatrixBytes(matrix.out, matrix.in, 16));
+  matrix.unpacked.Grow(MatrixBytes(matrix.out, matrix.in, WeightFormat::kBF16));
   Check(UnpackWeight({.weight = matrix.data.as(),
-                      .bits = matrix.bits,
+                      .bits = matrix.bits(),
                       .out = static_cast<int>(matrix.out),
                       .in = static_cast<int>(matrix.in),
                       .rows = static_cast<int>(matrix.out),
@@ -135,7 +163,7 @@ Status UploadStacked(const DeviceModelSpec& spec, const TensorReader& read, int 
     if (bias) DSLA_RETURN_IF_ERROR(read(name + ".bias", std::span(all).subspan(row, part.rows)));
     row += part.rows;
   }
-  matrix = UploadWeight(spec, weight, out, in, LayerBits(spec.weights));
+  matrix = UploadWeight(spec, weight, out, in, spec.weights);
   if (bias) *biases = UploadVector(all);
   return Status::Ok();
 }
@@ -175,7 +203,7 @@ Status UploadLayer(const DeviceModelSpec& spec, const TensorReader& read, int l,
 
 }  // namespace
 
-int64_t Matrix::bytes() const { return MatrixBytes(out, in, bits); }
+int64_t Matrix::bytes() const { return MatrixBytes(out, in, format); }
 
 int64_t CudaWeights::step_bytes() const {
   int64_t bytes = output().bytes();
@@ -186,12 +214,10 @@ int64_t CudaWeights::step_bytes() const {
 
 int64_t WeightBytes(const ModelConfig& c, WeightFormat format) {
   const int64_t q = int64_t{c.H} * c.D, kv = int64_t{c.Hkv} * c.D;
-  const auto of_layer = [bits = LayerBits(format)](int64_t out, int64_t in) {
-    return MatrixBytes(out, in, bits);
-  };
+  const auto of_layer = [format](int64_t out, int64_t in) { return MatrixBytes(out, in, format); };
   const int64_t layer = of_layer(q + 2 * kv, c.C) + of_layer(c.C, q) +
                         of_layer(2 * int64_t{c.ffn}, c.C) + of_layer(c.C, c.ffn);
-  return c.L * layer + (c.tied_embeddings ? 1 : 2) * MatrixBytes(c.V, c.C, EndBits(format));
+  return c.L * layer + (c.tied_embeddings ? 1 : 2) * MatrixBytes(c.V, c.C, EndFormat(format));
 }
 
 Expected<std::shared_ptr<const CudaWeights>> UploadWeights(int device, const DeviceModelSpec& spec,
@@ -213,7 +239,7 @@ Expected<std::shared_ptr<const CudaWeights>> UploadWeights(int device, const Dev
     std::vector<float> weight(static_cast<size_t>(config.V) * config.C);
     DSLA_RETURN_IF_ERROR(read(head ? "lm_head.weight" : "model.embed_tokens.weight", weight));
     (head ? weights->head : weights->embedding) =
-        UploadWeight(spec, weight, config.V, config.C, EndBits(spec.weights));
+        UploadWeight(spec, weight, config.V, config.C, EndFormat(spec.weights));
     return Status::Ok();
   };
   parallel(config.L + 2, [&](int64_t task) {
@@ -275,7 +301,7 @@ std::shared_ptr<const CudaAdapter> UploadAdapter(const DeviceModelSpec& spec,
       layer.o_in = UploadMatrix(o_a, layer.r, q);
       layer.o_out = UploadMatrix(Padded(from.o_b, from.rank, C, layer.r), C, layer.r);
       const CudaLayer& base = weights.layers[l];
-      if (base.qkv.bits == 16 && base.qkv.bytes() <= kMostMergedBytes) {
+      if (base.qkv.format == WeightFormat::kBF16 && base.qkv.bytes() <= kMostMergedBytes) {
         layer.merged_qkv = Merged(base.qkv, layer.q_out, q_a, stream);
         layer.merged_o = Merged(base.o, layer.o_out, o_a, stream);
       }

@@ -1,5 +1,5 @@
 // A model's weights and an adapter's on a GPU: vectors in fp32, matrices in bf16, the model's own
-// also in 8 or 4 bits. Immutable.
+// also in 8 or 4 bits or in fp8. Immutable.
 #pragma once
 
 #include <memory>
@@ -10,14 +10,29 @@
 
 namespace dsla::cuda {
 
-// [out, in]: row-major bf16, or of 8 or 4 bits, packed (packed_weight.h).
+inline int BitsOf(WeightFormat format) {
+  switch (format) {
+    case WeightFormat::kInt4:
+      return 4;
+    case WeightFormat::kInt8:
+    case WeightFormat::kFp8:
+      return 8;
+    default:
+      return 16;
+  }
+}
+
+// [out, in]: row-major bf16, or of 8 or 4 bits, packed (packed_weight.h), or row-major e4m3.
 struct Matrix {
   DeviceBuffer data;
   int64_t out = 0, in = 0;
-  int bits = 16;
+  WeightFormat format = WeightFormat::kBF16;
   DeviceBuffer unpacked = {};  // of a packed one: the same in bf16, for many rows, or nothing
+  DeviceBuffer scale = {};     // [out] of one in fp8
+  bool fp8() const { return format == WeightFormat::kFp8; }
+  int bits() const { return BitsOf(format); }
   bool empty() const { return out == 0; }
-  int64_t bytes() const;  // of `data`
+  int64_t bytes() const;  // of `data` and `scale`
 };
 
 struct CudaLayer {

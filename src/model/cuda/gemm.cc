@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "model/cuda/cublas_util.h"
 #include "ops/norm_rope/cuda/norm_rope_cuda.h"
 
 namespace dsla::cuda {
@@ -9,21 +10,15 @@ namespace {
 
 constexpr int64_t kWorkspaceBytes = int64_t{32} << 20;  // what cuBLAS advises for Hopper
 
-void CheckCublas(cublasStatus_t status, const char* what) {
-  if (status == CUBLAS_STATUS_SUCCESS) return;
-  if (status == CUBLAS_STATUS_ALLOC_FAILED) throw std::bad_alloc();
-  throw DeviceError(fmt::format("cuBLAS: {}: {}", what, cublasGetStatusString(status)));
-}
-
 // The form of a weight that T rows are multiplied by.
 struct Form {
   const void* data;
   int bits;
 };
 Form FormFor(const Matrix& weight, int64_t T) {
-  if (weight.unpacked.bytes() > 0 && !PrefersPacked(T, weight.bits))
+  if (weight.unpacked.bytes() > 0 && !PrefersPacked(T, weight.bits()))
     return {weight.unpacked.as(), 16};
-  return {weight.data.as(), weight.bits};
+  return {weight.data.as(), weight.bits()};
 }
 
 ProductArgs Product(const Matrix& weight, const void* x, int64_t x_stride, int64_t T, void* y,
@@ -42,7 +37,8 @@ ProductArgs Product(const Matrix& weight, const void* x, int64_t x_stride, int64
 
 }  // namespace
 
-Gemm::Gemm(cudaStream_t stream) : stream_(stream), workspace_(kWorkspaceBytes) {
+Gemm::Gemm(cudaStream_t stream)
+    : stream_(stream), workspace_(kWorkspaceBytes), fp8_(stream, workspace_) {
   CheckCublas(cublasCreate(&handle_), "starting");
   CheckCublas(cublasSetStream(handle_, stream), "setting the stream");
   CheckCublas(cublasSetWorkspace(handle_, workspace_.as(), static_cast<size_t>(kWorkspaceBytes)),
@@ -53,6 +49,11 @@ Gemm::~Gemm() { cublasDestroy(handle_); }
 
 void Gemm::Run(const Matrix& weight, const void* x, int64_t x_stride, int64_t T, void* y,
                int64_t y_stride, Out type, const int32_t* from) {
+  if (weight.fp8()) {
+    DSLA_CHECK(from == nullptr);
+    MultiplyRounded(weight, x, x_stride, T, y, y_stride, type);
+    return;
+  }
   const Form form = FormFor(weight, T);
   if (from != nullptr || PrefersSmallProduct(weight.out, weight.in, T, form.bits)) {
     ProductArgs args = Product(weight, x, x_stride, T, y, y_stride);
@@ -62,26 +63,54 @@ void Gemm::Run(const Matrix& weight, const void* x, int64_t x_stride, int64_t T,
     Check(SmallProduct(args, stream_), "a small product");
     return;
   }
-  if (form.bits == 16) {
+  if (form.bits == 16)
     Multiply(form.data, weight.out, weight.in, x, x_stride, T, y, y_stride, type);
-    return;
-  }
-  const int64_t most = kUnpackedBytes / (2 * weight.in) / kUnitFeatures * kUnitFeatures;
+  else
+    MultiplyUnpacked(weight, x, x_stride, T, y, y_stride, type);
+}
+
+// Some features at a time.
+void Gemm::MultiplyUnpacked(const Matrix& weight, const void* x, int64_t x_stride, int64_t T,
+                            void* y, int64_t y_stride, Out type) {
+  const int64_t most = kRoomBytes / (2 * weight.in) / kUnitFeatures * kUnitFeatures;
   const int64_t y_bytes = type == Out::kBf16 ? 2 : 4;
-  DSLA_CHECK(most > 0 && unpacked_.bytes() == kUnpackedBytes);
+  DSLA_CHECK(most > 0 && room_.bytes() == kRoomBytes);
   for (int64_t begin = 0; begin < weight.out; begin += most) {
     const int64_t features = std::min(most, weight.out - begin);
     Check(UnpackWeight({.weight = weight.data.as(),
-                        .bits = weight.bits,
+                        .bits = weight.bits(),
                         .out = static_cast<int>(weight.out),
                         .in = static_cast<int>(weight.in),
                         .begin = static_cast<int>(begin),
                         .rows = static_cast<int>(features),
-                        .to = unpacked_.as()},
+                        .to = room_.as()},
                        stream_),
           "unpacking a weight");
-    Multiply(unpacked_.as(), features, weight.in, x, x_stride, T,
+    Multiply(room_.as(), features, weight.in, x, x_stride, T,
              static_cast<std::byte*>(y) + y_bytes * begin, y_stride, type);
+  }
+}
+
+// Some rows at a time.
+void Gemm::MultiplyRounded(const Matrix& weight, const void* x, int64_t x_stride, int64_t T,
+                           void* y, int64_t y_stride, Out type) {
+  const int64_t most = kRoomBytes / (weight.in + 4) / kMostRowsUnit * kMostRowsUnit;
+  const int64_t y_bytes = type == Out::kBf16 ? 2 : 4;
+  DSLA_CHECK(most > 0 && room_.bytes() == kRoomBytes);
+  auto* const scale = room_.as<float>(most * weight.in);
+  for (int64_t begin = 0; begin < T; begin += most) {
+    const int64_t rows = std::min(most, T - begin);
+    Check(RoundRows({.x = static_cast<const std::byte*>(x) + 2 * x_stride * begin,
+                     .x_stride = x_stride,
+                     .T = static_cast<int>(rows),
+                     .in = static_cast<int>(weight.in),
+                     .to = room_.as(),
+                     .scale = scale},
+                    stream_),
+          "rounding rows");
+    fp8_.Run({weight.data.as(), weight.scale.as<float>(), weight.out},
+             {room_.as(), scale, Rows(rows)}, weight.in,
+             static_cast<std::byte*>(y) + y_bytes * y_stride * begin, y_stride, type == Out::kF32);
   }
 }
 
@@ -99,7 +128,7 @@ void Gemm::Multiply(const void* weight, int64_t out, int64_t in, const void* x, 
 }
 
 void Gemm::RunJoint(const Matrix& weight, void* y, int64_t y_stride, const AdapterInArgs& adapter) {
-  if (FormFor(weight, adapter.T).bits == 16 &&
+  if (!weight.fp8() && FormFor(weight, adapter.T).bits == 16 &&
       PrefersJointProduct(weight.out, weight.in, adapter.T)) {
     const ProductArgs args = Product(weight, adapter.x, adapter.x_stride, adapter.T, y, y_stride);
     Check(JointProduct(args, adapter, stream_), "a product and the adapter's first");
@@ -112,7 +141,7 @@ void Gemm::RunJoint(const Matrix& weight, void* y, int64_t y_stride, const Adapt
 void Gemm::RunGated(const Matrix& gate_up, const void* x, int64_t T, void* room, void* y) {
   const int64_t ffn = gate_up.out / 2;
   const int bits = FormFor(gate_up, T).bits;
-  const bool can = bits == 16 || ffn % kUnitFeatures == 0;
+  const bool can = !gate_up.fp8() && (bits == 16 || ffn % kUnitFeatures == 0);
   if (can && PrefersSmallProduct(gate_up.out, gate_up.in, T, bits)) {
     ProductArgs args = Product(gate_up, x, gate_up.in, T, y, ffn);
     args.gated = true;

@@ -1,12 +1,14 @@
 // Products with weights on the GPU: y = x W^T, bf16 in, fp32 sums; through cuBLAS, or where that is
 // measured to be faster (PrefersSmallProduct) by our own kernels. A packed weight that is not held
-// in bf16 too cuBLAS gets some features at a time. One per stream.
+// in bf16 too cuBLAS gets some features at a time; for weights in fp8 rows are rounded to it. One
+// per stream.
 #pragma once
 
 #include <cublas_v2.h>
 
 #include "model/cuda/cuda_util.h"
 #include "model/cuda/cuda_weights.h"
+#include "model/cuda/fp8_gemm.h"
 #include "ops/linear/cuda/linear_cuda.h"
 
 namespace dsla::cuda {
@@ -18,14 +20,16 @@ class Gemm {
   Gemm(const Gemm&) = delete;
   Gemm& operator=(const Gemm&) = delete;
 
-  // Before there are products with packed weights: room for some of their features in bf16.
-  void MakeRoomToUnpack() { unpacked_.Grow(kUnpackedBytes); }
-  static constexpr int64_t kUnpackedBytes = int64_t{64} << 20;
+  // Before there are products with packed weights or weights in fp8: room for some of the features
+  // in bf16, or of the rows in fp8.
+  void MakeRoom() { room_.Grow(kRoomBytes); }
+  static constexpr int64_t kRoomBytes = int64_t{64} << 20;
 
+  static constexpr int64_t kMostRowsUnit = 128;
   // cuBLAS looks for a kernel when it first sees a number of rows, which takes as long as many
   // launches. So beyond 64 rows it is told of so many: x and y have room for them.
   static int64_t Rows(int64_t T) {
-    const int64_t unit = T <= 512 ? 64 : 128;
+    const int64_t unit = T <= 512 ? 64 : kMostRowsUnit;
     return T <= 64 ? T : (T + unit - 1) / unit * unit;
   }
 
@@ -44,11 +48,16 @@ class Gemm {
   // y = x W^T of a bf16 weight [out, in], by cuBLAS.
   void Multiply(const void* weight, int64_t out, int64_t in, const void* x, int64_t x_stride,
                 int64_t T, void* y, int64_t y_stride, Out type);
+  void MultiplyUnpacked(const Matrix& weight, const void* x, int64_t x_stride, int64_t T, void* y,
+                        int64_t y_stride, Out type);
+  void MultiplyRounded(const Matrix& weight, const void* x, int64_t x_stride, int64_t T, void* y,
+                       int64_t y_stride, Out type);
 
   cudaStream_t stream_;
   cublasHandle_t handle_ = nullptr;
   DeviceBuffer workspace_;  // of its own, so that a captured graph finds it where it was
-  DeviceBuffer unpacked_;
+  DeviceBuffer room_;
+  Fp8Gemm fp8_;
 };
 
 }  // namespace dsla::cuda

@@ -88,7 +88,7 @@ Linear::Linear(std::span<const float> weight, int64_t out, int64_t in, WeightFor
 Linear::Linear(int64_t out, int64_t in, WeightFormat format, std::span<const float> bias,
                Arena* arena)
     : storage_(std::make_unique<Storage>()), in_(in), out_(out) {
-  DSLA_CHECK(in > 0 && out > 0);
+  DSLA_CHECK(in > 0 && out > 0 && format != WeightFormat::kFp8);
   DSLA_CHECK(bias.empty() || static_cast<int64_t>(bias.size()) == out);
   Storage& s = *storage_;
   s.format = format;

@@ -19,8 +19,9 @@ enum class Accumulate { kNo, kYes };
 
 // How a weight is stored. kInt8 and kInt4: groups of 32 inputs with a scale, and with int4 a
 // minimum (group_quant.h), 8.5 and 5 or 6 bits a weight; for few rows their activations are rounded
-// to 15 bits in the same groups.
-enum class WeightFormat { kF32, kBF16, kInt8, kInt4 };
+// to 15 bits in the same groups. kFp8: e4m3 with a scale a feature, on a GPU alone (Linear has
+// none).
+enum class WeightFormat { kF32, kBF16, kInt8, kInt4, kFp8 };
 inline const char* Name(WeightFormat format) {
   switch (format) {
     case WeightFormat::kF32:
@@ -31,6 +32,8 @@ inline const char* Name(WeightFormat format) {
       return "int8";
     case WeightFormat::kInt4:
       return "int4";
+    case WeightFormat::kFp8:
+      return "fp8";
   }
   return "unknown";
 }

@@ -22,6 +22,8 @@ InputForm FormOf(WeightFormat format, int64_t T, Products products) {
     case WeightFormat::kInt8:
     case WeightFormat::kInt4:
       return few ? InputForm::kGroups : InputForm::kPanels;
+    case WeightFormat::kFp8:
+      break;
   }
   return InputForm::kPlain;
 }

@@ -230,6 +230,7 @@ HWY_INLINE void UnpackLanes(const PanelArgs& a, int64_t feature, int64_t begin, 
     case WeightFormat::kBF16:
       return UnpackRows(a, feature, begin, end, to, step);
     case WeightFormat::kF32:
+    case WeightFormat::kFp8:
       break;
   }
 }

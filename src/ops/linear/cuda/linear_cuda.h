@@ -68,6 +68,17 @@ struct UnpackArgs {
 };
 DSLA_CUDA_EXPORT int UnpackWeight(const UnpackArgs& args, Stream stream);
 
+// Rows in e4m3 with a scale each, the largest magnitude over 448: x[t] = scale[t] to[t] up to
+// rounding. A row without a number above 1e-30 becomes zeros.
+struct RoundRowsArgs {
+  const void* x = nullptr;  // [T, in] bf16, 16-byte aligned
+  int64_t x_stride = 0;     // elements between rows, a multiple of 8
+  int T = 0, in = 0;        // in a multiple of 16
+  void* to = nullptr;       // [T, in] e4m3, 16-byte aligned
+  float* scale = nullptr;   // [T]
+};
+DSLA_CUDA_EXPORT int RoundRows(const RoundRowsArgs& args, Stream stream);
+
 // An adapter's first product and its split, of the rows from *first_row on: low_rank[t] = the first
 // r of W x[t], rounded to bf16; claim[t] = the other H + bias.
 // If *first_row is T or more nothing is read.
