@@ -32,7 +32,7 @@ struct RunArgs {
   int max_tokens = 256;
   int prefill_chunk = 512;
   bool ignore_eos = false;
-  SamplingParams sampling;
+  SamplingArgs sampling;
   std::vector<std::string> logit_bias;
   bool stats = false;
   bool json = false;
@@ -92,7 +92,7 @@ Status CheckArgs(const RunArgs& args) {
   if (args.max_tokens < 0) return InvalidArgument("--max-tokens: {} is negative", args.max_tokens);
   if (!args.chat_template.empty())
     DSLA_RETURN_IF_ERROR(ChatTemplateByName(args.chat_template).status());
-  return Validate(args.sampling, 0);  // --logit-bias is not part of it yet
+  return Validate(args.sampling.params, 0);  // --logit-bias is not part of it yet
 }
 
 // The template for the model's conversations, or none for plain completion.
@@ -133,7 +133,7 @@ Expected<SessionOptions> ChooseLevel(const RunArgs& args, const LoadedModel& loa
 
 Expected<GenerateOptions> MakeGenerateOptions(const RunArgs& args, const LoadedModel& loaded) {
   GenerateOptions options;
-  options.sampling = args.sampling;
+  options.sampling = args.sampling.With(loaded.model->config().sampling);
   for (const std::string& text : args.logit_bias) {
     int32_t id = 0;
     float bias = 0;
@@ -272,13 +272,14 @@ Status Run(const RunArgs& args) {
 
 void AddSampling(CLI::App& command, RunArgs& args) {
   const auto group = "Sampling";
-  args.sampling.temperature = 0;  // a plain run answers the same every time
-  AddSamplingArgs(command, args.sampling, group);
+  args.sampling.params.temperature = 0;  // a plain run answers the same every time
+  args.sampling.AddTo(command, group);
   command.add_option("--logit-bias", args.logit_bias, "added to a token's logit; may be repeated")
       ->type_name("ID:BIAS")
       ->allow_extra_args(false)
       ->group(group);
-  command.add_option("--seed", args.sampling.seed, "draws depend on it and the position alone")
+  command
+      .add_option("--seed", args.sampling.params.seed, "draws depend on it and the position alone")
       ->capture_default_str()
       ->group(group);
 }

@@ -87,6 +87,7 @@ class Program {
   Status MakeApi();
   std::shared_ptr<Router> NewRouter() const;
   std::string Url() const;
+  SamplingParams SamplingDefaults() const;
   void WarnOfSmallCache(Tier tier);
 
   const ServeArgs& args_;
@@ -286,7 +287,7 @@ Status Program::MakeApi() {
   DSLA_ASSIGN_OR_RETURN(context.limits.default_tier, TierOf(args_.default_tier));
   if (context.limits.default_tier == Tier::kEconomy && ladder_.max_level == 0)
     return InvalidArgument("--default-tier: economy needs an adapter, and there is none");
-  context.limits.sampling = args_.sampling;
+  context.limits.sampling = SamplingDefaults();
   WarnOfSmallCache(context.limits.default_tier);
   context.default_timeout = args_.request_timeout;
   context.max_in_flight = args_.max_in_flight;
@@ -318,6 +319,16 @@ void Program::WarnOfSmallCache(Tier tier) {
   if (longest(Tier::kFull) >= context) return;
   log_->Write(LogLevel::kWarning, "small_cache",
               {{"message", fmt::format("--memory: {} hold no request of the whole context, {} "
+// Of requests that do not say theirs; the log has what the model advises of it.
+SamplingParams Program::SamplingDefaults() const {
+  const SamplingAdvice& advice = model_.model->config().sampling;
+  std::vector<LogField> fields;
+  for (const auto& [name, value] : advice.Given()) fields.push_back({name, value});
+  if (!fields.empty() && args_.sampling.generation_config == "auto")
+    log_->Write(LogLevel::kInfo, "generation_config", fields);
+  return args_.sampling.With(advice);
+}
+
                                        "tokens: at most {} at level 0 and {} in tier {}",
                                        FormatBytes(model_.memory_bytes), context,
                                        longest(Tier::kFull), longest(tier), Name(tier))}});

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "cli/sampling_args.h"
 #include "format/chat/chat_template.h"
 #include "ops/sampling/sampling.h"
 
@@ -276,7 +275,7 @@ void ServeArgs::AddTo(CLI::App& command) {
   AddHttpLimits(command, *this);
   AddEngine(command, *this);
   AddPolicy(command, *this);
-  AddSamplingArgs(command, sampling, "Sampling, of requests that do not say theirs");
+  sampling.AddTo(command, "Sampling, of requests that do not say theirs");
   AddLog(command, *this);
 }
 
@@ -287,7 +286,7 @@ Status CheckArgs(const CLI::App& command, const ServeArgs& args) {
   }
   if (std::find(args.model_names.begin(), args.model_names.end(), "") != args.model_names.end())
     return InvalidArgument("--model-name: is empty");
-  DSLA_RETURN_IF_ERROR(Validate(args.sampling, 0));
+  DSLA_RETURN_IF_ERROR(Validate(args.sampling.params, 0));
   if (args.chat_template.empty()) return Status::Ok();
   return ChatTemplateByName(args.chat_template).status();
 }

@@ -7,6 +7,7 @@
 
 #include "adapt/make_policy.h"
 #include "cli/model_args.h"
+#include "cli/sampling_args.h"
 #include "engine/engine.h"
 #include "server/auth.h"
 #include "server/http/server.h"
@@ -32,7 +33,7 @@ struct ServeArgs {
   int max_batch_tokens = 0;  // 0: what suits the device
   bool no_prefix_cache = false;
   std::string default_tier = "auto";
-  SamplingParams sampling;     // of requests that say nothing of theirs
+  SamplingArgs sampling;       // of requests that say nothing of theirs
   double request_timeout = 0;  // seconds; 0 = none
   int max_in_flight = 4096;
 
