@@ -146,8 +146,7 @@ Status Run::InTurn(const std::function<Status()>& action) {
 }
 
 bool Run::MustStop() const {
-  return (job_.stop_after > 0 && NowSeconds() - started_ >= job_.stop_after) ||
-         (job_.interrupted && job_.interrupted());
+  return (job_.stop_after > 0 && NowSeconds() - started_ >= job_.stop_after) || Interrupted();
 }
 
 Status Run::Done(const char* stage, nlohmann::json fields) {
@@ -284,7 +283,11 @@ Expected<std::vector<float>> Run::ResultOf(const char* stage, char letter) {
 Status Run::Init() {
   DSLA_RETURN_IF_ERROR(NeedTokens());
   if (ResultOf("init", 'i').ok()) return Status::Ok();
+  // Asked between the long parts. Not the time limit: init leaves nothing to go on from, and a run
+  // of short pieces would never be past it.
+  if (stopped_ = Interrupted(); stopped_) return Status::Ok();
   DSLA_RETURN_IF_ERROR(NeedNetwork());
+  if (stopped_ = Interrupted(); stopped_) return Status::Ok();
   std::vector<float> values;
   const TokenBatch batch =
       train_->Text(Stream::kStart, 0, std::max(1, config_.tokens_per_step / config_.lengths[0]),
@@ -306,6 +309,7 @@ Status Run::Init() {
               lse[l * bias->size + h] - kClaimBelowWindow;
     }
   }
+  if (stopped_ = Interrupted(); stopped_) return Status::Ok();
   // Without a denominator the output has any size; each head begins with the teacher's.
   if (const ParameterTensor* scale = layout_->Find("log_scale"); scale != nullptr) {
     network_->SetValues(values);
