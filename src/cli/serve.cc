@@ -233,10 +233,18 @@ Status Program::MakeEngine() {
     const double start = NowSeconds();
     DSLA_ASSIGN_OR_RETURN(
         ServeCost cost,
-        CostForServing(model_, std::max(policy_.max_level, ladder_.top_level), args_.cost_model));
+        CostForServing(model_, {.top_level = std::max(policy_.max_level, ladder_.top_level),
+                                .file = args_.cost_model,
+                                .keep = args_.calibration == "auto",
+                                .version = kVersion,
+                                .simd = args_.model.simd}));
     policy_.cost = std::move(cost.model);
+    if (!cost.problem.empty())
+      log_->Write(LogLevel::kWarning, "cost_model_file", {{"message", cost.problem}});
     log_->Write(LogLevel::kInfo, cost.measured ? "calibrated" : "cost_model_read",
-                {{"cost", policy_.cost.Summary()}, {"seconds", NowSeconds() - start}});
+                {{"cost", policy_.cost.Summary()},
+                 {"file", cost.file.empty() ? "none" : cost.file},
+                 {"seconds", NowSeconds() - start}});
   }
   DSLA_ASSIGN_OR_RETURN(std::unique_ptr<LevelPolicy> policy, MakePolicy(policy_));
   DSLA_ASSIGN_OR_RETURN(engine_, Engine::Create(model_.model.get(), model_.tokenizer.get(),
@@ -311,14 +319,6 @@ Status Program::MakeApi() {
   return Status::Ok();
 }
 
-// Clients see the context's length, and are refused from the cache's on.
-void Program::WarnOfSmallCache(Tier tier) {
-  // Of a prompt of one token and its reply.
-  const auto longest = [&](Tier of) { return 1 + engine_->LongestReply(1, of, 0); };
-  const int context = model_.model->max_positions();
-  if (longest(Tier::kFull) >= context) return;
-  log_->Write(LogLevel::kWarning, "small_cache",
-              {{"message", fmt::format("--memory: {} hold no request of the whole context, {} "
 // Of requests that do not say theirs; the log has what the model advises of it.
 SamplingParams Program::SamplingDefaults() const {
   const SamplingAdvice& advice = model_.model->config().sampling;
@@ -329,6 +329,14 @@ SamplingParams Program::SamplingDefaults() const {
   return args_.sampling.With(advice);
 }
 
+// Clients see the context's length, and are refused from the cache's on.
+void Program::WarnOfSmallCache(Tier tier) {
+  // Of a prompt of one token and its reply.
+  const auto longest = [&](Tier of) { return 1 + engine_->LongestReply(1, of, 0); };
+  const int context = model_.model->max_positions();
+  if (longest(Tier::kFull) >= context) return;
+  log_->Write(LogLevel::kWarning, "small_cache",
+              {{"message", fmt::format("--memory: {} hold no request of the whole context, {} "
                                        "tokens: at most {} at level 0 and {} in tier {}",
                                        FormatBytes(model_.memory_bytes), context,
                                        longest(Tier::kFull), longest(tier), Name(tier))}});

@@ -184,8 +184,17 @@ void AddPolicy(CLI::App& command, ServeArgs& args) {
   command
       .add_option("--cost-model", args.cost_model,
                   "file of the cost model: read where it is there, else measured and written "
-                  "[default: measured at each start]")
+                  "[default: see --calibration]")
       ->type_name("FILE")
+      ->group(group);
+  command
+      .add_option("--calibration", args.calibration,
+                  "the cost model without such a file: auto (measured at the first start with a "
+                  "model on this machine, and kept in $XDG_CACHE_HOME/dsla) or measure (at each "
+                  "start, and not kept)")
+      ->type_name("auto|measure")
+      ->check(CLI::IsMember({"auto", "measure"}))
+      ->capture_default_str()
       ->group(group);
   target("--slo-calm", policy.slo.calm_seconds, "calm before the level goes down");
   command

@@ -38,8 +38,9 @@ struct ServeArgs {
   int max_in_flight = 4096;
 
   PolicyOptions policy;
-  int max_level = -1;      // -1: the adapter's top level
-  std::string cost_model;  // file of the cost model; empty: measured at each start
+  int max_level = -1;                // -1: the adapter's top level
+  std::string cost_model;            // file of the cost model; empty: as `calibration` says
+  std::string calibration = "auto";  // or "measure"
 
   std::string log_file, log_format = "text", log_level = "info";
   std::string metrics_compat;
