@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The openai package, unmodified: models, completions, chat, streams, errors and retries."""
+"""The openai package, unmodified: models, completions, chat, responses, streams, errors and retries."""
 
 import time
 
@@ -53,6 +53,61 @@ def check_chat(client, model):
     parts = [{"role": "user", "content": [{"type": "text", "text": MESSAGES[0]["content"]}]}]
     again = client.chat.completions.create(model=model, messages=parts, max_tokens=8, temperature=0)
     check(again.choices[0].message.content == choice.message.content, "content as parts")
+
+
+def check_responses(client, model):
+    fields = {"model": model, "instructions": "Answer in one word.", "max_output_tokens": 8, "temperature": 0}
+    question = "What is the capital of France?"
+    whole = client.responses.create(input=question, metadata={"of": "a test"}, **fields)
+    check("Paris" in whole.output_text and whole.object == "response", f"a response: {whole.output_text!r}")
+    check(whole.metadata == {"of": "a test"} and whole.max_output_tokens == 8, "with what was asked")
+    usage = whole.usage
+    check(usage.total_tokens == usage.input_tokens + usage.output_tokens, "its usage adds up")
+    check(usage.input_tokens_details.cached_tokens <= usage.input_tokens, "with cached tokens")
+    events = list(client.responses.create(input=question, stream=True, **fields))
+    text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    check(text == whole.output_text, "the stream is the same text")
+    check(events[0].type == "response.created" and events[-1].type in ("response.completed", "response.incomplete"), "from one end to the other")
+    check([event.sequence_number for event in events] == [*range(len(events))], "in order")
+    check(events[-1].response.output_text == text and events[-1].response.usage.output_tokens == usage.output_tokens, "and the last one has it whole")
+    with client.responses.stream(input=question, **{**fields, "max_output_tokens": 200}) as stream:
+        final = stream.get_final_response()
+    check(final.status == "completed" and final.output_text.startswith(text), "the client's own collector of a stream")
+    history = [{"role": "user", "content": question}, *whole.output, {"role": "user", "content": "And of Italy?"}]
+    again = client.responses.create(input=history, **fields)
+    check("Rome" in again.output_text, f"a conversation goes on with the output: {again.output_text!r}")
+    short = client.responses.create(input=question, **{**fields, "max_output_tokens": 1})
+    check((short.status, short.incomplete_details.reason) == ("incomplete", "max_output_tokens"), "cut off by its limit")
+    for name, value in {"previous_response_id": "resp_1", "store": True, "background": True, "tools": [{"type": "web_search"}]}.items():
+        try:
+            client.responses.create(input=question, **{**fields, name: value})
+            check(False, f"{name} was taken")
+        except openai.BadRequestError as error:
+            check((error.code, error.param) == ("unsupported_parameter", name), f"{name}: {error.code}")
+    try:
+        long = {"stream": True, "extra_body": {"timeout": 1.0, "ignore_eos": True}}
+        for _ in client.responses.create(input=question, **{**fields, "max_output_tokens": 1500}, **long):
+            pass
+        check(False, "a stream out of time raised nothing")
+    except openai.APIError as error:
+        check(error.code == "timeout", f"an error inside its stream: {error.code}")
+
+
+def check_missing(client):
+    """What this server has not: a clear error, not an answer of another kind."""
+    for name, ask in {
+        "embeddings": lambda: client.embeddings.create(model="x", input="x"),
+        "images": lambda: client.images.generate(prompt="x"),
+        "speech": lambda: client.audio.speech.create(model="x", voice="alloy", input="x"),
+        "moderations": lambda: client.moderations.create(input="x"),
+        "files": lambda: client.files.list(),
+        "a stored response": lambda: client.responses.retrieve("resp_1"),
+    }.items():
+        try:
+            ask()
+            check(False, f"{name}: an answer")
+        except openai.NotFoundError as error:
+            check(error.code == "unknown_path" and "there is no" in error.message, f"{name}: {error.message}")
 
 
 def check_logprobs(client, model):
@@ -142,6 +197,8 @@ def main():
         client = openai.OpenAI(base_url=f"{running.url}/v1", api_key=KEY, timeout=120)
         model = check_models(client)
         check_chat(client, model)
+        check_responses(client, model)
+        check_missing(client)
         check_logprobs(client, model)
         check_completions(client, model)
         check_tiers(client, model)

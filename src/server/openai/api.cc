@@ -67,6 +67,7 @@ void RegisterApi(Router& router, ApiContext context) {
   const RouteOptions always = {.while_draining = true};
   add_text("/v1/completions", HandleCompletions, /*for_engine=*/true);
   add_text("/v1/chat/completions", HandleChat, /*for_engine=*/true);
+  add_text("/v1/responses", HandleResponses, /*for_engine=*/true);
   add("GET", "/v1/models", HandleModels, always);
   add("GET", "/v1/models/{id}", HandleModel, always);
   // Clients look for these at the root or under /v1.

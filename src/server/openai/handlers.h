@@ -27,6 +27,10 @@ Parsed<std::vector<int32_t>> EncodeMessages(const Service& service,
 Parsed<std::vector<int32_t>> EncodeText(const Service& service, const std::string& text,
                                         const EncodeOptions& options);
 
+// responses.cc
+void HandleResponses(const ServicePtr& service, PermitPtr permit, RequestPtr request,
+                     ResponderPtr responder);
+
 // models.cc
 void HandleModels(const ServicePtr& service, RequestPtr request, ResponderPtr responder);
 void HandleModel(const ServicePtr& service, RequestPtr request, ResponderPtr responder);
