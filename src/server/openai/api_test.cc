@@ -762,6 +762,26 @@ TEST(Tokens, ThereAndBack) {
               "model_not_found", "model");
 }
 
+TEST(Tokens, AsClientsOfLlamaCppAskForThem) {
+  TestApi api(100, testing::SentencePieceTokenizer());
+  const auto tokens = [&](const char* body) {
+    const std::string answer = api.Call("POST", "/tokenize", body)->body();
+    const size_t begin = answer.find("\"tokens\":") + 9;
+    return answer.substr(begin, answer.find(",\"token_strs\"") - begin);
+  };
+  const int32_t hello = *api.tokenizer->TokenToId("\u2581hello");
+  const std::string alone = fmt::format("[{}]", hello), with_first = fmt::format("[1,{}]", hello);
+  EXPECT_EQ(tokens(R"({"prompt":"hello"})"), with_first);
+  EXPECT_EQ(tokens(R"({"content":"hello"})"), alone) << "what it does not ask for it does not get";
+  EXPECT_EQ(tokens(R"({"content":"hello","add_special":true})"), with_first);
+  EXPECT_EQ(tokens(R"({"content":"hello\u0001","with_pieces":true})"),
+            fmt::format(R"([{{"id":{},"piece":" hello"}},{{"id":4,"piece":"\u0001"}}])", hello));
+  EXPECT_EQ(tokens(R"({"content":"\u00ff","with_pieces":true})"),
+            fmt::format(R"([{{"id":{},"piece":" "}},{{"id":198,"piece":[195]}},)"
+                        R"({{"id":194,"piece":[191]}}])",
+                        *api.tokenizer->TokenToId("\u2581")));
+}
+
 TEST(Fields, TokenIdsWhenAskedFor) {
   TestApi api;
   const auto responder =

@@ -86,6 +86,7 @@ struct TokenizeRequest {
   PromptOptions prompt;       // of messages
   bool parse_special = true;  // as clients that tokenise for themselves expect
   bool return_token_strs = false;
+  bool with_pieces = false;  // each token with its text
 };
 
 struct DetokenizeRequest {

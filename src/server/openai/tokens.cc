@@ -1,3 +1,5 @@
+#include <simdjson.h>
+
 #include "server/json_writer.h"
 #include "server/openai/handlers.h"
 
@@ -29,6 +31,20 @@ void WriteSpecial(const Tokenizer& tokenizer, const char* name, std::optional<in
   }
 }
 
+// As llama.cpp's server writes them: bytes that are no text are a list of numbers.
+void WritePiece(const Tokenizer& tokenizer, int32_t id, JsonWriter& out) {
+  const std::string_view bytes = tokenizer.TokenBytes(id);
+  out.BeginObject().Field("id", id).Key("piece");
+  if (simdjson::validate_utf8(bytes)) {
+    out.String(bytes);
+  } else {
+    out.BeginArray();
+    for (const char byte : bytes) out.Int(static_cast<unsigned char>(byte));
+    out.EndArray();
+  }
+  out.EndObject();
+}
+
 }  // namespace
 
 void HandleTokenize(const ServicePtr& service, PermitPtr /*held to the end*/, RequestPtr request,
@@ -48,9 +64,16 @@ void HandleTokenize(const ServicePtr& service, PermitPtr /*held to the end*/, Re
   JsonWriter out;
   out.BeginObject().Field("count", static_cast<int64_t>(tokens.size()));
   out.Field("max_model_len", service->limits().max_context).Key("tokens").BeginArray();
-  for (const int32_t id : tokens) out.Int(id);
+  const TokenizeRequest& asked = std::get<TokenizeRequest>(parsed);
+  for (const int32_t id : tokens) {
+    if (asked.with_pieces) {
+      WritePiece(service->tokenizer(), id, out);
+    } else {
+      out.Int(id);
+    }
+  }
   out.EndArray().Key("token_strs");
-  if (std::get<TokenizeRequest>(parsed).return_token_strs) {
+  if (asked.return_token_strs) {
     out.BeginArray();
     for (const int32_t id : tokens) out.String(service->tokenizer().TokenText(id));
     out.EndArray();
