@@ -235,7 +235,8 @@ Status Program::MakeEngine() {
         ServeCost cost,
         CostForServing(model_, {.top_level = std::max(policy_.max_level, ladder_.top_level),
                                 .file = args_.cost_model,
-                                .keep = args_.calibration == "auto",
+                                // Random weights are known by their path alone.
+                                .keep = args_.calibration == "auto" && !args_.model.random_weights,
                                 .version = kVersion,
                                 .simd = args_.model.simd}));
     policy_.cost = std::move(cost.model);

@@ -263,6 +263,7 @@ TEST(HfConfig, BadAdviceIsRefused) {
       {R"({"top_k": 2.5})", "top_k is 2.5, not a whole number"},
       {R"({"top_k": -2})", "top_k is -2, not in [-1, 1073741824]"},
       {R"({"top_p": 0})", "top_p is 0, not in (0, 1]"},
+      {R"({"top_p": 1e-60})", "top_p is 1e-60, not in (0, 1]"},
       {R"({"min_p": 1.5})", "min_p is 1.5, not in [0, 1]"},
       {R"({"repetition_penalty": 0})", "repetition_penalty is 0, not in (0, 100]"},
       {R"({"do_sample": 1})", "do_sample is neither true nor false"},

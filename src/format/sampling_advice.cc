@@ -12,8 +12,9 @@ struct Range {
   double low, high;
   bool low_open = false;
 
-  bool Holds(double value) const {  // false for NaN
-    return value <= high && (low_open ? value > low : value >= low);
+  // False for NaN. What is just above 0 is 0 as the float that it becomes.
+  bool Holds(double value) const {
+    return value >= low && value <= high && !(low_open && static_cast<float>(value) <= low);
   }
 };
 
