@@ -38,7 +38,7 @@ struct DistillJob {
   // same files: rank 0 writes them, and does alone what is not align or chain. Rank r of a machine
   // takes its GPU r.
   RankOptions ranks;
-  // Asked between steps and between the parts of init: whether to leave a checkpoint and end. One
+  // Asked between steps, and in init between layers: whether to leave a checkpoint and end. One
   // rank's yes counts for all.
   std::function<bool()> interrupted;
 };

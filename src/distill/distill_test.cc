@@ -338,9 +338,9 @@ TEST_F(DistillTest, ARunCutShortAnywhereEndsInTheSameBits) {
   EXPECT_EQ((*a)->state.second, (*b)->state.second);
 }
 
-TEST_F(DistillTest, AnInterruptEndsInitBetweenItsParts) {
+TEST_F(DistillTest, AnInterruptEndsInitBetweenLayers) {
   DistillJob job = Job("init.safetensors");
-  for (const int nth : {1, 2, 3}) {  // before the model is loaded, before and after its first pass
+  for (const int nth : {1, 2, 3}) {  // before the model is loaded, and before two of its layers
     int asked = 0;
     job.interrupted = [&] { return ++asked >= nth; };
     const auto outcome = Distill(ctx_, *model_, job);
