@@ -17,13 +17,15 @@ using testing::TestServer;
 class StillEngine : public Engine {
  public:
   std::optional<Rejection> SubmitAll(std::vector<Submission>) override { return {}; }
+  std::optional<Rejection> Check(const Request&) const override { return std::nullopt; }
   std::optional<Rejection> RefusesAll() const override { return {}; }
   int LongestReply(int64_t, Tier, int) const override { return 0; }
   void Cancel(const std::string&) override {}
   void CancelAll() override {}
   EngineState state() const override { return state_; }
+  bool device_failed() const override { return !state_.device_error.empty(); }
   void SetFinishObserver(FinishObserver) override {}
-  void SetPolicy(std::unique_ptr<LevelPolicy>) override {}
+  void SetPolicy(const PolicyMaker&) override {}
   void SetMaxLevel(int) override {}
   void Drain() override {}
 
