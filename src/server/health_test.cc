@@ -77,6 +77,17 @@ TEST(HealthTest, TellsTheTruth) {
   EXPECT_EQ(ask("/live").status, 503);
   engine.state_.device_error.clear();
 
+  // One of several: the others serve on.
+  engine.state_.replicas.resize(3);
+  ready(200);
+  EXPECT_EQ(ask("/health").body, "{\"status\":\"ok\"}");
+  EXPECT_FALSE(health.Degraded());
+  engine.state_.replicas[0].device_error = engine.state_.replicas[2].device_error = "gone";
+  ready(200);
+  EXPECT_TRUE(health.Degraded());
+  for (const char* path : {"/health", "/ready", "/live"})
+    EXPECT_EQ(ask(path).body, "{\"status\":\"degraded\",\"failed_replicas\":[0,2]}") << path;
+
   health.SetPhase(Phase::kDraining);
   server.server().SetPhase(Phase::kDraining);
   ready(503);
