@@ -13,7 +13,6 @@
 #include <utility>
 
 #include "base/clock.h"
-#include "cli/device_choice.h"
 #include "ops/simd/limit.h"
 
 namespace dsla {
@@ -41,7 +40,7 @@ Expected<WeightFormat> ParseWeightFormat(const std::string& value, const ModelFi
 // The model on the device that `args` mean, which `open` opens, or on the CPU.
 Expected<std::unique_ptr<HybridModel>> LoadOn(const ModelArgs& args, const LoadedModel& loaded,
                                               const Adapter* adapter, ModelOptions options,
-                                              const DeviceOpener& open = OpenDevice) {
+                                              const DeviceOpener& open) {
   DeviceWish wish{
       .device = args.device, .weights = options.weights, .chooses_weights = args.weights == "auto"};
   const bool on_devices = args.weights != "fp32" && args.kv == "bf16";
@@ -317,12 +316,13 @@ Expected<std::vector<LoadedModel>> LoadOnAll(const ModelArgs& args,
 
 }  // namespace
 
-Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences, int step_rows) {
+Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences, int step_rows,
+                                const DeviceOpener& open) {
   const double start = NowSeconds();
   DSLA_ASSIGN_OR_RETURN(Preparation prepared, Prepare(args));
   LoadedModel loaded = std::move(prepared.loaded);
   DSLA_ASSIGN_OR_RETURN(loaded.model,
-                        LoadOn(args, loaded, prepared.adapter.get(), prepared.options));
+                        LoadOn(args, loaded, prepared.adapter.get(), prepared.options, open));
   prepared.adapter.reset();
   ReleaseLoading(*loaded.file);
   DSLA_RETURN_IF_ERROR(SetMemory(args, sequences, step_rows, loaded));
@@ -331,9 +331,9 @@ Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences, int step_r
 }
 
 Expected<std::vector<LoadedModel>> LoadReplicas(const ModelArgs& args, int replicas, int sequences,
-                                                int step_rows) {
+                                                int step_rows, const DeviceOpener& open) {
   if (NamesSeveralDevices(args.device)) {
-    DSLA_ASSIGN_OR_RETURN(const auto devices, OpenDevices(args.device, OpenDevice));
+    DSLA_ASSIGN_OR_RETURN(const auto devices, OpenDevices(args.device, open));
     if (replicas != 0 && replicas != static_cast<int>(devices.size())) {
       return InvalidArgument("--replicas: {}, but --device {} are {} GPUs, each of which has one",
                              replicas, args.device, devices.size());
@@ -341,7 +341,7 @@ Expected<std::vector<LoadedModel>> LoadReplicas(const ModelArgs& args, int repli
     return LoadOnAll(args, devices, sequences, step_rows);
   }
   std::vector<LoadedModel> models(1);
-  DSLA_ASSIGN_OR_RETURN(models[0], LoadModel(args, sequences, step_rows));
+  DSLA_ASSIGN_OR_RETURN(models[0], LoadModel(args, sequences, step_rows, open));
   if (replicas <= 1) return models;
   if (models[0].model->device() != nullptr) {
     return InvalidArgument(
