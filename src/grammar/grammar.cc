@@ -289,7 +289,7 @@ class Compiler : public GrammarCompiler {
   }
 
   // What a process has of its own besides the grammar, about.
-  static constexpr int64_t kProcessBytes = int64_t{2} << 20;
+  static constexpr int64_t kProcessBytes = int64_t{4} << 20;
 
   const GrammarOptions options_;
   GrammarProcesses processes_;
