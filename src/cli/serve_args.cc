@@ -2,7 +2,9 @@
 
 #include <algorithm>
 
+#include "cli/device_choice.h"
 #include "cli/sampling_args.h"
+#include "engine/replica_router.h"
 #include "format/chat/chat_template.h"
 #include "ops/sampling/sampling.h"
 
@@ -254,7 +256,19 @@ void ServeArgs::AddTo(CLI::App& command) {
       ->description(
           "cache memory, such as 512M or 2G [default: eight whole contexts, at most a quarter of "
           "the memory that the machine or the container's limit gives; on a GPU at most 85% of "
-          "what is free there]");
+          "what is free there]. Replicas on the CPU share it; of several GPUs each has so much");
+  command.get_option("--device")
+      ->description(
+          "where the model runs: cpu, cuda, cuda:N, auto (a GPU that can hold it, where there is "
+          "one), or, a replica on each, several GPUs (cuda:0,cuda:1) or all (cuda:all)");
+  command
+      .add_option("--replicas", replicas,
+                  "engines that share the requests, on the CPU each with its part of --threads and "
+                  "--memory; 0: one on each device")
+      ->type_name("N")
+      ->check(CLI::Range(0, ReplicaRouter::kMostReplicas))
+      ->capture_default_str()
+      ->group("Model");
   command
       .add_option("--model-name", model_names,
                   "name by which clients ask for the model (may be given again) [default: its own]")
@@ -281,6 +295,12 @@ void ServeArgs::AddTo(CLI::App& command) {
 }
 
 Status CheckArgs(const CLI::App& command, const ServeArgs& args) {
+  const std::string& device = args.model.device;
+  if (args.replicas > 1 && device.starts_with("cuda") && !NamesSeveralDevices(device)) {
+    return InvalidArgument(
+        "--replicas: {} on --device {}: a GPU has one; name several (cuda:0,cuda:1 or cuda:all)",
+        args.replicas, device);
+  }
   if (args.policy.policy != "fixed" && command.get_option("--level")->count() > 0) {
     return InvalidArgument("--level: {} is the level of --policy fixed; the policy is {}",
                            args.policy.fixed_level, args.policy.policy);

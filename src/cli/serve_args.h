@@ -28,6 +28,7 @@ struct ServeArgs {
   double drain_timeout = 30;  // seconds
   double stall_seconds = 60;
 
+  int replicas = 0;  // 0: one on each of the devices
   EngineOptions engine;
   int max_batch_tokens = 0;  // 0: what suits the device
   bool no_prefix_cache = false;

@@ -19,7 +19,9 @@ class EngineImpl : public Engine {
         limits_{.V = model->config().V,
                 .max_positions = model->max_positions(),
                 .max_level = model->max_level()},
-        inbox_({.max_queued = options.max_queued, .max_queued_tokens = options.max_queued_tokens}) {
+        inbox_({.max_queued = options.max_queued,
+                .max_queued_tokens = options.max_queued_tokens,
+                .shared = options.queue}) {
     end_ids_ = model->config().eos_ids;
     if (const auto eos = tokenizer->eos_id()) end_ids_.push_back(*eos);
     std::erase_if(end_ids_, [&](int32_t id) { return id < 0 || id >= limits_.V; });
@@ -62,6 +64,13 @@ class EngineImpl : public Engine {
     return inbox_.Put(std::move(requests));
   }
 
+  std::optional<Rejection> Check(const Request& request) const override {
+    if (auto wrong = CheckRequest(request, limits_)) return wrong;
+    const Status fits = worker_->CanEverFit(request);
+    if (fits.ok()) return std::nullopt;
+    return Rejection{.kind = Rejection::Kind::kTooLargeForCache, .message = fits.message()};
+  }
+
   int LongestReply(int64_t prompt_tokens, Tier tier, int level) const override {
     return static_cast<int>(
         worker_->LongestReply(prompt_tokens, limits_.max_positions - prompt_tokens, tier, level));
@@ -71,10 +80,12 @@ class EngineImpl : public Engine {
   void Cancel(const std::string& id) override { inbox_.Cancel(id); }
   void CancelAll() override { inbox_.CancelAll(); }
   EngineState state() const override { return worker_->state(); }
+  bool device_failed() const override { return worker_->device_failed(); }
   void SetFinishObserver(FinishObserver observer) override {
     worker_->SetFinishObserver(std::move(observer));
   }
-  void SetPolicy(std::unique_ptr<LevelPolicy> policy) override {
+  void SetPolicy(const PolicyMaker& make) override {
+    std::unique_ptr<LevelPolicy> policy = make(0);
     DSLA_CHECK(policy != nullptr);
     inbox_.SetPolicy(std::move(policy));
   }
@@ -85,13 +96,6 @@ class EngineImpl : public Engine {
   void Drain() override { inbox_.Drain(); }
 
  private:
-  std::optional<Rejection> Check(const Request& request) const {
-    if (auto wrong = CheckRequest(request, limits_)) return wrong;
-    const Status fits = worker_->CanEverFit(request);
-    if (fits.ok()) return std::nullopt;
-    return Rejection{.kind = Rejection::Kind::kTooLargeForCache, .message = fits.message()};
-  }
-
   std::unique_ptr<ActiveRequest> NewRequest(Submission submission) const {
     auto active = std::make_unique<ActiveRequest>(
         std::move(submission.request), std::move(submission.sink), *tokenizer_, limits_.V);

@@ -688,7 +688,7 @@ TEST_F(EngineDeviceTest, HistoriesAreTrueBesideFaults) {
       if (engine->Submit(request, sink).has_value()) continue;  // too large at this bound
       asked.emplace_back(request, sink);
       if (random() % 10 == 0) engine->SetMaxLevel(static_cast<int>(random() % (kL + 1)));
-      if (random() % 15 == 0) engine->SetPolicy(RandomPolicy(random()));
+      if (random() % 15 == 0) engine->SetPolicy([&](int) { return RandomPolicy(random()); });
       if (random() % 10 == 0) engine->Cancel(asked[random() % asked.size()].first.id);
     }
     for (const auto& [request, sink] : asked) {

@@ -531,14 +531,16 @@ TEST_F(EngineTest, ThePolicyIsFollowedAndRecorded) {
   ASSERT_GT(engine->state().events.size(), 2u);
   EXPECT_EQ(engine->state().events[2].to, 0);
   EXPECT_EQ(engine->state().events[2].reason, "admin: max level 0");
-  engine->SetPolicy(TargetPolicy(0));
+  engine->SetPolicy([](int) { return TargetPolicy(0); });
   EXPECT_TRUE(engine.Submit(Greedy(4, 4))->Wait().status.ok());
   const EngineState changed = WaitIdle(engine);
   EXPECT_EQ(changed.target_level, 0);
   EXPECT_EQ(changed.events.size(), 3u) << "a policy that asks for more, or for what there is";
-  engine->SetPolicy(std::make_unique<FunctionPolicy>([](const LoadSnapshot&) {
-    return LevelDecision{.target = 2, .raises = {}, .reason = "queue: test"};
-  }));
+  engine->SetPolicy([](int) {
+    return std::make_unique<FunctionPolicy>([](const LoadSnapshot&) {
+      return LevelDecision{.target = 2, .raises = {}, .reason = "queue: test"};
+    });
+  });
   engine->SetMaxLevel(2);
   EXPECT_TRUE(engine.Submit(Greedy(4, 4))->Wait().status.ok());
   EXPECT_THAT(WaitIdle(engine).events.back().reason,

@@ -65,7 +65,8 @@ const char* Name(FinishReason reason);
 
 // How a request ended. On an error `status` says why and the tokens sent so far stand.
 struct RequestResult {
-  std::string id;  // the request's
+  std::string id;    // the request's
+  int replica = -1;  // of several engines: which one had it
   Status status;
   Tier tier = Tier::kAuto;  // as asked for
   FinishReason finish = FinishReason::kStop;
@@ -86,6 +87,8 @@ struct RequestResult {
 class RequestSink {
  public:
   virtual ~RequestSink() = default;
+  // Of several engines the one that gets the request, from 0; before all else, within Submit.
+  virtual void OnPlaced(int /*replica*/) {}
   virtual void OnPromptLogprobs(std::vector<PromptLogprob> logprobs) = 0;  // at most once, first
   virtual void OnToken(TokenOutput token) = 0;             // may come while the next step runs
   virtual void OnFinish(const RequestResult& result) = 0;  // exactly once, last

@@ -44,6 +44,7 @@ class Worker : private CacheOps {
 
   // From any thread.
   EngineState state() const;
+  bool device_failed() const;
   Status CanEverFit(const Request& request) const;
   int64_t LongestReply(int64_t prompt_tokens, int64_t most, Tier tier, int level) const {
     return scheduler_.LongestReply(prompt_tokens, most, tier, level);

@@ -74,6 +74,7 @@ TEST(Completions, TheWholeAnswer) {
           R"([{"position":0,"level":0},{"position":64,"level":2}]}}})");
   EXPECT_EQ(responder->note("tokens"), "2");
   EXPECT_EQ(responder->note("dsla_level"), "2");
+  EXPECT_EQ(responder->note("replica"), "") << "there is one engine";
 }
 
 TEST(Completions, EveryStreamedByte) {
@@ -659,7 +660,9 @@ TEST(Disconnect, TheLogHasWhatThereWas) {
   token.level = 2;
   api.engine.job(0).sink->OnToken(token);
   api.engine.job(1).sink->OnToken(Token(98, "b"));
+  for (int i = 0; i < 2; ++i) api.engine.job(i).sink->OnPlaced(3 - i);
   responder->Disconnect();
+  EXPECT_EQ(responder->note("replica"), "2,3");
   EXPECT_EQ(responder->note("prompt_tokens"), "6");
   EXPECT_EQ(responder->note("tokens"), "2");
   EXPECT_EQ(responder->note("tier"), "auto");

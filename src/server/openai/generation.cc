@@ -1,6 +1,9 @@
 #include "server/openai/generation.h"
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
+#include <set>
 #include <utility>
 
 #include "base/clock.h"
@@ -21,6 +24,7 @@ class Generation::Sink : public RequestSink {
   Sink(std::shared_ptr<Generation> generation, int index)
       : generation_(std::move(generation)), index_(index) {}
 
+  void OnPlaced(int replica) override { generation_->OnPlaced(index_, replica); }
   void OnPromptLogprobs(std::vector<PromptLogprob> logprobs) override {
     generation_->OnPromptLogprobs(index_, std::move(logprobs));
   }
@@ -208,6 +212,11 @@ void Generation::Submit() {
 
 void Generation::CancelAll() {
   for (const std::string& id : ids_) service_->engine().Cancel(id);
+}
+
+void Generation::OnPlaced(int index, int replica) {
+  const std::lock_guard lock(mutex_);
+  choices_[index].replica = replica;
 }
 
 void Generation::OnPromptLogprobs(int index, std::vector<PromptLogprob> logprobs) {
@@ -494,16 +503,19 @@ void Generation::NoteUsage() {
   size_t prompt = 0;
   int64_t tokens = 0;
   int level = highest_level_;
+  std::set<int> replicas;
   for (size_t i = 0; i < choices_.size(); ++i) {
     const Choice& choice = choices_[i];
     prompt += plan_.prompts[prompt_of(static_cast<int>(i))].size();
     tokens += choice.done ? choice.result.generated_tokens : choice.tokens;
     for (const LevelSpan& span : choice.result.levels) level = std::max(level, span.level);
+    if (choice.replica >= 0) replicas.insert(choice.replica);
   }
   responder_->Note("prompt_tokens", fmt::format("{}", prompt));
   responder_->Note("tokens", fmt::format("{}", tokens));
   responder_->Note("tier", Name(plan_.common.tier));
   responder_->Note("dsla_level", fmt::format("{}", level));
+  if (!replicas.empty()) responder_->Note("replica", fmt::format("{}", fmt::join(replicas, ",")));
 }
 
 }  // namespace dsla::openai

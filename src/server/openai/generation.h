@@ -63,6 +63,7 @@ class Generation : public std::enable_shared_from_this<Generation> {
     int tokens = 0;
     bool begun = false;  // role or echo are out
     bool done = false;
+    int replica = -1;  // of several engines
     RequestResult result;
   };
 
@@ -73,6 +74,7 @@ class Generation : public std::enable_shared_from_this<Generation> {
   Request RequestOf(int index) const;
   void CancelAll();
 
+  void OnPlaced(int index, int replica);
   void OnPromptLogprobs(int index, std::vector<PromptLogprob> logprobs);
   void OnToken(int index, TokenOutput token);
   void OnFinish(int index, const RequestResult& result);

@@ -29,6 +29,7 @@ class FakeEngine : public Engine {
     for (Submission& submission : group) jobs_.push_back(std::move(submission));
     return std::nullopt;
   }
+  std::optional<Rejection> Check(const Request&) const override { return std::nullopt; }
   std::optional<Rejection> RefusesAll() const override {
     if (full) return rejection;
     return std::nullopt;
@@ -41,8 +42,9 @@ class FakeEngine : public Engine {
   }
   void CancelAll() override {}
   EngineState state() const override { return {}; }
+  bool device_failed() const override { return false; }
   void SetFinishObserver(FinishObserver) override {}
-  void SetPolicy(std::unique_ptr<LevelPolicy>) override {}
+  void SetPolicy(const PolicyMaker&) override {}
   void SetMaxLevel(int) override {}
   void Drain() override {}
 
