@@ -371,7 +371,7 @@ Status Program::MakeApi() {
   context.control = control_.get();
   text_pool_ = std::make_unique<openai::TaskPool>(kTextThreads);
   context.text_pool = text_pool_.get();
-  grammars_ = GrammarCompiler::Create(*model_.tokenizer, model_.model->config().V);
+  grammars_ = GrammarCompiler::Create(*model().tokenizer, model().model->config().V);
   context.grammars = grammars_.get();
   grammar_pool_ = std::make_unique<openai::TaskPool>(kGrammarThreads);
   context.grammar_pool = grammar_pool_.get();
