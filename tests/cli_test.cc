@@ -358,6 +358,19 @@ TEST_F(CliTest, BadOptionsAreNamed) {
   ExpectRefused("eval " + Model() + "--data " + folder_.string() + "/none.jsonl", "cannot open");
 }
 
+TEST_F(CliTest, AReplyFollowsAGrammar) {
+  const std::string grammar = (folder_ / "digits.gbnf").string();
+  std::ofstream(grammar) << "root ::= [0-9]{3}";
+  const Outcome reply = Dsla("run " + Model() + "--grammar " + grammar + " -n 12 abc");
+  ASSERT_EQ(reply.exit_code, 0) << reply.err;
+  EXPECT_THAT(reply.out, testing::MatchesRegex("[0-9][0-9][0-9]\n"));
+  std::ofstream(grammar) << "root ::= (";
+  ExpectRefused("run " + Model() + "--grammar " + grammar + " abc", "--grammar: EBNF parser error");
+  std::ofstream(grammar) << R"({"type":"array","uniqueItems":true})";
+  ExpectRefused("run " + Model() + "--json-schema " + grammar + " abc", "'uniqueItems'");
+  ExpectRefused("run " + Model() + "--json-schema none abc", "none");
+}
+
 // Before the model is opened: a large one takes long.
 TEST_F(CliTest, BadOptionsOfRunAreNamedBeforeTheModelIsLoaded) {
   for (const auto& [arguments, message] :
@@ -370,6 +383,7 @@ TEST_F(CliTest, BadOptionsOfRunAreNamedBeforeTheModelIsLoaded) {
            {"--memory lots", "--memory: 'lots'"},
            {"--chat --json", "--json does not go with --chat"},
            {"--chat --raw", "--raw does not go with --chat"},
+           {"--json-schema a --grammar b", "--json-schema does not go with --grammar"},
            {"--chat --file -", "--file -"}})
     ExpectRefused("run --model none " + std::string(arguments) + " abc", message);
 }

@@ -12,6 +12,7 @@
 
 #include "engine/prompt.h"
 #include "engine/request.h"
+#include "grammar/grammar.h"
 #include "server/http/errors.h"
 
 namespace dsla::openai {
@@ -58,6 +59,8 @@ struct Common {
   double timeout = 0;       // seconds; 0 = the server's
   int truncate_prompt = 0;  // keep so many of the last prompt tokens; 0 = all
   bool return_token_ids = false;
+  std::optional<GrammarSpec> grammar;  // that every reply follows
+  std::string grammar_param;           // the field that it was given by
 };
 
 using Prompt = std::variant<std::string, std::vector<int32_t>>;
@@ -101,6 +104,9 @@ Parsed<CompletionRequest> ParseCompletion(std::string_view body, const Limits& l
 Parsed<ChatRequest> ParseChat(std::string_view body, const Limits& limits);
 Parsed<TokenizeRequest> ParseTokenize(std::string_view body, const Limits& limits);
 Parsed<DetokenizeRequest> ParseDetokenize(std::string_view body, const Limits& limits);
+
+// 400 of a grammar that was given by common.grammar_param.
+HttpError InvalidGrammarError(std::string message, const Common& common);
 
 // Seconds that the client will wait, in a header.
 constexpr const char* kTimeoutHeader = "X-Request-Timeout";
