@@ -25,13 +25,14 @@ struct Request {
   int max_tokens = 16;  // >= 0; 0 only with prompt_logprobs
   int min_tokens = 0;   // no stop id or stop string ends the reply earlier
   bool ignore_eos = false;
-  bool continues = false;         // the reply's text goes on from the prompt's (a completion, or a
-                                  // message continued): SentencePiece keeps a leading space
-  std::vector<int32_t> stop_ids;  // besides the model's own end tokens
-  std::vector<std::string> stop;  // none empty; the reply ends before the first one
-  int top_logprobs = -1;          // -1: none; n >= 0: the chosen token's and the n likeliest
-  bool prompt_logprobs = false;   // of every prompt token; such a request does not read the prefix
-                                  // cache
+  bool continues = false;          // the reply's text goes on from the prompt's (a completion, or a
+                                   // message continued): SentencePiece keeps a leading space
+  std::vector<int32_t> shown_ids;  // control tokens that give their text all the same
+  std::vector<int32_t> stop_ids;   // besides the model's own end tokens
+  std::vector<std::string> stop;   // none empty; the reply ends before the first one
+  int top_logprobs = -1;           // -1: none; n >= 0: the chosen token's and the n likeliest
+  bool prompt_logprobs = false;    // of every prompt token; such a request does not read the prefix
+                                   // cache
   Tier tier = Tier::kAuto;
   int level = 0;           // with Tier::kExact
   std::string cache_salt;  // prefix-cache entries are shared among equal salts only
