@@ -48,7 +48,17 @@ class EngineImpl : public Engine {
       return wrong;
     }
     std::vector<std::unique_ptr<ActiveRequest>> requests;
-    for (Submission& submission : group) requests.push_back(NewRequest(std::move(submission)));
+    for (Submission& submission : group) {
+      requests.push_back(NewRequest(std::move(submission)));
+      const Status begun = BeginGrammar(*requests.back());
+      if (begun.ok()) continue;
+      return Rejection{.kind = begun.code() == StatusCode::kInvalidArgument
+                                   ? Rejection::Kind::kInvalid
+                                   : Rejection::Kind::kQueueFull,
+                       .message = begun.message(),
+                       .param = "grammar",
+                       .index = requests.size() - 1};
+    }
     return inbox_.Put(std::move(requests));
   }
 
@@ -92,6 +102,14 @@ class EngineImpl : public Engine {
     std::sort(end_ids.begin(), end_ids.end());
     end_ids.erase(std::unique(end_ids.begin(), end_ids.end()), end_ids.end());
     return active;
+  }
+
+  static Status BeginGrammar(ActiveRequest& active) {
+    const Request& request = active.request;
+    if (request.grammar == nullptr) return Status::Ok();
+    DSLA_ASSIGN_OR_RETURN(active.mask, ReplyMask::Create(*request.grammar, active.end_ids,
+                                                         /*may_end=*/request.min_tokens == 0));
+    return Status::Ok();
   }
 
   const HybridModel* model_;

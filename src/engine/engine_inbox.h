@@ -18,6 +18,7 @@
 #include "adapt/policy.h"
 #include "engine/engine.h"
 #include "engine/engine_stats.h"
+#include "engine/reply_mask.h"
 #include "engine/request.h"
 #include "engine/text_stream.h"
 
@@ -31,7 +32,8 @@ struct ActiveRequest {
   std::shared_ptr<RequestSink> sink;
   Sampler sampler;
   TextStream text;
-  std::vector<int32_t> end_ids;  // tokens that end the reply
+  std::vector<int32_t> end_ids;   // tokens that end the reply
+  std::optional<ReplyMask> mask;  // of a reply that follows a grammar
   double submitted = 0;
 
   // The worker's notes.

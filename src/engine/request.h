@@ -9,6 +9,7 @@
 
 #include "base/status.h"
 #include "cache/level_history.h"
+#include "grammar/grammar.h"
 #include "ops/sampling/sampling.h"
 
 namespace dsla {
@@ -30,9 +31,13 @@ struct Request {
   std::vector<int32_t> shown_ids;  // control tokens that give their text all the same
   std::vector<int32_t> stop_ids;   // besides the model's own end tokens
   std::vector<std::string> stop;   // none empty; the reply ends before the first one
-  int top_logprobs = -1;           // -1: none; n >= 0: the chosen token's and the n likeliest
-  bool prompt_logprobs = false;    // of every prompt token; such a request does not read the prefix
-                                   // cache
+  // That the reply follows; null: none. End tokens and stop_ids come where it may end only, and the
+  // reply ends where nothing else may follow, also before min_tokens or with ignore_eos. A stop
+  // string or max_tokens may end it earlier.
+  std::shared_ptr<const Grammar> grammar;
+  int top_logprobs = -1;         // -1: none; n >= 0: the chosen token's and the n likeliest
+  bool prompt_logprobs = false;  // of every prompt token; such a request does not read the prefix
+                                 // cache
   Tier tier = Tier::kAuto;
   int level = 0;           // with Tier::kExact
   std::string cache_salt;  // prefix-cache entries are shared among equal salts only

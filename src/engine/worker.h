@@ -119,6 +119,8 @@ class Worker : private CacheOps {
   Status Sample(const ActiveRequest& active, int position, std::span<float> logits,
                 Outcome& outcome) const;
   int EmitRows(Flight& step, double now);  // returns the number of new tokens
+  void AdvanceMasks(const Flight& step);
+  static bool EndsReply(const ActiveRequest& active, int32_t token);
   void EmitRow(const PlannedRows& rows, ActiveRequest& active, Outcome& outcome, RowResult& result,
                double now);
   void EmitPromptLogprobs(ActiveRequest& active);

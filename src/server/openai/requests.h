@@ -12,6 +12,7 @@
 
 #include "engine/prompt.h"
 #include "engine/request.h"
+#include "grammar/grammar.h"
 #include "server/http/errors.h"
 
 namespace dsla::openai {
@@ -61,6 +62,8 @@ struct Common {
   double timeout = 0;       // seconds; 0 = the server's
   int truncate_prompt = 0;  // keep so many of the last prompt tokens; 0 = all
   bool return_token_ids = false;
+  std::optional<GrammarSpec> grammar;  // that every reply follows
+  std::string grammar_param;           // the field that it was given by
 };
 
 using Prompt = std::variant<std::string, std::vector<int32_t>>;
