@@ -139,17 +139,22 @@ JsonScanner::Result JsonScanner::Next(char c) {
   return After(c);
 }
 
+bool IsJson(std::string_view text) {
+  constexpr std::string_view kSpace = " \t\r\n";
+  JsonScanner scanner;
+  for (size_t i = 0; i < text.size(); ++i) {
+    const auto result = scanner.Next(text[i]);
+    if (result == JsonScanner::Result::kMore) continue;
+    if (result == JsonScanner::Result::kBad) return false;
+    const size_t end = result == JsonScanner::Result::kDone ? i + 1 : i;
+    return text.find_first_not_of(kSpace, end) == std::string_view::npos;
+  }
+  return scanner.Next(' ') == JsonScanner::Result::kDoneBefore;
+}
+
 bool IsJsonObject(std::string_view text) {
   const size_t begin = text.find_first_not_of(" \t\r\n");
-  if (begin == std::string_view::npos || text[begin] != '{') return false;
-  JsonScanner scanner;
-  for (size_t i = begin; i < text.size(); ++i) {
-    const auto result = scanner.Next(text[i]);
-    if (result == JsonScanner::Result::kDone)
-      return text.find_first_not_of(" \t\r\n", i + 1) == std::string_view::npos;
-    if (result != JsonScanner::Result::kMore) return false;
-  }
-  return false;
+  return begin != std::string_view::npos && text[begin] == '{' && IsJson(text);
 }
 
 }  // namespace dsla

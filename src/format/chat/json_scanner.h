@@ -42,7 +42,8 @@ class JsonScanner {
   std::string word_;  // a number or literal so far
 };
 
-// Whether all of the text is one JSON object, white space around it allowed.
+// Whether all of the text is one JSON value, or one object, white space around it allowed.
+bool IsJson(std::string_view text);
 bool IsJsonObject(std::string_view text);
 
 }  // namespace dsla

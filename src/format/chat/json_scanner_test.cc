@@ -41,16 +41,25 @@ TEST(JsonScanner, RefusesWhatIsNoJson) {
   EXPECT_EQ(Scanned(std::string(65, '[') + std::string(65, ']')), -1);
 }
 
+TEST(JsonScanner, AWholeText) {
+  for (const char* text : {"12", " true\n", "\"x\"", "[]", " {} "})
+    EXPECT_TRUE(IsJson(text)) << text;
+  for (const char* text : {"", " ", "1 2", "tru", "\"x", "{} x", "-"})
+    EXPECT_FALSE(IsJson(text)) << text;
+  EXPECT_FALSE(IsJson(std::string_view("12\0 3", 5))) << "a zero byte ends nothing";
+}
+
 TEST(JsonScanner, AgreesWithAnotherParser) {
   std::mt19937 random(1);
   const std::string alphabet = "{}[]\",:\\u01.-e+ tfn1truefalsnl\n";
   int good = 0;
   for (int i = 0; i < 300000; ++i) {
-    std::string text = i % 2 ? "{\"" : "[";
+    std::string text = i % 3 == 2 ? "" : i % 3 ? "{\"" : "[";
     const auto length = random() % 12;
     for (unsigned k = 0; k < length; ++k) text += alphabet[random() % alphabet.size()];
     const bool object = nlohmann::json::accept(text) && text[0] == '{';
     EXPECT_EQ(IsJsonObject(text), object) << text;
+    EXPECT_EQ(IsJson(text), nlohmann::json::accept(text)) << text;
     const bool list = nlohmann::json::accept(text) && text[0] == '[';
     if (list) {
       EXPECT_EQ(Scanned(text), static_cast<int>(text.find_last_of(']')) + 1) << text;

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 #include <utility>
 
@@ -216,11 +217,22 @@ class XmlCallReader final : public ToolCallReader {
     if (value.ends_with('\n')) value.remove_suffix(1);
     if (arguments_begun_) arguments_ += ", ";
     arguments_begun_ = true;
-    const bool is_json = !IsText(key_) && json::accept(value);
-    arguments_ += Quoted(key_) + ": " + (is_json ? std::string(value) : Quoted(value));
+    arguments_ += Quoted(key_) + ": " + AsJson(value);
     key_.clear();
     text_.clear();
     return Result::kMore;
+  }
+
+  std::string AsJson(std::string_view value) const {
+    const json schema = SchemaOf(key_);
+    // One of several texts is that text, whatever white space is around it.
+    const std::string stripped(Strip(value));
+    const auto choices = schema.find("enum");
+    if (choices != schema.end() && std::ranges::find(*choices, json(stripped)) != choices->end())
+      return Quoted(stripped);
+    const auto type = schema.find("type");
+    const bool text = type != schema.end() && *type == "string";
+    return !text && IsJson(value) ? std::string(value) : Quoted(value);
   }
 
   static std::string Quoted(std::string_view text) {
@@ -236,14 +248,14 @@ class XmlCallReader final : public ToolCallReader {
     }
   }
 
-  bool IsText(const std::string& key) const {
-    if (!schema_.is_object()) return false;
-    const auto properties = schema_.find("properties");
-    if (properties == schema_.end() || !properties->is_object()) return false;
-    const auto property = properties->find(key);
-    if (property == properties->end() || !property->is_object()) return false;
-    const auto type = property->find("type");
-    return type != property->end() && *type == "string";
+  // Of the parameter; an empty object if there is none.
+  json SchemaOf(const std::string& key) const {
+    const json none = json::object();
+    if (!schema_.is_object()) return none;
+    const json properties = schema_.value("properties", none);
+    if (!properties.is_object()) return none;
+    const auto found = properties.find(key);
+    return found != properties.end() && found->is_object() ? *found : none;
   }
 
   const std::shared_ptr<const std::vector<Tool>> tools_;

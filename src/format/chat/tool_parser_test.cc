@@ -14,7 +14,8 @@ using ::testing::IsEmpty;
 std::shared_ptr<const std::vector<Tool>> Tools() {
   static const auto tools = std::make_shared<const std::vector<Tool>>(std::vector<Tool>{
       {"get_weather", "{}",
-       R"({"type":"object","properties":{"city":{"type":"string"},"days":{"type":"integer"}}})"},
+       R"({"type":"object","properties":{"city":{"type":"string"},"days":{"type":"integer"},)"
+       R"("unit":{"enum":["C","F"]}}})"},
       {"now", "{}", ""}});
   return tools;
 }
@@ -214,6 +215,12 @@ TEST(ToolParser, Qwen3Coder) {
   ExpectReply(d, call, "", {expected});
   ExpectReply(d, "Look:\n" + call + "\n" + call, "Look:\n", {expected, expected});
   ExpectReply(d, "<function=now></function>", "", {Call("now", "{}")});
+  ExpectReply(d,
+              "<function=get_weather><parameter=unit>\n C \n</parameter><parameter=city> x "
+              "</parameter></function>",
+              "", {Call("get_weather", R"({"unit": "C", "city": " x "})")});
+  ExpectReply(d, std::string("<function=f><parameter=a>1\0 2</parameter></function>", 52), "",
+              {Call("f", R"({"a": "1\u0000 2"})")});
   for (const char* text : {"<tool_call>", "<tool_call>\n{}", "<function=>", "<function=now>x",
                            "<tool_call><function=now><parameter=a>1</parameter>"}) {
     const Parsed parsed = EverySplit(d, text);

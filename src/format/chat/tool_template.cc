@@ -61,8 +61,9 @@ Expected<Value> MessageValue(const ChatMessage& message, bool arguments_as_text,
 // As many as a conversation of this size needs of a sensible template.
 jinja::Bounds BoundsFor(size_t bytes, size_t messages) {
   jinja::Bounds bounds;
-  const size_t steps = 50000 + 2000 * messages + 20 * bytes;
-  bounds.steps = static_cast<int>(std::min<size_t>(steps, 1 << 24));
+  // Published templates take some forty steps a message. The most takes about a second.
+  const size_t steps = 50000 + 400 * messages + 4 * bytes;
+  bounds.steps = static_cast<int>(std::min<size_t>(steps, 1 << 21));
   bounds.bytes += 64 * bytes + (messages << 16);
   bounds.text += 8 * bytes + (messages << 10);
   bounds.items += 2 * messages;
