@@ -98,6 +98,28 @@ def check_round_trip(client, model, whole):
     check(without.usage.prompt_tokens < reply.usage.prompt_tokens, "calls and results without tools")
 
 
+def check_forced(client, model):
+    """A conversation in which this model would call nothing."""
+    weather = TOOLS[0]["function"]
+    strict = {**weather, "strict": True, "parameters": {**weather["parameters"], "additionalProperties": False}}
+    other = {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}}
+    tools = [{"type": "function", "function": strict}, {"type": "function", "function": other}]
+
+    def calls(**fields):
+        reply = client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": "Hello!"}], tools=tools, temperature=0, max_tokens=200, **fields
+        )
+        return reply.choices[0].finish_reason, reply.choices[0].message.tool_calls or []
+
+    end, made = calls(tool_choice="required", parallel_tool_calls=False)
+    check(end == "tool_calls" and len(made) == 1, f"required: {made}")
+    end, made = calls(tool_choice={"type": "function", "function": {"name": "add"}})
+    check(end == "tool_calls" and len(made) == 1 and made[0].function.name == "add", f"named: {made}")
+    check(isinstance(json.loads(made[0].function.arguments)["a"], int), "with arguments of its schema")
+    end, made = calls(tool_choice="auto")
+    check(end in ("stop", "length", "tool_calls"), f"strict tools, if it likes: {end}")
+
+
 def check_refusals(client, model):
     def refused(param, code, **fields):
         try:
@@ -123,6 +145,7 @@ def main():
             if whole:
                 check_streamed(client, model, whole)
                 check_round_trip(client, model, whole)
+            check_forced(client, model)
             check_refusals(client, model)
         with serving(arguments.program, "--model", model_file, "--context", 256, "--policy", "fixed", "--tool-parser", "none") as running:
             reply = call(running, "POST", "/v1/chat/completions", {"messages": [asked("Rome")], "tools": TOOLS})

@@ -10,6 +10,7 @@ struct Tool {
   std::string name;
   std::string json;        // {"type":"function","function":{...}}, as the client wrote it
   std::string parameters;  // the JSON schema of its arguments; empty: none was given
+  bool strict = false;     // its arguments are made to follow their schema
 };
 
 struct ToolCall {

@@ -2,6 +2,7 @@
 #include <span>
 
 #include "engine/prompt.h"
+#include "format/chat/tool_grammar.h"
 #include "server/openai/generation.h"
 #include "server/openai/handlers.h"
 
@@ -69,18 +70,45 @@ size_t TextBytes(const std::vector<ChatMessage>& messages, const std::vector<Too
   return bytes;
 }
 
-// How the calls in the replies are read.
-std::optional<HttpError> PlanTools(const Service& service, ToolsRequest tools,
+// The grammar of replies whose calls are asked for or must follow their schemas. Where the replies
+// follow another one, a reply is either of the two.
+std::optional<HttpError> SetToolGrammar(const ToolsRequest& tools, ToolDialect dialect,
+                                        Common* common) {
+  using Choice = ToolsRequest::Choice;
+  const bool forced = tools.choice != Choice::kAuto;
+  std::vector<Tool> callable = tools.tools;
+  if (tools.choice == Choice::kNamed)
+    std::erase_if(callable, [&](const Tool& tool) { return tool.name != tools.named; });
+  const bool one = tools.choice == Choice::kNamed || !tools.parallel;
+  ToolGrammar grammar;
+  grammar.calls = one ? ToolGrammar::Calls::kOne : ToolGrammar::Calls::kSome;
+  grammar.text = forced ? ToolGrammar::Text::kNone : ToolGrammar::Text::kAny;
+  if (!forced && common->grammar) {
+    using Kind = GrammarSpec::Kind;
+    const GrammarSpec& other = *common->grammar;
+    if (other.kind != Kind::kJsonSchema && other.kind != Kind::kJsonObject) {
+      return InvalidRequestError(
+          fmt::format("'tools' go with no '{}' but JSON", common->grammar_param), "tools");
+    }
+    grammar.text = ToolGrammar::Text::kJson;
+    grammar.schema = other.text;
+  }
+  const bool strict = std::ranges::any_of(callable, &Tool::strict);
+  if (!forced && !strict && !common->grammar) return std::nullopt;
+  common->grammar_param = forced ? "tool_choice" : "tools";
+  common->grammar = GrammarSpec{.kind = GrammarSpec::Kind::kStructuralTag,
+                                .text = StructuralTagOf(dialect, grammar, callable)};
+  return std::nullopt;
+}
+
+// How the calls in the replies are made and read.
+std::optional<HttpError> PlanTools(const Service& service, ToolsRequest tools, Common* common,
                                    GenerationPlan* plan) {
   if (tools.tools.empty()) return std::nullopt;
   const ApiContext& context = service.context();
   if (!context.tool_dialect)
     return InvalidRequestError(context.no_tools, "tools", "unsupported_parameter");
-  if (tools.choice != ToolsRequest::Choice::kAuto) {
-    return InvalidRequestError(
-        "'tool_choice' must be 'auto' or 'none': this server cannot force a call", "tool_choice",
-        "unsupported_parameter");
-  }
+  if (auto error = SetToolGrammar(tools, *context.tool_dialect, common)) return error;
   ToolParser::Options& options = plan->tools.emplace();
   options.dialect = *context.tool_dialect;
   options.tools = std::make_shared<const std::vector<Tool>>(std::move(tools.tools));
@@ -181,7 +209,7 @@ void HandleChat(const ServicePtr& service, PermitPtr permit, RequestPtr request,
   }
   auto tokens = EncodeMessages(*service, chat.messages, chat.tools.tools, chat.prompt);
   if (const auto* error = std::get_if<HttpError>(&tokens)) return Refuse(*responder, *error);
-  if (auto error = PlanTools(*service, std::move(chat.tools), &plan)) {
+  if (auto error = PlanTools(*service, std::move(chat.tools), &chat.common, &plan)) {
     return Refuse(*responder, *error);
   }
   plan.prompts.push_back(std::move(std::get<std::vector<int32_t>>(tokens)));

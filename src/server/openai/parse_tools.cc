@@ -63,10 +63,7 @@ void ParseTool(Element element, const Fields& fields, Tool* tool) {
   function.String("description", kMaxTextBytes, &description);
   if (const auto parameters = function.Object("parameters"))
     tool->parameters = simdjson::to_string(*parameters);
-  bool strict = false;
-  if (function.Bool("strict", &strict)) {
-    function.RefuseUnless("strict", !strict);
-  }
+  function.Bool("strict", &tool->strict);
   tool->json = simdjson::to_string(element);
 }
 

@@ -474,7 +474,8 @@ std::string WithTools(const std::string& fields) {
 }
 
 TEST(RequestTools, AreKeptAsTheyAre) {
-  const std::string more = R"(,"description":"d","parameters":{"type":"object","z":1,"a":[2.5]})";
+  const std::string more =
+      R"(,"description":"d","parameters":{"type":"object","z":1,"a":[2.5]},"strict":true)";
   const auto tools = Chat(WithTools(R"("tools":[)" + Function("f", more) + "," + Function("g-_.9") +
                                     R"(],"parallel_tool_calls":false)"))
                          .tools;
@@ -482,7 +483,9 @@ TEST(RequestTools, AreKeptAsTheyAre) {
   EXPECT_EQ(tools.tools[0].name, "f");
   EXPECT_EQ(tools.tools[0].json, Function("f", more));
   EXPECT_EQ(tools.tools[0].parameters, R"({"type":"object","z":1,"a":[2.5]})");
+  EXPECT_TRUE(tools.tools[0].strict);
   EXPECT_EQ(tools.tools[1].parameters, "");
+  EXPECT_FALSE(tools.tools[1].strict);
   EXPECT_FALSE(tools.parallel);
   EXPECT_EQ(tools.choice, ToolsRequest::Choice::kAuto);
 }

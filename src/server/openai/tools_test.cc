@@ -216,6 +216,82 @@ TEST(Tools, OneCallWhereNoMoreAreWanted) {
   EXPECT_EQ(json::parse(responder->body())["choices"][0]["message"]["tool_calls"].size(), 1u);
 }
 
+class FakeGrammar : public Grammar {
+ public:
+  Expected<std::unique_ptr<GrammarMatcher>> NewMatcher() const override {
+    return InvalidArgument("not to be matched");
+  }
+  int64_t bytes() const override { return 1; }
+};
+
+class FakeCompiler : public GrammarCompiler {
+ public:
+  Expected<std::shared_ptr<const Grammar>> Compile(const GrammarSpec& spec) override {
+    specs.push_back(spec);
+    return grammar;
+  }
+  std::shared_ptr<const Grammar> grammar = std::make_shared<FakeGrammar>();
+  std::vector<GrammarSpec> specs;
+};
+
+TEST(Tools, ForcedCallsFollowAGrammar) {
+  ToolApi api;
+  FakeCompiler compiler;
+  api.context.grammars = &compiler;
+  const auto asked = [&](const std::string& more) {
+    const size_t before = compiler.specs.size();
+    api.Ask(more);
+    EXPECT_EQ(api.engine.job(api.engine.jobs() - 1).request.grammar != nullptr,
+              compiler.specs.size() > before);
+    if (compiler.specs.size() == before) return json();
+    EXPECT_EQ(compiler.specs.back().kind, GrammarSpec::Kind::kStructuralTag);
+    return json::parse(compiler.specs.back().text)["format"];
+  };
+  EXPECT_EQ(asked(""), json());
+  EXPECT_EQ(asked(R"(,"tool_choice":"none")"), json());
+  json format = asked(R"(,"tool_choice":"required")");
+  EXPECT_EQ(format["type"], "tags_with_separator");
+  EXPECT_EQ(format["tags"].size(), 2u);
+  EXPECT_EQ(format["tags"][0]["content"]["json_schema"], (json{{"type", "object"}}));
+  EXPECT_EQ(format["stop_after_first"], false);
+  EXPECT_EQ(asked(R"(,"tool_choice":"required","parallel_tool_calls":false)")["stop_after_first"],
+            true);
+  format = asked(R"(,"tool_choice":{"type":"function","function":{"name":"get"}})");
+  ASSERT_EQ(format["tags"].size(), 1u);
+  EXPECT_THAT(format["tags"][0]["begin"].get<std::string>(), HasSubstr("\"get\""));
+  EXPECT_EQ(format["stop_after_first"], true);
+}
+
+TEST(Tools, StrictOnesAndJsonFollowAGrammar) {
+  ToolApi api;
+  FakeCompiler compiler;
+  api.context.grammars = &compiler;
+  const auto chat = [&](const std::string& fields) {
+    return api.Chat(fmt::format(R"({{"messages":[{{"role":"user","content":"x"}}],{}}})", fields));
+  };
+  chat(R"("tools":[{"type":"function","function":{"name":"a","parameters":{"type":"object",)"
+       R"("required":[]}}},{"type":"function","function":{"name":"b","strict":true,)"
+       R"("parameters":{"type":"object","properties":{}}}}])");
+  ASSERT_EQ(compiler.specs.size(), 1u);
+  json format = json::parse(compiler.specs[0].text)["format"];
+  EXPECT_EQ(format["type"], "triggered_tags");
+  EXPECT_EQ(format["tags"][0]["content"]["json_schema"], (json{{"type", "object"}}));
+  EXPECT_TRUE(format["tags"][1]["content"]["json_schema"].contains("properties"));
+  chat(std::string(kTools) + R"(,"response_format":{"type":"json_object"})");
+  ASSERT_EQ(compiler.specs.size(), 2u);
+  format = json::parse(compiler.specs[1].text)["format"];
+  EXPECT_EQ(format["type"], "or");
+  EXPECT_EQ(format["elements"][0]["json_schema"], (json{{"type", "object"}}));
+  ExpectError(*chat(std::string(kTools) + R"(,"grammar":"root ::= \"a\"")"), "invalid_value",
+              "tools");
+  chat(std::string(kTools) + R"(,"grammar":"root ::= \"a\"","tool_choice":"none")");
+  EXPECT_EQ(compiler.specs.back().kind, GrammarSpec::Kind::kEbnf) << "there are no tools";
+  api.router.reset();
+  api.context.grammars = nullptr;
+  ExpectError(*chat(std::string(kTools) + R"(,"tool_choice":"required")"), "unsupported_parameter",
+              "tool_choice");
+}
+
 TEST(Tools, RefusedWhereTheModelHasNone) {
   TestApi api;
   api.context.no_tools = "the model's chat template has no place for tools";
