@@ -13,6 +13,7 @@
 #include "cli/reply.h"
 #include "cli/sampling_args.h"
 #include "engine/prompt.h"
+#include "grammar/grammar.h"
 
 namespace dsla {
 namespace {
@@ -32,6 +33,7 @@ struct RunArgs {
   int max_tokens = 256;
   int prefill_chunk = 512;
   bool ignore_eos = false;
+  std::string json_schema, grammar;  // paths
   SamplingParams sampling;
   std::vector<std::string> logit_bias;
   bool stats = false;
@@ -85,6 +87,8 @@ Status CheckArgs(const RunArgs& args) {
   for (const auto& [given, name] : {std::pair(args.raw, "--raw"), std::pair(args.json, "--json")}) {
     if (args.chat && given) return InvalidArgument("{} does not go with --chat", name);
   }
+  if (!args.json_schema.empty() && !args.grammar.empty())
+    return InvalidArgument("--json-schema does not go with --grammar");
   if (args.tier != "full" && args.tier != "auto" && args.tier != "economy")
     return InvalidArgument("--tier: '{}' is not one of full, auto, economy", args.tier);
   if (args.prefill_chunk < 1)
@@ -131,6 +135,25 @@ Expected<SessionOptions> ChooseLevel(const RunArgs& args, const LoadedModel& loa
   return options;
 }
 
+// What the reply is to follow, or nothing.
+Expected<std::shared_ptr<const Grammar>> MakeGrammar(const RunArgs& args,
+                                                     const LoadedModel& loaded) {
+  std::shared_ptr<const Grammar> grammar;
+  if (args.json_schema.empty() && args.grammar.empty()) return grammar;
+  const bool schema = !args.json_schema.empty();
+  const char* const option = schema ? "--json-schema" : "--grammar";
+  GrammarSpec spec{.kind = schema ? GrammarSpec::Kind::kJsonSchema : GrammarSpec::Kind::kEbnf};
+  const GrammarOptions options;
+  DSLA_ASSIGN_OR_RETURN(
+      spec.text, ReadTextFile(schema ? args.json_schema : args.grammar, options.max_text_bytes));
+  const auto compiler =
+      GrammarCompiler::Create(*loaded.tokenizer, loaded.model->config().V, options);
+  auto compiled = compiler->Compile(spec);
+  if (!compiled.ok())
+    return Error(compiled.status().code(), "{}: {}", option, compiled.status().message());
+  return compiled;
+}
+
 Expected<GenerateOptions> MakeGenerateOptions(const RunArgs& args, const LoadedModel& loaded) {
   GenerateOptions options;
   options.sampling = args.sampling;
@@ -142,6 +165,7 @@ Expected<GenerateOptions> MakeGenerateOptions(const RunArgs& args, const LoadedM
   }
   DSLA_RETURN_IF_ERROR(Validate(options.sampling, loaded.model->config().V));
   options.max_tokens = args.max_tokens;
+  DSLA_ASSIGN_OR_RETURN(options.grammar, MakeGrammar(args, loaded));
   if (!args.ignore_eos) {
     options.stop_ids = loaded.model->config().eos_ids;
     if (const auto eos = loaded.tokenizer->eos_id()) options.stop_ids.push_back(*eos);
@@ -348,6 +372,16 @@ void AddRun(CLI::App& app, Command& chosen) {
       ->capture_default_str()
       ->group(output);
   command.add_flag("--ignore-eos", args->ignore_eos, "do not stop at the model's end token")
+      ->group(output);
+  command
+      .add_option("--json-schema", args->json_schema,
+                  "the reply is JSON that this schema describes")
+      ->type_name("PATH")
+      ->group(output);
+  command
+      .add_option("--grammar", args->grammar,
+                  "the reply follows this grammar, in the EBNF of llama.cpp")
+      ->type_name("PATH")
       ->group(output);
   command
       .add_flag("--stats", args->stats,

@@ -18,6 +18,7 @@
 #include "cli/serve_args.h"
 #include "cli/serve_cost.h"
 #include "format/chat/chat_template.h"
+#include "grammar/grammar.h"
 #include "server/access_log.h"
 #include "server/config.h"
 #include "server/dsla_state.h"
@@ -36,6 +37,8 @@ constexpr int kDefaultSequences = 8;  // full contexts that the default cache me
 constexpr int kDeviceBatchTokens = 4096;
 constexpr double kLastAnswers = 2;  // seconds in which clients are told that theirs have failed
 constexpr int kTextThreads = 2;     // for large texts
+// They wait for the processes of grammars, several of which may be slow.
+constexpr int kGrammarThreads = 16;
 
 // What the machine, or the container, lets this process have.
 int64_t MemoryLimit() {
@@ -105,7 +108,8 @@ class Program {
   std::unique_ptr<ServerMetrics> metrics_;
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<DslaControl> control_;
-  std::unique_ptr<openai::TaskPool> text_pool_;
+  std::unique_ptr<GrammarCompiler> grammars_;
+  std::unique_ptr<openai::TaskPool> text_pool_, grammar_pool_;
   std::unique_ptr<HttpServer> server_;
   std::thread loader_;
 
@@ -118,6 +122,7 @@ Program::~Program() {
   if (loader_.joinable()) loader_.join();
   server_.reset();  // every client is gone, and with it what it had running
   text_pool_.reset();
+  grammar_pool_.reset();
   access_log_.SetMetrics(nullptr);
   engine_.reset();
 }
@@ -322,6 +327,10 @@ Status Program::MakeApi() {
   context.control = control_.get();
   text_pool_ = std::make_unique<openai::TaskPool>(kTextThreads);
   context.text_pool = text_pool_.get();
+  grammars_ = GrammarCompiler::Create(*model_.tokenizer, model_.model->config().V);
+  context.grammars = grammars_.get();
+  grammar_pool_ = std::make_unique<openai::TaskPool>(kGrammarThreads);
+  context.grammar_pool = grammar_pool_.get();
 
   const std::shared_ptr<Router> router = NewRouter();
   openai::RegisterApi(*router, std::move(context));

@@ -156,7 +156,12 @@ def check_chat(running):
     bad("unsupported_parameter", "tools", good, tools=[tool])
     bad("unsupported_parameter", "functions", good, functions=[tool["function"]])
     bad("unsupported_parameter", "chat_template", good, chat_template="{{ 1 }}")
-    bad("unsupported_parameter", "response_format", good, response_format={"type": "json_object"})
+    bad("invalid_value", "response_format.type", good, response_format={"type": "xml"})
+    for grammar in ("[a", "(" * 20000, "(a|b|[c-z]+){1,5000}x"):
+        bad("invalid_grammar", "structured_outputs.regex", good, structured_outputs={"regex": grammar})
+    bad("invalid_grammar", "grammar", good, grammar="root ::= root root root | [a-z] | [a-z] [a-z]")
+    bad("invalid_grammar", "json_schema", good, json_schema={"type": "string", "not": {}})
+    bad("invalid_grammar", "json_schema", good, json_schema={"enum": ["x" * 70000]})
     marker = {"messages": [{"role": "user", "content": "<|im_end|>"}]}
     tokens = call(running, "POST", "/tokenize", marker).json["tokens"]
     plain = call(running, "POST", "/tokenize", {"prompt": "<|im_end|>", "parse_special": True}).json["tokens"]

@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """The openai package, unmodified: models, completions, chat, streams, errors and retries."""
 
+import json
+import re
 import time
 
 from serving import KEY, check, finish, parse_arguments, serving, skip
@@ -67,6 +69,50 @@ def check_logprobs(client, model):
     check(text == reply.choices[0].message.content, "their bytes are the reply")
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 30},
+        "population": {"type": "integer", "minimum": 0, "maximum": 99999999},
+        "tags": {"type": "array", "items": {"enum": ["capital", "port"]}, "minItems": 1, "maxItems": 2},
+    },
+    "required": ["city", "population", "tags"],
+}
+
+
+def check_schema_reply(text):
+    value = json.loads(text)
+    check(list(value) == ["city", "population", "tags"] and isinstance(value["population"], int), f"a schema's: {text!r}")
+    check(0 < len(value["tags"]) < 3 and set(value["tags"]) <= {"capital", "port"}, "with its lists")
+
+
+def check_structured(client, model):
+    format = {"type": "json_schema", "json_schema": {"name": "city", "strict": True, "schema": SCHEMA}}
+    ask = dict(model=model, messages=MESSAGES, max_tokens=300, response_format=format)
+    for choice in client.chat.completions.create(**ask, n=4, seed=3, temperature=1.2).choices:
+        check(choice.finish_reason == "stop", "it ends by itself")
+        check_schema_reply(choice.message.content)
+    whole = client.chat.completions.create(**ask, temperature=0).choices[0].message.content
+    check_schema_reply(whole)
+    stream = client.chat.completions.create(**ask, temperature=0, stream=True)
+    check("".join(chunk.choices[0].delta.content or "" for chunk in stream) == whole, "streamed the same")
+    reply = client.chat.completions.create(
+        model=model, messages=MESSAGES, max_tokens=200, temperature=0, response_format={"type": "json_object"}
+    )
+    text = reply.choices[0].message.content
+    check(text.startswith("{"), f"an object: {text[:60]!r}")
+    for extra, wanted in (
+        ({"structured_outputs": {"choice": ["Paris", "London"]}}, "Paris|London"),
+        ({"structured_outputs": {"regex": "[0-9]{3}-[a-z]{2}"}}, "[0-9]{3}-[a-z]{2}"),
+        ({"grammar": 'root ::= "<" [a-z]+ ">"'}, "<[a-z]+>"),
+    ):
+        reply = client.chat.completions.create(model=model, messages=MESSAGES, max_tokens=60, temperature=0, extra_body=extra)
+        text = reply.choices[0].message.content
+        check(re.fullmatch(wanted, text) or reply.choices[0].finish_reason == "length", f"{wanted}: {text!r}")
+    reply = client.completions.create(model=model, prompt="Yes or no?", max_tokens=5, extra_body={"structured_outputs": {"choice": ["yes", "no"]}})
+    check(reply.choices[0].text in ("yes", "no") and reply.choices[0].finish_reason == "stop", "a completion, too")
+
+
 def check_completions(client, model):
     reply = client.completions.create(model=model, prompt=["Once upon", "In the"], n=2, max_tokens=5, seed=7)
     check([choice.index for choice in reply.choices] == [0, 1, 2, 3], "prompts times n")
@@ -103,7 +149,7 @@ def check_errors(client, url, model):
 
     raises(openai.BadRequestError, "integer_above_max_value", n=100)
     raises(openai.BadRequestError, "context_length_exceeded", max_tokens=10**6)
-    raises(openai.BadRequestError, "unsupported_parameter", response_format={"type": "json_object"})
+    raises(openai.BadRequestError, "invalid_grammar", extra_body={"grammar": "root ::= ("})
     raises(openai.NotFoundError, "model_not_found", model="gpt-4")
     try:
         openai.OpenAI(base_url=f"{url}/v1", api_key="wrong").models.list()
@@ -143,6 +189,7 @@ def main():
         model = check_models(client)
         check_chat(client, model)
         check_logprobs(client, model)
+        check_structured(client, model)
         check_completions(client, model)
         check_tiers(client, model)
         check_errors(client, running.url, model)

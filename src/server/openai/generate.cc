@@ -124,6 +124,50 @@ std::optional<HttpError> FindModel(const Service& service, std::string_view aske
   return std::nullopt;
 }
 
+HttpError GrammarError(const Status& status, const Common& common) {
+  switch (status.code()) {
+    case StatusCode::kInvalidArgument:
+      return InvalidGrammarError(status.message(), common);
+    case StatusCode::kResourceExhausted:
+      return QueueFullError(status.message(), /*retry_after_seconds=*/1);
+    default: {
+      HttpError error;
+      error.status = 503;
+      error.type = "server_error";
+      error.code = "grammars_unavailable";
+      error.message = status.message();
+      error.param = common.grammar_param;
+      error.retry = false;
+      return error;
+    }
+  }
+}
+
+// A grammar takes time to compile, and its first mask to be made: on a thread for that.
+void Start(const ServicePtr& service, PermitPtr permit, GenerationPlan plan, RequestPtr request,
+           ResponderPtr responder) {
+  if (!plan.common.grammar) {
+    Generation::Start(service, std::move(permit), std::move(plan), *request, std::move(responder));
+    return;
+  }
+  if (service->context().grammars == nullptr)
+    return Refuse(*responder, UnsupportedParameterError(plan.common.grammar_param));
+  struct Work {
+    PermitPtr permit;
+    GenerationPlan plan;
+  };
+  const auto work = std::make_shared<Work>(Work{std::move(permit), std::move(plan)});
+  const auto start = [=] {
+    GenerationPlan& waiting = work->plan;
+    auto grammar = service->context().grammars->Compile(*waiting.common.grammar);
+    if (!grammar.ok()) return Refuse(*responder, GrammarError(grammar.status(), waiting.common));
+    waiting.grammar = std::move(grammar).value();
+    Generation::Start(service, std::move(work->permit), std::move(waiting), *request, responder);
+  };
+  TaskPool* const pool = service->context().grammar_pool;
+  pool == nullptr ? start() : RunInPool(*pool, responder, start);
+}
+
 }  // namespace
 
 Parsed<std::vector<int32_t>> EncodeText(const Service& service, const std::string& text,
@@ -193,7 +237,7 @@ void HandleCompletions(const ServicePtr& service, PermitPtr permit, RequestPtr r
     }
   }
   plan.common = std::move(completion.common);
-  Generation::Start(service, std::move(permit), std::move(plan), *request, std::move(responder));
+  Start(service, std::move(permit), std::move(plan), std::move(request), std::move(responder));
 }
 
 void HandleChat(const ServicePtr& service, PermitPtr permit, RequestPtr request,
@@ -216,7 +260,7 @@ void HandleChat(const ServicePtr& service, PermitPtr permit, RequestPtr request,
   Truncate(chat.common.truncate_prompt, &plan.prompts[0]);
   plan.logprobs = chat.logprobs;
   plan.common = std::move(chat.common);
-  Generation::Start(service, std::move(permit), std::move(plan), *request, std::move(responder));
+  Start(service, std::move(permit), std::move(plan), std::move(request), std::move(responder));
 }
 
 }  // namespace dsla::openai

@@ -207,6 +207,7 @@ Request Generation::RequestOf(int index) const {
   if (plan_.tools) request.shown_ids = ShownIds(service_->tokenizer(), plan_.tools->dialect);
   request.stop_ids = common.stop_ids;
   request.stop = common.stop;
+  request.grammar = plan_.grammar;
   request.top_logprobs = plan_.logprobs;
   request.prompt_logprobs = scores_prompt(prompt_of(index));
   request.tier = common.tier;
@@ -225,8 +226,9 @@ void Generation::Submit() {
   }
   if (const auto rejection = service_->engine().SubmitAll(std::move(group))) {
     const auto& prompt = plan_.prompts[prompt_of(static_cast<int>(rejection->index))];
-    responder_->Respond(
-        ErrorResponse(service_->ErrorOf(*rejection, static_cast<int64_t>(prompt.size()))));
+    HttpError error = service_->ErrorOf(*rejection, static_cast<int64_t>(prompt.size()));
+    if (error.param == "grammar") error = InvalidGrammarError(rejection->message, plan_.common);
+    responder_->Respond(ErrorResponse(error));
     return;
   }
   // The client may have left before they were there to be cancelled.
@@ -561,6 +563,8 @@ HttpError Generation::ErrorOf(const RequestResult& result) const {
       return ShuttingDownError();
     case StatusCode::kResourceExhausted:
       return OutOfMemoryError();
+    case StatusCode::kInvalidArgument:  // of what is checked, a grammar alone shows it so late
+      return InvalidGrammarError(result.status.message(), plan_.common);
     default:
       // How the engine marks logits that are not numbers.
       return result.status.message().starts_with("numerical_error") ? NumericalError()

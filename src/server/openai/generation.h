@@ -26,6 +26,7 @@ struct GenerationPlan {
   bool chat = false;
   bool continues = false;  // the replies' texts go on from the prompts'
   Common common;
+  std::shared_ptr<const Grammar> grammar;     // common.grammar, compiled
   std::string model;                          // to answer with
   std::vector<std::vector<int32_t>> prompts;  // none empty
   bool echo = false;

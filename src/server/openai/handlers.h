@@ -2,6 +2,7 @@
 // permit read and tokenise texts; they may run on a thread of the TaskPool.
 #pragma once
 
+#include <functional>
 #include <memory>
 
 #include "server/http/http.h"
@@ -13,6 +14,10 @@ using RequestPtr = std::shared_ptr<const HttpRequest>;
 using ResponderPtr = std::shared_ptr<Responder>;
 using ServicePtr = std::shared_ptr<Service>;
 using PermitPtr = std::unique_ptr<Service::Permit>;
+
+// On one of the pool's threads, unless the client has left by then. What the task throws becomes
+// the answer, as on an io thread.
+void RunInPool(TaskPool& pool, const ResponderPtr& responder, std::function<void()> task);
 
 // generate.cc
 void HandleCompletions(const ServicePtr& service, PermitPtr permit, RequestPtr request,

@@ -16,6 +16,10 @@ constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max();
 // Everything but the prompt, logprobs and max_tokens.
 void ParseCommon(const Fields& fields, const Limits& limits, Common* common);
 
+// What the replies are to follow, by whichever field says so: OpenAI's response_format, vLLM's
+// structured_outputs, llama.cpp's json_schema and grammar.
+void ParseGrammar(const Fields& fields, Common* common);
+
 // `choices` replies of max_tokens each, both within their limits; min_tokens within max_tokens.
 // `param`: the name that max_tokens was given by.
 void CheckTotals(const Fields& fields, const Limits& limits, int64_t choices,

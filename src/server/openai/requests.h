@@ -118,6 +118,9 @@ Parsed<ChatRequest> ParseChat(std::string_view body, const Limits& limits);
 Parsed<TokenizeRequest> ParseTokenize(std::string_view body, const Limits& limits);
 Parsed<DetokenizeRequest> ParseDetokenize(std::string_view body, const Limits& limits);
 
+// 400 of a grammar that was given by common.grammar_param.
+HttpError InvalidGrammarError(std::string message, const Common& common);
+
 // Seconds that the client will wait, in a header.
 constexpr const char* kTimeoutHeader = "X-Request-Timeout";
 // Of a value such as "2.5". Error: naming the header.

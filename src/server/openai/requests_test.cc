@@ -260,16 +260,74 @@ TEST(RequestRanges, Logprobs) {
   BadChat(chat + R"("logprobs":1})", "invalid_type", "logprobs");
 }
 
+TEST(RequestGrammar, IsGivenByAnyOfItsFields) {
+  using Kind = GrammarSpec::Kind;
+  const auto expect = [](const std::string& field, Kind kind, const std::string& text,
+                         const std::string& param) {
+    SCOPED_TRACE(field);
+    const auto request = GoodField(field);
+    ASSERT_TRUE(request.common.grammar.has_value());
+    EXPECT_EQ(request.common.grammar->kind, kind);
+    EXPECT_EQ(request.common.grammar->text, text);
+    EXPECT_EQ(request.common.grammar_param, param);
+  };
+  const std::string schema = R"({"type":"object","properties":{"b":{},"a":{}}})";
+  expect(R"("response_format":{"type":"json_object"})", Kind::kJsonObject, "", "response_format");
+  expect(R"("response_format":{"type":"json_schema","json_schema":{"name":"x","strict":true,)"
+         R"("description":"y","schema":)" +
+             schema + "}}",
+         Kind::kJsonSchema, schema, "response_format.json_schema.schema");
+  expect(R"("response_format":{"type":"structural_tag", "format":{}})", Kind::kStructuralTag,
+         R"({"type":"structural_tag","format":{}})", "response_format");
+  expect(R"("structured_outputs":{"json":)" + schema + "}", Kind::kJsonSchema, schema,
+         "structured_outputs.json");
+  expect(R"("structured_outputs":{"json":"{}"})", Kind::kJsonSchema, "{}",
+         "structured_outputs.json");
+  expect(R"("structured_outputs":{"json_object":true,"regex":null})", Kind::kJsonObject, "",
+         "structured_outputs.json_object");
+  expect(R"("structured_outputs":{"regex":"a+"})", Kind::kRegex, "a+", "structured_outputs.regex");
+  expect(R"("structured_outputs":{"choice":["a","b."]})", Kind::kRegex, "(?:a)|(?:b\\.)",
+         "structured_outputs.choice");
+  expect(R"("structured_outputs":{"grammar":"root ::= \"a\""})", Kind::kEbnf, "root ::= \"a\"",
+         "structured_outputs.grammar");
+  expect(R"("structured_outputs":{"structural_tag":"{}"})", Kind::kStructuralTag, "{}",
+         "structured_outputs.structural_tag");
+  expect(R"("json_schema":)" + schema, Kind::kJsonSchema, schema, "json_schema");
+  expect(R"("grammar":"root ::= [a-z]")", Kind::kEbnf, "root ::= [a-z]", "grammar");
+  for (const char* none :
+       {R"("response_format":{"type":"text"})", R"("grammar":"")", R"("structured_outputs":{})",
+        R"("structured_outputs":{"json_object":false})", R"("json_schema":null)"}) {
+    EXPECT_FALSE(GoodField(none).common.grammar.has_value()) << none;
+  }
+}
+
+TEST(RequestGrammar, WhatIsWrongIsNamed) {
+  BadField(R"("response_format":{})", "missing_required_parameter", "response_format.type");
+  BadField(R"("response_format":{"type":"xml"})", "invalid_value", "response_format.type");
+  BadField(R"("response_format":{"type":"json_schema"})", "missing_required_parameter",
+           "response_format.json_schema");
+  BadField(R"("response_format":{"type":"json_schema","json_schema":{"schema":{}}})",
+           "missing_required_parameter", "response_format.json_schema.name");
+  BadField(R"("response_format":{"type":"json_schema","json_schema":{"name":"x"}})",
+           "missing_required_parameter", "response_format.json_schema.schema");
+  BadField(R"("response_format":{"type":"json_schema","json_schema":{"name":"x","schema":"{}"}})",
+           "invalid_type", "response_format.json_schema.schema");
+  BadField(R"("structured_outputs":{"xml":1})", "unknown_parameter", "structured_outputs.xml");
+  BadField(R"("structured_outputs":{"choice":[]})", "invalid_value", "structured_outputs.choice");
+  BadField(R"("structured_outputs":{"choice":[1]})", "invalid_type",
+           "structured_outputs.choice[0]");
+  BadField(R"("structured_outputs":{"regex":1})", "invalid_type", "structured_outputs.regex");
+  BadField(R"("structured_outputs":{"regex":"a","grammar":"b"})", "invalid_value",
+           "structured_outputs.grammar");
+  BadField(R"("response_format":{"type":"json_object"},"grammar":"a")", "invalid_value", "grammar");
+  BadField(R"("json_schema":"{}")", "invalid_type", "json_schema");
+}
+
 TEST(RequestUnsupported, IsRefusedByName) {
-  for (const std::string field :
-       {"guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar",
-        "structured_outputs", "prompt_embeds", "length_penalty", "prompt_logprobs"}) {
+  for (const std::string field : {"guided_json", "guided_regex", "guided_choice", "guided_grammar",
+                                  "prompt_embeds", "length_penalty", "prompt_logprobs"}) {
     BadField(Pair(field, "1"), "unsupported_parameter", field);
   }
-  BadField(R"("response_format":{"type":"json_object"})", "unsupported_parameter",
-           "response_format");
-  BadField(R"("response_format":{})", "unsupported_parameter", "response_format");
-  GoodField(R"("response_format":{"type":"text"})");
   BadField(R"("best_of":3)", "unsupported_parameter", "best_of");
   BadField(R"("best_of":17)", "integer_above_max_value", "best_of");
   GoodField(R"("best_of":3,"n":3)");

@@ -11,6 +11,7 @@ namespace dsla::openai {
 namespace {
 
 using nlohmann::json;
+using testing::FakeCompiler;
 using testing::FakeResponder;
 using testing::Finished;
 using ::testing::HasSubstr;
@@ -215,24 +216,6 @@ TEST(Tools, OneCallWhereNoMoreAreWanted) {
         {"<tool_call>{\"name\":\"now\"}</tool_call>", "<tool_call>{\"name\":\"get\"}</tool_call>"});
   EXPECT_EQ(json::parse(responder->body())["choices"][0]["message"]["tool_calls"].size(), 1u);
 }
-
-class FakeGrammar : public Grammar {
- public:
-  Expected<std::unique_ptr<GrammarMatcher>> NewMatcher() const override {
-    return InvalidArgument("not to be matched");
-  }
-  int64_t bytes() const override { return 1; }
-};
-
-class FakeCompiler : public GrammarCompiler {
- public:
-  Expected<std::shared_ptr<const Grammar>> Compile(const GrammarSpec& spec) override {
-    specs.push_back(spec);
-    return grammar;
-  }
-  std::shared_ptr<const Grammar> grammar = std::make_shared<FakeGrammar>();
-  std::vector<GrammarSpec> specs;
-};
 
 TEST(Tools, ForcedCallsFollowAGrammar) {
   ToolApi api;
