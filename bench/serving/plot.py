@@ -1,4 +1,4 @@
-"""SVG plots of runs: level over time, and how TTFT is distributed. Readable on light and dark pages."""
+"""SVG plots, of runs (level over time, how TTFT is distributed) and of any lines. Readable on light and dark pages."""
 
 from xml.sax.saxutils import escape
 
@@ -63,6 +63,14 @@ class Plot:
         for at, value in points[1:]:
             path += f"H{self.x(at):.1f}V{self.y(value):.1f}"
         self.parts.append(f'<path class="line" stroke="{COLOURS[len(self.names) % len(COLOURS)]}" d="{path}"/>')
+        self.names.append(name)
+
+    def line(self, name, points):
+        """A line through measured points."""
+        colour = COLOURS[len(self.names) % len(COLOURS)]
+        path = "L".join(f"{self.x(x):.1f} {self.y(y):.1f}" for x, y in points)
+        self.parts.append(f'<path class="line" stroke="{colour}" d="M{path}"/>')
+        self.parts.extend(f'<circle cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="3.5" fill="{colour}"/>' for x, y in points)
         self.names.append(name)
 
     def mark(self, at, text):

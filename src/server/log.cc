@@ -150,8 +150,8 @@ struct Log::Impl {
 Log::Log(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
 Log::~Log() {
-  impl_->logger.reset();
-  impl_->pool.reset();  // joins, after the queue is empty
+  impl_->pool.reset();    // joins, after the queue is empty
+  impl_->logger.reset();  // lines had it, too: the last one is let go of here
 }
 
 Expected<std::unique_ptr<Log>> Log::Open(const LogOptions& options) {

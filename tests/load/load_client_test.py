@@ -210,9 +210,12 @@ class Trace(unittest.TestCase):
 class Plots(unittest.TestCase):
     def test_are_well_formed(self):
         samples = [{"time": t, "controller": {"target_level": t % 5}} for t in range(9)]
+        lines = plot.Plot("a", "b", "c", 2, 10)
+        lines.line("a & b", [(0, 5), (2, 10)])
         for svg in (
             plot.level_plot([("a < b", samples, 3.0), ("none", [], 0.0)], 30),
             plot.ttft_plot([("a & b", [1.0, None, 0.2]), ("none", [])]),
+            lines.svg(),
         ):
             xml.etree.ElementTree.fromstring(svg)
         self.assertEqual(plot.ticks(0, 30), [0, 5, 10, 15, 20, 25, 30])

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <tuple>
@@ -119,20 +120,24 @@ TEST_P(DslaCudaTest, PrefillOfLargeKeyLogits) {
   ExpectClose(x.out, x.want, kChunkTolerance);
 }
 
-TEST_P(DslaCudaTest, PrefillOfKeysBeyondHalf) {
-  // Two dimensions that RoPE hardly turns are larger than any fp16, with both signs, so infinities
-  // would cancel to NaN. Gates are at an end of their range, features 0 or 1: what a key is clamped
-  // to does not matter.
-  const DslaShape s = shape();
-  const int count = s.window + 200;
-  const GpuLayer layer(s, GetParam().gates, count, 7);
-  auto tokens = MakeSequences(s, {count});
-  auto* keys = reinterpret_cast<bf16*>(tokens[0].k.data());
+// Two dimensions that RoPE hardly turns are larger than any fp16, with both signs, so infinities
+// would cancel to NaN. Gates are at an end of their range, features 0 or 1: what a key is clamped
+// to does not matter.
+void EnlargeKeys(const DslaShape& s, TestTokens& tokens, int count) {
+  auto* keys = reinterpret_cast<bf16*>(tokens.k.data());
   for (int i = 0; i < count * s.Hkv; ++i) {
     const float large = i % 3 == 0 ? -1e5f : 1e5f;
     keys[i * s.D + s.D / 2 - 1] = ToBf16(large);
     keys[i * s.D + s.D / 2 - 2] = ToBf16(-large);
   }
+}
+
+TEST_P(DslaCudaTest, PrefillOfKeysBeyondHalf) {
+  const DslaShape s = shape();
+  const int count = s.window + 200;
+  const GpuLayer layer(s, GetParam().gates, count, 7);
+  auto tokens = MakeSequences(s, {count});
+  EnlargeKeys(s, tokens[0], count);
   for (const float x : PrefillAlone(layer, tokens[0], count).out) ASSERT_TRUE(std::isfinite(x));
 }
 
@@ -320,17 +325,23 @@ TEST_P(DslaCudaTest, DecodeLeavesPaddingRowsAlone) {
   }
 }
 
-// `logits` is a factor of those of the keys' features.
-void ExpectFold(const Case& c, float logits, float floor) {
+struct FoldOf {
+  float logits = 1;                 // a factor of those of the keys' features
+  std::optional<float> floor = {};  // of gates, other than the shape's
+  bool keys_beyond_half = false;
+};
+void ExpectFold(const Case& c, const FoldOf& of) {
   DslaShape s = Shape(c);
-  s.gate_floor = floor;
-  const GpuLayer layer(s, c.gates, 512, 10, logits);
+  s.gate_floor = of.floor.value_or(s.gate_floor);
+  const GpuLayer layer(s, c.gates, 512, 10, of.logits);
   const int W = s.window;
   const std::vector<int> lengths{0, 1, 63, 64, 65, W, W + 1, W + 63, W + 64, W + 65, 200, 321};
   const int N = static_cast<int>(lengths.size());
   for (const int page : {16, 20, 64, 96}) {
     SCOPED_TRACE("page size " + std::to_string(page));
-    const auto tokens = MakeSequences(s, lengths);
+    auto tokens = MakeSequences(s, lengths);
+    for (int n = 0; n < N && of.keys_beyond_half; ++n)
+      EnlargeKeys(s, tokens[static_cast<size_t>(n)], lengths[static_cast<size_t>(n)]);
     // Pages in scrambled order; what no token fills is NaN.
     std::vector<int32_t> start{0}, pages, pos(lengths.begin(), lengths.end()), slots;
     int total = 0;
@@ -397,11 +408,12 @@ void ExpectFold(const Case& c, float logits, float floor) {
   }
 }
 
-TEST_P(DslaCudaTest, Fold) { ExpectFold(GetParam(), 1, shape().gate_floor); }
+TEST_P(DslaCudaTest, Fold) { ExpectFold(GetParam(), {}); }
 // Logits of keys' features whose exponentials fp32 does not have.
-TEST_P(DslaCudaTest, FoldOfLargeKeyLogits) { ExpectFold(GetParam(), 100, shape().gate_floor); }
+TEST_P(DslaCudaTest, FoldOfLargeKeyLogits) { ExpectFold(GetParam(), {.logits = 100}); }
 // Gates at such a floor are not all fast.
-TEST_P(DslaCudaTest, FoldWithNearFloor) { ExpectFold(GetParam(), 1, -0.25f); }
+TEST_P(DslaCudaTest, FoldWithNearFloor) { ExpectFold(GetParam(), {.floor = -0.25f}); }
+TEST_P(DslaCudaTest, FoldOfKeysBeyondHalf) { ExpectFold(GetParam(), {.keys_beyond_half = true}); }
 
 INSTANTIATE_TEST_SUITE_P(
     Shapes, DslaCudaTest,
