@@ -120,6 +120,7 @@ class Program {
   Status MakeEngine();
   Expected<std::vector<CostModel>> MeasureCosts();
   const LoadedModel& model() const { return models_.front(); }
+  void ChooseTools(openai::ApiContext* context);
   Status MakeApi();
   std::shared_ptr<Router> NewRouter() const;
   std::string Url() const;
@@ -337,6 +338,31 @@ Status Program::MakeEngine() {
   return Status::Ok();
 }
 
+// Tools need the model file's own template, and to know how the model writes its calls.
+void Program::ChooseTools(openai::ApiContext* context) {
+  if (args_.tool_parser == "none") {
+    context->no_tools = "this server runs without tools (--tool-parser none)";
+    return;
+  }
+  if (!args_.chat_template.empty() || !context->chat_template) {
+    context->no_tools = fmt::format("the chat template {} has no place for tools",
+                                    context->chat_template ? context->chat_template->name : "");
+    return;
+  }
+  auto made = ToolTemplate::Create(model().file->tool_chat_template());
+  if (!made.ok()) {
+    context->no_tools = made.status().message();
+    return;
+  }
+  context->tool_dialect =
+      args_.tool_parser == "auto" ? made->dialect() : ToolDialectByName(args_.tool_parser);
+  if (!context->tool_dialect)
+    context->no_tools =
+        "the model's chat template does not show how it writes calls of tools; name it with "
+        "--tool-parser";
+  context->tool_template = std::move(made).value();
+}
+
 Status Program::MakeApi() {
   metrics_ = std::make_unique<ServerMetrics>(MetricsOptions{
       .model = model_name_, .version = kVersion, .vllm_compat = args_.metrics_compat == "vllm"});
@@ -363,6 +389,7 @@ Status Program::MakeApi() {
       log_->Write(LogLevel::kWarning, "no_chat_template", {{"message", context.no_chat_template}});
     }
   }
+  ChooseTools(&context);
   context.model_names = args_.model_names;
   if (context.model_names.empty()) context.model_names = {model_name_};
   context.model_root = model().file->path();

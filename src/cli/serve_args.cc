@@ -5,6 +5,7 @@
 #include "cli/device_choice.h"
 #include "engine/replica_router.h"
 #include "format/chat/chat_template.h"
+#include "format/chat/tool_dialect.h"
 #include "ops/sampling/sampling.h"
 
 namespace dsla {
@@ -290,6 +291,13 @@ void ServeArgs::AddTo(CLI::App& command) {
       ->type_name("NAME")
       ->group("Model");
   command
+      .add_option("--tool-parser", tool_parser,
+                  fmt::format("how the model writes calls of tools: auto, none or {} [default: "
+                              "auto, what the model file's chat template shows]",
+                              fmt::join(ToolDialectNames(), ", ")))
+      ->type_name("NAME")
+      ->group("Model");
+  command
       .add_option("--config", config,
                   "TOML file with any of these options; the command line and DSLA_* variables "
                   "(DSLA_PORT) go before it")
@@ -316,6 +324,11 @@ Status CheckArgs(const CLI::App& command, const ServeArgs& args) {
   if (std::find(args.model_names.begin(), args.model_names.end(), "") != args.model_names.end())
     return InvalidArgument("--model-name: is empty");
   DSLA_RETURN_IF_ERROR(Validate(args.sampling.params, 0));
+  if (args.tool_parser != "auto" && args.tool_parser != "none" &&
+      !ToolDialectByName(args.tool_parser)) {
+    return InvalidArgument("--tool-parser: must be auto, none or one of {}, not '{}'",
+                           fmt::join(ToolDialectNames(), ", "), args.tool_parser);
+  }
   if (args.chat_template.empty()) return Status::Ok();
   return ChatTemplateByName(args.chat_template).status();
 }

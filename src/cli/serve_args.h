@@ -19,6 +19,7 @@ struct ServeArgs {
   ModelArgs model;
   std::vector<std::string> model_names;  // empty: the model's own
   std::string chat_template;             // empty: the model file's
+  std::string tool_parser = "auto";      // or "none", or a dialect's name
   std::string config;
 
   HttpServerOptions http;

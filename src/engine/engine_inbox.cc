@@ -13,7 +13,7 @@ ActiveRequest::ActiveRequest(Request r, std::shared_ptr<RequestSink> s, const To
     : request(std::move(r)),
       sink(std::move(s)),
       sampler(request.sampling, V),
-      text(tokenizer, request.stop, request.continues),
+      text(tokenizer, request.stop, request.continues, request.shown_ids),
       submitted(NowSeconds()) {
   sampler.AddPrompt(request.prompt);
   if (request.prompt_logprobs) {

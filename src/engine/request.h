@@ -26,10 +26,11 @@ struct Request {
   int max_tokens = 16;  // >= 0; 0 only with prompt_logprobs
   int min_tokens = 0;   // no stop id or stop string ends the reply earlier
   bool ignore_eos = false;
-  bool continues = false;         // the reply's text goes on from the prompt's (a completion, or a
-                                  // message continued): SentencePiece keeps a leading space
-  std::vector<int32_t> stop_ids;  // besides the model's own end tokens
-  std::vector<std::string> stop;  // none empty; the reply ends before the first one
+  bool continues = false;          // the reply's text goes on from the prompt's (a completion, or a
+                                   // message continued): SentencePiece keeps a leading space
+  std::vector<int32_t> shown_ids;  // control tokens that give their text all the same
+  std::vector<int32_t> stop_ids;   // besides the model's own end tokens
+  std::vector<std::string> stop;   // none empty; the reply ends before the first one
   // That the reply follows; null: none. End tokens and stop_ids come where it may end only, and the
   // reply ends where nothing else may follow, also before min_tokens or with ignore_eos. A stop
   // string or max_tokens may end it earlier.

@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "format/chat/tool_parser.h"
 #include "server/http/http.h"
 #include "server/openai/logprobs.h"
 #include "server/openai/service.h"
@@ -37,6 +38,7 @@ struct GenerationPlan {
   };
   std::vector<Echo> echoes;  // with echo, of each prompt
   int logprobs = -1;
+  std::optional<ToolParser::Options> tools;  // chat: the replies may have calls of them
 };
 
 class Generation : public std::enable_shared_from_this<Generation> {
@@ -55,7 +57,9 @@ class Generation : public std::enable_shared_from_this<Generation> {
   class Sink;
 
   struct Choice {
-    std::string text;  // of the whole reply, without streaming
+    std::string text;                  // of the whole reply, without streaming
+    std::optional<ToolParser> parser;  // with tools: `text` is what it makes of it
+    std::vector<std::string> call_ids;
     std::vector<int32_t> token_ids;
     std::optional<Logprobs> logprobs;
     std::optional<TextOffsets> offsets;  // completions alone
@@ -81,12 +85,16 @@ class Generation : public std::enable_shared_from_this<Generation> {
 
   // All below with mutex_ held.
   void AddToken(Choice& choice, const TokenOutput& token);
+  void AddText(int index, std::string_view text);
+  const std::string& CallId(Choice& choice, size_t call);
   void BeginText(int index, std::string* text);
   void WriteChunk(int index, std::string text, const TokenOutput* token);
+  void WriteToolDelta(Choice& choice, bool first, const ToolReplyDelta& delta, JsonWriter& out);
+  void WriteMessage(Choice& choice, JsonWriter& out);
   void WriteChoice(int index, JsonWriter& out);
   void WriteUsage(JsonWriter& out) const;
   void WriteContinuousUsage(int index, JsonWriter& out) const;
-  void WriteStop(const RequestResult& result, JsonWriter& out) const;
+  void WriteStop(const Choice& choice, JsonWriter& out) const;
   void Advance();
   void Flush();
   void Complete();

@@ -9,6 +9,7 @@
 namespace dsla::openai {
 namespace {
 
+using testing::FakeCompiler;
 using testing::FakeResponder;
 using ::testing::HasSubstr;
 using testing::TestApi;
@@ -19,27 +20,6 @@ void ExpectError(const FakeResponder& responder, int status, const std::string& 
   const std::string name = param.empty() ? "null" : '"' + param + '"';
   EXPECT_THAT(responder.body(), HasSubstr(fmt::format(R"("param":{},"code":"{}")", name, code)));
 }
-
-// A grammar that the handlers take for one.
-class FakeGrammar : public Grammar {
- public:
-  Expected<std::unique_ptr<GrammarMatcher>> NewMatcher() const override {
-    return InvalidArgument("not to be matched");
-  }
-  int64_t bytes() const override { return 1; }
-};
-
-class FakeCompiler : public GrammarCompiler {
- public:
-  Expected<std::shared_ptr<const Grammar>> Compile(const GrammarSpec& spec) override {
-    specs.push_back(spec);
-    if (!status.ok()) return status;
-    return grammar;
-  }
-  Status status;
-  std::shared_ptr<const Grammar> grammar = std::make_shared<FakeGrammar>();
-  std::vector<GrammarSpec> specs;
-};
 
 constexpr char kObject[] = R"({"prompt":"x","n":2,"response_format":{"type":"json_object"}})";
 

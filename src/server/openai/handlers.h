@@ -24,9 +24,11 @@ void HandleCompletions(const ServicePtr& service, PermitPtr permit, RequestPtr r
                        ResponderPtr responder);
 void HandleChat(const ServicePtr& service, PermitPtr permit, RequestPtr request,
                 ResponderPtr responder);
-// The tokens of a conversation; 400 where there is no template or it refuses the messages.
+// The tokens of a conversation; 400 where there is no template or it refuses the messages, or
+// where it has no place for tools and there are some.
 Parsed<std::vector<int32_t>> EncodeMessages(const Service& service,
                                             const std::vector<ChatMessage>& messages,
+                                            const std::vector<Tool>& tools,
                                             const PromptOptions& prompt);
 // Refused before it is tokenised if it cannot fit the context.
 Parsed<std::vector<int32_t>> EncodeText(const Service& service, const std::string& text,

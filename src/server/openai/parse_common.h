@@ -29,6 +29,10 @@ bool IsEmptyArray(const Fields& fields, std::string_view name);
 
 // messages, with their text parts joined by line breaks.
 void ParseMessages(const Fields& fields, const Limits& limits, std::vector<ChatMessage>* messages);
+// tools, tool_choice and parallel_tool_calls.
+void ParseTools(const Fields& fields, const Limits& limits, ToolsRequest* tools);
+// tool_calls of a message of the assistant.
+void ParseToolCalls(const Fields& message, const Limits& limits, std::vector<ToolCall>* calls);
 // How they become a prompt.
 void ParsePromptOptions(const Fields& fields, PromptOptions* prompt);
 

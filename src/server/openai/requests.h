@@ -26,8 +26,11 @@ struct Limits {
   int max_prompts = 256;   // of one completions request
   int max_choices = 1024;  // prompts * n: as many as may wait
   int max_messages = 4096;
-  int max_stop = 16;             // strings
-  size_t max_stop_bytes = 1024;  // of one
+  int max_tools = 128;
+  size_t max_tools_bytes = size_t{1} << 20;  // of their JSON together
+  int max_tool_calls = 128;                  // of one message
+  int max_stop = 16;                         // strings
+  size_t max_stop_bytes = 1024;              // of one
   int max_stop_ids = 64;
   int max_logit_bias = 1024;
   int max_logprobs = 20;
@@ -74,9 +77,19 @@ struct CompletionRequest {
   bool parse_special = true;  // of prompts given as text
 };
 
+// What the model may call. `none` asks for no calls: then there are no tools at all.
+struct ToolsRequest {
+  enum class Choice { kAuto, kRequired, kNamed };
+  std::vector<Tool> tools;
+  Choice choice = Choice::kAuto;
+  std::string named;     // with kNamed: one of the tools
+  bool parallel = true;  // more than one call in a reply
+};
+
 struct ChatRequest {
   Common common;
   std::vector<ChatMessage> messages;
+  ToolsRequest tools;
   int logprobs = -1;
   PromptOptions prompt;
 };
@@ -85,6 +98,7 @@ struct TokenizeRequest {
   std::string model;
   std::string text;
   std::vector<ChatMessage> messages;  // instead of text
+  ToolsRequest tools;                 // beside messages
   bool add_special_tokens = true;
   PromptOptions prompt;       // of messages
   bool parse_special = true;  // as clients that tokenise for themselves expect

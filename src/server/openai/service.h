@@ -14,6 +14,7 @@
 
 #include "engine/engine.h"
 #include "format/chat/chat_template.h"
+#include "format/chat/tool_template.h"
 #include "format/tokenizer/tokenizer.h"
 #include "grammar/grammar.h"
 #include "server/dsla_state.h"
@@ -29,10 +30,13 @@ struct ApiContext {
   Engine* engine = nullptr;
   const Tokenizer* tokenizer = nullptr;
   std::optional<ChatTemplate> chat_template;
-  std::string no_chat_template;          // why there is none
-  std::string chat_template_source;      // Jinja, for /tokenizer_info; empty: not known
-  std::vector<std::string> model_names;  // at least one; the first is the one shown
-  std::string model_root;                // the file or folder it was loaded from
+  std::string no_chat_template;  // why there is none
+  std::optional<ToolTemplate> tool_template;
+  std::optional<ToolDialect> tool_dialect;  // how its model writes calls; with tool_template
+  std::string no_tools;                     // why one of these is not there
+  std::string chat_template_source;         // Jinja, for /tokenizer_info; empty: not known
+  std::vector<std::string> model_names;     // at least one; the first is the one shown
+  std::string model_root;                   // the file or folder it was loaded from
   LadderInfo ladder;
   Limits limits;                        // vocab_size, adapter and max_level are filled in here
   double default_timeout = 0;           // seconds; 0 = none

@@ -193,6 +193,27 @@ class FakeResponder : public Responder {
   std::map<std::string, std::string> notes_;
 };
 
+// A grammar that the handlers take for one.
+class FakeGrammar : public Grammar {
+ public:
+  Expected<std::unique_ptr<GrammarMatcher>> NewMatcher() const override {
+    return InvalidArgument("not to be matched");
+  }
+  int64_t bytes() const override { return 1; }
+};
+
+class FakeCompiler : public GrammarCompiler {
+ public:
+  Expected<std::shared_ptr<const Grammar>> Compile(const GrammarSpec& spec) override {
+    specs.push_back(spec);
+    if (!status.ok()) return status;
+    return grammar;
+  }
+  Status status;
+  std::shared_ptr<const Grammar> grammar = std::make_shared<FakeGrammar>();
+  std::vector<GrammarSpec> specs;
+};
+
 inline std::unique_ptr<Tokenizer> NewTokenizer(Expected<TokenizerData> data) {
   DSLA_CHECK(data.ok());
   auto tokenizer = Tokenizer::Create(std::move(data).value());

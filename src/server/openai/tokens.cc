@@ -13,9 +13,9 @@ std::optional<HttpError> TokensOf(const Service& service, const TokenizeRequest&
   EncodeOptions options;
   options.parse_special = request.parse_special;
   if (!request.add_special_tokens) options.add_bos = false;
-  auto encoded = request.messages.empty()
-                     ? EncodeText(service, request.text, options)
-                     : EncodeMessages(service, request.messages, request.prompt);
+  auto encoded = request.messages.empty() ? EncodeText(service, request.text, options)
+                                          : EncodeMessages(service, request.messages,
+                                                           request.tools.tools, request.prompt);
   if (const auto* error = std::get_if<HttpError>(&encoded)) return *error;
   *tokens = std::move(std::get<std::vector<int32_t>>(encoded));
   return std::nullopt;
