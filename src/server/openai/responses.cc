@@ -290,7 +290,7 @@ void HandleResponses(const ServicePtr& service, PermitPtr permit, RequestPtr req
   ResponsesRequest& asked = std::get<ResponsesRequest>(parsed);
   auto model = service->ModelName(asked.common.model);
   if (const auto* error = std::get_if<HttpError>(&model)) return refuse(*error);
-  auto tokens = EncodeMessages(*service, asked.messages, asked.prompt);
+  auto tokens = EncodeMessages(*service, asked.messages, /*tools=*/{}, asked.prompt);
   if (auto* error = std::get_if<HttpError>(&tokens)) {
     if (error->param == "messages") error->param = "input";
     return refuse(*error);
