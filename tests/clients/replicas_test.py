@@ -108,8 +108,7 @@ def check_prefixes(program, model):
 def check_leaving(program, model):
     with serving(program, "--model", model, *TWO, "--log-format", "json") as running:
         streams = [long_stream(running) for _ in range(2)]
-        busy = [replica["running"]["count"] for replica in state(running)["replicas"]]
-        check(all(busy), f"two long requests of 8 replies: {busy}")
+        check(wait_for(lambda: all(replica["running"]["count"] for replica in state(running)["replicas"])), "two long requests of 8 replies: both have some")
         streams[0].close()
         check(wait_for(lambda: state(running)["running"]["count"] == 8), "one client leaves: its replies end, wherever they are")
         streams[1].close()
@@ -147,8 +146,8 @@ def check_policies(program):
             for text in ("Say hi.", "Say something else."):
                 reply = chat(running, text, max_tokens=2)
                 check(reply.headers["X-Dsla-Level"] == level, f"holds for all: level {reply.headers['X-Dsla-Level']}")
-        finished = [replica["totals"]["finished"] for replica in state(running)["replicas"]]
-        check(finished == [2, 2], f"by turns: {finished}")
+        by_turns = wait_for(lambda: [replica["totals"]["finished"] for replica in state(running)["replicas"]] == [2, 2])
+        check(by_turns, "both have had two, by turns")
 
 
 def main():
