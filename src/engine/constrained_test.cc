@@ -21,6 +21,7 @@ using testing_engine::ByteTokenizer;
 using testing_engine::FunctionPolicy;
 using testing_engine::RandomPrompt;
 using testing_engine::RecordingSink;
+using testing_engine::SmallOptions;
 using testing_engine::TargetPolicy;
 using testing_engine::TestEngine;
 using testing_models::SmallModel;
@@ -41,13 +42,6 @@ void ExpectList(const std::string& text) {
 
 class ConstrainedTest : public ::testing::Test {
  protected:
-  static EngineOptions Options() {
-    return {.memory_bytes = 16 << 20,
-            .max_batch_tokens = 64,
-            .max_running = 16,
-            .snapshot_stride = 64,
-            .default_max_level = 2};
-  }
   std::shared_ptr<const Grammar> Compile(Kind kind, const std::string& text) {
     auto grammar = compiler_->Compile({kind, text});
     EXPECT_TRUE(grammar.ok()) << grammar.status().message();
@@ -72,7 +66,7 @@ class ConstrainedTest : public ::testing::Test {
 };
 
 TEST_F(ConstrainedTest, RepliesFollowTheirSchema) {
-  TestEngine engine(model(), *tokenizer_, Options());
+  TestEngine engine(model(), *tokenizer_, SmallOptions());
   const auto grammar = Compile(Kind::kJsonSchema, kList);
   std::vector<std::shared_ptr<RecordingSink>> sinks;
   for (uint64_t seed = 0; seed < 60; ++seed) {
@@ -95,7 +89,7 @@ TEST_F(ConstrainedTest, RepliesFollowTheirSchema) {
 TEST_F(ConstrainedTest, AcrossPreemptionAndRaises) {
   const auto grammar = Compile(Kind::kRegex, "([A-Z]{3}-[0-9]{2};){40}");
   const std::regex want("([A-Z]{3}-[0-9]{2};){40}");
-  EngineOptions options = Options();
+  EngineOptions options = SmallOptions();
   options.memory_bytes = 1 << 20;
   options.max_preemptions = 2;
   auto raise = std::make_unique<FunctionPolicy>([](const LoadSnapshot& load) {
@@ -130,7 +124,7 @@ TEST_F(ConstrainedTest, AcrossPreemptionAndRaises) {
 
 // The same tokens alone and beside others, of either kind.
 TEST_F(ConstrainedTest, OthersDoNotMatter) {
-  EngineOptions options = Options();
+  EngineOptions options = SmallOptions();
   options.deterministic = true;
   options.max_batch_tokens = 512;
   const auto grammar = Compile(Kind::kJsonSchema, kList);
@@ -159,7 +153,7 @@ TEST_F(ConstrainedTest, OthersDoNotMatter) {
 }
 
 TEST_F(ConstrainedTest, WhereAReplyEnds) {
-  TestEngine engine(model(), *tokenizer_, Options());
+  TestEngine engine(model(), *tokenizer_, SmallOptions());
   const auto letters = Compile(Kind::kRegex, "A{5,9}");
   // It goes on as long as anything may follow.
   Request request = Ask(letters, 1);
@@ -203,7 +197,7 @@ TEST_F(ConstrainedTest, WhereAReplyEnds) {
 // One whose grammar turns out to take too long, or to ask for bytes that no token has, ends alone.
 TEST_F(ConstrainedTest, WhatCannotBeMatchedEndsItsRequest) {
   compiler_ = GrammarCompiler::Create(*tokenizer_, model().config().V, {.match_seconds = 0.02});
-  TestEngine engine(model(), *tokenizer_, Options());
+  TestEngine engine(model(), *tokenizer_, SmallOptions());
   Request other = Ask(Compile(Kind::kJsonSchema, kList), 5);
   const auto bystander = engine.Submit(std::move(other));
   const auto dead = engine.Submit(Ask(Compile(Kind::kRegex, "AB{2}c"), 1));

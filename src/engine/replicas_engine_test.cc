@@ -23,12 +23,10 @@ using testing_models::SmallModel;
 class ReplicasEngineTest : public ::testing::Test {
  protected:
   static EngineOptions Options() {
-    return {.memory_bytes = 16 << 20,
-            .max_batch_tokens = 256,
-            .max_running = 16,
-            .snapshot_stride = 64,
-            .deterministic = true,
-            .default_max_level = 2};
+    EngineOptions options = testing_engine::SmallOptions();
+    options.max_batch_tokens = 256;
+    options.deterministic = true;
+    return options;
   }
   // `faults`: of the first replica.
   std::unique_ptr<Engine> Front(EngineOptions options, const FaultInjector& faults = {}) {
