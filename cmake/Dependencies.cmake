@@ -48,10 +48,29 @@ if(DSLA_TORCH)
     -Wl,-rpath-link,${dsla_site_packages}/nvidia/cu13/lib -Wl,--allow-shlib-undefined)
 endif()
 
+# XGrammar and TVM FFI, from their wheels in the project's own .venv (or DSLA_XGRAMMAR_DIR): a header of the latter is
+# compiled with, and the processes of grammars load their libraries from there.
+if("${DSLA_XGRAMMAR_DIR}" MATCHES "^$|/\\.venv/" AND NOT EXISTS "${DSLA_XGRAMMAR_DIR}/tvm_ffi/include/tvm/ffi/c_api.h")
+  unset(DSLA_XGRAMMAR_DIR CACHE)
+endif()
+set(dsla_xgrammar_dir)
+file(GLOB dsla_candidates ${PROJECT_SOURCE_DIR}/.venv/lib/python3*/site-packages)
+foreach(candidate ${dsla_candidates})
+  if(EXISTS ${candidate}/tvm_ffi/include/tvm/ffi/c_api.h)
+    set(dsla_xgrammar_dir ${candidate})
+  endif()
+endforeach()
+set(DSLA_XGRAMMAR_DIR "${dsla_xgrammar_dir}" CACHE PATH "The folder with the packages xgrammar and tvm_ffi")
+if(NOT EXISTS "${DSLA_XGRAMMAR_DIR}/tvm_ffi/include/tvm/ffi/c_api.h")
+  message(FATAL_ERROR "XGrammar not found (DSLA_XGRAMMAR_DIR is '${DSLA_XGRAMMAR_DIR}'): run ./quickstart, or set DSLA_XGRAMMAR_DIR to the folder of its installed packages")
+endif()
+add_library(tvm_ffi INTERFACE)
+target_include_directories(tvm_ffi SYSTEM INTERFACE ${DSLA_XGRAMMAR_DIR}/tvm_ffi/include)
+
 # Everything that a header of the project may include, for header_alone.
 set(DSLA_EXTERNAL_LIBRARIES fmt::fmt Threads::Threads nlohmann_json::nlohmann_json PkgConfig::PCRE2
     OpenSSL::Crypto OpenSSL::SSL ICU::uc CLI11::CLI11 PkgConfig::HWY Boost::headers spdlog::spdlog simdjson::simdjson
-    PkgConfig::TOMLPLUSPLUS)
+    PkgConfig::TOMLPLUSPLUS tvm_ffi)
 if(DSLA_TESTS)
   list(APPEND DSLA_EXTERNAL_LIBRARIES GTest::gmock)
 endif()

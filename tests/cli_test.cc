@@ -207,6 +207,27 @@ TEST_F(CliTest, ControlCEndsItBeforeAnAnswer) {
   EXPECT_EQ(interrupted(Model() + "--chat --chat-template chatml"), 124);
 }
 
+TEST_F(CliTest, TheModelsAdviceIsTheDefaultOfSampling) {
+  const auto tokens = [&](const std::string& arguments) {
+    const Outcome outcome =
+        Dsla("run " + Model() + "--json --ignore-eos -n 16 " + arguments + " abc");
+    EXPECT_EQ(outcome.exit_code, 0) << outcome.err;
+    return nlohmann::json::parse(outcome.out)["text"].dump();
+  };
+  const std::string greedy = tokens("");
+  const std::string drawn = tokens("--temperature 3 --top-k 50");
+  EXPECT_NE(drawn, greedy);
+  std::ofstream(fs::path(model_) / "generation_config.json")
+      << R"({"do_sample": true, "temperature": 3, "top_k": 50})";
+  EXPECT_EQ(tokens(""), drawn);
+  EXPECT_EQ(tokens("--generation-config none"), greedy);
+  EXPECT_EQ(tokens("--temperature 0"), greedy) << "what is given goes before it";
+  EXPECT_THAT(Dsla("inspect " + model_).out, HasSubstr("sampling       temperature 3, top_k 50\n"));
+  EXPECT_EQ(nlohmann::json::parse(Dsla("inspect --json " + model_).out)["sampling"]["top_k"], 50);
+  std::ofstream(fs::path(model_) / "generation_config.json") << R"({"top_p": 2})";
+  ExpectRefused("run " + Model() + "abc", "generation_config.json': top_p is 2, not in (0, 1]");
+}
+
 TEST_F(CliTest, InspectShowsModelAndAdapter) {
   const Outcome outcome = Dsla("inspect --json --tensors " + model_ + " --adapter " + adapter_);
   ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
@@ -339,6 +360,19 @@ TEST_F(CliTest, BadOptionsAreNamed) {
   ExpectRefused("eval " + Model() + "--data " + folder_.string() + "/none.jsonl", "cannot open");
 }
 
+TEST_F(CliTest, AReplyFollowsAGrammar) {
+  const std::string grammar = (folder_ / "digits.gbnf").string();
+  std::ofstream(grammar) << "root ::= [0-9]{3}";
+  const Outcome reply = Dsla("run " + Model() + "--grammar " + grammar + " -n 12 abc");
+  ASSERT_EQ(reply.exit_code, 0) << reply.err;
+  EXPECT_THAT(reply.out, testing::MatchesRegex("[0-9][0-9][0-9]\n"));
+  std::ofstream(grammar) << "root ::= (";
+  ExpectRefused("run " + Model() + "--grammar " + grammar + " abc", "--grammar: EBNF parser error");
+  std::ofstream(grammar) << R"({"type":"array","uniqueItems":true})";
+  ExpectRefused("run " + Model() + "--json-schema " + grammar + " abc", "'uniqueItems'");
+  ExpectRefused("run " + Model() + "--json-schema none abc", "none");
+}
+
 // Before the model is opened: a large one takes long.
 TEST_F(CliTest, BadOptionsOfRunAreNamedBeforeTheModelIsLoaded) {
   for (const auto& [arguments, message] :
@@ -351,6 +385,7 @@ TEST_F(CliTest, BadOptionsOfRunAreNamedBeforeTheModelIsLoaded) {
            {"--memory lots", "--memory: 'lots'"},
            {"--chat --json", "--json does not go with --chat"},
            {"--chat --raw", "--raw does not go with --chat"},
+           {"--json-schema a --grammar b", "--json-schema does not go with --grammar"},
            {"--chat --file -", "--file -"}})
     ExpectRefused("run --model none " + std::string(arguments) + " abc", message);
 }

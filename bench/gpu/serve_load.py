@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Loads a server that runs already with clients that each send their next request when they have the last one's reply, all
 at the same level (-1: as the server chooses). Prompts are token ids that no other prompt begins with, of a random length, as
-replies are. Prints tokens per second, and median / 95th percentile of the time to the first token and of the time per token
+replies are; or, with --documents N, questions of 32 tokens behind one of N documents of such lengths. Prints tokens per second, and median / 95th percentile of the time to the first token and of the time per token
 after it, of what begins after a fifth of the time. Tokens count as evenly spread over a reply.
 
 Usage: serve_load.py [--url URL] [--clients N] [--seconds S] [--prompt LEAST MOST] [--reply LEAST MOST] [--levels K ...]
+                     [--documents N]
 """
 
 import argparse
@@ -20,6 +21,19 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "serving
 import client as load_client
 
 PROCESSES = 12  # one alone could not read the streams of many clients in time
+QUESTION = 32  # tokens, of one about a document
+
+
+def text(numbers, lengths):
+    """Token ids that no other text begins with."""
+    tokens = numbers.randint(*lengths)
+    beginning = [numbers.randint(5, 40000) for _ in range(16)]
+    return beginning + [(i * 104729 + tokens) % 40000 + 5 for i in range(tokens - len(beginning))]
+
+
+def question(numbers, args):
+    document = text(random.Random(numbers.randrange(args.documents)), args.prompt)
+    return document + text(numbers, (QUESTION, QUESTION))
 
 
 async def one_client(args, seed, level, start):
@@ -28,9 +42,8 @@ async def one_client(args, seed, level, start):
     client = load_client.Client(args.url)
     records = []
     while time.monotonic() < start + args.seconds and (not records or records[-1].ok):
-        tokens, reply = numbers.randint(*args.prompt), numbers.randint(*args.reply)
-        prompt = [numbers.randint(5, 40000) for _ in range(16)]
-        prompt += [(i * 104729 + tokens) % 40000 + 5 for i in range(tokens - len(prompt))]
+        prompt = question(numbers, args) if args.documents else text(numbers, args.prompt)
+        reply = numbers.randint(*args.reply)
         body = {
             "prompt": prompt, "max_tokens": reply, "temperature": 0, "ignore_eos": True, "stream": True,
             "stream_options": {"include_usage": True},
@@ -93,6 +106,7 @@ def main():
     parser.add_argument("--prompt", type=int, nargs=2, default=[2000, 7900], metavar=("LEAST", "MOST"))
     parser.add_argument("--reply", type=int, nargs=2, default=[64, 256], metavar=("LEAST", "MOST"))
     parser.add_argument("--levels", type=int, nargs="*", default=[0])
+    parser.add_argument("--documents", type=int, default=0, help="that all clients ask about (0: every prompt is another)")
     args = parser.parse_args()
     for level in args.levels:
         load(args, level)

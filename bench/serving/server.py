@@ -35,7 +35,11 @@ class Server:
 
     def __enter__(self):
         with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+            # Measured now, unless its arguments say otherwise: no figure is to hang on what an earlier start kept.
+            environment = {"DSLA_CALIBRATION": "measure", **os.environ}
+            self.process = subprocess.Popen(
+                self.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+            )
         try:
             self._wait_ready()
         except BaseException:

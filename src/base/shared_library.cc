@@ -15,22 +15,21 @@ bool IsBelow(const fs::path& path, const fs::path& folder) {
          folder.end();
 }
 
-// The library's path, or its bare name if it is not in one of our own places.
-std::string Find(const std::string& library) {
+}  // namespace
+
+std::string BesideProgram(const std::string& name) {
   std::error_code error;
   const fs::path program = fs::read_symlink("/proc/self/exe", error).parent_path();
   const fs::path build_folder = fs::weakly_canonical(DSLA_BINARY_DIR, error);  // as the former
-  if (fs::exists(program / library, error)) return program / library;
+  if (fs::exists(program / name, error)) return program / name;
   // Tests and benchmarks lie in folders below it.
-  if (IsBelow(program, build_folder) && fs::exists(build_folder / library, error))
-    return build_folder / library;
-  return library;
+  if (IsBelow(program, build_folder) && fs::exists(build_folder / name, error))
+    return build_folder / name;
+  return name;
 }
 
-}  // namespace
-
 Expected<void*> LibraryFunction(const std::string& library, const char* function) {
-  void* const handle = ::dlopen(Find(library).c_str(), RTLD_NOW | RTLD_LOCAL);
+  void* const handle = ::dlopen(BesideProgram(library).c_str(), RTLD_NOW | RTLD_LOCAL);
   if (handle == nullptr)
     return Error(StatusCode::kUnavailable,
                  "'{}', which belongs beside the program, cannot be loaded: {}", library,

@@ -15,6 +15,11 @@ TEST(SharedLibraryTest, FindsAFunctionOfASystemLibrary) {
   EXPECT_EQ(*LibraryFunction("libm.so.6", "cos"), *cosine);
 }
 
+TEST(SharedLibraryTest, AFileOfTheBuildIsBesideTheProgram) {
+  EXPECT_EQ(BesideProgram("shared_library_test").front(), '/');
+  EXPECT_EQ(BesideProgram("no_such_file"), "no_such_file");
+}
+
 TEST(SharedLibraryTest, NamesWhatIsNotThere) {
   const Status library = LibraryFunction("libdsla_none.so", "DslaNone").status();
   EXPECT_EQ(library.code(), StatusCode::kUnavailable);

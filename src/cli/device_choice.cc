@@ -1,6 +1,7 @@
 #include "cli/device_choice.h"
 
 #include <algorithm>
+#include <set>
 
 namespace dsla {
 namespace {
@@ -27,6 +28,34 @@ bool IsOfDevice(const Status& status) {
     default:
       return false;
   }
+}
+
+constexpr std::string_view kAll = "cuda:all";
+
+Status OfDeviceOption(const std::string& device, const Status& status) {
+  return Status(status.code(), fmt::format("--device {}: {}", device, status.message()));
+}
+
+Expected<std::vector<std::shared_ptr<Device>>> OpenAll(const DeviceOpener& open) {
+  std::vector<std::shared_ptr<Device>> devices;
+  while (true) {
+    auto device = open(fmt::format("cuda:{}", devices.size()));
+    if (device.status().code() == StatusCode::kNotFound && !devices.empty()) return devices;
+    if (!device.ok()) return OfDeviceOption(std::string(kAll), device.status());
+    devices.push_back(*std::move(device));
+  }
+}
+
+std::vector<std::string> SplitAtCommas(const std::string& text) {
+  std::vector<std::string> parts(1);
+  for (const char c : text) {
+    if (c == ',') {
+      parts.emplace_back();
+    } else {
+      parts.back() += c;
+    }
+  }
+  return parts;
 }
 
 Status LoadOnAny(const DeviceWish& wish, const ModelConfig& config, const DeviceSteps& steps) {
@@ -57,8 +86,38 @@ Status LoadOnDevice(const DeviceWish& wish, const ModelConfig& config, const Dev
   if (wish.device == "auto") return LoadOnAny(wish, config, steps);
   const auto device = steps.open(wish.device);
   if (device.ok()) return Load(wish, config, steps, *device);
-  return Status(device.status().code(),
-                fmt::format("--device {}: {}", wish.device, device.status().message()));
+  return OfDeviceOption(wish.device, device.status());
+}
+
+bool NamesSeveralDevices(const std::string& device) {
+  return device == kAll || device.find(',') != std::string::npos;
+}
+
+Expected<std::vector<std::shared_ptr<Device>>> OpenDevices(const std::string& device,
+                                                           const DeviceOpener& open) {
+  if (device == kAll) return OpenAll(open);
+  std::vector<std::shared_ptr<Device>> devices;
+  std::set<std::string> names;
+  const std::vector<std::string> parts = SplitAtCommas(device);
+  for (const std::string& part : parts) {
+    if (!part.starts_with("cuda:") || part == kAll)
+      return InvalidArgument("--device {}: '{}' is not one of several GPUs, cuda:N", device, part);
+  }
+  for (const std::string& part : parts) {
+    auto opened = open(part);
+    if (!opened.ok()) return OfDeviceOption(part, opened.status());
+    if (!names.insert((*opened)->name()).second)
+      return InvalidArgument("--device {}: has {} twice", device, part);
+    devices.push_back(*std::move(opened));
+  }
+  return devices;
+}
+
+std::string KindOf(const Device& device) {
+  const std::string& name = device.name();
+  const size_t begin = name.find('('), end = name.rfind(')');
+  if (begin == std::string::npos || end == std::string::npos || end < begin) return name;
+  return name.substr(begin + 1, end - begin - 1);
 }
 
 Status CheckCacheMemory(const Device& device, int64_t step_bytes, const std::string& given,

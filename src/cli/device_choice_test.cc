@@ -42,12 +42,7 @@ class DeviceChoiceTest : public testing::Test {
               bool chooses_weights = false) {
     return LoadOnDevice({.device = device, .weights = weights, .chooses_weights = chooses_weights},
                         {},
-                        {.open = [&](const std::string& name) -> Expected<std::shared_ptr<Device>> {
-                           const auto found = opens_.find(name);
-                           if (found == opens_.end())
-                             return NotFound("this machine has {} GPUs", opens_.size());
-                           return found->second;
-                         },
+                        {.open = [&](const std::string& name) { return Open(name); },
                          .load =
                              [&](const std::shared_ptr<Device>& on, WeightFormat in) {
                                const std::string name = on == nullptr ? "cpu" : on->name();
@@ -56,6 +51,11 @@ class DeviceChoiceTest : public testing::Test {
                                return found == loads_.end() ? Status::Ok() : found->second;
                              },
                          .say = [&](const std::string& line) { said_.push_back(line); }});
+  }
+  Expected<std::shared_ptr<Device>> Open(const std::string& name) const {
+    const auto found = opens_.find(name);
+    if (found == opens_.end()) return NotFound("this machine has {} GPUs", opens_.size());
+    return found->second;
   }
   void Add(const std::string& name, bool prefers_few_bits = false) {
     opens_.emplace(name, std::make_shared<NamedDevice>(name, prefers_few_bits));
@@ -153,6 +153,35 @@ TEST_F(DeviceChoiceTest, CacheMemoryIsWhatIsFreeBesideSteps) {
             "--memory: 9G are 9663676416 bytes, and 9663676415 are free on cuda:0 (a GPU) beside "
             "the weights and what steps take");
   EXPECT_THAT(CheckCacheMemory(device, 11 * gib, "1", 1).message(), HasSubstr("and 0 are free"));
+}
+
+TEST_F(DeviceChoiceTest, SeveralDevices) {
+  for (int i = 0; i < 3; ++i) Add(fmt::format("cuda:{}", i));
+  const auto names = [&](const std::string& device) {
+    const auto opened = OpenDevices(device, [&](const std::string& name) { return Open(name); });
+    std::vector<std::string> names;
+    if (!opened.ok()) return std::vector{opened.status().message()};
+    for (const auto& of : *opened) names.push_back(of->name());
+    return names;
+  };
+  for (const char* one : {"auto", "cpu", "cuda", "cuda:1"}) EXPECT_FALSE(NamesSeveralDevices(one));
+  EXPECT_TRUE(NamesSeveralDevices("cuda:all"));
+  EXPECT_TRUE(NamesSeveralDevices("cuda:2,cuda:0"));
+  EXPECT_THAT(names("cuda:2,cuda:0"), ElementsAre("cuda:2", "cuda:0"));
+  EXPECT_THAT(names("cuda:all"), ElementsAre("cuda:0", "cuda:1", "cuda:2"));
+  EXPECT_THAT(names("cuda:0,cuda:0"), ElementsAre("--device cuda:0,cuda:0: has cuda:0 twice"));
+  EXPECT_THAT(names("cuda:0,cpu"), ElementsAre(HasSubstr("'cpu' is not one of several GPUs")));
+  EXPECT_THAT(names("cuda:0,"), ElementsAre(HasSubstr("'' is not one of several GPUs")));
+  EXPECT_THAT(names("cuda:0,cuda:7"), ElementsAre("--device cuda:7: this machine has 3 GPUs"));
+  opens_.insert_or_assign("cuda:1", Unsupported("cuda:1 (old): compute capability 7.0: needs 8.0"));
+  EXPECT_THAT(names("cuda:all"), ElementsAre(HasSubstr("--device cuda:all: cuda:1 (old)")));
+  opens_.clear();
+  EXPECT_THAT(names("cuda:all"), ElementsAre("--device cuda:all: this machine has 0 GPUs"));
+}
+
+TEST(KindOf, LeavesTheNumberOut) {
+  EXPECT_EQ(KindOf(NamedDevice("cuda:1 (NVIDIA H200 (SXM))")), "NVIDIA H200 (SXM)");
+  EXPECT_EQ(KindOf(NamedDevice("some device")), "some device");
 }
 
 }  // namespace

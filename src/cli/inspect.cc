@@ -91,6 +91,7 @@ nlohmann::json ToJson(const Inspection& inspection, bool tensors) {
                          {"sliding_window", c.sliding_window},
                          {"tied_embeddings", c.tied_embeddings},
                          {"chat_template", inspection.chat_template}};
+  for (const auto& [name, value] : c.sampling.Given()) json["sampling"][name] = value;
   if (inspection.adapter != nullptr) {
     const Adapter& adapter = *inspection.adapter;
     json["adapter"] = {{"id", adapter.id},
@@ -135,6 +136,10 @@ void PrintModel(const Inspection& inspection) {
   fmt::print("vocabulary     {}; context {} tokens{}\n", c.V, c.max_position,
              c.sliding_window > 0 ? fmt::format(", sliding window {}", c.sliding_window) : "");
   fmt::print("chat template  {}\n", inspection.chat_template);
+  std::string sampling;
+  for (const auto& [name, value] : c.sampling.Given())
+    sampling += fmt::format("{}{} {:.6g}", sampling.empty() ? "" : ", ", name, value);
+  fmt::print("sampling       {}\n", sampling.empty() ? "no advice" : sampling);
   fmt::print("fingerprint    {}\n", inspection.fingerprint);
 }
 

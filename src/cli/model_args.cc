@@ -6,10 +6,13 @@
 #include <algorithm>
 #include <charconv>
 #include <cstdio>
+#include <exception>
 #include <filesystem>
+#include <span>
+#include <thread>
+#include <utility>
 
 #include "base/clock.h"
-#include "cli/device_choice.h"
 #include "ops/simd/limit.h"
 
 namespace dsla {
@@ -34,9 +37,10 @@ Expected<WeightFormat> ParseWeightFormat(const std::string& value, const ModelFi
   return InvalidArgument("--weights: '{}' is not one of auto, bf16, fp32, fp8, int8, int4", value);
 }
 
-// The model on the device that `args` mean, or on the CPU.
+// The model on the device that `args` mean, which `open` opens, or on the CPU.
 Expected<std::unique_ptr<HybridModel>> LoadOn(const ModelArgs& args, const LoadedModel& loaded,
-                                              const Adapter* adapter, ModelOptions options) {
+                                              const Adapter* adapter, ModelOptions options,
+                                              const DeviceOpener& open) {
   DeviceWish wish{
       .device = args.device, .weights = options.weights, .chooses_weights = args.weights == "auto"};
   const bool on_devices = args.weights != "fp32" && args.kv == "bf16";
@@ -57,7 +61,7 @@ Expected<std::unique_ptr<HybridModel>> LoadOn(const ModelArgs& args, const Loade
   };
   const auto say = [](const std::string& line) { fmt::print(stderr, "dsla: {}\n", line); };
   DSLA_RETURN_IF_ERROR(
-      LoadOnDevice(wish, loaded.file->config(), {.open = OpenDevice, .load = load, .say = say}));
+      LoadOnDevice(wish, loaded.file->config(), {.open = open, .load = load, .say = say}));
   return model;
 }
 
@@ -197,13 +201,31 @@ Status OpenFiles(const ModelArgs& args, LoadedModel& loaded) {
   return Status::Ok();
 }
 
-}  // namespace
-
-Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences, int step_rows) {
-  const double start = NowSeconds();
-  DSLA_RETURN_IF_ERROR(LimitSimd(args.simd));
+// All but the model: what `args` say of it, and where it will run.
+struct Preparation {
   LoadedModel loaded;
   ModelOptions options;
+  std::shared_ptr<const Adapter> adapter;
+};
+
+// Another one of the same files, and of the model where there is one, that runs beside it.
+LoadedModel ReplicaOf(const LoadedModel& of, int threads) {
+  LoadedModel loaded;
+  loaded.file = of.file;
+  loaded.tokenizer = of.tokenizer;
+  loaded.model = of.model;
+  loaded.workspace = std::make_unique<Workspace>();
+  loaded.ctx = {.threads = threads, .workspace = loaded.workspace.get()};
+  loaded.memory_bytes = of.memory_bytes;
+  loaded.load_seconds = of.load_seconds;
+  return loaded;
+}
+
+Expected<Preparation> Prepare(const ModelArgs& args) {
+  DSLA_RETURN_IF_ERROR(LimitSimd(args.simd));
+  Preparation prepared;
+  LoadedModel& loaded = prepared.loaded;
+  ModelOptions& options = prepared.options;
   DSLA_ASSIGN_OR_RETURN(options.kv_dtype, ParseKvType(args.kv));
   options.max_positions = args.context;
   if (args.threads < 0 || args.threads > 1024)
@@ -219,22 +241,120 @@ Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences, int step_r
 
   DSLA_RETURN_IF_ERROR(OpenFiles(args, loaded));
   DSLA_ASSIGN_OR_RETURN(options.weights, ParseWeightFormat(args.weights, *loaded.file));
-  {
-    DSLA_ASSIGN_OR_RETURN(const auto adapter, OpenAdapter(args, *loaded.file));
-    DSLA_ASSIGN_OR_RETURN(loaded.model, LoadOn(args, loaded, adapter.get(), options));
-  }
-  // What loading took beside the weights goes back to the system: a half of a small model's memory.
-  loaded.file->ReleasePages();
+  DSLA_ASSIGN_OR_RETURN(prepared.adapter, OpenAdapter(args, *loaded.file));
+  return prepared;
+}
+
+// What loading took beside the weights goes back to the system: a half of a small model's memory.
+void ReleaseLoading(const ModelFile& file) {
+  file.ReleasePages();
   ::malloc_trim(0);
+}
+
+Status SetMemory(const ModelArgs& args, int sequences, int step_rows, LoadedModel& loaded) {
   step_rows = std::max(1, step_rows);
   if (args.memory.empty()) {
     loaded.memory_bytes = DefaultMemory(*loaded.model, sequences, step_rows);
-  } else if (const Device* const device = loaded.model->device()) {
-    DSLA_RETURN_IF_ERROR(CheckCacheMemory(*device, loaded.model->step_bytes(step_rows), args.memory,
-                                          loaded.memory_bytes));
+    return Status::Ok();
   }
+  const Device* const device = loaded.model->device();
+  if (device == nullptr) return Status::Ok();
+  return CheckCacheMemory(*device, loaded.model->step_bytes(step_rows), args.memory,
+                          loaded.memory_bytes);
+}
+
+// In a thread of its own.
+Status LoadOnOne(ModelArgs args, const Preparation& prepared, std::shared_ptr<Device> device,
+                 LoadedModel& loaded) {
+  args.device = device->name();
+  const auto open = [&](const std::string&) -> Expected<std::shared_ptr<Device>> { return device; };
+  try {
+    DSLA_ASSIGN_OR_RETURN(loaded.model,
+                          LoadOn(args, loaded, prepared.adapter.get(), prepared.options, open));
+  } catch (const std::exception& error) {
+    return Error(StatusCode::kInternal, "{}: {}", device->name(), error.what());
+  }
+  return Status::Ok();
+}
+
+Expected<std::vector<LoadedModel>> LoadOnAll(const ModelArgs& args,
+                                             std::span<const std::shared_ptr<Device>> devices,
+                                             int sequences, int step_rows) {
+  const double start = NowSeconds();
+  DSLA_ASSIGN_OR_RETURN(const Preparation prepared, Prepare(args));
+  const int threads = std::max(1, prepared.loaded.ctx.threads / static_cast<int>(devices.size()));
+  std::vector<LoadedModel> models;
+  for (size_t i = 0; i < devices.size(); ++i) models.push_back(ReplicaOf(prepared.loaded, threads));
+  std::vector<Status> statuses(devices.size());
+  {
+    std::vector<std::jthread> loaders;
+    for (size_t i = 0; i < devices.size(); ++i) {
+      loaders.emplace_back(
+          [&, i] { statuses[i] = LoadOnOne(args, prepared, devices[i], models[i]); });
+    }
+  }
+  for (const Status& status : statuses) DSLA_RETURN_IF_ERROR(status);
+  ReleaseLoading(*prepared.loaded.file);
+  const WeightFormat format = models.front().model->options().weights;
+  for (LoadedModel& loaded : models) {
+    if (loaded.model->options().weights != format) {
+      return InvalidArgument(
+          "--weights auto: {} on {} and {} on {}, which give different replies: name one",
+          Name(format), models.front().where(), Name(loaded.model->options().weights),
+          loaded.where());
+    }
+    DSLA_RETURN_IF_ERROR(SetMemory(args, sequences, step_rows, loaded));
+  }
+  const auto least = std::min_element(
+      models.begin(), models.end(),
+      [](const LoadedModel& a, const LoadedModel& b) { return a.memory_bytes < b.memory_bytes; });
+  const int64_t bytes = least->memory_bytes;
+  for (LoadedModel& loaded : models) {
+    loaded.memory_bytes = bytes;
+    loaded.load_seconds = NowSeconds() - start;
+  }
+  return models;
+}
+
+}  // namespace
+
+Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences, int step_rows,
+                                const DeviceOpener& open) {
+  const double start = NowSeconds();
+  DSLA_ASSIGN_OR_RETURN(Preparation prepared, Prepare(args));
+  LoadedModel loaded = std::move(prepared.loaded);
+  DSLA_ASSIGN_OR_RETURN(loaded.model,
+                        LoadOn(args, loaded, prepared.adapter.get(), prepared.options, open));
+  prepared.adapter.reset();
+  ReleaseLoading(*loaded.file);
+  DSLA_RETURN_IF_ERROR(SetMemory(args, sequences, step_rows, loaded));
   loaded.load_seconds = NowSeconds() - start;
   return loaded;
+}
+
+Expected<std::vector<LoadedModel>> LoadReplicas(const ModelArgs& args, int replicas, int sequences,
+                                                int step_rows, const DeviceOpener& open) {
+  if (NamesSeveralDevices(args.device)) {
+    DSLA_ASSIGN_OR_RETURN(const auto devices, OpenDevices(args.device, open));
+    if (replicas != 0 && replicas != static_cast<int>(devices.size())) {
+      return InvalidArgument("--replicas: {}, but --device {} are {} GPUs, each of which has one",
+                             replicas, args.device, devices.size());
+    }
+    return LoadOnAll(args, devices, sequences, step_rows);
+  }
+  std::vector<LoadedModel> models(1);
+  DSLA_ASSIGN_OR_RETURN(models[0], LoadModel(args, sequences, step_rows, open));
+  if (replicas <= 1) return models;
+  if (models[0].model->device() != nullptr) {
+    return InvalidArgument(
+        "--replicas: {} on {}: a GPU has one; --device cpu, or several GPUs (cuda:0,cuda:1)",
+        replicas, models[0].where());
+  }
+  const int threads = std::max(1, models[0].ctx.threads / replicas);
+  models[0].ctx.threads = threads;
+  while (static_cast<int>(models.size()) < replicas)
+    models.push_back(ReplicaOf(models[0], threads));
+  return models;
 }
 
 std::string LoadedModel::where() const {

@@ -6,10 +6,12 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "base/exec.h"
 #include "base/status.h"
 #include "cache/cache_pool.h"
+#include "cli/device_choice.h"
 #include "format/adapter.h"
 #include "format/chat/chat_template.h"
 #include "format/model_file.h"
@@ -33,11 +35,12 @@ struct ModelArgs {
   void AddTo(CLI::App& app);
 };
 
-// A model ready to run. Members are in the order in which they depend on each other.
+// A model ready to run. Members are in the order in which they depend on each other; replicas share
+// what they can.
 struct LoadedModel {
-  std::unique_ptr<ModelFile> file;
-  std::unique_ptr<Tokenizer> tokenizer;
-  std::unique_ptr<HybridModel> model;
+  std::shared_ptr<ModelFile> file;
+  std::shared_ptr<Tokenizer> tokenizer;
+  std::shared_ptr<HybridModel> model;
   std::unique_ptr<Workspace> workspace;
   ExecContext ctx;
   int64_t memory_bytes = 0;  // cache budget
@@ -56,7 +59,17 @@ Expected<DType> ParseKvType(const std::string& value);
 // `sequences`: how many full contexts the default cache budget is for; `step_rows`: the largest
 // step that will be run. kResourceExhausted where --memory asks for more than a device has beside
 // it.
-Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences = 1, int step_rows = 512);
+Expected<LoadedModel> LoadModel(const ModelArgs& args, int sequences = 1, int step_rows = 512,
+                                const DeviceOpener& open = OpenDevice);
+
+// A model for each of several engines. args.device may name several GPUs (device_choice.h): then
+// they are loaded side by side, from one file and in one format; `replicas` is their number or 0.
+// On the CPU `replicas` (0: one) share the model, and args.threads. All have the same memory_bytes:
+// of a GPU what --memory says or the least that is to be had, of the CPU all that they are to
+// share.
+Expected<std::vector<LoadedModel>> LoadReplicas(const ModelArgs& args, int replicas, int sequences,
+                                                int step_rows,
+                                                const DeviceOpener& open = OpenDevice);
 
 // The model and adapter that are used when none is named: in the project's .venv and models/, found
 // from the binary's place.

@@ -13,6 +13,7 @@
 #include "cli/reply.h"
 #include "cli/sampling_args.h"
 #include "engine/prompt.h"
+#include "grammar/grammar.h"
 
 namespace dsla {
 namespace {
@@ -32,7 +33,8 @@ struct RunArgs {
   int max_tokens = 256;
   int prefill_chunk = 512;
   bool ignore_eos = false;
-  SamplingParams sampling;
+  std::string json_schema, grammar;  // paths
+  SamplingArgs sampling;
   std::vector<std::string> logit_bias;
   bool stats = false;
   bool json = false;
@@ -85,6 +87,8 @@ Status CheckArgs(const RunArgs& args) {
   for (const auto& [given, name] : {std::pair(args.raw, "--raw"), std::pair(args.json, "--json")}) {
     if (args.chat && given) return InvalidArgument("{} does not go with --chat", name);
   }
+  if (!args.json_schema.empty() && !args.grammar.empty())
+    return InvalidArgument("--json-schema does not go with --grammar");
   if (args.tier != "full" && args.tier != "auto" && args.tier != "economy")
     return InvalidArgument("--tier: '{}' is not one of full, auto, economy", args.tier);
   if (args.prefill_chunk < 1)
@@ -92,7 +96,7 @@ Status CheckArgs(const RunArgs& args) {
   if (args.max_tokens < 0) return InvalidArgument("--max-tokens: {} is negative", args.max_tokens);
   if (!args.chat_template.empty())
     DSLA_RETURN_IF_ERROR(ChatTemplateByName(args.chat_template).status());
-  return Validate(args.sampling, 0);  // --logit-bias is not part of it yet
+  return Validate(args.sampling.params, 0);  // --logit-bias is not part of it yet
 }
 
 // The template for the model's conversations, or none for plain completion.
@@ -131,9 +135,28 @@ Expected<SessionOptions> ChooseLevel(const RunArgs& args, const LoadedModel& loa
   return options;
 }
 
+// What the reply is to follow, or nothing.
+Expected<std::shared_ptr<const Grammar>> MakeGrammar(const RunArgs& args,
+                                                     const LoadedModel& loaded) {
+  std::shared_ptr<const Grammar> grammar;
+  if (args.json_schema.empty() && args.grammar.empty()) return grammar;
+  const bool schema = !args.json_schema.empty();
+  const char* const option = schema ? "--json-schema" : "--grammar";
+  GrammarSpec spec{.kind = schema ? GrammarSpec::Kind::kJsonSchema : GrammarSpec::Kind::kEbnf};
+  const GrammarOptions options;
+  DSLA_ASSIGN_OR_RETURN(
+      spec.text, ReadTextFile(schema ? args.json_schema : args.grammar, options.max_text_bytes));
+  const auto compiler =
+      GrammarCompiler::Create(*loaded.tokenizer, loaded.model->config().V, options);
+  auto compiled = compiler->Compile(spec);
+  if (!compiled.ok())
+    return Error(compiled.status().code(), "{}: {}", option, compiled.status().message());
+  return compiled;
+}
+
 Expected<GenerateOptions> MakeGenerateOptions(const RunArgs& args, const LoadedModel& loaded) {
   GenerateOptions options;
-  options.sampling = args.sampling;
+  options.sampling = args.sampling.With(loaded.model->config().sampling);
   for (const std::string& text : args.logit_bias) {
     int32_t id = 0;
     float bias = 0;
@@ -142,6 +165,7 @@ Expected<GenerateOptions> MakeGenerateOptions(const RunArgs& args, const LoadedM
   }
   DSLA_RETURN_IF_ERROR(Validate(options.sampling, loaded.model->config().V));
   options.max_tokens = args.max_tokens;
+  DSLA_ASSIGN_OR_RETURN(options.grammar, MakeGrammar(args, loaded));
   if (!args.ignore_eos) {
     options.stop_ids = loaded.model->config().eos_ids;
     if (const auto eos = loaded.tokenizer->eos_id()) options.stop_ids.push_back(*eos);
@@ -272,13 +296,14 @@ Status Run(const RunArgs& args) {
 
 void AddSampling(CLI::App& command, RunArgs& args) {
   const auto group = "Sampling";
-  args.sampling.temperature = 0;  // a plain run answers the same every time
-  AddSamplingArgs(command, args.sampling, group);
+  args.sampling.params.temperature = 0;  // a plain run answers the same every time
+  args.sampling.AddTo(command, group);
   command.add_option("--logit-bias", args.logit_bias, "added to a token's logit; may be repeated")
       ->type_name("ID:BIAS")
       ->allow_extra_args(false)
       ->group(group);
-  command.add_option("--seed", args.sampling.seed, "draws depend on it and the position alone")
+  command
+      .add_option("--seed", args.sampling.params.seed, "draws depend on it and the position alone")
       ->capture_default_str()
       ->group(group);
 }
@@ -348,6 +373,16 @@ void AddRun(CLI::App& app, Command& chosen) {
       ->capture_default_str()
       ->group(output);
   command.add_flag("--ignore-eos", args->ignore_eos, "do not stop at the model's end token")
+      ->group(output);
+  command
+      .add_option("--json-schema", args->json_schema,
+                  "the reply is JSON that this schema describes")
+      ->type_name("PATH")
+      ->group(output);
+  command
+      .add_option("--grammar", args->grammar,
+                  "the reply follows this grammar, in the EBNF of llama.cpp")
+      ->type_name("PATH")
       ->group(output);
   command
       .add_flag("--stats", args->stats,

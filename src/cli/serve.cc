@@ -1,5 +1,6 @@
 // dsla serve: the OpenAI-compatible server. It listens before the model is there and says so to
 // whoever asks; the model loads in a thread of its own while this one waits for signals.
+#include <fmt/ranges.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -9,15 +10,20 @@
 #include <cstdio>
 #include <exception>
 #include <filesystem>
+#include <map>
 #include <new>
+#include <set>
 #include <thread>
 
 #include "base/clock.h"
 #include "base/memory_limit.h"
 #include "cli/commands.h"
+#include "cli/device_choice.h"
 #include "cli/serve_args.h"
 #include "cli/serve_cost.h"
+#include "engine/replicas.h"
 #include "format/chat/chat_template.h"
+#include "grammar/grammar.h"
 #include "server/access_log.h"
 #include "server/config.h"
 #include "server/dsla_state.h"
@@ -36,6 +42,8 @@ constexpr int kDefaultSequences = 8;  // full contexts that the default cache me
 constexpr int kDeviceBatchTokens = 4096;
 constexpr double kLastAnswers = 2;  // seconds in which clients are told that theirs have failed
 constexpr int kTextThreads = 2;     // for large texts
+// They wait for the processes of grammars, several of which may be slow.
+constexpr int kGrammarThreads = 16;
 
 // What the machine, or the container, lets this process have.
 int64_t MemoryLimit() {
@@ -46,13 +54,37 @@ int64_t MemoryLimit() {
 
 // With less, a server starts that can hold nothing: the least that is of use is a page of every
 // layer, which is what one short sequence takes at level 0.
-Status CheckMemory(const LoadedModel& model, const std::string& given) {
+Status CheckMemory(const LoadedModel& model, const std::string& given, int sharers) {
   const CacheGeometry geometry = model.model->cache_geometry();
   const int64_t least = model.model->config().L * geometry.page_bytes();
   if (given.empty() || model.memory_bytes >= least) return Status::Ok();
   return InvalidArgument(
-      "--memory: {} holds no sequence; one of up to {} tokens takes {} bytes ({}) at level 0",
-      given, geometry.page_size, least, FormatBytes(least));
+      "--memory: {}{} holds no sequence; one of up to {} tokens takes {} bytes ({}) at level 0",
+      given, sharers > 1 ? fmt::format(", shared by {} replicas,", sharers) : "",
+      geometry.page_size, least, FormatBytes(least));
+}
+
+// Of every replica. On a device the default is already no more than what is free there; on the CPU
+// they share it.
+Status SetMemory(const std::string& given, std::vector<LoadedModel>& models) {
+  const bool on_cpu = models.front().model->device() == nullptr;
+  const int sharers = on_cpu ? static_cast<int>(models.size()) : 1;
+  int64_t bytes = models.front().memory_bytes;
+  if (on_cpu && given.empty()) bytes = std::min(bytes, MemoryLimit() / 4);
+  for (LoadedModel& model : models) model.memory_bytes = bytes / sharers;
+  return CheckMemory(models.front(), given, sharers);
+}
+
+std::string DeviceName(const LoadedModel& model) {
+  const Device* device = model.model->device();
+  return device == nullptr ? "cpu" : device->name();
+}
+
+// Each once.
+std::string DeviceNames(const std::vector<LoadedModel>& models) {
+  std::set<std::string> names;
+  for (const LoadedModel& model : models) names.insert(DeviceName(model));
+  return fmt::format("{}", fmt::join(names, ", "));
 }
 
 // A model's name where none is given: of its file without the ending, or of its folder.
@@ -76,6 +108,7 @@ class Program {
   const Status& load_status() const { return load_status_; }  // after loaded()
   void Watch();         // to be called about once a second: logs what changed
   bool DeviceFailed();  // likewise; only a new process helps
+  bool ReplicaFailed() const { return health_.Degraded(); }
   // Until no request is left, for so many seconds at most; false: a signal came to end at once.
   bool WaitIdle(SignalQueue& signals, double seconds);
   bool Drain(SignalQueue& signals);  // likewise
@@ -83,10 +116,15 @@ class Program {
 
  private:
   Status LoadAll();
+  Status SetPolicy();
   Status MakeEngine();
+  Expected<std::vector<CostModel>> MeasureCosts();
+  const LoadedModel& model() const { return models_.front(); }
+  void ChooseTools(openai::ApiContext* context);
   Status MakeApi();
   std::shared_ptr<Router> NewRouter() const;
   std::string Url() const;
+  SamplingParams SamplingDefaults() const;
   void WarnOfSmallCache(Tier tier);
 
   const ServeArgs& args_;
@@ -97,14 +135,16 @@ class Program {
   std::string scheme_ = "http";
 
   // In the order in which they depend on each other.
-  LoadedModel model_;
+  std::vector<LoadedModel> models_;  // of each replica
   std::string model_name_;
   LadderInfo ladder_;
   PolicyOptions policy_;
+  std::vector<CostModel> costs_;  // [models]; none where there is nothing to decide
   std::unique_ptr<ServerMetrics> metrics_;
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<DslaControl> control_;
-  std::unique_ptr<openai::TaskPool> text_pool_;
+  std::unique_ptr<GrammarCompiler> grammars_;
+  std::unique_ptr<openai::TaskPool> text_pool_, grammar_pool_;
   std::unique_ptr<HttpServer> server_;
   std::thread loader_;
 
@@ -117,6 +157,7 @@ Program::~Program() {
   if (loader_.joinable()) loader_.join();
   server_.reset();  // every client is gone, and with it what it had running
   text_pool_.reset();
+  grammar_pool_.reset();
   access_log_.SetMetrics(nullptr);
   engine_.reset();
 }
@@ -158,45 +199,43 @@ void Program::Load() {
 }
 
 Status Program::LoadAll() {
-  DSLA_ASSIGN_OR_RETURN(
-      model_, LoadModel(args_.model, kDefaultSequences,
-                        args_.max_batch_tokens > 0 ? args_.max_batch_tokens : kDeviceBatchTokens));
-  const Device* device = model_.model->device();
+  DSLA_ASSIGN_OR_RETURN(models_, LoadReplicas(args_.model, args_.replicas, kDefaultSequences,
+                                              args_.max_batch_tokens > 0 ? args_.max_batch_tokens
+                                                                         : kDeviceBatchTokens));
+  const Device* device = model().model->device();
   if (device != nullptr && args_.engine.deterministic) {
     return InvalidArgument(
         "--deterministic: its products are the CPU's alone (--device cpu), not {}'s",
         device->name());
   }
-  // On a device the default is already no more than what is free there.
-  const int64_t quarter = MemoryLimit() / 4;
-  if (device == nullptr && args_.model.memory.empty())
-    model_.memory_bytes = std::min(model_.memory_bytes, quarter);
-  DSLA_RETURN_IF_ERROR(CheckMemory(model_, args_.model.memory));
-  const AdapterInfo* adapter = model_.model->adapter();
-  model_name_ = args_.model_names.empty() ? NameOfPath(model_.file->path()) : args_.model_names[0];
+  DSLA_RETURN_IF_ERROR(SetMemory(args_.model.memory, models_));
+  const AdapterInfo* adapter = model().model->adapter();
+  model_name_ = args_.model_names.empty() ? NameOfPath(model().file->path()) : args_.model_names[0];
   ladder_.model = model_name_;
   if (adapter) {
     ladder_.adapter = adapter->id;
     ladder_.ladder = adapter->ladder;
     ladder_.top_level = adapter->top_level;
-    ladder_.max_level = model_.model->max_level();
+    ladder_.max_level = model().model->max_level();
   }
-  log_->Write(LogLevel::kInfo, "model",
-              {{"name", model_name_},
-               {"path", model_.file->path()},
-               {"adapter", ladder_.adapter.empty() ? "none" : ladder_.adapter},
-               {"context", int64_t{model_.model->max_positions()}},
-               {"cache_memory", FormatBytes(model_.memory_bytes)},
-               {"device", device == nullptr ? "cpu" : device->name()},
-               {"threads", int64_t{model_.ctx.threads}},
-               {"seconds", model_.load_seconds}});
+  std::vector<LogField> fields = {{"name", model_name_},
+                                  {"path", model().file->path()},
+                                  {"adapter", ladder_.adapter.empty() ? "none" : ladder_.adapter},
+                                  {"context", int64_t{model().model->max_positions()}},
+                                  {"cache_memory", FormatBytes(model().memory_bytes)},
+                                  {"device", DeviceNames(models_)},
+                                  {"threads", int64_t{model().ctx.threads}},
+                                  {"seconds", model().load_seconds}};
+  if (models_.size() > 1) fields.push_back({"replicas", static_cast<int64_t>(models_.size())});
+  log_->Write(LogLevel::kInfo, "model", fields);
+  DSLA_RETURN_IF_ERROR(SetPolicy());
   DSLA_RETURN_IF_ERROR(MakeEngine());
   return MakeApi();
 }
 
-Status Program::MakeEngine() {
+Status Program::SetPolicy() {
   policy_ = args_.policy;
-  policy_.layers = model_.model->config().L;
+  policy_.layers = model().model->config().L;
   policy_.max_level = args_.max_level;
   if (args_.max_level < 0) {
     policy_.max_level = ladder_.top_level;
@@ -212,35 +251,83 @@ Status Program::MakeEngine() {
                            policy_.max_level,
                            ladder_.adapter.empty() ? ": there is no adapter" : "");
   }
+  return Status::Ok();
+}
+
+// A cost model for each replica, measured once for those on devices of one kind.
+Expected<std::vector<CostModel>> Program::MeasureCosts() {
+  std::map<std::string, CostModel> known;  // by kind
+  std::vector<CostModel> costs;
+  for (const LoadedModel& of : models_) {
+    const Device* device = of.model->device();
+    const std::string kind = device == nullptr ? "cpu" : KindOf(*device);
+    if (!known.empty() && !known.contains(kind) && !args_.cost_model.empty()) {
+      return InvalidArgument("--cost-model: a file is of one kind of device, and these are {}",
+                             DeviceNames(models_));
+    }
+    if (!known.contains(kind)) {
+      // Whatever the policy at the start, an administrator may change to slo.
+      const double start = NowSeconds();
+      DSLA_ASSIGN_OR_RETURN(
+          ServeCost cost,
+          CostForServing(of, {.top_level = std::max(policy_.max_level, ladder_.top_level),
+                              .file = args_.cost_model,
+                              // Random weights are known by their path alone.
+                              .keep = args_.calibration == "auto" && !args_.model.random_weights,
+                              .version = kVersion,
+                              .simd = args_.model.simd}));
+      if (!cost.problem.empty())
+        log_->Write(LogLevel::kWarning, "cost_model_file", {{"message", cost.problem}});
+      log_->Write(LogLevel::kInfo, cost.measured ? "calibrated" : "cost_model_read",
+                  {{"cost", cost.model.Summary()},
+                   {"file", cost.file.empty() ? "none" : cost.file},
+                   {"seconds", NowSeconds() - start}});
+      known.emplace(kind, std::move(cost.model));
+    }
+    costs.push_back(known.at(kind));
+  }
+  return costs;
+}
+
+Status Program::MakeEngine() {
   EngineOptions options = args_.engine;
   if (args_.max_batch_tokens > 0) {
     options.max_batch_tokens = args_.max_batch_tokens;
-  } else if (model_.model->device() != nullptr) {
+  } else if (model().model->device() != nullptr) {
     options.max_batch_tokens = kDeviceBatchTokens;
   }
-  options.memory_bytes = model_.memory_bytes;
+  options.memory_bytes = model().memory_bytes;
   options.prefix_cache = !args_.no_prefix_cache;
   options.default_max_level = policy_.max_level;
   policy_.slo.prefill_chunk = options.max_batch_tokens;
   DSLA_RETURN_IF_ERROR(  // before the time that measuring takes
-      CheckOptions(options, ladder_.max_level, model_.model->cache_geometry().page_size));
+      CheckOptions(options, ladder_.max_level, model().model->cache_geometry().page_size));
   if (ladder_.max_level == 0) {
     if (policy_.policy != "fixed") policy_.fixed_level = 0;
     policy_.policy = "fixed";  // there is nothing to decide, and nothing to measure for it
   } else {
-    // Whatever the policy at the start, an administrator may change to slo.
-    const double start = NowSeconds();
-    DSLA_ASSIGN_OR_RETURN(
-        ServeCost cost,
-        CostForServing(model_, std::max(policy_.max_level, ladder_.top_level), args_.cost_model));
-    policy_.cost = std::move(cost.model);
-    log_->Write(LogLevel::kInfo, cost.measured ? "calibrated" : "cost_model_read",
-                {{"cost", policy_.cost.Summary()}, {"seconds", NowSeconds() - start}});
+    DSLA_ASSIGN_OR_RETURN(costs_, MeasureCosts());
+    policy_.cost = costs_.front();
   }
-  DSLA_ASSIGN_OR_RETURN(std::unique_ptr<LevelPolicy> policy, MakePolicy(policy_));
-  DSLA_ASSIGN_OR_RETURN(engine_, Engine::Create(model_.model.get(), model_.tokenizer.get(),
-                                                model_.ctx, options, std::move(policy)));
-  if (const int most = engine_->state().max_running; most < options.max_running) {
+  const bool one = models_.size() == 1;
+  if (!one) {
+    options.queue = std::make_shared<QueueBound>(options.max_queued, options.max_queued_tokens);
+  }
+  std::vector<Replica> replicas;
+  for (size_t r = 0; r < models_.size(); ++r) {
+    const LoadedModel& of = models_[r];
+    PolicyOptions policy_options = policy_;
+    if (!costs_.empty()) policy_options.cost = costs_[r];
+    DSLA_ASSIGN_OR_RETURN(std::unique_ptr<LevelPolicy> policy, MakePolicy(policy_options));
+    DSLA_ASSIGN_OR_RETURN(auto engine, Engine::Create(of.model.get(), of.tokenizer.get(), of.ctx,
+                                                      options, std::move(policy)));
+    replicas.push_back({.engine = std::move(engine), .device = DeviceName(of)});
+  }
+  const int most = replicas.front().engine->state().max_running;
+  const int block = options.prefix_cache ? model().model->cache_geometry().page_size : 0;
+  engine_ = one ? std::move(replicas.front().engine)
+                : JoinReplicas(std::move(replicas), options.queue, {.block_tokens = block});
+  if (most < options.max_running) {
     log_->Write(LogLevel::kWarning, "max_running_lowered",
                 {{"asked", int64_t{options.max_running}},
                  {"used", int64_t{most}},
@@ -251,6 +338,31 @@ Status Program::MakeEngine() {
   return Status::Ok();
 }
 
+// Tools need the model file's own template, and to know how the model writes its calls.
+void Program::ChooseTools(openai::ApiContext* context) {
+  if (args_.tool_parser == "none") {
+    context->no_tools = "this server runs without tools (--tool-parser none)";
+    return;
+  }
+  if (!args_.chat_template.empty() || !context->chat_template) {
+    context->no_tools = fmt::format("the chat template {} has no place for tools",
+                                    context->chat_template ? context->chat_template->name : "");
+    return;
+  }
+  auto made = ToolTemplate::Create(model().file->tool_chat_template());
+  if (!made.ok()) {
+    context->no_tools = made.status().message();
+    return;
+  }
+  context->tool_dialect =
+      args_.tool_parser == "auto" ? made->dialect() : ToolDialectByName(args_.tool_parser);
+  if (!context->tool_dialect)
+    context->no_tools =
+        "the model's chat template does not show how it writes calls of tools; name it with "
+        "--tool-parser";
+  context->tool_template = std::move(made).value();
+}
+
 Status Program::MakeApi() {
   metrics_ = std::make_unique<ServerMetrics>(MetricsOptions{
       .model = model_name_, .version = kVersion, .vllm_compat = args_.metrics_compat == "vllm"});
@@ -258,12 +370,12 @@ Status Program::MakeApi() {
     metrics_->ObserveRequest(result);
     engine_log_.OnFinish(result);
   });
-  control_ = std::make_unique<DslaControl>(engine_.get(), ladder_, policy_);
+  control_ = std::make_unique<DslaControl>(engine_.get(), ladder_, policy_, costs_);
 
   openai::ApiContext context;
   context.engine = engine_.get();
-  context.tokenizer = model_.tokenizer.get();
-  context.chat_template_source = model_.file->chat_template();
+  context.tokenizer = model().tokenizer.get();
+  context.chat_template_source = model().file->chat_template();
   if (!args_.chat_template.empty()) {
     DSLA_ASSIGN_OR_RETURN(context.chat_template, ChatTemplateByName(args_.chat_template));
   } else if (context.chat_template_source.empty()) {
@@ -277,16 +389,17 @@ Status Program::MakeApi() {
       log_->Write(LogLevel::kWarning, "no_chat_template", {{"message", context.no_chat_template}});
     }
   }
+  ChooseTools(&context);
   context.model_names = args_.model_names;
   if (context.model_names.empty()) context.model_names = {model_name_};
-  context.model_root = model_.file->path();
+  context.model_root = model().file->path();
   context.ladder = ladder_;
-  context.limits.max_context = model_.model->max_positions();
+  context.limits.max_context = model().model->max_positions();
   context.limits.max_choices = args_.engine.max_queued;
   DSLA_ASSIGN_OR_RETURN(context.limits.default_tier, TierOf(args_.default_tier));
   if (context.limits.default_tier == Tier::kEconomy && ladder_.max_level == 0)
     return InvalidArgument("--default-tier: economy needs an adapter, and there is none");
-  context.limits.sampling = args_.sampling;
+  context.limits.sampling = SamplingDefaults();
   WarnOfSmallCache(context.limits.default_tier);
   context.default_timeout = args_.request_timeout;
   context.max_in_flight = args_.max_in_flight;
@@ -295,6 +408,10 @@ Status Program::MakeApi() {
   context.control = control_.get();
   text_pool_ = std::make_unique<openai::TaskPool>(kTextThreads);
   context.text_pool = text_pool_.get();
+  grammars_ = GrammarCompiler::Create(*model().tokenizer, model().model->config().V);
+  context.grammars = grammars_.get();
+  grammar_pool_ = std::make_unique<openai::TaskPool>(kGrammarThreads);
+  context.grammar_pool = grammar_pool_.get();
 
   const std::shared_ptr<Router> router = NewRouter();
   openai::RegisterApi(*router, std::move(context));
@@ -310,16 +427,26 @@ Status Program::MakeApi() {
   return Status::Ok();
 }
 
+// Of requests that do not say theirs; the log has what the model advises of it.
+SamplingParams Program::SamplingDefaults() const {
+  const SamplingAdvice& advice = model().model->config().sampling;
+  std::vector<LogField> fields;
+  for (const auto& [name, value] : advice.Given()) fields.push_back({name, value});
+  if (!fields.empty() && args_.sampling.generation_config == "auto")
+    log_->Write(LogLevel::kInfo, "generation_config", fields);
+  return args_.sampling.With(advice);
+}
+
 // Clients see the context's length, and are refused from the cache's on.
 void Program::WarnOfSmallCache(Tier tier) {
   // Of a prompt of one token and its reply.
   const auto longest = [&](Tier of) { return 1 + engine_->LongestReply(1, of, 0); };
-  const int context = model_.model->max_positions();
+  const int context = model().model->max_positions();
   if (longest(Tier::kFull) >= context) return;
   log_->Write(LogLevel::kWarning, "small_cache",
               {{"message", fmt::format("--memory: {} hold no request of the whole context, {} "
                                        "tokens: at most {} at level 0 and {} in tier {}",
-                                       FormatBytes(model_.memory_bytes), context,
+                                       FormatBytes(model().memory_bytes), context,
                                        longest(Tier::kFull), longest(tier), Name(tier))}});
 }
 
@@ -453,6 +580,7 @@ int Serve(CLI::App& command, ServeArgs& args) {
   }
   program.Watch();
   log->Write(LogLevel::kInfo, "stopped");
+  if (program.ReplicaFailed()) Leave(*log, 0);  // destructors would use what it has lost
   return 0;
 }
 

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 
-#include "cli/sampling_args.h"
+#include "cli/device_choice.h"
+#include "engine/replica_router.h"
 #include "format/chat/chat_template.h"
+#include "format/chat/tool_dialect.h"
 #include "ops/sampling/sampling.h"
 
 namespace dsla {
@@ -185,8 +187,17 @@ void AddPolicy(CLI::App& command, ServeArgs& args) {
   command
       .add_option("--cost-model", args.cost_model,
                   "file of the cost model: read where it is there, else measured and written "
-                  "[default: measured at each start]")
+                  "[default: see --calibration]")
       ->type_name("FILE")
+      ->group(group);
+  command
+      .add_option("--calibration", args.calibration,
+                  "the cost model without such a file: auto (measured at the first start with a "
+                  "model on this machine, and kept in $XDG_CACHE_HOME/dsla) or measure (at each "
+                  "start, and not kept)")
+      ->type_name("auto|measure")
+      ->check(CLI::IsMember({"auto", "measure"}))
+      ->capture_default_str()
       ->group(group);
   target("--slo-calm", policy.slo.calm_seconds, "calm before the level goes down");
   command
@@ -254,7 +265,19 @@ void ServeArgs::AddTo(CLI::App& command) {
       ->description(
           "cache memory, such as 512M or 2G [default: eight whole contexts, at most a quarter of "
           "the memory that the machine or the container's limit gives; on a GPU at most 85% of "
-          "what is free there]");
+          "what is free there]. Replicas on the CPU share it; of several GPUs each has so much");
+  command.get_option("--device")
+      ->description(
+          "where the model runs: cpu, cuda, cuda:N, auto (a GPU that can hold it, where there is "
+          "one), or, a replica on each, several GPUs (cuda:0,cuda:1) or all (cuda:all)");
+  command
+      .add_option("--replicas", replicas,
+                  "engines that share the requests, on the CPU each with its part of --threads and "
+                  "--memory; 0: one on each device")
+      ->type_name("N")
+      ->check(CLI::Range(0, ReplicaRouter::kMostReplicas))
+      ->capture_default_str()
+      ->group("Model");
   command
       .add_option("--model-name", model_names,
                   "name by which clients ask for the model (may be given again) [default: its own]")
@@ -268,6 +291,13 @@ void ServeArgs::AddTo(CLI::App& command) {
       ->type_name("NAME")
       ->group("Model");
   command
+      .add_option("--tool-parser", tool_parser,
+                  fmt::format("how the model writes calls of tools: auto, none or {} [default: "
+                              "auto, what the model file's chat template shows]",
+                              fmt::join(ToolDialectNames(), ", ")))
+      ->type_name("NAME")
+      ->group("Model");
+  command
       .add_option("--config", config,
                   "TOML file with any of these options; the command line and DSLA_* variables "
                   "(DSLA_PORT) go before it")
@@ -276,18 +306,29 @@ void ServeArgs::AddTo(CLI::App& command) {
   AddHttpLimits(command, *this);
   AddEngine(command, *this);
   AddPolicy(command, *this);
-  AddSamplingArgs(command, sampling, "Sampling, of requests that do not say theirs");
+  sampling.AddTo(command, "Sampling, of requests that do not say theirs");
   AddLog(command, *this);
 }
 
 Status CheckArgs(const CLI::App& command, const ServeArgs& args) {
+  const std::string& device = args.model.device;
+  if (args.replicas > 1 && device.starts_with("cuda") && !NamesSeveralDevices(device)) {
+    return InvalidArgument(
+        "--replicas: {} on --device {}: a GPU has one; name several (cuda:0,cuda:1 or cuda:all)",
+        args.replicas, device);
+  }
   if (args.policy.policy != "fixed" && command.get_option("--level")->count() > 0) {
     return InvalidArgument("--level: {} is the level of --policy fixed; the policy is {}",
                            args.policy.fixed_level, args.policy.policy);
   }
   if (std::find(args.model_names.begin(), args.model_names.end(), "") != args.model_names.end())
     return InvalidArgument("--model-name: is empty");
-  DSLA_RETURN_IF_ERROR(Validate(args.sampling, 0));
+  DSLA_RETURN_IF_ERROR(Validate(args.sampling.params, 0));
+  if (args.tool_parser != "auto" && args.tool_parser != "none" &&
+      !ToolDialectByName(args.tool_parser)) {
+    return InvalidArgument("--tool-parser: must be auto, none or one of {}, not '{}'",
+                           fmt::join(ToolDialectNames(), ", "), args.tool_parser);
+  }
   if (args.chat_template.empty()) return Status::Ok();
   return ChatTemplateByName(args.chat_template).status();
 }

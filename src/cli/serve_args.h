@@ -7,6 +7,7 @@
 
 #include "adapt/make_policy.h"
 #include "cli/model_args.h"
+#include "cli/sampling_args.h"
 #include "engine/engine.h"
 #include "server/auth.h"
 #include "server/http/server.h"
@@ -18,6 +19,7 @@ struct ServeArgs {
   ModelArgs model;
   std::vector<std::string> model_names;  // empty: the model's own
   std::string chat_template;             // empty: the model file's
+  std::string tool_parser = "auto";      // or "none", or a dialect's name
   std::string config;
 
   HttpServerOptions http;
@@ -28,17 +30,19 @@ struct ServeArgs {
   double drain_timeout = 30;  // seconds
   double stall_seconds = 60;
 
+  int replicas = 0;  // 0: one on each of the devices
   EngineOptions engine;
   int max_batch_tokens = 0;  // 0: what suits the device
   bool no_prefix_cache = false;
   std::string default_tier = "auto";
-  SamplingParams sampling;     // of requests that say nothing of theirs
+  SamplingArgs sampling;       // of requests that say nothing of theirs
   double request_timeout = 0;  // seconds; 0 = none
   int max_in_flight = 4096;
 
   PolicyOptions policy;
-  int max_level = -1;      // -1: the adapter's top level
-  std::string cost_model;  // file of the cost model; empty: measured at each start
+  int max_level = -1;                // -1: the adapter's top level
+  std::string cost_model;            // file of the cost model; empty: as `calibration` says
+  std::string calibration = "auto";  // or "measure"
 
   std::string log_file, log_format = "text", log_level = "info";
   std::string metrics_compat;

@@ -1,20 +1,17 @@
 #include "cli/serve_cost.h"
 
-#include <cerrno>
-#include <cstring>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
-#include <nlohmann/json.hpp>
 
-#include "base/mapped_file.h"
+#include "base/files.h"
+#include "cli/cost_file.h"
 #include "eval/calibrate.h"
-#include "format/json.h"
 
 namespace dsla {
 namespace {
 
-constexpr size_t kMaxFileBytes = 1 << 20;
-constexpr int kMaxDepth = 4;
+namespace fs = std::filesystem;
 
 // What the times depend on, besides the machine.
 Expected<std::string> MeasuredWith(const LoadedModel& loaded) {
@@ -26,72 +23,91 @@ Expected<std::string> MeasuredWith(const LoadedModel& loaded) {
                      Name(options.kv_dtype), loaded.where());
 }
 
-Expected<CostModel> ReadCost(const std::string& path, const std::string& with) {
-  DSLA_ASSIGN_OR_RETURN(const std::string text, ReadTextFile(path, kMaxFileBytes));
-  DSLA_ASSIGN_OR_RETURN(const nlohmann::json json, ParseJson(text, path, kMaxDepth));
-  const auto measured = json.is_object() ? json.find("measured_with") : json.end();
-  if (measured == json.end() || !measured->is_string() || !json.contains("cost_model"))
-    return DataLoss("--cost-model: '{}' is not a file that dsla serve wrote", path);
-  if (*measured != with) {
-    return InvalidArgument(
-        "--cost-model: '{}' was measured with {}, which is not what is served: {}; remove it to "
-        "measure anew",
-        path, Printable(measured->get<std::string>()), with);
+std::string ProcessorName() {
+  std::ifstream info("/proc/cpuinfo");
+  for (std::string line; std::getline(info, line);) {
+    if (line.starts_with("model name")) return line.substr(std::min(line.find(':'), line.size()));
   }
-  auto model = CostModel::FromJson(json["cost_model"].dump());
-  if (!model.ok()) return DataLoss("--cost-model: '{}': {}", path, model.status().message());
-  return model;
+  return "";
 }
 
-std::string PartOf(const std::string& path) { return path + ".part"; }
-
-Status CannotWrite(const std::string& path, const std::string& why) {
-  return InvalidArgument("--cost-model: cannot write '{}': {}", path, why);
-}
-
-// Said before the time that measuring takes.
-Status CheckWritable(const std::string& path) {
-  const bool opened = std::ofstream(PartOf(path)).is_open();
-  if (!opened) return CannotWrite(path, std::strerror(errno));
+// Kernels, in the program and in the libraries beside it, change without the version while they are
+// worked on.
+std::string BuildOfProgram(const std::string& version) {
+  std::string build = "dsla " + version;
   std::error_code error;
-  std::filesystem::remove(PartOf(path), error);
-  return Status::Ok();
+  const fs::path program = fs::read_symlink("/proc/self/exe", error);
+  for (const char* name : {"", "libdsla_cuda.so", "libdsla_gemm.so"}) {
+    const fs::path file = *name == 0 ? program : program.parent_path() / name;
+    if (!fs::exists(file, error)) continue;
+    build += fmt::format(" {}@{}", fs::file_size(file, error),
+                         fs::last_write_time(file, error).time_since_epoch().count());
+  }
+  return build;
 }
 
-// Whole or not at all: a server that is started beside this one may read it.
-Status WriteCost(const CostModel& model, const std::string& with, const std::string& path) {
-  const nlohmann::json json{{"measured_with", with},
-                            {"cost_model", nlohmann::json::parse(model.ToJson())}};
-  const std::string temporary = PartOf(path);
-  std::ofstream file(temporary);
-  file << json.dump(1) << '\n';
-  file.close();
-  std::error_code error;
-  if (file.good()) std::filesystem::rename(temporary, path, error);
-  if (file.good() && !error) return Status::Ok();
-  const std::string why = error ? error.message() : std::strerror(errno);
-  std::filesystem::remove(temporary, error);
-  return CannotWrite(path, why);
+CalibrateOptions LimitsOf(const LoadedModel& loaded, const CostOptions& options) {
+  return {.memory_bytes = loaded.memory_bytes, .top_level = options.top_level};
+}
+
+Expected<CostModel> Measure(const LoadedModel& loaded, const CostOptions& options) {
+  return Calibrate(loaded.ctx, *loaded.model, LimitsOf(loaded, options));
+}
+
+Status Named(const Status& status) {
+  return Status(status.code(), fmt::format("--cost-model: {}", status.message()));
+}
+
+Expected<ServeCost> NamedCost(const LoadedModel& loaded, const CostOptions& options) {
+  CostFile file{.path = options.file};
+  DSLA_ASSIGN_OR_RETURN(file.measured_with, MeasuredWith(loaded));
+  auto read = file.Read();
+  if (read.ok()) return ServeCost{.model = std::move(*read), .file = file.path};
+  if (read.status().code() == StatusCode::kInvalidArgument)
+    return InvalidArgument("--cost-model: {}; remove it to measure anew", read.status().message());
+  if (read.status().code() != StatusCode::kNotFound) return Named(read.status());
+  if (const Status status = file.CheckWritable(); !status.ok()) return Named(status);
+  DSLA_ASSIGN_OR_RETURN(CostModel model, Measure(loaded, options));
+  if (const Status status = file.Write(model); !status.ok()) return Named(status);
+  return ServeCost{.model = std::move(model), .measured = true, .file = file.path};
+}
+
+Expected<ServeCost> KeptCost(const LoadedModel& loaded, const CostOptions& options) {
+  CostFile file;
+  DSLA_ASSIGN_OR_RETURN(const std::string with, MeasuredWith(loaded));
+  file.measured_with =
+      fmt::format("{}, levels to {}, contexts to {}, simd {}, processor{}, {}", with,
+                  options.top_level, LongestContext(*loaded.model, LimitsOf(loaded, options)),
+                  options.simd, ProcessorName(), BuildOfProgram(options.version));
+  file.path = KeptCostPath(file.measured_with, [](const char* name) { return std::getenv(name); });
+  ServeCost cost;
+  if (!file.path.empty()) {
+    auto read = file.Read();
+    if (read.ok()) return ServeCost{.model = std::move(*read), .file = file.path};
+    if (read.status().code() != StatusCode::kNotFound) cost.problem = read.status().message();
+  }
+  DSLA_ASSIGN_OR_RETURN(cost.model, Measure(loaded, options));
+  cost.measured = true;
+  if (file.path.empty()) {
+    cost.problem = "not kept: neither XDG_CACHE_HOME nor HOME is an absolute path";
+    return cost;
+  }
+  Status kept = MakeDirectories(fs::path(file.path).parent_path());
+  if (kept.ok()) kept = file.Write(cost.model);
+  if (kept.ok()) {
+    cost.file = file.path;
+  } else {
+    cost.problem = kept.message();
+  }
+  return cost;
 }
 
 }  // namespace
 
-Expected<ServeCost> CostForServing(const LoadedModel& loaded, int top_level,
-                                   const std::string& path) {
-  std::string with;
-  if (!path.empty()) {
-    DSLA_ASSIGN_OR_RETURN(with, MeasuredWith(loaded));
-    std::error_code error;
-    if (std::filesystem::exists(path, error)) {
-      DSLA_ASSIGN_OR_RETURN(CostModel model, ReadCost(path, with));
-      return ServeCost{.model = std::move(model), .measured = false};
-    }
-    DSLA_RETURN_IF_ERROR(CheckWritable(path));
-  }
-  DSLA_ASSIGN_OR_RETURN(CostModel model,
-                        Calibrate(loaded.ctx, *loaded.model,
-                                  {.memory_bytes = loaded.memory_bytes, .top_level = top_level}));
-  if (!path.empty()) DSLA_RETURN_IF_ERROR(WriteCost(model, with, path));
+Expected<ServeCost> CostForServing(const LoadedModel& loaded, const CostOptions& options) {
+  if (!options.file.empty()) return NamedCost(loaded, options);
+  if (options.keep) return KeptCost(loaded, options);
+  DSLA_ASSIGN_OR_RETURN(CostModel model, Measure(loaded, options));
   return ServeCost{.model = std::move(model), .measured = true};
 }
 

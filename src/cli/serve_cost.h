@@ -10,15 +10,25 @@
 
 namespace dsla {
 
-struct ServeCost {
-  CostModel model;
-  bool measured = false;  // now; otherwise read
+struct CostOptions {
+  int top_level = 0;    // the highest that a policy may choose
+  std::string file;     // of --cost-model; empty: none
+  bool keep = false;    // without one: for later starts, and taken from an earlier one
+  std::string version;  // of the program
+  std::string simd;     // of --simd
 };
 
-// `path`: of --cost-model; empty: measure, and keep nothing. A file is taken only for the model,
-// adapter, formats and threads that it was measured with: kInvalidArgument names both. One that was
-// not there is written. top_level: the highest that a policy may choose.
-Expected<ServeCost> CostForServing(const LoadedModel& loaded, int top_level,
-                                   const std::string& path);
+struct ServeCost {
+  CostModel model;
+  bool measured = false;     // now; otherwise read
+  std::string file = {};     // that it was read from or written to; empty: none
+  std::string problem = {};  // why a kept one was not taken, or this one is not kept
+};
+
+// A file of --cost-model is taken only for the model, adapter, formats and threads that it was
+// measured with: kInvalidArgument names both. One that was not there is written. A kept one belongs
+// to all of that, the top level, the longest context measured, the processor and this build of the
+// program; whatever is wrong with it, it is measured anew.
+Expected<ServeCost> CostForServing(const LoadedModel& loaded, const CostOptions& options);
 
 }  // namespace dsla

@@ -146,8 +146,7 @@ Status Run::InTurn(const std::function<Status()>& action) {
 }
 
 bool Run::MustStop() const {
-  return (job_.stop_after > 0 && NowSeconds() - started_ >= job_.stop_after) ||
-         (job_.interrupted && job_.interrupted());
+  return (job_.stop_after > 0 && NowSeconds() - started_ >= job_.stop_after) || Interrupted();
 }
 
 Status Run::Done(const char* stage, nlohmann::json fields) {
@@ -284,6 +283,10 @@ Expected<std::vector<float>> Run::ResultOf(const char* stage, char letter) {
 Status Run::Init() {
   DSLA_RETURN_IF_ERROR(NeedTokens());
   if (ResultOf("init", 'i').ok()) return Status::Ok();
+  // Not the time limit: init leaves nothing to go on from, and a run of short pieces would never be
+  // past it.
+  const auto stop = [this] { return stopped_ = Interrupted(); };
+  if (stop()) return Status::Ok();
   DSLA_RETURN_IF_ERROR(NeedNetwork());
   std::vector<float> values;
   const TokenBatch batch =
@@ -299,19 +302,21 @@ Status Run::Init() {
     values = layout_->Start(config_.half_lives, static_cast<uint64_t>(config_.seed));
     // With claims at zero the window would take everything and the states would get no gradient.
     if (const ParameterTensor* bias = layout_->Find("claim_bias"); bias != nullptr) {
-      const std::vector<float> lse = network_->MeanWindowLse(batch);
+      const auto lse = network_->MeanWindowLse(batch, stop);
+      if (!lse) return Status::Ok();
       for (int l = 0; l < layout_->layers(); ++l)
         for (int64_t h = 0; h < bias->size; ++h)
           values[l * layout_->row() + bias->offset + h] =
-              lse[l * bias->size + h] - kClaimBelowWindow;
+              (*lse)[l * bias->size + h] - kClaimBelowWindow;
     }
   }
   // Without a denominator the output has any size; each head begins with the teacher's.
   if (const ParameterTensor* scale = layout_->Find("log_scale"); scale != nullptr) {
     network_->SetValues(values);
-    const std::vector<float> fit = network_->LogHeadScales(batch);
+    const auto fit = network_->LogHeadScales(batch, stop);
+    if (!fit) return Status::Ok();
     for (int l = 0; l < layout_->layers(); ++l)
-      std::copy_n(fit.begin() + l * scale->size, scale->size,
+      std::copy_n(fit->begin() + l * scale->size, scale->size,
                   values.begin() + l * layout_->row() + scale->offset);
   }
   network_->SetValues(values);

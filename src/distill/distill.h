@@ -38,7 +38,8 @@ struct DistillJob {
   // same files: rank 0 writes them, and does alone what is not align or chain. Rank r of a machine
   // takes its GPU r.
   RankOptions ranks;
-  // Asked between steps: whether to leave a checkpoint and end. One rank's yes counts for all.
+  // Asked between steps, and in init between layers: whether to leave a checkpoint and end. One
+  // rank's yes counts for all.
   std::function<bool()> interrupted;
 };
 

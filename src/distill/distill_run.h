@@ -71,6 +71,7 @@ class Run {
     return ranks_ == nullptr ? batch : PartOf(batch, ranks_->rank(), ranks_->size());
   }
   bool MustStop() const;
+  bool Interrupted() const { return job_.interrupted && job_.interrupted(); }
   Status Done(const char* stage, nlohmann::json fields = nlohmann::json::object());
 
   Expected<std::string> PrepareOne(const std::vector<std::string>& inputs, const char* name);

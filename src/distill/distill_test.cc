@@ -338,6 +338,25 @@ TEST_F(DistillTest, ARunCutShortAnywhereEndsInTheSameBits) {
   EXPECT_EQ((*a)->state.second, (*b)->state.second);
 }
 
+TEST_F(DistillTest, AnInterruptEndsInitBetweenLayers) {
+  DistillJob job = Job("init.safetensors");
+  for (const int nth : {1, 2, 3}) {  // before the model is loaded, and before two of its layers
+    int asked = 0;
+    job.interrupted = [&] { return ++asked >= nth; };
+    const auto outcome = Distill(ctx_, *model_, job);
+    ASSERT_TRUE(outcome.ok()) << outcome.status().message();
+    EXPECT_FALSE(outcome->finished);
+    EXPECT_EQ(outcome->stage, "init");
+    EXPECT_EQ(asked, nth);
+    EXPECT_FALSE(LoadCheckpoint(job.out + ".work", "init")->has_value());
+  }
+  job.interrupted = {};
+  job.stop_after = 1e-9;
+  const auto outcome = Distill(ctx_, *model_, job);
+  ASSERT_TRUE(outcome.ok()) << outcome.status().message();
+  EXPECT_EQ(outcome->stage, "align") << "the shortest piece is past init";
+}
+
 TEST_F(DistillTest, StagesAloneGiveTheWhole) {
   const DistillJob whole = Job("whole.safetensors");
   ASSERT_TRUE(Run(whole).ok());

@@ -8,7 +8,9 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -107,14 +109,16 @@ class Network {
   // Parameters with moments and step counts at zero.
   void SetValues(std::span<const float> values);
 
+  // Asked before each layer of a pass; a yes ends it without a result.
+  using Stop = std::function<bool()>;
   // The mean over the batch of the window's log-sum-exp, by layer and query head [L, H]; 0 without
   // a window.
-  std::vector<float> MeanWindowLse(const TokenBatch& batch);
+  std::optional<std::vector<float>> MeanWindowLse(const TokenBatch& batch, const Stop& stop);
   // The scale by which each layer's DSLA output fits the teacher's best, [L].
   std::vector<double> OutputScales(const TokenBatch& batch);
   // The natural log of the scale (1e-6 at least) by which each query head's attention fits the
   // teacher's best, [L, H].
-  std::vector<float> LogHeadScales(const TokenBatch& batch);
+  std::optional<std::vector<float>> LogHeadScales(const TokenBatch& batch, const Stop& stop);
   // The paper's sensitivity: entropy in bits of the last query's attention, mean over heads and
   // rows, by layer [L].
   std::vector<double> AttentionEntropy(const TokenBatch& batch);

@@ -93,7 +93,7 @@ struct Network::Impl {
                    std::vector<std::pair<int, Tensor>>* outputs, std::vector<Tensor>* cosines);
   // Calls body(layer, x, heads, out): the teacher's stream through one layer after another.
   template <typename Body>
-  Tensor ForEachLayer(const Tensor& ids, Body&& body);
+  Tensor ForEachLayer(const Tensor& ids, Body&& body, const Stop& stop = {});
   std::vector<bool> Mask(const std::vector<int>& layers) const {
     std::vector<bool> mask(config().L, false);
     for (const int l : layers) mask[l] = true;
@@ -163,10 +163,11 @@ RopeTables Network::Impl::Rope(int64_t begin, int64_t end) const {
 }
 
 template <typename Body>
-Tensor Network::Impl::ForEachLayer(const Tensor& ids, Body&& body) {
+Tensor Network::Impl::ForEachLayer(const Tensor& ids, Body&& body, const Stop& stop) {
   const RopeTables rope = Rope(0, ids.size(1));
   Tensor h = at::embedding(teacher.embedding, ids);
   for (int l = 0; l < config().L; ++l) {
+    if (stop && stop()) return {};
     const TeacherLayer& layer = teacher.layers[l];
     const Tensor x = distill::Norm(h, layer.attn_norm, config().norm_eps);
     const Heads heads = distill::Project(teacher, layer, x, rope, nullptr);
@@ -347,18 +348,20 @@ void Network::SetValues(std::span<const float> values) {
   SetState(state);
 }
 
-std::vector<float> Network::MeanWindowLse(const TokenBatch& batch) {
+std::optional<std::vector<float>> Network::MeanWindowLse(const TokenBatch& batch,
+                                                         const Stop& stop) {
   const at::NoGradGuard no_grad;
   Impl& n = *impl_;
   const AdapterSettings& settings = n.layout.settings();
   Tensor mean = at::zeros({n.config().L, n.config().H}, n.fp32());
   if (settings.window == 0) return ToHost(mean);
-  n.ForEachLayer(n.Ids(batch), [&](int l, const Tensor&, const Tensor&, const Heads& heads,
-                                   const Tensor&, const RopeTables&) {
+  const auto body = [&](int l, const Tensor&, const Tensor&, const Heads& heads, const Tensor&,
+                        const RopeTables&) {
     const DslaWindowResult window =
         DslaWindowAttention(heads.q, heads.k, heads.v, settings.window, settings.sinks);
     mean.select(0, l).copy_(window.lse.permute({2, 0, 1}).flatten(1).mean(1));
-  });
+  };
+  if (!n.ForEachLayer(n.Ids(batch), body, stop).defined()) return std::nullopt;
   return ToHost(mean);
 }
 
@@ -379,12 +382,13 @@ std::vector<double> Network::OutputScales(const TokenBatch& batch) {
   return ToDoubles(at::stack(scales));
 }
 
-std::vector<float> Network::LogHeadScales(const TokenBatch& batch) {
+std::optional<std::vector<float>> Network::LogHeadScales(const TokenBatch& batch,
+                                                         const Stop& stop) {
   const at::NoGradGuard no_grad;
   Impl& n = *impl_;
   std::vector<Tensor> scales;
-  n.ForEachLayer(n.Ids(batch), [&](int l, const Tensor&, const Tensor& x, const Heads& heads,
-                                   const Tensor&, const RopeTables& rope) {
+  const auto body = [&](int l, const Tensor&, const Tensor& x, const Heads& heads, const Tensor&,
+                        const RopeTables& rope) {
     const AdapterTensors& adapter = n.frozen[l];
     const Heads own = distill::WithDelta(n.teacher, n.teacher.layers[l], heads, x, rope, adapter);
     const auto by_head = [&](const Tensor& y) {
@@ -394,7 +398,8 @@ std::vector<float> Network::LogHeadScales(const TokenBatch& batch) {
                  o = by_head(distill::SoftmaxAttention(heads, {}));
     const Tensor scale = (y * o).sum({0, 1, 3}) / y.square().sum({0, 1, 3}).clamp_min(1e-20);
     scales.push_back(scale.clamp_min(1e-6).log());
-  });
+  };
+  if (!n.ForEachLayer(n.Ids(batch), body, stop).defined()) return std::nullopt;
   return ToHost(at::stack(scales));
 }
 

@@ -19,7 +19,9 @@ class EngineImpl : public Engine {
         limits_{.V = model->config().V,
                 .max_positions = model->max_positions(),
                 .max_level = model->max_level()},
-        inbox_({.max_queued = options.max_queued, .max_queued_tokens = options.max_queued_tokens}) {
+        inbox_({.max_queued = options.max_queued,
+                .max_queued_tokens = options.max_queued_tokens,
+                .shared = options.queue}) {
     end_ids_ = model->config().eos_ids;
     if (const auto eos = tokenizer->eos_id()) end_ids_.push_back(*eos);
     std::erase_if(end_ids_, [&](int32_t id) { return id < 0 || id >= limits_.V; });
@@ -48,8 +50,25 @@ class EngineImpl : public Engine {
       return wrong;
     }
     std::vector<std::unique_ptr<ActiveRequest>> requests;
-    for (Submission& submission : group) requests.push_back(NewRequest(std::move(submission)));
+    for (Submission& submission : group) {
+      requests.push_back(NewRequest(std::move(submission)));
+      const Status begun = BeginGrammar(*requests.back());
+      if (begun.ok()) continue;
+      return Rejection{.kind = begun.code() == StatusCode::kInvalidArgument
+                                   ? Rejection::Kind::kInvalid
+                                   : Rejection::Kind::kQueueFull,
+                       .message = begun.message(),
+                       .param = "grammar",
+                       .index = requests.size() - 1};
+    }
     return inbox_.Put(std::move(requests));
+  }
+
+  std::optional<Rejection> Check(const Request& request) const override {
+    if (auto wrong = CheckRequest(request, limits_)) return wrong;
+    const Status fits = worker_->CanEverFit(request);
+    if (fits.ok()) return std::nullopt;
+    return Rejection{.kind = Rejection::Kind::kTooLargeForCache, .message = fits.message()};
   }
 
   int LongestReply(int64_t prompt_tokens, Tier tier, int level) const override {
@@ -61,10 +80,12 @@ class EngineImpl : public Engine {
   void Cancel(const std::string& id) override { inbox_.Cancel(id); }
   void CancelAll() override { inbox_.CancelAll(); }
   EngineState state() const override { return worker_->state(); }
+  bool device_failed() const override { return worker_->device_failed(); }
   void SetFinishObserver(FinishObserver observer) override {
     worker_->SetFinishObserver(std::move(observer));
   }
-  void SetPolicy(std::unique_ptr<LevelPolicy> policy) override {
+  void SetPolicy(const PolicyMaker& make) override {
+    std::unique_ptr<LevelPolicy> policy = make(0);
     DSLA_CHECK(policy != nullptr);
     inbox_.SetPolicy(std::move(policy));
   }
@@ -75,13 +96,6 @@ class EngineImpl : public Engine {
   void Drain() override { inbox_.Drain(); }
 
  private:
-  std::optional<Rejection> Check(const Request& request) const {
-    if (auto wrong = CheckRequest(request, limits_)) return wrong;
-    const Status fits = worker_->CanEverFit(request);
-    if (fits.ok()) return std::nullopt;
-    return Rejection{.kind = Rejection::Kind::kTooLargeForCache, .message = fits.message()};
-  }
-
   std::unique_ptr<ActiveRequest> NewRequest(Submission submission) const {
     auto active = std::make_unique<ActiveRequest>(
         std::move(submission.request), std::move(submission.sink), *tokenizer_, limits_.V);
@@ -92,6 +106,14 @@ class EngineImpl : public Engine {
     std::sort(end_ids.begin(), end_ids.end());
     end_ids.erase(std::unique(end_ids.begin(), end_ids.end()), end_ids.end());
     return active;
+  }
+
+  static Status BeginGrammar(ActiveRequest& active) {
+    const Request& request = active.request;
+    if (request.grammar == nullptr) return Status::Ok();
+    DSLA_ASSIGN_OR_RETURN(active.mask, ReplyMask::Create(*request.grammar, active.end_ids,
+                                                         /*may_end=*/request.min_tokens == 0));
+    return Status::Ok();
   }
 
   const HybridModel* model_;

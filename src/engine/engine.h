@@ -23,13 +23,17 @@
 
 namespace dsla {
 
+class QueueBound;  // engine/queue_bound.h
+
 struct EngineOptions {
   int64_t memory_bytes = 0;       // cache budget: pages, slots and prefix-cache entries together
   int max_batch_tokens = 512;     // rows of one step; decodes first, the rest prefill
   int max_running = 256;          // sequences in the batch
   int max_queued = 1024;          // requests waiting
   int64_t max_queued_tokens = 0;  // prompt tokens waiting; 0 = no bound of its own
-  int max_preemptions = 4;        // of one request, after which it waits for room to its end
+  // In place of these two, of several engines together: who submits has entered it before.
+  std::shared_ptr<QueueBound> queue = nullptr;
+  int max_preemptions = 4;  // of one request, after which it waits for room to its end
   bool prefix_cache = true;
   int snapshot_stride = 512;  // least tokens between state snapshots; a multiple of the page size
   // Replies do not depend on batch, chunking, pre-emption or prefix-cache hits, bit for bit.
@@ -73,6 +77,7 @@ struct LevelEvent {
   int to = 0;
   double seconds = 0;  // spent folding
   std::string reason = {};
+  int replica = -1;  // of several engines: whose
 };
 
 // What the engine looked like after its last step. A copy.
@@ -112,10 +117,17 @@ struct EngineState {
   double prefill_tokens_per_second = 0;  // over the last seconds
   double decode_tokens_per_second = 0;
   std::vector<LevelEvent> events;  // the last 64
+  // Of several engines (engine/replicas.h) the figures above are of all together, and these each
+  // one's; else none.
+  std::vector<EngineState> replicas;
+  std::string device;  // of each of these, where it runs
 };
 
 // A finished request's times, for histograms; called on the engine's thread, must not block.
 using FinishObserver = std::function<void(const RequestResult&)>;
+
+// A policy for an engine: of several, each has its own, and `replica` is its number; else it is 0.
+using PolicyMaker = std::function<std::unique_ptr<LevelPolicy>(int replica)>;
 
 class Engine {
  public:
@@ -136,6 +148,9 @@ class Engine {
     return SubmitAll(std::move(group));
   }
 
+  // What SubmitAll would say of it by itself: a field that is wrong, or more than the cache holds.
+  virtual std::optional<Rejection> Check(const Request& request) const = 0;
+
   // The largest max_tokens with which a prompt of so many tokens fits the context and, with nothing
   // else there, the cache at some level of the tier's bounds; 0: there is none. `level`: with
   // Tier::kExact.
@@ -150,10 +165,11 @@ class Engine {
   virtual void CancelAll() = 0;  // likewise, whatever is accepted
 
   virtual EngineState state() const = 0;
+  virtual bool device_failed() const = 0;  // EngineState::device_error says with what; cheap
   virtual void SetFinishObserver(FinishObserver observer) = 0;  // before the first Submit
 
   // From the next step on.
-  virtual void SetPolicy(std::unique_ptr<LevelPolicy> policy) = 0;
+  virtual void SetPolicy(const PolicyMaker& make) = 0;
   virtual void SetMaxLevel(int level) = 0;  // of Tier::kAuto
 
   // Refuses new requests from now on; those accepted go on.

@@ -688,7 +688,7 @@ TEST_F(EngineDeviceTest, HistoriesAreTrueBesideFaults) {
       if (engine->Submit(request, sink).has_value()) continue;  // too large at this bound
       asked.emplace_back(request, sink);
       if (random() % 10 == 0) engine->SetMaxLevel(static_cast<int>(random() % (kL + 1)));
-      if (random() % 15 == 0) engine->SetPolicy(RandomPolicy(random()));
+      if (random() % 15 == 0) engine->SetPolicy([&](int) { return RandomPolicy(random()); });
       if (random() % 10 == 0) engine->Cancel(asked[random() % asked.size()].first.id);
     }
     for (const auto& [request, sink] : asked) {
@@ -739,6 +739,37 @@ TEST_F(EngineDeviceTest, TheDeviceIsToldOfPenaltiesBiasesAndEnds) {
   EXPECT_EQ(edits[1], want);
   want.emplace_back(11, 1, 0.f);
   EXPECT_EQ(edits[2], want);
+}
+
+// What a grammar allows is known when the token before is: no step is begun ahead.
+TEST_F(EngineDeviceTest, TheDeviceIsToldWhatAGrammarAllows) {
+  std::vector<std::string> log;
+  std::vector<std::vector<uint32_t>> allowed;
+  OnStream on({.choose = OneMore,
+               .note = [&](const char* what, int) { log.push_back(what); },
+               .chooses =
+                   [&](const SequenceRows& rows) {
+                     allowed.emplace_back(rows.allowed.begin(), rows.allowed.end());
+                   }});
+  const auto compiler = GrammarCompiler::Create(*tokenizer_, kV);
+  const auto grammar = compiler->Compile(
+      {GrammarSpec::Kind::kEbnf, "root ::= [\\x0a-\\x0c] [\\x0b] [\\x0c] [\\x0d-\\x0f]"});
+  ASSERT_TRUE(grammar.ok()) << grammar.status().message();
+  TestEngine engine(on.small.model(), *tokenizer_, Options());
+  Request request = Ask(9);
+  request.grammar = *grammar;
+  const auto sink = engine.Submit(request);
+  EXPECT_EQ(sink->Wait().finish, FinishReason::kStop);
+  EXPECT_THAT(sink->tokens(), ElementsAre(10, 11, 12, 13));
+  ASSERT_EQ(allowed.size(), 4u);
+  const auto words = static_cast<size_t>((kV + 31) / 32);
+  const uint32_t masks[] = {7u << 10, 1u << 11, 1u << 12, 7u << 13};
+  for (size_t i = 0; i < 4; ++i) {
+    std::vector<uint32_t> want(words);
+    want[0] = masks[i];
+    EXPECT_EQ(allowed[i], want);
+  }
+  EXPECT_EQ(std::count(log.begin(), log.end(), "begin"), 0);
 }
 
 TEST_F(EngineDeviceTest, TheDeviceTellsTheLikeliest) {

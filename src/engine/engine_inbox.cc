@@ -13,7 +13,7 @@ ActiveRequest::ActiveRequest(Request r, std::shared_ptr<RequestSink> s, const To
     : request(std::move(r)),
       sink(std::move(s)),
       sampler(request.sampling, V),
-      text(tokenizer, request.stop, request.continues),
+      text(tokenizer, request.stop, request.continues, request.shown_ids),
       submitted(NowSeconds()) {
   sampler.AddPrompt(request.prompt);
   if (request.prompt_logprobs) {
@@ -23,6 +23,11 @@ ActiveRequest::ActiveRequest(Request r, std::shared_ptr<RequestSink> s, const To
   }
 }
 
+Inbox::Inbox(const InboxLimits& limits)
+    : enters_(limits.shared == nullptr),
+      queue_(enters_ ? std::make_shared<QueueBound>(limits.max_queued, limits.max_queued_tokens)
+                     : limits.shared) {}
+
 std::optional<Rejection> Inbox::Put(std::vector<std::unique_ptr<ActiveRequest>> group) {
   DSLA_CHECK(!group.empty());
   int64_t tokens = 0;
@@ -30,10 +35,15 @@ std::optional<Rejection> Inbox::Put(std::vector<std::unique_ptr<ActiveRequest>> 
   {
     const std::lock_guard lock(mutex_);
     if (auto closed = Closed()) return closed;
-    if (auto full = QueueFull(static_cast<int64_t>(group.size()), tokens)) return full;
-    if (auto taken = TakeIds(group)) return taken;
-    if (counts_.accepted == 0) counts_.busy_since = group.front()->submitted;
     const int count = static_cast<int>(group.size());
+    if (enters_) {
+      if (auto full = queue_->Enter(count, tokens)) return full;
+    }
+    if (auto taken = TakeIds(group)) {
+      if (enters_) queue_->Withdraw(count, tokens);
+      return taken;
+    }
+    if (counts_.accepted == 0) counts_.busy_since = group.front()->submitted;
     counts_.accepted += count;
     counts_.queued += count;
     counts_.queued_tokens += tokens;
@@ -46,31 +56,13 @@ std::optional<Rejection> Inbox::Put(std::vector<std::unique_ptr<ActiveRequest>> 
 std::optional<Rejection> Inbox::RefusesAll() const {
   const std::lock_guard lock(mutex_);
   if (auto closed = Closed()) return closed;
-  return QueueFull(1, 1);
+  return enters_ ? queue_->RefusesAll() : std::nullopt;
 }
 
 std::optional<Rejection> Inbox::Closed() const {
   if (!counts_.draining && !mail_.stop) return std::nullopt;
   return Rejection{.kind = Rejection::Kind::kUnavailable,
                    .message = "the server is shutting down and takes no new requests"};
-}
-
-std::optional<Rejection> Inbox::QueueFull(int64_t requests, int64_t tokens) const {
-  // What is larger than a bound by itself is let into an empty queue, or it never could be.
-  if (counts_.queued == 0) return std::nullopt;
-  const bool too_many = counts_.queued + requests > limits_.max_queued;
-  const bool too_long =
-      limits_.max_queued_tokens > 0 && counts_.queued_tokens + tokens > limits_.max_queued_tokens;
-  if (!too_many && !too_long) return std::nullopt;
-  return Rejection{
-      .kind = Rejection::Kind::kQueueFull,
-      .message = too_many
-                     ? fmt::format("the queue is full: {} requests wait and {} more come, {} may",
-                                   counts_.queued, requests, limits_.max_queued)
-                     : fmt::format("the queue is full: {} prompt tokens wait and {} more come, {} "
-                                   "may",
-                                   counts_.queued_tokens, tokens, limits_.max_queued_tokens),
-      .retry_after_seconds = RetryAfter(NowSeconds())};
 }
 
 std::optional<Rejection> Inbox::TakeIds(std::span<const std::unique_ptr<ActiveRequest>> group) {
@@ -84,15 +76,6 @@ std::optional<Rejection> Inbox::TakeIds(std::span<const std::unique_ptr<ActiveRe
                      .index = i};
   }
   return std::nullopt;
-}
-
-// The time in which half of the queue drains at the rate of late: by then a place is free unless
-// others took it.
-double Inbox::RetryAfter(double now) const {
-  constexpr double kLeast = 1, kMost = 60;
-  const double rate = starts_.PerSecond(now);
-  if (rate <= 0) return kMost;
-  return std::clamp(counts_.queued / 2.0 / rate, kLeast, kMost);
 }
 
 void Inbox::Cancel(const std::string& id) {
@@ -169,7 +152,7 @@ void Inbox::Settle(int left, int64_t left_tokens, int ended) {
   counts_.queued_tokens -= left_tokens;
   counts_.accepted -= ended;
   DSLA_CHECK(counts_.queued >= 0 && counts_.queued_tokens >= 0 && counts_.accepted >= 0);
-  if (left > 0) starts_.Add(NowSeconds(), left);
+  queue_->Leave(left, left_tokens);
 }
 
 Inbox::Counts Inbox::counts() const {

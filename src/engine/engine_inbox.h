@@ -1,6 +1,6 @@
 // Inbox: what submitters leave for the engine's worker. One short lock on either side: a submitter
 // never waits for a step, the worker takes all mail at once between two. Also the bounds of the
-// queue and the ids in use, since they decide whether a request is accepted.
+// queue (QueueBound) and the ids in use, since they decide whether a request is accepted.
 #pragma once
 
 #include <chrono>
@@ -17,7 +17,8 @@
 
 #include "adapt/policy.h"
 #include "engine/engine.h"
-#include "engine/engine_stats.h"
+#include "engine/queue_bound.h"
+#include "engine/reply_mask.h"
 #include "engine/request.h"
 #include "engine/text_stream.h"
 
@@ -31,7 +32,8 @@ struct ActiveRequest {
   std::shared_ptr<RequestSink> sink;
   Sampler sampler;
   TextStream text;
-  std::vector<int32_t> end_ids;  // tokens that end the reply
+  std::vector<int32_t> end_ids;   // tokens that end the reply
+  std::optional<ReplyMask> mask;  // of a reply that follows a grammar
   double submitted = 0;
 
   // The worker's notes.
@@ -48,11 +50,13 @@ struct ActiveRequest {
 struct InboxLimits {
   int max_queued = 1024;
   int64_t max_queued_tokens = 0;  // 0: no bound
+  // Of several inboxes together, which whoever puts has entered before; null: one of its own.
+  std::shared_ptr<QueueBound> shared = nullptr;
 };
 
 class Inbox {
  public:
-  explicit Inbox(const InboxLimits& limits) : limits_(limits), starts_(kDrainWindowSeconds) {}
+  explicit Inbox(const InboxLimits& limits);
 
   // Submitters' side. Put takes all of a group, which is not empty, or none: it refuses when the
   // queue has no room for them, an id is in use, or after Drain. An empty queue takes any group.
@@ -97,20 +101,17 @@ class Inbox {
   Counts counts() const;
 
  private:
-  static constexpr double kDrainWindowSeconds = 30;
-  double RetryAfter(double now) const;
   // With the mutex held.
   std::optional<Rejection> Closed() const;
-  std::optional<Rejection> QueueFull(int64_t requests, int64_t tokens) const;
   std::optional<Rejection> TakeIds(std::span<const std::unique_ptr<ActiveRequest>> group);
 
-  const InboxLimits limits_;
+  const bool enters_;  // the bound is its own
+  const std::shared_ptr<QueueBound> queue_;
   mutable std::mutex mutex_;
   std::condition_variable arrived_;
   Mail mail_;
   std::unordered_set<std::string> ids_;  // accepted, not ended
   Counts counts_;
-  RateMeter starts_;  // requests that left the queue
 };
 
 }  // namespace dsla

@@ -27,19 +27,13 @@ using testing_engine::ByteTokenizer;
 using testing_engine::FunctionPolicy;
 using testing_engine::RandomPrompt;
 using testing_engine::RecordingSink;
+using testing_engine::SmallOptions;
 using testing_engine::TargetPolicy;
 using testing_engine::TestEngine;
 using testing_models::SmallModel;
 
 class EngineTest : public ::testing::Test {
  protected:
-  static EngineOptions Options() {
-    return {.memory_bytes = 16 << 20,
-            .max_batch_tokens = 64,
-            .max_running = 16,
-            .snapshot_stride = 64,
-            .default_max_level = 2};
-  }
   Request Greedy(int prompt, int max_tokens, uint32_t seed = 1) {
     Request request;
     request.id = fmt::format("r{}", ++count_);
@@ -86,7 +80,7 @@ EngineState WaitIdle(TestEngine& engine) {
 }
 
 TEST_F(EngineTest, AReplyEqualsTheSessions) {
-  TestEngine engine(model(), *tokenizer_, Options());
+  TestEngine engine(model(), *tokenizer_, SmallOptions());
   for (const int prompt : {1, 20, 30}) {
     const Request request = Greedy(prompt, 12, prompt);
     const auto sink = engine.Submit(request);
@@ -114,7 +108,7 @@ TEST_F(EngineTest, AReplyEqualsTheSessions) {
 }
 
 TEST_F(EngineTest, StopTokensAndMinTokens) {
-  TestEngine engine(model(), *tokenizer_, Options());
+  TestEngine engine(model(), *tokenizer_, SmallOptions());
   Request request = Greedy(20, 12);
   const std::vector<int32_t> all = Alone(request);
   const int32_t last = all[5];
@@ -135,7 +129,7 @@ TEST_F(EngineTest, StopTokensAndMinTokens) {
 }
 
 TEST_F(EngineTest, TheModelsEndTokenEndsTheReply) {
-  TestEngine engine(model(), *tokenizer_, Options());
+  TestEngine engine(model(), *tokenizer_, SmallOptions());
   const int32_t eos = model().config().eos_ids.at(0);
   Request request = Greedy(20, 12);
   request.sampling.logit_bias = {{eos, 100.f}};
@@ -152,7 +146,7 @@ TEST_F(EngineTest, TheModelsEndTokenEndsTheReply) {
 }
 
 TEST_F(EngineTest, StopStrings) {
-  TestEngine engine(model(), *tokenizer_, Options());
+  TestEngine engine(model(), *tokenizer_, SmallOptions());
   Request request = Greedy(20, 12);
   const std::string all = tokenizer_->Decode(Alone(request));
   const std::string stop = all.substr(6, 2);
@@ -167,7 +161,7 @@ TEST_F(EngineTest, StopStrings) {
 // The prompt's and the reply's log-probabilities are those of a Forward that gives all logits; a
 // greedy token's is the very value of the likeliest.
 TEST_F(EngineTest, Logprobs) {
-  TestEngine engine(model(), *tokenizer_, Options());
+  TestEngine engine(model(), *tokenizer_, SmallOptions());
   Request request = Greedy(150, 5);
   request.top_logprobs = 3;
   request.prompt_logprobs = true;
@@ -213,7 +207,7 @@ TEST_F(EngineTest, Logprobs) {
 }
 
 TEST_F(EngineTest, OnlyThePromptsLogprobs) {
-  TestEngine engine(model(), *tokenizer_, Options());
+  TestEngine engine(model(), *tokenizer_, SmallOptions());
   Request request = Greedy(100, 0);
   request.prompt_logprobs = true;
   request.top_logprobs = 0;
@@ -232,7 +226,7 @@ TEST_F(EngineTest, OnlyThePromptsLogprobs) {
 }
 
 TEST_F(EngineTest, RefusedAtSubmit) {
-  EngineOptions options = Options();
+  EngineOptions options = SmallOptions();
   options.memory_bytes = 5 * model().cache_geometry().page_bytes();
   TestEngine engine(model(), *tokenizer_, options);
   const auto submit = [&](Request request) {
@@ -256,7 +250,7 @@ TEST_F(EngineTest, RefusedAtSubmit) {
 
 // The first request holds the only place; those behind it wait, and one too many is refused.
 TEST_F(EngineTest, TheQueueIsBounded) {
-  EngineOptions options = Options();
+  EngineOptions options = SmallOptions();
   options.max_running = 1;
   options.max_queued = 3;
   TestEngine engine(model(), *tokenizer_, options);
@@ -285,7 +279,7 @@ TEST_F(EngineTest, TheQueueIsBounded) {
 // Bounds of the queue hold for what waits already: a group that an idle engine has room for is not
 // refused because of its own first request.
 TEST_F(EngineTest, AGroupIsTakenWholeOrNotAtAll) {
-  EngineOptions options = Options();
+  EngineOptions options = SmallOptions();
   options.max_queued_tokens = 8;
   TestEngine engine(model(), *tokenizer_, options);
   std::vector<std::shared_ptr<RecordingSink>> sinks;
@@ -309,7 +303,7 @@ TEST_F(EngineTest, AGroupIsTakenWholeOrNotAtAll) {
 }
 
 TEST_F(EngineTest, TheLongestReplyFits) {
-  EngineOptions options = Options();
+  EngineOptions options = SmallOptions();
   options.memory_bytes = 5 * model().cache_geometry().page_bytes();
   TestEngine engine(model(), *tokenizer_, options);
   // 2 layers of 2 pages of 16 tokens; the last token of a reply is not cached.
@@ -322,7 +316,7 @@ TEST_F(EngineTest, TheLongestReplyFits) {
   EXPECT_EQ(engine->Submit(request, std::make_shared<RecordingSink>())->kind,
             Rejection::Kind::kTooLargeForCache);
   EXPECT_EQ(engine->LongestReply(50, Tier::kFull, 0), 0);
-  TestEngine roomy(model(), *tokenizer_, Options());
+  TestEngine roomy(model(), *tokenizer_, SmallOptions());
   EXPECT_EQ(roomy->LongestReply(20, Tier::kFull, 0), model().max_positions() - 20);
 }
 
@@ -331,7 +325,7 @@ TEST_F(EngineTest, ASinkOrAnObserverThatThrows) {
   class Throwing : public RecordingSink {
     void OnFinish(const RequestResult&) override { throw std::bad_alloc(); }
   };
-  TestEngine engine(model(), *tokenizer_, Options());
+  TestEngine engine(model(), *tokenizer_, SmallOptions());
   std::atomic<int> observed = 0;
   engine->SetFinishObserver([&](const RequestResult&) {
     ++observed;
@@ -349,7 +343,7 @@ TEST_F(EngineTest, ASinkOrAnObserverThatThrows) {
 }
 
 TEST_F(EngineTest, CancelledWhileRunningAndWhileWaiting) {
-  EngineOptions options = Options();
+  EngineOptions options = SmallOptions();
   options.max_running = 1;
   TestEngine engine(model(), *tokenizer_, options);
   const Request running = Greedy(20, 400), waiting = Greedy(20, 4), after = Greedy(20, 4);
@@ -370,7 +364,7 @@ TEST_F(EngineTest, CancelledWhileRunningAndWhileWaiting) {
 }
 
 TEST_F(EngineTest, ADeadlineEndsTheRequest) {
-  TestEngine engine(model(), *tokenizer_, Options());
+  TestEngine engine(model(), *tokenizer_, SmallOptions());
   Request request = Greedy(20, 400);
   request.deadline = NowSeconds();  // passed when the first step is planned
   const auto sink = engine.Submit(request);
@@ -381,7 +375,7 @@ TEST_F(EngineTest, ADeadlineEndsTheRequest) {
 // A failing step ends the requests that were in it, with a status that says why; the engine lives.
 TEST_F(EngineTest, AFailedStep) {
   std::atomic<int> fault = 0;
-  TestEngine engine(model(), *tokenizer_, Options(), TargetPolicy(0), [&](int64_t) {
+  TestEngine engine(model(), *tokenizer_, SmallOptions(), TargetPolicy(0), [&](int64_t) {
     if (fault == 1) throw std::bad_alloc();
     if (fault == 2) throw std::runtime_error("no such kernel\nat line 3");
     if (fault == 3) throw DeviceError("CUDA: a step: unspecified launch failure");
@@ -442,7 +436,7 @@ TEST_F(EngineTest, NumericalErrorsEndOnlyTheirOwnSequence) {
       HybridModel::Load(small_.ctx(), **file, nullptr,
                         {.weights = WeightFormat::kF32, .kv_dtype = DType::kF32, .page_size = 16});
   ASSERT_TRUE(model.ok()) << model.status().message();
-  EngineOptions options = Options();
+  EngineOptions options = SmallOptions();
   options.default_max_level = 0;
   TestEngine engine(**model, *tokenizer_, options);
   std::vector<Request> requests;
@@ -490,7 +484,7 @@ TEST_F(EngineTest, ThePolicyIsFollowedAndRecorded) {
     }
     return decision;
   });
-  TestEngine engine(model(), *tokenizer_, Options(), std::move(policy));
+  TestEngine engine(model(), *tokenizer_, SmallOptions(), std::move(policy));
   const Request request = Greedy(4, 40);
   const auto sink = engine.Submit(request);
   const RequestResult& result = sink->Wait();
@@ -531,14 +525,16 @@ TEST_F(EngineTest, ThePolicyIsFollowedAndRecorded) {
   ASSERT_GT(engine->state().events.size(), 2u);
   EXPECT_EQ(engine->state().events[2].to, 0);
   EXPECT_EQ(engine->state().events[2].reason, "admin: max level 0");
-  engine->SetPolicy(TargetPolicy(0));
+  engine->SetPolicy([](int) { return TargetPolicy(0); });
   EXPECT_TRUE(engine.Submit(Greedy(4, 4))->Wait().status.ok());
   const EngineState changed = WaitIdle(engine);
   EXPECT_EQ(changed.target_level, 0);
   EXPECT_EQ(changed.events.size(), 3u) << "a policy that asks for more, or for what there is";
-  engine->SetPolicy(std::make_unique<FunctionPolicy>([](const LoadSnapshot&) {
-    return LevelDecision{.target = 2, .raises = {}, .reason = "queue: test"};
-  }));
+  engine->SetPolicy([](int) {
+    return std::make_unique<FunctionPolicy>([](const LoadSnapshot&) {
+      return LevelDecision{.target = 2, .raises = {}, .reason = "queue: test"};
+    });
+  });
   engine->SetMaxLevel(2);
   EXPECT_TRUE(engine.Submit(Greedy(4, 4))->Wait().status.ok());
   EXPECT_THAT(WaitIdle(engine).events.back().reason,
@@ -548,7 +544,7 @@ TEST_F(EngineTest, ThePolicyIsFollowedAndRecorded) {
 }
 
 TEST_F(EngineTest, TheBatchIsNoLargerThanItsSteps) {
-  EngineOptions options = Options();
+  EngineOptions options = SmallOptions();
   EXPECT_EQ(TestEngine(model(), *tokenizer_, options)->state().max_running, 16);
   options.max_running = 100;  // of 64 rows a page of 16 tokens is a prompt's
   EXPECT_EQ(TestEngine(model(), *tokenizer_, options)->state().max_running, 48);
@@ -589,8 +585,8 @@ class ObservingPolicy final : public LevelPolicy {
 TEST_F(EngineTest, ThePolicyIsToldWhatStepsAndFoldsTook) {
   ObservingPolicy::Seen seen;
   {
-    TestEngine engine(model(), *tokenizer_, Options(), std::make_unique<ObservingPolicy>(&seen),
-                      [](int64_t step) {
+    TestEngine engine(model(), *tokenizer_, SmallOptions(),
+                      std::make_unique<ObservingPolicy>(&seen), [](int64_t step) {
                         if (step == 3) throw std::runtime_error("on purpose");
                       });
     EXPECT_FALSE(engine.Submit(Greedy(96, 40))->Wait().status.ok());  // its step counts for nothing
@@ -626,7 +622,8 @@ TEST_F(EngineTest, ThePolicyIsToldWhatClientsSee) {
   ObservingPolicy::Seen seen;
   RequestResult again;
   {
-    TestEngine engine(model(), *tokenizer_, Options(), std::make_unique<ObservingPolicy>(&seen));
+    TestEngine engine(model(), *tokenizer_, SmallOptions(),
+                      std::make_unique<ObservingPolicy>(&seen));
     Request request = Greedy(40, 3);
     request.tier = Tier::kFull;
     EXPECT_TRUE(engine.Submit(request)->Wait().status.ok());
@@ -645,10 +642,11 @@ TEST_F(EngineTest, ThePolicyIsToldWhatClientsSee) {
 // In calm the policy brings the target down although no request comes.
 TEST_F(EngineTest, AnIdleEngineStillAsksItsPolicy) {
   std::atomic<bool> calm = false;
-  TestEngine engine(
-      model(), *tokenizer_, Options(), std::make_unique<FunctionPolicy>([&](const LoadSnapshot&) {
-        return LevelDecision{.target = calm ? 0 : 2, .raises = {}, .reason = "calm: test"};
-      }));
+  TestEngine engine(model(), *tokenizer_, SmallOptions(),
+                    std::make_unique<FunctionPolicy>([&](const LoadSnapshot&) {
+                      return LevelDecision{
+                          .target = calm ? 0 : 2, .raises = {}, .reason = "calm: test"};
+                    }));
   EXPECT_TRUE(engine.Submit(Greedy(4, 4))->Wait().status.ok());
   EXPECT_EQ(WaitIdle(engine).target_level, 2);
   calm = true;
@@ -659,7 +657,7 @@ TEST_F(EngineTest, AnIdleEngineStillAsksItsPolicy) {
 }
 
 TEST_F(EngineTest, TheObserverSeesEveryEnd) {
-  TestEngine engine(model(), *tokenizer_, Options());
+  TestEngine engine(model(), *tokenizer_, SmallOptions());
   std::atomic<int> seen = 0;
   engine->SetFinishObserver([&](const RequestResult& result) {
     EXPECT_EQ(result.generated_tokens, 3);
@@ -674,7 +672,7 @@ TEST_F(EngineTest, TheObserverSeesEveryEnd) {
 // so that there are pre-emptions. Every accepted one ends exactly once.
 TEST_F(EngineTest, ManySubmitters) {
   constexpr uint32_t kSeed = 20250303;
-  EngineOptions options = Options();
+  EngineOptions options = SmallOptions();
   options.max_queued = 12;
   options.memory_bytes = 60 * model().cache_geometry().page_bytes();
   TestEngine engine(model(), *tokenizer_, options,
@@ -737,7 +735,7 @@ TEST_F(EngineTest, ManySubmitters) {
 }
 
 TEST_F(EngineTest, DestroyedWithWorkInFlight) {
-  TestEngine engine(model(), *tokenizer_, Options());
+  TestEngine engine(model(), *tokenizer_, SmallOptions());
   std::vector<std::shared_ptr<RecordingSink>> sinks;
   for (int i = 0; i < 20; ++i) sinks.push_back(engine.Submit(Greedy(30, 300, i)));
   sinks[0]->WaitForTokens(3);
@@ -749,7 +747,7 @@ TEST_F(EngineTest, DestroyedWithWorkInFlight) {
 }
 
 TEST_F(EngineTest, ADrainedEngineFinishesItsWork) {
-  TestEngine engine(model(), *tokenizer_, Options());
+  TestEngine engine(model(), *tokenizer_, SmallOptions());
   std::vector<std::shared_ptr<RecordingSink>> sinks;
   for (int i = 0; i < 8; ++i) sinks.push_back(engine.Submit(Greedy(30, 10, i)));
   engine->Drain();
@@ -762,7 +760,7 @@ TEST_F(EngineTest, ADrainedEngineFinishesItsWork) {
 }
 
 TEST_F(EngineTest, WrongOptionsAreRefused) {
-  EngineOptions options = Options();
+  EngineOptions options = SmallOptions();
   options.memory_bytes = 0;
   Workspace workspace;
   const auto engine =

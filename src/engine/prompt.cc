@@ -26,14 +26,7 @@ Status EndWithin(const ChatMessage& last, std::vector<PromptPiece>& pieces) {
   return Unsupported("the chat template changes the last message, which cannot be continued");
 }
 
-}  // namespace
-
-Expected<std::vector<int32_t>> EncodeChat(const Tokenizer& tokenizer,
-                                          const ChatTemplate& chat_template,
-                                          std::span<const ChatMessage> messages,
-                                          const PromptOptions& prompt) {
-  if (!prompt.enable_thinking && chat_template.thinking == ChatTemplate::Thinking::kAlways)
-    return Unsupported("the chat template '{}' always thinks", chat_template.name);
+ChatRenderOptions RenderOptions(const Tokenizer& tokenizer, const PromptOptions& prompt) {
   const auto text_of = [&](std::optional<int32_t> id) {
     return id ? std::string(tokenizer.TokenText(*id)) : std::string();
   };
@@ -42,7 +35,36 @@ Expected<std::vector<int32_t>> EncodeChat(const Tokenizer& tokenizer,
   options.enable_thinking = prompt.enable_thinking;
   options.bos = text_of(tokenizer.bos_id());
   options.eos = text_of(tokenizer.eos_id());
-  DSLA_ASSIGN_OR_RETURN(auto pieces, RenderChat(chat_template, messages, options));
+  return options;
+}
+
+// Control tokens in what the template itself wrote become control pieces.
+std::vector<PromptPiece> CutControl(const Tokenizer& tokenizer, const jinja::Text& text) {
+  const std::string_view bytes = text.bytes();
+  std::vector<PromptPiece> pieces;
+  size_t at = 0;  // of what has become pieces
+  const auto cut = [&](size_t begin, size_t end) {
+    for (const auto& token : tokenizer.FindControlTokens(bytes.substr(begin, end - begin))) {
+      pieces.push_back({std::string(bytes.substr(at, begin + token.begin - at)), false});
+      pieces.push_back({std::string(tokenizer.TokenText(token.id)), true});
+      at = begin + token.end;
+    }
+  };
+  size_t begin = 0;
+  for (const auto& foreign : text.foreign()) {
+    cut(begin, foreign.begin);
+    begin = foreign.end;
+  }
+  cut(begin, bytes.size());
+  pieces.push_back({std::string(bytes.substr(at)), false});
+  std::erase_if(pieces, [](const PromptPiece& piece) { return piece.text.empty(); });
+  return pieces;
+}
+
+Expected<std::vector<int32_t>> EncodePieces(const Tokenizer& tokenizer,
+                                            std::span<const ChatMessage> messages,
+                                            const PromptOptions& prompt,
+                                            std::vector<PromptPiece> pieces) {
   if (prompt.continue_last) DSLA_RETURN_IF_ERROR(EndWithin(messages.back(), pieces));
   std::vector<int32_t> ids;
   for (const PromptPiece& piece : MergePlainPieces(
@@ -58,6 +80,34 @@ Expected<std::vector<int32_t>> EncodeChat(const Tokenizer& tokenizer,
     ids.insert(ids.end(), encoded.begin(), encoded.end());
   }
   return ids;
+}
+
+}  // namespace
+
+Status CheckThinking(const ChatTemplate& chat_template, const PromptOptions& prompt) {
+  if (!prompt.enable_thinking && chat_template.thinking == ChatTemplate::Thinking::kAlways)
+    return Unsupported("the chat template '{}' always thinks", chat_template.name);
+  return Status::Ok();
+}
+
+Expected<std::vector<int32_t>> EncodeChat(const Tokenizer& tokenizer,
+                                          const ChatTemplate& chat_template,
+                                          std::span<const ChatMessage> messages,
+                                          const PromptOptions& prompt) {
+  DSLA_RETURN_IF_ERROR(CheckThinking(chat_template, prompt));
+  DSLA_ASSIGN_OR_RETURN(auto pieces,
+                        RenderChat(chat_template, messages, RenderOptions(tokenizer, prompt)));
+  return EncodePieces(tokenizer, messages, prompt, std::move(pieces));
+}
+
+Expected<std::vector<int32_t>> EncodeToolChat(const Tokenizer& tokenizer,
+                                              const ToolTemplate& tool_template,
+                                              std::span<const ChatMessage> messages,
+                                              std::span<const Tool> tools,
+                                              const PromptOptions& prompt) {
+  DSLA_ASSIGN_OR_RETURN(const jinja::Text text,
+                        tool_template.Render(messages, tools, RenderOptions(tokenizer, prompt)));
+  return EncodePieces(tokenizer, messages, prompt, CutControl(tokenizer, text));
 }
 
 }  // namespace dsla

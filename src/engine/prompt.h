@@ -8,6 +8,7 @@
 
 #include "base/status.h"
 #include "format/chat/chat_template.h"
+#include "format/chat/tool_template.h"
 #include "format/tokenizer/tokenizer.h"
 
 namespace dsla {
@@ -20,13 +21,23 @@ struct PromptOptions {
   bool continue_last = false;
 };
 
+// kUnsupported for a template that cannot do without thinking where that is asked for.
+Status CheckThinking(const ChatTemplate& chat_template, const PromptOptions& prompt);
+
 // Renders messages and tokenises the pieces, so that only the template's own control pieces become
-// control tokens. Errors: RenderChat's, kInvalidArgument for an empty conversation or one without
-// an answer to continue, and kUnsupported for a template that cannot do without thinking or that
-// changes the answer.
+// control tokens. Errors: CheckThinking's, RenderChat's, kInvalidArgument for an empty conversation
+// or one without an answer to continue, and kUnsupported for a template that changes the answer.
 Expected<std::vector<int32_t>> EncodeChat(const Tokenizer& tokenizer,
                                           const ChatTemplate& chat_template,
                                           std::span<const ChatMessage> messages,
                                           const PromptOptions& prompt = {});
+
+// The same of a conversation with tools, calls or results. Errors: ToolTemplate's, and EncodeChat's
+// for prompt.continue_last.
+Expected<std::vector<int32_t>> EncodeToolChat(const Tokenizer& tokenizer,
+                                              const ToolTemplate& tool_template,
+                                              std::span<const ChatMessage> messages,
+                                              std::span<const Tool> tools,
+                                              const PromptOptions& prompt = {});
 
 }  // namespace dsla

@@ -9,6 +9,7 @@
 
 #include "base/status.h"
 #include "cache/level_history.h"
+#include "grammar/grammar.h"
 #include "ops/sampling/sampling.h"
 
 namespace dsla {
@@ -25,13 +26,18 @@ struct Request {
   int max_tokens = 16;  // >= 0; 0 only with prompt_logprobs
   int min_tokens = 0;   // no stop id or stop string ends the reply earlier
   bool ignore_eos = false;
-  bool continues = false;         // the reply's text goes on from the prompt's (a completion, or a
-                                  // message continued): SentencePiece keeps a leading space
-  std::vector<int32_t> stop_ids;  // besides the model's own end tokens
-  std::vector<std::string> stop;  // none empty; the reply ends before the first one
-  int top_logprobs = -1;          // -1: none; n >= 0: the chosen token's and the n likeliest
-  bool prompt_logprobs = false;   // of every prompt token; such a request does not read the prefix
-                                  // cache
+  bool continues = false;          // the reply's text goes on from the prompt's (a completion, or a
+                                   // message continued): SentencePiece keeps a leading space
+  std::vector<int32_t> shown_ids;  // control tokens that give their text all the same
+  std::vector<int32_t> stop_ids;   // besides the model's own end tokens
+  std::vector<std::string> stop;   // none empty; the reply ends before the first one
+  // That the reply follows; null: none. End tokens and stop_ids come where it may end only, and the
+  // reply ends where nothing else may follow, also before min_tokens or with ignore_eos. A stop
+  // string or max_tokens may end it earlier.
+  std::shared_ptr<const Grammar> grammar;
+  int top_logprobs = -1;         // -1: none; n >= 0: the chosen token's and the n likeliest
+  bool prompt_logprobs = false;  // of every prompt token; such a request does not read the prefix
+                                 // cache
   Tier tier = Tier::kAuto;
   int level = 0;           // with Tier::kExact
   std::string cache_salt;  // prefix-cache entries are shared among equal salts only
@@ -60,7 +66,8 @@ const char* Name(FinishReason reason);
 
 // How a request ended. On an error `status` says why and the tokens sent so far stand.
 struct RequestResult {
-  std::string id;  // the request's
+  std::string id;    // the request's
+  int replica = -1;  // of several engines: which one had it
   Status status;
   Tier tier = Tier::kAuto;  // as asked for
   FinishReason finish = FinishReason::kStop;
@@ -81,6 +88,8 @@ struct RequestResult {
 class RequestSink {
  public:
   virtual ~RequestSink() = default;
+  // Of several engines the one that gets the request, from 0; before all else, within Submit.
+  virtual void OnPlaced(int /*replica*/) {}
   virtual void OnPromptLogprobs(std::vector<PromptLogprob> logprobs) = 0;  // at most once, first
   virtual void OnToken(TokenOutput token) = 0;             // may come while the next step runs
   virtual void OnFinish(const RequestResult& result) = 0;  // exactly once, last

@@ -1,9 +1,11 @@
 #include "engine/session.h"
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "base/clock.h"
+#include "engine/reply_mask.h"
 
 namespace dsla {
 
@@ -81,6 +83,11 @@ Expected<GenerateResult> Session::Generate(const GenerateOptions& options) {
   const double start = NowSeconds();
   Sampler sampler(options.sampling, model_->config().V);
   sampler.AddPrompt(tokens_);
+  std::optional<ReplyMask> mask;
+  if (options.grammar != nullptr) {
+    DSLA_ASSIGN_OR_RETURN(mask,
+                          ReplyMask::Create(*options.grammar, options.stop_ids, /*may_end=*/true));
+  }
   GenerateResult result;
   result.finish = FinishReason::kLength;
   auto next_raise = options.raises.begin();
@@ -93,7 +100,9 @@ Expected<GenerateResult> Session::Generate(const GenerateOptions& options) {
   };
   DSLA_RETURN_IF_ERROR(raise_due(0));
   while (static_cast<int>(result.tokens.size()) < options.max_tokens) {
-    DSLA_ASSIGN_OR_RETURN(const Sampler::Choice choice, sampler.Sample(logits_.span(), length()));
+    const auto allowed = mask.has_value() ? mask->allowed() : std::span<const uint32_t>();
+    DSLA_ASSIGN_OR_RETURN(const Sampler::Choice choice,
+                          sampler.Sample(logits_.span(), length(), {}, allowed));
     if (result.tokens.empty()) result.seconds_to_first_token = NowSeconds() - start;
     if (std::find(options.stop_ids.begin(), options.stop_ids.end(), choice.token) !=
         options.stop_ids.end()) {
@@ -105,6 +114,14 @@ Expected<GenerateResult> Session::Generate(const GenerateOptions& options) {
     if (options.on_token && !options.on_token(choice.token, choice.logprob)) {
       result.finish = FinishReason::kCancelled;
       break;
+    }
+    if (mask.has_value()) {
+      mask->Accept(choice.token);
+      DSLA_RETURN_IF_ERROR(mask->Await(/*may_end=*/true));
+      if (mask->complete()) {
+        result.finish = FinishReason::kStop;
+        break;
+      }
     }
     const int generated = static_cast<int>(result.tokens.size());
     if (generated == options.max_tokens) break;

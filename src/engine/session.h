@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
@@ -38,7 +39,8 @@ struct SessionOptions {
 struct GenerateOptions {
   SamplingParams sampling;
   int max_tokens = 256;
-  std::vector<int32_t> stop_ids;  // any of these ends the reply and is not part of it
+  std::vector<int32_t> stop_ids;           // any of these ends the reply and is not part of it
+  std::shared_ptr<const Grammar> grammar;  // that the reply follows, see Request
   struct Raise {
     int after_tokens;  // generated tokens after which it happens
     int level;

@@ -7,8 +7,10 @@
 
 namespace dsla {
 
-TextStream::TextStream(const Tokenizer& tokenizer, std::vector<std::string> stop, bool continues)
-    : decoder_(tokenizer, {.skip_special = true, .continues = continues}) {
+TextStream::TextStream(const Tokenizer& tokenizer, std::vector<std::string> stop, bool continues,
+                       std::vector<int32_t> shown)
+    : decoder_(tokenizer, {.skip_special = true, .continues = continues}),
+      shown_(std::move(shown)) {
   for (std::string& text : stop) {
     DSLA_CHECK(!text.empty());
     Stop& s = stops_.emplace_back();
@@ -31,7 +33,8 @@ bool TextStream::Stop::Next(char byte) {
 
 std::string TextStream::Push(int32_t token, bool may_stop) {
   DSLA_CHECK(!stop_string_.has_value());
-  return Scan(decoder_.Push(token), may_stop);
+  const bool shown = std::ranges::find(shown_, token) != shown_.end();
+  return Scan(decoder_.Push(token, shown), may_stop);
 }
 
 std::string TextStream::Scan(std::string_view text, bool may_stop) {

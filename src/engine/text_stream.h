@@ -1,7 +1,7 @@
 // TextStream: from the tokens of a reply to its text, piece by piece. Bytes are held back while
 // they may be the start of a code point or of a stop string, so that what has gone out always
-// stands; the reply ends before the first stop string. Control tokens give no text. One per
-// request, one thread; the tokenizer must outlive it.
+// stands; the reply ends before the first stop string. Control tokens give no text but
+// where they are asked for. One per request, one thread; the tokenizer must outlive it.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,9 @@ class TextStream {
  public:
   // stop: none empty, each valid UTF-8. continues: the reply goes on from other text, so that a
   // leading space is part of it (SentencePiece).
-  TextStream(const Tokenizer& tokenizer, std::vector<std::string> stop, bool continues = false);
+  // shown: control tokens that give their text all the same.
+  TextStream(const Tokenizer& tokenizer, std::vector<std::string> stop, bool continues = false,
+             std::vector<int32_t> shown = {});
 
   // The text that the token adds for certain. With may_stop, a stop string that the token completes
   // ends the reply: the text is what comes before it, and stop_string() names it; nothing may be
@@ -44,6 +46,7 @@ class TextStream {
   std::string Scan(std::string_view text, bool may_stop);
 
   IncrementalDecoder decoder_;
+  const std::vector<int32_t> shown_;
   std::vector<Stop> stops_;
   std::string held_;  // as long as the longest `matched`
   std::optional<std::string> stop_string_;

@@ -35,6 +35,14 @@ class TextStreamTest : public ::testing::Test {
   std::unique_ptr<Tokenizer> tokenizer_ = ByteTokenizer();
 };
 
+TEST_F(TextStreamTest, ControlTokensGiveTheirTextWhereAskedFor) {
+  TextStream hidden(*tokenizer_, {}), shown(*tokenizer_, {"nd|>h"}, false, {261});
+  EXPECT_EQ(hidden.Push(261, true), "");
+  EXPECT_EQ(shown.Push(261, true), "<|e") << "a stop string may begin in it";
+  EXPECT_EQ(shown.Push(259, true), "");
+  EXPECT_EQ(shown.stop_string(), "nd|>h");
+}
+
 TEST_F(TextStreamTest, WholeCodePointsOnly) {
   TextStream stream(*tokenizer_, {});
   EXPECT_EQ(Bytes(stream, "a\xc3\xa9"), "a||\u00e9|");

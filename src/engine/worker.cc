@@ -372,6 +372,11 @@ void Worker::Publish(double begin, double model_seconds, const StepPlan& plan, i
   if (generated > 0) decode_rate_.Add(now, generated);
 }
 
+bool Worker::device_failed() const {
+  const std::lock_guard lock(state_mutex_);
+  return !state_.device_error.empty();
+}
+
 EngineState Worker::state() const {
   const Inbox::Counts inbox = inbox_->counts();
   const double now = NowSeconds();

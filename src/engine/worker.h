@@ -44,6 +44,7 @@ class Worker : private CacheOps {
 
   // From any thread.
   EngineState state() const;
+  bool device_failed() const;
   Status CanEverFit(const Request& request) const;
   int64_t LongestReply(int64_t prompt_tokens, int64_t most, Tier tier, int level) const {
     return scheduler_.LongestReply(prompt_tokens, most, tier, level);
@@ -119,6 +120,8 @@ class Worker : private CacheOps {
   Status Sample(const ActiveRequest& active, int position, std::span<float> logits,
                 Outcome& outcome) const;
   int EmitRows(Flight& step, double now);  // returns the number of new tokens
+  void AdvanceMasks(const Flight& step);
+  static bool EndsReply(const ActiveRequest& active, int32_t token);
   void EmitRow(const PlannedRows& rows, ActiveRequest& active, Outcome& outcome, RowResult& result,
                double now);
   void EmitPromptLogprobs(ActiveRequest& active);

@@ -22,14 +22,15 @@ void Worker::LetDeviceChoose(const ActiveRequest& active, const PlannedRows& pla
   rows.sampling = &request.sampling;
   rows.edits = active.sampler.edits();
   rows.ruled_out = RuledOut(active);
+  if (active.mask.has_value()) rows.allowed = active.mask->allowed();
   rows.top = std::max(request.top_logprobs, 0);
 }
 
 // So many first tokens of the reply are chosen with the host's help: their logits are changed by
-// the token before, or more is told than the token.
+// the token before, as by a grammar, or more is told than the token.
 int Worker::HostTokens(const ActiveRequest& active) {
   const bool always = !active.sampler.edits().empty() || active.sampler.counts_output() ||
-                      active.request.top_logprobs > 0;
+                      active.request.top_logprobs > 0 || active.mask.has_value();
   if (always) return std::numeric_limits<int>::max();
   return active.end_ids.empty() ? 0 : active.request.min_tokens;
 }
@@ -97,7 +98,9 @@ Status Worker::Sample(const ActiveRequest& active, int position, std::span<float
                       Outcome& outcome) const {
   const Request& request = active.request;
   if (request.max_tokens == 0) return Status::Ok();
-  const auto choice = active.sampler.Sample(logits, position, RuledOut(active));
+  const auto allowed =
+      active.mask.has_value() ? active.mask->allowed() : std::span<const uint32_t>();
+  const auto choice = active.sampler.Sample(logits, position, RuledOut(active), allowed);
   if (!choice.ok()) return NumericalError(choice.status());
   outcome.choice = *choice;
   if (request.top_logprobs <= 0) return Status::Ok();
@@ -109,6 +112,7 @@ int Worker::EmitRows(Flight& step, double now) {
   const std::vector<PlannedRows>& planned = step.plan.rows;
   ResolveRequests(step.plan);
   results_.assign(planned.size(), {});
+  AdvanceMasks(step);
   int tokens = 0;
   for (size_t i = 0; i < planned.size(); ++i) {
     if (row_requests_[i] == nullptr) continue;
@@ -122,12 +126,30 @@ int Worker::EmitRows(Flight& step, double now) {
       status = ResourceExhausted("out of memory while a token was handed on");
     }
     tokens += active.generated - before;
+    if (status.ok() && !results_[i].finish) status = active.result.status;
     if (status.ok()) continue;
     active.result.status = std::move(status);
     results_[i].finish = results_[i].failed = true;
   }
   if (model_->device() == nullptr) HandOnAll();  // nothing would run meanwhile
   return tokens;
+}
+
+// Those of all rows, so that they are made side by side while the tokens are handed on.
+void Worker::AdvanceMasks(const Flight& step) {
+  for (size_t i = 0; i < step.plan.rows.size(); ++i) {
+    ActiveRequest* const active = row_requests_[i];
+    if (active == nullptr || !active->mask.has_value() || !step.plan.rows[i].samples) continue;
+    if (active->request.max_tokens == 0) continue;
+    const Outcome& outcome = step.outcomes[i];
+    if (!active->result.status.ok() || !outcome.status.ok()) continue;
+    if (!EndsReply(*active, outcome.choice.token)) active->mask->Accept(outcome.choice.token);
+  }
+}
+
+bool Worker::EndsReply(const ActiveRequest& active, int32_t token) {
+  return active.generated >= active.request.min_tokens &&
+         std::binary_search(active.end_ids.begin(), active.end_ids.end(), token);
 }
 
 void Worker::EmitRow(const PlannedRows& rows, ActiveRequest& active, Outcome& outcome,
@@ -162,8 +184,7 @@ bool Worker::EmitToken(ActiveRequest& active, Outcome& outcome, int level, doubl
   };
   if (request.max_tokens == 0) return finish(FinishReason::kLength);
 
-  if (active.generated >= request.min_tokens &&
-      std::binary_search(active.end_ids.begin(), active.end_ids.end(), token)) {
+  if (EndsReply(active, token)) {
     result.stop_token = token;
     return finish(FinishReason::kStop);
   }
@@ -191,6 +212,11 @@ bool Worker::EmitToken(ActiveRequest& active, Outcome& outcome, int level, doubl
       result.stop_string = *stop;
       return finish(FinishReason::kStop);
     }
+  }
+  if (active.mask.has_value()) {
+    result.status = active.mask->Await(/*may_end=*/active.generated >= request.min_tokens);
+    if (!result.status.ok()) return true;  // the row fails
+    if (active.mask->complete()) return finish(FinishReason::kStop);
   }
   if (active.generated == request.max_tokens) return finish(FinishReason::kLength);
   if (active.unsent.has_value()) unsent_.push_back(&active);

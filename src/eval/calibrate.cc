@@ -121,7 +121,25 @@ class ModelProbe final : public CostProbe {
   Buffer<float> logits_;
 };
 
+CalibrationLimits LimitsOf(const HybridModel& model, const CalibrateOptions& options,
+                           double tokens_per_second) {
+  const CacheGeometry geometry = model.cache_geometry();
+  const int L = model.config().L;
+  return {.layers = L,
+          .top_level = options.top_level,
+          .max_positions = model.max_positions(),
+          .memory_tokens = options.memory_bytes / (L * geometry.page_bytes()) * geometry.page_size,
+          .tokens_per_second = tokens_per_second};
+}
+
 }  // namespace
+
+int64_t LongestContext(const HybridModel& model, const CalibrateOptions& options) {
+  int64_t longest = 0;
+  for (const PrefillPoint& point : CalibrationPlan(LimitsOf(model, options, 0)).prefill)
+    longest = std::max(longest, point.context);
+  return longest;
+}
 
 Expected<CostModel> Calibrate(const ExecContext& ctx, const HybridModel& model,
                               const CalibrateOptions& options) {
@@ -132,19 +150,13 @@ Expected<CostModel> Calibrate(const ExecContext& ctx, const HybridModel& model,
   }
   DSLA_ASSIGN_OR_RETURN(CachePool pool, CachePool::Create(model.cache_geometry(),
                                                           options.memory_bytes, model.memory()));
-  const int64_t page_tokens = model.cache_geometry().page_size;
-  const int64_t memory_tokens =
-      options.memory_bytes / (L * model.cache_geometry().page_bytes()) * page_tokens;
+  const int64_t memory_tokens = LimitsOf(model, options, 0).memory_tokens;
   ModelProbe measured(ctx, model, pool);
   const double start = NowSeconds();
   const auto probe = static_cast<int>(std::max<int64_t>(
       1, std::min<int64_t>({kProbeTokens, memory_tokens, model.max_positions()})));
   DSLA_ASSIGN_OR_RETURN(const double rate, measured.ProbeRate(probe));
-  const CostMeasurements plan = CalibrationPlan({.layers = L,
-                                                 .top_level = options.top_level,
-                                                 .max_positions = model.max_positions(),
-                                                 .memory_tokens = memory_tokens,
-                                                 .tokens_per_second = rate});
+  const CostMeasurements plan = CalibrationPlan(LimitsOf(model, options, rate));
   return RunCalibration(measured, L, options.top_level, plan, start + options.most_seconds);
 }
 

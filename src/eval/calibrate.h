@@ -21,6 +21,9 @@ struct CalibrateOptions {
   double most_seconds = 8;
 };
 
+// In tokens, of what is measured on a machine of any speed: less than usual where memory is short.
+int64_t LongestContext(const HybridModel& model, const CalibrateOptions& options);
+
 // kResourceExhausted when not even the shortest context fits the memory.
 Expected<CostModel> Calibrate(const ExecContext& ctx, const HybridModel& model,
                               const CalibrateOptions& options);

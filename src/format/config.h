@@ -4,8 +4,10 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "base/status.h"
@@ -35,6 +37,17 @@ struct RopeConfig {
   std::vector<double> Frequencies(int D) const;
 };
 
+// How the model's makers advise to draw its tokens, in the ranges of ops/sampling; absent: they say
+// nothing.
+struct SamplingAdvice {
+  std::optional<double> temperature;  // 0: greedily
+  std::optional<int> top_k;           // 0: of all tokens
+  std::optional<double> top_p, min_p, repetition_penalty;
+
+  // What there is, by the names that requests use.
+  std::vector<std::pair<const char*, double>> Given() const;
+};
+
 struct ModelConfig {
   std::string architecture;  // as the file names it: LlamaForCausalLM, llama, qwen2, ...
   std::string name;          // for people
@@ -55,6 +68,7 @@ struct ModelConfig {
   int sliding_window = 0;        // keys a query sees, itself included; 0 = all max_position
   std::vector<int32_t> eos_ids;  // any of these ends a reply
   int32_t bos_id = -1;           // -1: none
+  SamplingAdvice sampling;
 
   int G() const { return H / Hkv; }
 };
@@ -64,7 +78,8 @@ struct ModelConfig {
 // build does not run.
 Expected<ModelConfig> ParseHfConfig(std::string_view json, const std::string& path);
 
-// Adds the end-of-reply and start tokens of an HF generation_config.json.
+// Adds what an HF generation_config.json says: end-of-reply and start tokens, and how to sample
+// (do_sample false: greedily; true without a temperature: at 1, as transformers does).
 Status MergeGenerationConfig(std::string_view json, const std::string& path, ModelConfig* config);
 
 // The metadata of a GGUF file (and which optional tensors it has) -> ModelConfig; errors likewise.

@@ -5,6 +5,7 @@
 #include "format/config.h"
 #include "format/gguf.h"
 #include "format/json.h"
+#include "format/sampling_advice.h"
 
 namespace dsla {
 namespace {
@@ -29,6 +30,7 @@ class GgufConfigParser {
     DSLA_RETURN_IF_ERROR(Rope());
     DSLA_RETURN_IF_ERROR(SlidingWindow());
     DSLA_RETURN_IF_ERROR(Tokens());
+    DSLA_RETURN_IF_ERROR(Sampling());
     const bool qwen2 = config_.architecture == "qwen2";
     config_.qkv_bias = qwen2 || FindTensor(gguf_, "blk.0.attn_q.bias") != nullptr;
     config_.o_bias = FindTensor(gguf_, "blk.0.attn_output.bias") != nullptr;
@@ -194,6 +196,18 @@ class GgufConfigParser {
     }
     DSLA_ASSIGN_OR_RETURN(const auto bos, TokenId("tokenizer.ggml.bos_token_id"));
     config_.bos_id = bos.value_or(-1);
+    return Status::Ok();
+  }
+
+  Status Sampling() {
+    constexpr SamplingKeys kKeys{.temperature = "general.sampling.temp",
+                                 .top_k = "general.sampling.top_k",
+                                 .top_p = "general.sampling.top_p",
+                                 .min_p = "general.sampling.min_p",
+                                 .repetition_penalty = "general.sampling.penalty_repeat"};
+    DSLA_ASSIGN_OR_RETURN(config_.sampling, ReadSamplingAdvice(kKeys, path_, [&](const char* key) {
+                            return gguf_.Number(key);
+                          }));
     return Status::Ok();
   }
 

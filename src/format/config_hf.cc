@@ -5,6 +5,7 @@
 
 #include "format/config.h"
 #include "format/json.h"
+#include "format/sampling_advice.h"
 
 namespace dsla {
 namespace {
@@ -105,6 +106,30 @@ Status ReadBos(const Fields& fields, const std::string& path, int32_t* bos) {
   std::vector<int32_t> ids;
   DSLA_RETURN_IF_ERROR(AddTokenIds(fields, "bos_token_id", path, &ids));
   if (!ids.empty()) *bos = ids.front();
+  return Status::Ok();
+}
+
+Status AdviceOf(const Fields& fields, const std::string& path, SamplingAdvice* advice) {
+  constexpr SamplingKeys kKeys{.temperature = "temperature",
+                               .top_k = "top_k",
+                               .top_p = "top_p",
+                               .min_p = "min_p",
+                               .repetition_penalty = "repetition_penalty"};
+  const auto read = [&](const char* key) -> Expected<std::optional<double>> {
+    if (fields.Find(key) == nullptr) return std::optional<double>();
+    double value = 0;
+    DSLA_RETURN_IF_ERROR(fields.Number(key, {}, &value));
+    return std::optional(value);
+  };
+  DSLA_ASSIGN_OR_RETURN(*advice, ReadSamplingAdvice(kKeys, path, read));
+  if (fields.Find("do_sample") == nullptr) return Status::Ok();
+  bool sample = false;
+  DSLA_RETURN_IF_ERROR(fields.Bool("do_sample", false, &sample));
+  if (!sample) {
+    advice->temperature = 0;
+  } else if (!advice->temperature) {
+    advice->temperature = 1;
+  }
   return Status::Ok();
 }
 
@@ -313,6 +338,7 @@ Status MergeGenerationConfig(std::string_view text, const std::string& path, Mod
   const Fields fields(object, path);
   DSLA_RETURN_IF_ERROR(AddTokenIds(fields, "eos_token_id", path, &config->eos_ids));
   DSLA_RETURN_IF_ERROR(ReadBos(fields, path, &config->bos_id));
+  DSLA_RETURN_IF_ERROR(AdviceOf(fields, path, &config->sampling));
   return ValidateConfig(*config, path);
 }
 

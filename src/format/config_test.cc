@@ -236,6 +236,45 @@ TEST(HfConfig, GenerationConfigAddsEndTokens) {
             "'g.json': end token 151936 is outside the vocabulary of 151936");
 }
 
+TEST(HfConfig, GenerationConfigAdvisesSampling) {
+  const auto given = [](const char* text) {
+    ModelConfig c = Good(Qwen2());
+    const Status status = MergeGenerationConfig(text, "g.json", &c);
+    EXPECT_TRUE(status.ok()) << status.message();
+    std::string joined;
+    for (const auto& [name, value] : c.sampling.Given())
+      joined += fmt::format("{} {} ", name, value);
+    return joined;
+  };
+  EXPECT_EQ(given("{}"), "");
+  EXPECT_EQ(given(R"({"do_sample": true, "temperature": 0.7, "top_k": 20, "top_p": 0.8,
+                      "min_p": null, "repetition_penalty": 1.1, "max_new_tokens": 2048})"),
+            "temperature 0.7 top_k 20 top_p 0.8 repetition_penalty 1.1 ");
+  EXPECT_EQ(given(R"({"temperature": 0, "min_p": 0.05, "top_k": -1})"),
+            "temperature 0 top_k 0 min_p 0.05 ");
+  EXPECT_EQ(given(R"({"do_sample": true})"), "temperature 1 ") << "transformers' default";
+  EXPECT_EQ(given(R"({"do_sample": false, "temperature": 0.7})"), "temperature 0 ") << "greedy";
+}
+
+TEST(HfConfig, BadAdviceIsRefused) {
+  const std::pair<const char*, const char*> cases[] = {
+      {R"({"temperature": -1})", "temperature is -1, not in [0, 100]"},
+      {R"({"temperature": "hot"})", "temperature is not a number"},
+      {R"({"top_k": 2.5})", "top_k is 2.5, not a whole number"},
+      {R"({"top_k": -2})", "top_k is -2, not in [-1, 1073741824]"},
+      {R"({"top_p": 0})", "top_p is 0, not in (0, 1]"},
+      {R"({"top_p": 1e-60})", "top_p is 1e-60, not in (0, 1]"},
+      {R"({"min_p": 1.5})", "min_p is 1.5, not in [0, 1]"},
+      {R"({"repetition_penalty": 0})", "repetition_penalty is 0, not in (0, 100]"},
+      {R"({"do_sample": 1})", "do_sample is neither true nor false"},
+  };
+  for (const auto& [text, message] : cases) {
+    ModelConfig c = Good(Qwen2());
+    EXPECT_EQ(MergeGenerationConfig(text, "g.json", &c).message(),
+              std::string("'g.json': ") + message);
+  }
+}
+
 // What transformers 5 computes in fp32 (theta 500000, D 64, Llama 3.1's scaling).
 TEST(Rope, Llama3Frequencies) {
   RopeConfig rope;
@@ -342,6 +381,27 @@ TEST(GgufConfig, Fields) {
   ASSERT_TRUE(c.ok()) << c.status().message();
   EXPECT_TRUE(c->tied_embeddings);
   EXPECT_EQ(c->Hkv, 1);
+}
+
+TEST(GgufConfig, SamplingAdvice) {
+  auto builder = TinyGguf("llama");
+  builder.F32("general.sampling.temp", 0.5f);
+  builder.U32("general.sampling.top_k", 40);
+  builder.F32("general.sampling.top_p", 0.75f);
+  builder.F32("general.sampling.min_p", 0.f);
+  builder.F32("general.sampling.penalty_repeat", 1.25f);
+  const auto c = ParseBuilder(builder);
+  ASSERT_TRUE(c.ok()) << c.status().message();
+  EXPECT_EQ(c->sampling.temperature, 0.5);
+  EXPECT_EQ(c->sampling.top_k, 40);
+  EXPECT_EQ(c->sampling.top_p, 0.75);
+  EXPECT_EQ(c->sampling.min_p, 0.0);
+  EXPECT_EQ(c->sampling.repetition_penalty, 1.25);
+  EXPECT_TRUE(ParseBuilder(TinyGguf("llama"))->sampling.Given().empty());
+  builder = TinyGguf("llama");
+  builder.F32("general.sampling.top_p", 7);
+  EXPECT_EQ(ParseBuilder(builder).status().message(),
+            "'x.gguf': general.sampling.top_p is 7, not in (0, 1]");
 }
 
 TEST(GgufConfig, RopeAndWindow) {

@@ -63,6 +63,8 @@ class ModelFile {
 
   virtual Expected<TokenizerData> ReadTokenizer() const = 0;
   virtual std::string chat_template() const = 0;  // Jinja source; empty if there is none
+  // The one for conversations with tools; the same where the file has no other.
+  virtual std::string tool_chat_template() const = 0;
 
   // nullptr if there is none.
   virtual const TensorInfo* FindTensor(const std::string& name) const = 0;

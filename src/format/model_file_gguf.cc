@@ -61,6 +61,8 @@ class GgufModel final : public StoredModel {
     permuted_qk_ = config_.architecture == "llama";
     DSLA_ASSIGN_OR_RETURN(const auto chat_template, gguf_.String("tokenizer.chat_template"));
     chat_template_ = chat_template.value_or("");
+    DSLA_ASSIGN_OR_RETURN(const auto with_tools, gguf_.String("tokenizer.chat_template.tool_use"));
+    tool_chat_template_ = with_tools.value_or("");
     std::vector<StoredTensor> stored;
     for (const GgufTensor& t : gguf_.tensors()) {
       stored.push_back({t.name, t.shape, t.type, t.data});

@@ -88,7 +88,8 @@ class HfModel final : public StoredModel {
   }
 
   // chat_template.jinja wins, as in transformers; tokenizer_config.json has a string or a list of
-  // named templates, of which "default" is the one for plain chat.
+  // named templates, of which "default" is the one for plain chat and "tool_use" the one with
+  // tools.
   Status ReadChatTemplate() {
     if (const std::string path = Path("chat_template.jinja"); Exists(path)) {
       DSLA_ASSIGN_OR_RETURN(chat_template_, ReadTextFile(path, kMaxConfigBytes));
@@ -111,6 +112,7 @@ class HfModel final : public StoredModel {
         return DataLoss("'{}': an entry of chat_template has no name and template", path);
       }
       if (entry["name"] == "default") chat_template_ = entry["template"].get<std::string>();
+      if (entry["name"] == "tool_use") tool_chat_template_ = entry["template"].get<std::string>();
     }
     return Status::Ok();
   }

@@ -33,6 +33,9 @@ class StoredModel : public ModelFile {
   Expected<std::string> Fingerprint() const override;
   void ReleasePages() const override;
   std::string chat_template() const override { return chat_template_; }
+  std::string tool_chat_template() const override {
+    return tool_chat_template_.empty() ? chat_template_ : tool_chat_template_;
+  }
 
  protected:
   // Binds every required tensor of config_ to one of `stored`, by name and shape. `file_name` gives
@@ -48,7 +51,7 @@ class StoredModel : public ModelFile {
   bool permuted_qk_ = false;
   std::string path_;
   ModelConfig config_;
-  std::string chat_template_;
+  std::string chat_template_, tool_chat_template_;
 
  private:
   struct Bound {

@@ -78,6 +78,7 @@ class RandomModel : public ModelFile {
     return NotFound("'{}': a model of random numbers has no tokenizer", path_);
   }
   std::string chat_template() const override { return ""; }
+  std::string tool_chat_template() const override { return ""; }
 
  private:
   std::string path_;

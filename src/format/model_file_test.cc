@@ -109,15 +109,18 @@ TEST(ModelFile, NameAndTokens) {
   dir.Write("generation_config.json", R"({"eos_token_id": [3, 4], "bos_token_id": 1})");
   dir.Write("tokenizer_config.json",
             R"({"chat_template": [{"name": "tools", "template": "t"},
-                                  {"name": "default", "template": "d"}]})");
+                                  {"name": "default", "template": "d"},
+                                  {"name": "tool_use", "template": "u"}]})");
   auto model = ModelFile::Open(dir.path() + "/");
   ASSERT_TRUE(model.ok()) << model.status().message();
   EXPECT_EQ((*model)->config().eos_ids, (std::vector<int32_t>{3, 4}));
   EXPECT_EQ((*model)->config().bos_id, 1);
   EXPECT_EQ((*model)->config().name, dir.path().substr(dir.path().find_last_of('/') + 1));
   EXPECT_EQ((*model)->chat_template(), "d");
+  EXPECT_EQ((*model)->tool_chat_template(), "u");
   dir.Write("tokenizer_config.json", R"({"chat_template": "s"})");
   EXPECT_EQ((*ModelFile::Open(dir.path()))->chat_template(), "s");
+  EXPECT_EQ((*ModelFile::Open(dir.path()))->tool_chat_template(), "s") << "there is no other";
   dir.Write("chat_template.jinja", "{{ j }}");
   EXPECT_EQ((*ModelFile::Open(dir.path()))->chat_template(), "{{ j }}");
 }
@@ -126,10 +129,12 @@ TEST(ModelFile, GgufChatTemplateAndVocabulary) {
   const ModelConfig config = testing::TinyConfig("llama");
   GgufBuilder builder = testing::TinyGguf(config, testing::RandomWeights(config, kSeed));
   builder.String("tokenizer.chat_template", "{{ x }}");
+  builder.String("tokenizer.chat_template.tool_use", "{{ u }}");
   const TempDir dir;
   const auto model = ModelFile::Open(dir.Write("tiny.gguf", builder.Build()));
   ASSERT_TRUE(model.ok()) << model.status().message();
   EXPECT_EQ((*model)->chat_template(), "{{ x }}");
+  EXPECT_EQ((*model)->tool_chat_template(), "{{ u }}");
   const auto data = (*model)->ReadTokenizer();
   ASSERT_TRUE(data.ok()) << data.status().message();
   ASSERT_EQ(data->tokens.size(), 16u);

@@ -25,6 +25,7 @@ struct SequenceRows {
   const SamplingParams* sampling = nullptr;
   std::span<const LogitEdit> edits = {};    // of steps 1 to 3: each token once
   std::span<const int32_t> ruled_out = {};  // tokens
+  std::span<const uint32_t> allowed = {};   // a mask of tokens; empty: all
   int top = 0;  // how many of the likeliest tokens to tell, at most kMostDeviceTop
   // HybridModel::Begin: not negative, the token is the one chosen for this sequence of the batch
   // begun before; `tokens` then holds one that is not read.

@@ -17,6 +17,12 @@ Json KindsAt(const LadderInfo& ladder, int level) {
   return kinds;
 }
 
+Json FactorsJson(const EngineState& state) {
+  return {{"prefill", state.cost_factors.prefill},
+          {"decode", state.cost_factors.decode},
+          {"fold", state.cost_factors.fold}};
+}
+
 Json ControllerJson(const EngineState& state, const PolicyOptions& options) {
   Json json{{"policy", state.policy},
             {"target_level", state.target_level},
@@ -27,9 +33,7 @@ Json ControllerJson(const EngineState& state, const PolicyOptions& options) {
                    {"tpot_seconds", options.slo.tpot},
                    {"cooldown_seconds", options.slo.up_cooldown},
                    {"calm_seconds", options.slo.calm_seconds}};
-    json["cost_factors"] = {{"prefill", state.cost_factors.prefill},
-                            {"decode", state.cost_factors.decode},
-                            {"fold", state.cost_factors.fold}};
+    json["cost_factors"] = FactorsJson(state);
   }
   if (state.policy == "paper") {
     json["paper"] = {{"queue", options.paper.queue},
@@ -56,15 +60,70 @@ Json EventsJson(const EngineState& state) {
       json["request_id"] = event.request_id;
       json["position"] = event.position;
     }
+    if (event.replica >= 0) json["replica"] = event.replica;
     events.push_back(std::move(json));
   }
   return events;
 }
 
+Json ProgressJson(const EngineState& state) {
+  return {
+      {"idle", state.idle},
+      {"draining", state.draining},
+      {"seconds_since_progress", state.idle ? 0 : std::max(0.0, state.now - state.last_progress)}};
+}
+
+Json LoadJson(const EngineState& state) {
+  return {{"running", {{"count", state.running}, {"by_level", state.rows_per_level}}},
+          {"queue",
+           {{"requests", state.queued},
+            {"tokens", state.queued_tokens},
+            {"oldest_wait_seconds", state.oldest_wait_seconds}}},
+          {"memory",
+           {{"budget_bytes", state.budget_bytes},
+            {"page_bytes", state.page_bytes},
+            {"state_bytes", state.state_bytes},
+            {"prefix_cache_bytes", state.prefix_cache_bytes}}},
+          {"throughput",
+           {{"prefill_tokens_per_second", state.prefill_tokens_per_second},
+            {"decode_tokens_per_second", state.decode_tokens_per_second}}},
+          {"totals",
+           {{"steps", state.steps},
+            {"busy_seconds", state.busy_seconds},
+            {"model_seconds", state.model_seconds},
+            {"prompt_tokens", state.prompt_tokens},
+            {"cached_tokens", state.cached_tokens},
+            {"prefill_tokens", state.prefill_tokens},
+            {"generated_tokens", state.generated_tokens},
+            {"finished", state.finished},
+            {"preemptions", state.preemptions},
+            {"raises", state.raises},
+            {"target_changes", state.target_changes},
+            {"numerical_errors", state.numerical_errors}}}};
+}
+
+Json ReplicasJson(const EngineState& state) {
+  Json replicas = Json::array();
+  for (const EngineState& replica : state.replicas) {
+    Json json{{"replica", replicas.size()}, {"device", replica.device}, {"failed", nullptr}};
+    if (!replica.device_error.empty()) json["failed"] = replica.device_error;
+    json.update(ProgressJson(replica));
+    json["target_level"] = replica.target_level;
+    json["cost_factors"] = FactorsJson(replica);
+    json.update(LoadJson(replica));
+    replicas.push_back(std::move(json));
+  }
+  return replicas;
+}
+
 }  // namespace
 
-DslaControl::DslaControl(Engine* engine, LadderInfo ladder, PolicyOptions options)
-    : engine_(engine), ladder_(std::move(ladder)), options_(std::move(options)) {}
+DslaControl::DslaControl(Engine* engine, LadderInfo ladder, PolicyOptions options,
+                         std::vector<CostModel> costs)
+    : engine_(engine),
+      ladder_(std::move(ladder)),
+      costs_(std::move(costs)),
+      options_(std::move(options)) {}
 
 PolicyOptions DslaControl::options() const {
   const std::lock_guard lock(mutex_);
@@ -91,55 +150,31 @@ Status DslaControl::Apply(const DslaCommand& command) {
     // Stays where it is.
     options.fixed_level = std::min(engine_->state().target_level, options.max_level);
   }
-  DSLA_ASSIGN_OR_RETURN(std::unique_ptr<LevelPolicy> policy, MakePolicy(options));
+  std::vector<std::unique_ptr<LevelPolicy>> policies(std::max<size_t>(1, costs_.size()));
+  for (size_t r = 0; r < policies.size(); ++r) {
+    PolicyOptions of_replica = options;
+    if (!costs_.empty()) of_replica.cost = costs_[r];
+    DSLA_ASSIGN_OR_RETURN(policies[r], MakePolicy(of_replica));
+  }
   engine_->SetMaxLevel(options.max_level);
   // A bound alone leaves the policy what it has learnt.
-  if (command.policy || command.level) engine_->SetPolicy(std::move(policy));
+  if (command.policy || command.level)
+    engine_->SetPolicy([&](int replica) { return std::move(policies.at(replica)); });
   options_ = std::move(options);
   return Status::Ok();
 }
 
 std::string DslaStateJson(const EngineState& state, const LadderInfo& ladder,
                           const PolicyOptions& options) {
-  const Json json{
-      {"model", ladder.model},
-      {"adapter", ladder.adapter},
-      {"idle", state.idle},
-      {"draining", state.draining},
-      {"seconds_since_progress", state.idle ? 0 : std::max(0.0, state.now - state.last_progress)},
-      {"ladder",
-       {{"layers", ladder.ladder},
-        {"top_level", ladder.top_level},
-        {"max_level", ladder.max_level}}},
-      {"controller", ControllerJson(state, options)},
-      {"kinds_at_target", KindsAt(ladder, state.target_level)},
-      {"running", {{"count", state.running}, {"by_level", state.rows_per_level}}},
-      {"queue",
-       {{"requests", state.queued},
-        {"tokens", state.queued_tokens},
-        {"oldest_wait_seconds", state.oldest_wait_seconds}}},
-      {"memory",
-       {{"budget_bytes", state.budget_bytes},
-        {"page_bytes", state.page_bytes},
-        {"state_bytes", state.state_bytes},
-        {"prefix_cache_bytes", state.prefix_cache_bytes}}},
-      {"throughput",
-       {{"prefill_tokens_per_second", state.prefill_tokens_per_second},
-        {"decode_tokens_per_second", state.decode_tokens_per_second}}},
-      {"totals",
-       {{"steps", state.steps},
-        {"busy_seconds", state.busy_seconds},
-        {"model_seconds", state.model_seconds},
-        {"prompt_tokens", state.prompt_tokens},
-        {"cached_tokens", state.cached_tokens},
-        {"prefill_tokens", state.prefill_tokens},
-        {"generated_tokens", state.generated_tokens},
-        {"finished", state.finished},
-        {"preemptions", state.preemptions},
-        {"raises", state.raises},
-        {"target_changes", state.target_changes},
-        {"numerical_errors", state.numerical_errors}}},
-      {"events", EventsJson(state)}};
+  Json json{{"model", ladder.model}, {"adapter", ladder.adapter}};
+  json.update(ProgressJson(state));
+  json["ladder"] = {
+      {"layers", ladder.ladder}, {"top_level", ladder.top_level}, {"max_level", ladder.max_level}};
+  json["controller"] = ControllerJson(state, options);
+  json["kinds_at_target"] = KindsAt(ladder, state.target_level);
+  json.update(LoadJson(state));
+  json["events"] = EventsJson(state);
+  if (!state.replicas.empty()) json["replicas"] = ReplicasJson(state);
   // A request's id comes from its client: what is not UTF-8 is replaced.
   return json.dump(-1, ' ', false, Json::error_handler_t::replace);
 }

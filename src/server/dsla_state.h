@@ -33,8 +33,10 @@ struct DslaCommand {
 // Thread-safe.
 class DslaControl {
  public:
-  // `options`: those that the engine's first policy was made from. The engine must outlive this.
-  DslaControl(Engine* engine, LadderInfo ladder, PolicyOptions options);
+  // `options`: those that the engine's first policy was made from; `costs`: of several replicas,
+  // each one's cost model in place of the options'. The engine must outlive this.
+  DslaControl(Engine* engine, LadderInfo ladder, PolicyOptions options,
+              std::vector<CostModel> costs = {});
 
   std::string StateJson() const;  // of the engine's state now
   Status Apply(const DslaCommand& command);
@@ -44,6 +46,7 @@ class DslaControl {
  private:
   Engine* const engine_;
   const LadderInfo ladder_;
+  const std::vector<CostModel> costs_;
   mutable std::mutex mutex_;  // of options_
   PolicyOptions options_;
 };

@@ -12,18 +12,26 @@ using testing::HasSubstr;
 class FakeEngine final : public Engine {
  public:
   std::optional<Rejection> SubmitAll(std::vector<Submission>) override { return {}; }
+  std::optional<Rejection> Check(const Request&) const override { return {}; }
   std::optional<Rejection> RefusesAll() const override { return {}; }
   int LongestReply(int64_t, Tier, int) const override { return 0; }
   void Cancel(const std::string&) override {}
   void CancelAll() override {}
   EngineState state() const override { return state_; }
+  bool device_failed() const override { return false; }
   void SetFinishObserver(FinishObserver) override {}
-  void SetPolicy(std::unique_ptr<LevelPolicy> policy) override { policy_ = std::move(policy); }
+  void SetPolicy(const PolicyMaker& make) override {
+    policies_.clear();
+    for (int r = 0; r < replicas_; ++r) policies_.push_back(make(r));
+    policy_ = policies_.front().get();
+  }
   void SetMaxLevel(int level) override { state_.max_level = level; }
   void Drain() override {}
 
   EngineState state_;
-  std::unique_ptr<LevelPolicy> policy_;
+  int replicas_ = 1;
+  std::vector<std::unique_ptr<LevelPolicy>> policies_;
+  LevelPolicy* policy_ = nullptr;  // the first one's
 };
 
 LadderInfo SomeLadder() {
@@ -111,6 +119,49 @@ TEST(DslaControl, ARefusalChangesNothing) {
   DslaControl other(&engine, SomeLadder(), uncalibrated);
   EXPECT_THAT(other.Apply({.policy = "slo", .level = {}, .max_level = {}}).message(),
               HasSubstr("no cost model"));
+}
+
+TEST(DslaControl, EveryReplicaGetsAPolicyOfItsOwn) {
+  FakeEngine engine;
+  engine.replicas_ = 2;
+  const CostModel cost = SomeOptions().cost;
+  PolicyOptions options = SomeOptions();
+  options.cost = {};
+  DslaControl control(&engine, SomeLadder(), options, {cost, cost});
+  for (const char* policy : {"slo", "paper", "fixed"}) {
+    ASSERT_TRUE(control.Apply({.policy = policy, .level = {}, .max_level = {}}).ok());
+    ASSERT_EQ(engine.policies_.size(), 2u);
+    EXPECT_NE(engine.policies_[0], nullptr);
+    EXPECT_STREQ(engine.policies_[1]->name(), policy);
+  }
+  DslaControl other(&engine, SomeLadder(), options, {cost, CostModel()});
+  EXPECT_THAT(other.Apply({.policy = "slo", .level = {}, .max_level = {}}).message(),
+              HasSubstr("no cost model"));
+  EXPECT_STREQ(engine.policies_[0]->name(), "fixed") << "neither has changed";
+}
+
+TEST(DslaState, NamesEachReplica) {
+  EngineState all;
+  EXPECT_FALSE(nlohmann::json::parse(DslaStateJson(all, SomeLadder(), {})).contains("replicas"));
+  all.replicas.resize(2);
+  all.replicas[1].device = "cuda:1 (some GPU)";
+  all.replicas[1].device_error = "an illegal access";
+  all.replicas[1].target_level = 3;
+  all.replicas[1].running = 7;
+  LevelEvent event;
+  event.replica = 1;
+  all.events = {event};
+  const auto json = nlohmann::json::parse(DslaStateJson(all, SomeLadder(), {}));
+  EXPECT_EQ(json["events"][0]["replica"], 1);
+  ASSERT_EQ(json["replicas"].size(), 2u);
+  EXPECT_EQ(json["replicas"][0]["failed"], nullptr);
+  const auto& second = json["replicas"][1];
+  EXPECT_EQ(second["replica"], 1);
+  EXPECT_EQ(second["device"], "cuda:1 (some GPU)");
+  EXPECT_EQ(second["failed"], "an illegal access");
+  EXPECT_EQ(second["target_level"], 3);
+  EXPECT_EQ(second["running"]["count"], 7);
+  EXPECT_TRUE(second.contains("cost_factors") && second.contains("totals"));
 }
 
 TEST(DslaState, SaysWhatTheEngineIsDoing) {

@@ -82,6 +82,33 @@ TEST_F(EngineLogTest, ChangesThatAreNotListedAreCounted) {
             (std::vector<std::string>{"changes_not_listed 100", "level 0"}));
 }
 
+TEST_F(EngineLogTest, ReplicasCountTheirChangesByThemselves) {
+  EngineState all;
+  all.replicas.resize(2);
+  all.replicas[0].events = {Event(1, 5, "", 3), Event(2, 5, "a", 3)};
+  all.replicas[1].events = {Event(1, 5, "", 2), Event(4, 6, "b", 2)};
+  all.replicas[1].device = "cuda:1 (some GPU)";
+  engine_log_->LogChanges(all);
+  all.replicas[1].device_error = "an illegal access";
+  engine_log_->LogChanges(all);
+  engine_log_->LogChanges(all);
+  std::vector<std::string> seen;
+  for (const auto& line : Lines())
+    seen.push_back(
+        fmt::format("{} {}", line["event"].get<std::string>(), line["replica"].get<int>()));
+  EXPECT_EQ(seen, (std::vector<std::string>{"level 0", "raise 0", "level 1", "changes_not_listed 1",
+                                            "raise 1", "replica_failed 1"}));
+  const auto last = Lines().back();
+  EXPECT_EQ(last["device"], "cuda:1 (some GPU)");
+  EXPECT_EQ(last["message"], "an illegal access");
+  RequestResult result;
+  result.id = "r";
+  result.replica = 1;
+  result.status = Status(StatusCode::kInternal, "the device failed");
+  engine_log_->OnFinish(result);
+  EXPECT_EQ(Lines().back()["replica"], 1);
+}
+
 TEST_F(EngineLogTest, WhyARequestFailed) {
   RequestResult result;
   result.id = "req-1/0123abcd.0";

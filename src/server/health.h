@@ -27,16 +27,21 @@ class Health {
 
   // Seconds without progress where they are too many.
   std::optional<double> Stalled() const;
-  // What the engine's device failed with; empty while it works.
+  // What the engine's device failed with; empty while it works, or one of several does.
   std::string DeviceFailure() const;
 
-  // GET, open to everybody and while draining. Each answers 200 {"status":"ok"}, or 503:
+  // Some of several replicas failed, and others work.
+  bool Degraded() const;
+
+  // GET, open to everybody and while draining. Each answers 200 {"status":"ok"}, with
+  // {"status":"degraded","failed_replicas":[1]} where some of several replicas failed, or 503:
   //   /live                  when the engine is stalled or the device failed: a restart helps
   //   /health /ready /ping   then, and while loading and draining
   // GET /version: {"version": ...}; needs a key where keys are set.
   void AddRoutes(Router& router, std::string version) const;
 
  private:
+  std::optional<double> StalledFor(const EngineState& state) const;
   HttpResponse Answer(bool ready) const;
 
   const double stall_seconds_;

@@ -17,13 +17,15 @@ using testing::TestServer;
 class StillEngine : public Engine {
  public:
   std::optional<Rejection> SubmitAll(std::vector<Submission>) override { return {}; }
+  std::optional<Rejection> Check(const Request&) const override { return std::nullopt; }
   std::optional<Rejection> RefusesAll() const override { return {}; }
   int LongestReply(int64_t, Tier, int) const override { return 0; }
   void Cancel(const std::string&) override {}
   void CancelAll() override {}
   EngineState state() const override { return state_; }
+  bool device_failed() const override { return !state_.device_error.empty(); }
   void SetFinishObserver(FinishObserver) override {}
-  void SetPolicy(std::unique_ptr<LevelPolicy>) override {}
+  void SetPolicy(const PolicyMaker&) override {}
   void SetMaxLevel(int) override {}
   void Drain() override {}
 
@@ -74,6 +76,17 @@ TEST(HealthTest, TellsTheTruth) {
   EXPECT_THAT(ask("/live").body, HasSubstr("illegal memory access"));
   EXPECT_EQ(ask("/live").status, 503);
   engine.state_.device_error.clear();
+
+  // One of several: the others serve on.
+  engine.state_.replicas.resize(3);
+  ready(200);
+  EXPECT_EQ(ask("/health").body, "{\"status\":\"ok\"}");
+  EXPECT_FALSE(health.Degraded());
+  engine.state_.replicas[0].device_error = engine.state_.replicas[2].device_error = "gone";
+  ready(200);
+  EXPECT_TRUE(health.Degraded());
+  for (const char* path : {"/health", "/ready", "/live"})
+    EXPECT_EQ(ask(path).body, "{\"status\":\"degraded\",\"failed_replicas\":[0,2]}") << path;
 
   health.SetPhase(Phase::kDraining);
   server.server().SetPhase(Phase::kDraining);

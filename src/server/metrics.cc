@@ -48,8 +48,9 @@ class Text {
   }
   Text& Gauge(std::string_view name, std::string_view help) { return Family(name, "gauge", help); }
 
-  Text& Sample(double value, Labels labels = {}) {
-    Line("", value, labels);
+  // `engine`: one label more, unless it is empty.
+  Text& Sample(double value, Labels labels = {}, std::string_view engine = {}) {
+    Line("", value, labels, {}, engine);
     return *this;
   }
 
@@ -67,7 +68,8 @@ class Text {
   }
 
  private:
-  void Line(std::string_view suffix, double value, Labels labels, std::string_view le = {}) {
+  void Line(std::string_view suffix, double value, Labels labels, std::string_view le = {},
+            std::string_view engine = {}) {
     out_.append(name_).append(suffix);
     char separator = '{';
     const auto label = [&](std::string_view key, std::string_view text) {
@@ -76,6 +78,7 @@ class Text {
       separator = ',';
     };
     for (const auto& [key, text] : labels) label(key, text);
+    if (!engine.empty()) label("engine", engine);
     if (!le.empty()) label("le", le);
     if (separator == ',') out_ += '}';
     out_.append(" ").append(Number(value)) += '\n';
@@ -220,6 +223,19 @@ constexpr Figure kFigures[] = {
     {"gauge", &EngineState::draining, "dsla_draining", "1 while new requests are refused.", {}},
 };
 
+// An engine, and what it is called; a single one has no name.
+struct Source {
+  const EngineState& state;
+  std::string name;
+};
+std::vector<Source> SourcesOf(const EngineState& state) {
+  if (state.replicas.empty()) return {{state, ""}};
+  std::vector<Source> sources;
+  for (const EngineState& replica : state.replicas)
+    sources.push_back({replica, std::to_string(sources.size())});
+  return sources;
+}
+
 double Share(int64_t part, int64_t whole) {
   return whole > 0 ? static_cast<double>(part) / static_cast<double>(whole) : 0;
 }
@@ -296,7 +312,12 @@ void ServerMetrics::CountHttp(std::string_view route, int status, double seconds
 std::string ServerMetrics::Render(const EngineState& state) {
   std::string out;
   out.reserve(16 << 10);
-  CountSwitches(state);
+  {
+    const std::lock_guard lock(mutex_);
+    const std::vector<Source> sources = SourcesOf(state);
+    seen_.resize(sources.size());
+    for (size_t i = 0; i < sources.size(); ++i) CountSwitches(sources[i].state, seen_[i]);
+  }
   RenderEngine(state, out);
   RenderRequests(out);
   RenderHttp(out);
@@ -305,14 +326,12 @@ std::string ServerMetrics::Render(const EngineState& state) {
 }
 
 // The engine keeps totals and its last events. Changes that fell out of the list between two
-// scrapes are counted all the same, with the reason "unlogged".
-void ServerMetrics::CountSwitches(const EngineState& state) {
-  const std::lock_guard lock(mutex_);
-  int64_t raises = state.raises - seen_raises_;
-  int64_t changes = state.target_changes - seen_target_changes_;
+// scrapes are counted all the same, with the reason "unlogged". With the mutex held.
+void ServerMetrics::CountSwitches(const EngineState& state, Seen& seen) {
+  int64_t raises = state.raises - seen.raises;
+  int64_t changes = state.target_changes - seen.target_changes;
   if (raises < 0 || changes < 0) return;  // an older state than the last one
-  seen_raises_ = state.raises;
-  seen_target_changes_ = state.target_changes;
+  seen = {.raises = state.raises, .target_changes = state.target_changes};
   for (auto event = state.events.rbegin(); event != state.events.rend(); ++event) {
     int64_t& left = event->request_id.empty() ? changes : raises;
     if (left == 0) continue;  // seen by the last scrape
@@ -324,19 +343,24 @@ void ServerMetrics::CountSwitches(const EngineState& state) {
   if (changes > 0) switches_[{"target", "unlogged", "unlogged"}] += changes;
 }
 
-void ServerMetrics::RenderEngine(const EngineState& s, std::string& out) const {
+void ServerMetrics::RenderEngine(const EngineState& state, std::string& out) const {
+  const std::vector<Source> engines = SourcesOf(state);
   Text text(out);
   text.Gauge("dsla_build_info", "Always 1; what is running.")
       .Sample(1, {{"version", options_.version}, {"model", options_.model}});
-  text.Gauge("dsla_policy", "1 for the policy in force.").Sample(1, {{"policy", s.policy}});
+  text.Gauge("dsla_policy", "1 for the policy in force.");
+  for (const auto& [s, name] : engines) text.Sample(1, {{"policy", s.policy}}, name);
   text.Gauge("dsla_cost_factor",
-             "Measured times by what the cost model of the start said of them; 1: as it said.")
-      .Sample(s.cost_factors.prefill, {{"kind", "prefill"}})
-      .Sample(s.cost_factors.decode, {{"kind", "decode"}})
-      .Sample(s.cost_factors.fold, {{"kind", "fold"}});
+             "Measured times by what the cost model of the start said of them; 1: as it said.");
+  for (const auto& [s, name] : engines) {
+    text.Sample(s.cost_factors.prefill, {{"kind", "prefill"}}, name)
+        .Sample(s.cost_factors.decode, {{"kind", "decode"}}, name)
+        .Sample(s.cost_factors.fold, {{"kind", "fold"}}, name);
+  }
   text.Gauge("dsla_level_sequences", "Running sequences by level.");
-  for (size_t level = 0; level < s.rows_per_level.size(); ++level) {
-    text.Sample(s.rows_per_level[level], {{"level", std::to_string(level)}});
+  for (const auto& [s, name] : engines) {
+    for (size_t level = 0; level < s.rows_per_level.size(); ++level)
+      text.Sample(s.rows_per_level[level], {{"level", std::to_string(level)}}, name);
   }
   {
     const std::lock_guard lock(mutex_);
@@ -350,15 +374,22 @@ void ServerMetrics::RenderEngine(const EngineState& s, std::string& out) const {
   }
   text.Gauge("dsla_memory_bytes",
              "Cache memory in use: pages of softmax layers, states of dual-state layers, and what "
-             "the prefix cache alone holds.")
-      .Sample(static_cast<double>(s.page_bytes), {{"kind", "pages"}})
-      .Sample(static_cast<double>(s.state_bytes), {{"kind", "states"}})
-      .Sample(static_cast<double>(s.prefix_cache_bytes), {{"kind", "prefix_cache"}});
-  for (const Figure& figure : kFigures) {
-    text.Family(figure.name, figure.type, figure.help).Sample(figure.Of(s));
+             "the prefix cache alone holds.");
+  for (const auto& [s, name] : engines) {
+    text.Sample(static_cast<double>(s.page_bytes), {{"kind", "pages"}}, name)
+        .Sample(static_cast<double>(s.state_bytes), {{"kind", "states"}}, name)
+        .Sample(static_cast<double>(s.prefix_cache_bytes), {{"kind", "prefix_cache"}}, name);
   }
-  text.Gauge("dsla_seconds_since_progress", "Since the last finished step; 0 with nothing to do.")
-      .Sample(s.idle ? 0 : std::max(0.0, s.now - s.last_progress));
+  for (const Figure& figure : kFigures) {
+    text.Family(figure.name, figure.type, figure.help);
+    for (const auto& [s, name] : engines) text.Sample(figure.Of(s), {}, name);
+  }
+  text.Gauge("dsla_seconds_since_progress", "Since the last finished step; 0 with nothing to do.");
+  for (const auto& [s, name] : engines)
+    text.Sample(s.idle ? 0 : std::max(0.0, s.now - s.last_progress), {}, name);
+  if (state.replicas.empty()) return;
+  text.Gauge("dsla_replica_up", "0 once its device has failed.");
+  for (const auto& [s, name] : engines) text.Sample(s.device_error.empty() ? 1 : 0, {}, name);
 }
 
 void ServerMetrics::RenderRequests(std::string& out) const {
@@ -406,18 +437,21 @@ void ServerMetrics::RenderHttp(std::string& out) const {
       .Sample(static_cast<double>(connections_.load(std::memory_order_relaxed)));
 }
 
-void ServerMetrics::RenderVllm(const EngineState& s, std::string& out) const {
+void ServerMetrics::RenderVllm(const EngineState& state, std::string& out) const {
+  const std::vector<Source> engines = SourcesOf(state);
   Text text(out);
   const Labels model = {{"model_name", options_.model}};
   for (const Figure& figure : kFigures) {
     for (const char* name : figure.vllm) {
       if (name == nullptr) continue;
-      text.Family(name, figure.type, fmt::format("As {}.", figure.name))
-          .Sample(figure.Of(s), model);
+      text.Family(name, figure.type, fmt::format("As {}.", figure.name));
+      for (const auto& [s, engine] : engines) text.Sample(figure.Of(s), model, engine);
     }
   }
-  text.Gauge("vllm:kv_cache_usage_perc", "Share of the cache memory that sequences hold, 1 is all.")
-      .Sample(Share(s.page_bytes + s.state_bytes, s.budget_bytes), model);
+  text.Gauge("vllm:kv_cache_usage_perc",
+             "Share of the cache memory that sequences hold, 1 is all.");
+  for (const auto& [s, engine] : engines)
+    text.Sample(Share(s.page_bytes + s.state_bytes, s.budget_bytes), model, engine);
   {
     const std::lock_guard lock(mutex_);
     // vLLM knows stop, length and abort.

@@ -62,7 +62,8 @@ class ServerMetrics {
   void AddHttpInFlight(int delta) { http_in_flight_.fetch_add(delta, std::memory_order_relaxed); }
   void AddConnections(int delta) { connections_.fetch_add(delta, std::memory_order_relaxed); }
 
-  // Text exposition format 0.0.4. Content-Type: kContentType.
+  // Text exposition format 0.0.4. Content-Type: kContentType. Of several replicas, what an engine
+  // keeps is each one's, with the label engine="0"; the rest is of all together.
   std::string Render(const EngineState& state);
   static constexpr const char* kContentType = "text/plain; version=0.0.4; charset=utf-8";
 
@@ -77,7 +78,11 @@ class ServerMetrics {
     auto operator<=>(const SwitchKey&) const = default;
   };
 
-  void CountSwitches(const EngineState& state);  // the events since the last Render
+  struct Seen {  // of an engine, by the last Render
+    int64_t raises = 0, target_changes = 0;
+  };
+
+  void CountSwitches(const EngineState& state, Seen& seen);  // the events since the last Render
   void RenderEngine(const EngineState& state, std::string& out) const;
   void RenderRequests(std::string& out) const;
   void RenderHttp(std::string& out) const;
@@ -95,7 +100,7 @@ class ServerMetrics {
   std::map<Rejection::Kind, int64_t> rejections_;
   std::map<std::pair<std::string, int>, int64_t> http_requests_;
   std::map<SwitchKey, int64_t> switches_;
-  int64_t seen_raises_ = 0, seen_target_changes_ = 0;
+  std::vector<Seen> seen_;  // [engines]
 };
 
 }  // namespace dsla

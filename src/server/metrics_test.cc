@@ -288,6 +288,43 @@ TEST(Metrics, VllmNames) {
   }
 }
 
+TEST(Metrics, ReplicasHaveSamplesOfTheirOwn) {
+  ServerMetrics metrics({.model = "smol", .version = "1", .vllm_compat = true});
+  EngineState all = SomeState();
+  all.replicas = {SomeState(), SomeState()};
+  EngineState& failed = all.replicas[1];
+  failed.running = 0;
+  failed.device_error = "an illegal access";
+  for (int r = 0; r < 2; ++r) {
+    LevelEvent event;
+    event.to = 5;
+    event.reason = "ttft: 12 waiting";
+    all.replicas[r].events = {event};
+    all.replicas[r].raises = 0;
+    all.replicas[r].target_changes = 1;
+  }
+  metrics.ObserveRequest(SomeResult());
+  Parse(metrics.Render(all));
+  const Families f = Parse(metrics.Render(all));
+  EXPECT_EQ(Value(f, "dsla_requests_running", {{"engine", "0"}}), 5);
+  EXPECT_EQ(Value(f, "dsla_requests_running", {{"engine", "1"}}), 0);
+  EXPECT_EQ(Value(f, "dsla_memory_bytes", {{"kind", "pages"}, {"engine", "1"}}), 300);
+  EXPECT_EQ(Value(f, "dsla_level_sequences", {{"level", "0"}, {"engine", "0"}}), 3);
+  EXPECT_EQ(Value(f, "dsla_policy", {{"policy", "slo"}, {"engine", "1"}}), 1);
+  EXPECT_EQ(Value(f, "dsla_replica_up", {{"engine", "0"}}), 1);
+  EXPECT_EQ(Value(f, "dsla_replica_up", {{"engine", "1"}}), 0);
+  EXPECT_EQ(Value(f, "vllm:num_requests_running", {{"model_name", "smol"}, {"engine", "1"}}), 0);
+  EXPECT_EQ(Value(f, "vllm:kv_cache_usage_perc", {{"model_name", "smol"}, {"engine", "0"}}), 0.5);
+  EXPECT_EQ(f.at("dsla_generated_tokens_total").samples.begin()->second.size(), 2u) << "no sum";
+  EXPECT_EQ(Value(f, "dsla_switch_total", {{"scope", "target"}, {"dir", "up"}}), 2) << "of both";
+  EXPECT_EQ(Value(f, "dsla_requests_total", {{"finish", "length"}}), 1) << "whoever had it";
+  for (const auto& [name, family] : Parse(metrics.Render(SomeState()))) {
+    EXPECT_NE(name, "dsla_replica_up");
+    for (const auto& [full, samples] : family.samples)
+      for (const Sample& sample : samples) EXPECT_FALSE(sample.labels.contains("engine")) << full;
+  }
+}
+
 TEST(Metrics, RecordedFromManyThreadsWhileRead) {
   ServerMetrics metrics({});
   constexpr int kThreads = 4, kEach = 500;

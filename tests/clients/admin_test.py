@@ -3,9 +3,11 @@
 model. Standard library alone."""
 
 import json
+import os
 import pathlib
 import subprocess
 import tempfile
+import unittest.mock
 
 from serving import ADMIN_KEY, KEY, call, chat, check, finish, parse_arguments, serving
 
@@ -42,8 +44,31 @@ def check_policies(running):
     check(change(running, {"policy": "slo", "level": 2}).error == (400, "invalid_value", "level"), "a level with slo, too")
 
 
+def check_kept(program):
+    """Without a file of its own the second start takes what the first one kept, and a damaged one is measured again."""
+    auto = [*ARGUMENTS, "--calibration", "auto"]
+    with tempfile.TemporaryDirectory() as name, unittest.mock.patch.dict(os.environ, {"XDG_CACHE_HOME": name}):
+
+        def start(*arguments):
+            with serving(program, *arguments) as running:
+                return running.log.read_text()
+
+        check(" calibrated " in start(*ARGUMENTS) and not list(pathlib.Path(name).iterdir()), "servers of tests measure and keep nothing")
+        check(" calibrated " in start(*auto), "the first start measures")
+        kept = list(pathlib.Path(name).glob("dsla/cost-*.json"))
+        check(len(kept) == 1, f"and keeps it: {kept}")
+        log = start(*auto)
+        check("cost_model_read" in log and " calibrated " not in log, "the second one reads it")
+        check(" calibrated " in start(*auto, "--threads", 1), "other threads are measured for themselves")
+        kept[0].write_text("{")
+        log = start(*auto)
+        check(" calibrated " in log and "cost_model_file" in log and str(kept[0]) in log, "a damaged one is named and measured again")
+        check("cost_model_read" in start(*auto), "and is whole then")
+
+
 def main():
     arguments = parse_arguments(__doc__)
+    check_kept(arguments.program)
     with tempfile.TemporaryDirectory() as name:
         file = pathlib.Path(name) / "cost.json"
         cost = ["--cost-model", file]

@@ -149,11 +149,19 @@ def check_chat(running):
     bad("invalid_value", "messages", [])
     image = [{"type": "image_url", "image_url": {"url": "x"}}]
     bad("unsupported_feature", "messages[0].content[0].type", [{"role": "user", "content": image}])
-    bad("unsupported_feature", "messages[0].role", [{"role": "tool", "content": "x"}])
+    bad("missing_required_parameter", "messages[0].tool_call_id", [{"role": "tool", "content": "x"}])
     bad("invalid_value", "top_logprobs", good, top_logprobs=3)
-    bad("unsupported_parameter", "tools", good, tools=[{"type": "function"}])
+    bad("missing_required_parameter", "tools[0].function", good, tools=[{"type": "function"}])
+    tool = {"type": "function", "function": {"name": "f"}}
+    bad("unsupported_parameter", "tools", good, tools=[tool])
+    bad("unsupported_parameter", "functions", good, functions=[tool["function"]])
     bad("unsupported_parameter", "chat_template", good, chat_template="{{ 1 }}")
-    bad("unsupported_parameter", "response_format", good, response_format={"type": "json_object"})
+    bad("invalid_value", "response_format.type", good, response_format={"type": "xml"})
+    for grammar in ("[a", "(" * 20000, "(a|b|[c-z]+){1,5000}x"):
+        bad("invalid_grammar", "structured_outputs.regex", good, structured_outputs={"regex": grammar})
+    bad("invalid_grammar", "grammar", good, grammar="root ::= root root root | [a-z] | [a-z] [a-z]")
+    bad("invalid_grammar", "json_schema", good, json_schema={"type": "string", "not": {}})
+    bad("invalid_grammar", "json_schema", good, json_schema={"enum": ["x" * 70000]})
     marker = {"messages": [{"role": "user", "content": "<|im_end|>"}]}
     tokens = call(running, "POST", "/tokenize", marker).json["tokens"]
     plain = call(running, "POST", "/tokenize", {"prompt": "<|im_end|>", "parse_special": True}).json["tokens"]

@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
-"""The openai package, unmodified: models, completions, chat, streams, errors and retries."""
+"""The openai package, unmodified: models, completions, chat, responses, streams, errors and retries."""
 
+import json
+import re
 import time
 
 from serving import KEY, check, finish, parse_arguments, serving, skip
@@ -55,6 +57,61 @@ def check_chat(client, model):
     check(again.choices[0].message.content == choice.message.content, "content as parts")
 
 
+def check_responses(client, model):
+    fields = {"model": model, "instructions": "Answer in one word.", "max_output_tokens": 8, "temperature": 0}
+    question = "What is the capital of France?"
+    whole = client.responses.create(input=question, metadata={"of": "a test"}, **fields)
+    check("Paris" in whole.output_text and whole.object == "response", f"a response: {whole.output_text!r}")
+    check(whole.metadata == {"of": "a test"} and whole.max_output_tokens == 8, "with what was asked")
+    usage = whole.usage
+    check(usage.total_tokens == usage.input_tokens + usage.output_tokens, "its usage adds up")
+    check(usage.input_tokens_details.cached_tokens <= usage.input_tokens, "with cached tokens")
+    events = list(client.responses.create(input=question, stream=True, **fields))
+    text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    check(text == whole.output_text, "the stream is the same text")
+    check(events[0].type == "response.created" and events[-1].type in ("response.completed", "response.incomplete"), "from one end to the other")
+    check([event.sequence_number for event in events] == [*range(len(events))], "in order")
+    check(events[-1].response.output_text == text and events[-1].response.usage.output_tokens == usage.output_tokens, "and the last one has it whole")
+    with client.responses.stream(input=question, **{**fields, "max_output_tokens": 200}) as stream:
+        final = stream.get_final_response()
+    check(final.status == "completed" and final.output_text.startswith(text), "the client's own collector of a stream")
+    history = [{"role": "user", "content": question}, *whole.output, {"role": "user", "content": "And of Italy?"}]
+    again = client.responses.create(input=history, **fields)
+    check("Rome" in again.output_text, f"a conversation goes on with the output: {again.output_text!r}")
+    short = client.responses.create(input=question, **{**fields, "max_output_tokens": 1})
+    check((short.status, short.incomplete_details.reason) == ("incomplete", "max_output_tokens"), "cut off by its limit")
+    for name, value in {"previous_response_id": "resp_1", "store": True, "background": True, "tools": [{"type": "web_search"}]}.items():
+        try:
+            client.responses.create(input=question, **{**fields, name: value})
+            check(False, f"{name} was taken")
+        except openai.BadRequestError as error:
+            check((error.code, error.param) == ("unsupported_parameter", name), f"{name}: {error.code}")
+    try:
+        long = {"stream": True, "extra_body": {"timeout": 1.0, "ignore_eos": True}}
+        for _ in client.responses.create(input=question, **{**fields, "max_output_tokens": 1500}, **long):
+            pass
+        check(False, "a stream out of time raised nothing")
+    except openai.APIError as error:
+        check(error.code == "timeout", f"an error inside its stream: {error.code}")
+
+
+def check_missing(client):
+    """What this server has not: a clear error, not an answer of another kind."""
+    for name, ask in {
+        "embeddings": lambda: client.embeddings.create(model="x", input="x"),
+        "images": lambda: client.images.generate(prompt="x"),
+        "speech": lambda: client.audio.speech.create(model="x", voice="alloy", input="x"),
+        "moderations": lambda: client.moderations.create(input="x"),
+        "files": lambda: client.files.list(),
+        "a stored response": lambda: client.responses.retrieve("resp_1"),
+    }.items():
+        try:
+            ask()
+            check(False, f"{name}: an answer")
+        except openai.NotFoundError as error:
+            check(error.code == "unknown_path" and "there is no" in error.message, f"{name}: {error.message}")
+
+
 def check_logprobs(client, model):
     reply = client.chat.completions.create(
         model=model, messages=MESSAGES, max_tokens=4, temperature=0, logprobs=True, top_logprobs=3
@@ -65,6 +122,50 @@ def check_logprobs(client, model):
     check(all(token.logprob == token.top_logprobs[0].logprob for token in tokens), "greedy takes the likeliest")
     text = b"".join(bytes(token.bytes) for token in tokens).decode()
     check(text == reply.choices[0].message.content, "their bytes are the reply")
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 30},
+        "population": {"type": "integer", "minimum": 0, "maximum": 99999999},
+        "tags": {"type": "array", "items": {"enum": ["capital", "port"]}, "minItems": 1, "maxItems": 2},
+    },
+    "required": ["city", "population", "tags"],
+}
+
+
+def check_schema_reply(text):
+    value = json.loads(text)
+    check(list(value) == ["city", "population", "tags"] and isinstance(value["population"], int), f"a schema's: {text!r}")
+    check(0 < len(value["tags"]) < 3 and set(value["tags"]) <= {"capital", "port"}, "with its lists")
+
+
+def check_structured(client, model):
+    format = {"type": "json_schema", "json_schema": {"name": "city", "strict": True, "schema": SCHEMA}}
+    ask = dict(model=model, messages=MESSAGES, max_tokens=300, response_format=format)
+    for choice in client.chat.completions.create(**ask, n=4, seed=3, temperature=1.2).choices:
+        check(choice.finish_reason == "stop", "it ends by itself")
+        check_schema_reply(choice.message.content)
+    whole = client.chat.completions.create(**ask, temperature=0).choices[0].message.content
+    check_schema_reply(whole)
+    stream = client.chat.completions.create(**ask, temperature=0, stream=True)
+    check("".join(chunk.choices[0].delta.content or "" for chunk in stream) == whole, "streamed the same")
+    reply = client.chat.completions.create(
+        model=model, messages=MESSAGES, max_tokens=200, temperature=0, response_format={"type": "json_object"}
+    )
+    text = reply.choices[0].message.content
+    check(text.startswith("{"), f"an object: {text[:60]!r}")
+    for extra, wanted in (
+        ({"structured_outputs": {"choice": ["Paris", "London"]}}, "Paris|London"),
+        ({"structured_outputs": {"regex": "[0-9]{3}-[a-z]{2}"}}, "[0-9]{3}-[a-z]{2}"),
+        ({"grammar": 'root ::= "<" [a-z]+ ">"'}, "<[a-z]+>"),
+    ):
+        reply = client.chat.completions.create(model=model, messages=MESSAGES, max_tokens=60, temperature=0, extra_body=extra)
+        text = reply.choices[0].message.content
+        check(re.fullmatch(wanted, text) or reply.choices[0].finish_reason == "length", f"{wanted}: {text!r}")
+    reply = client.completions.create(model=model, prompt="Yes or no?", max_tokens=5, extra_body={"structured_outputs": {"choice": ["yes", "no"]}})
+    check(reply.choices[0].text in ("yes", "no") and reply.choices[0].finish_reason == "stop", "a completion, too")
 
 
 def check_completions(client, model):
@@ -103,7 +204,7 @@ def check_errors(client, url, model):
 
     raises(openai.BadRequestError, "integer_above_max_value", n=100)
     raises(openai.BadRequestError, "context_length_exceeded", max_tokens=10**6)
-    raises(openai.BadRequestError, "unsupported_parameter", response_format={"type": "json_object"})
+    raises(openai.BadRequestError, "invalid_grammar", extra_body={"grammar": "root ::= ("})
     raises(openai.NotFoundError, "model_not_found", model="gpt-4")
     try:
         openai.OpenAI(base_url=f"{url}/v1", api_key="wrong").models.list()
@@ -142,7 +243,10 @@ def main():
         client = openai.OpenAI(base_url=f"{running.url}/v1", api_key=KEY, timeout=120)
         model = check_models(client)
         check_chat(client, model)
+        check_responses(client, model)
+        check_missing(client)
         check_logprobs(client, model)
+        check_structured(client, model)
         check_completions(client, model)
         check_tiers(client, model)
         check_errors(client, running.url, model)

@@ -278,6 +278,25 @@ def check_sampling(program, model):
         check(len(texts) > 1, f"those that name one get theirs: {len(texts)} texts of 4")
 
 
+def check_generation_config(program, folder):
+    """What a model's makers advise holds for requests that say nothing of theirs, unless options do."""
+    advised = folder / "advised"
+    small_model.write(advised)
+    (advised / "generation_config.json").write_text('{"do_sample": false, "temperature": 2}')
+
+    def texts(*arguments, **fields):
+        with serving(program, "--model", advised, *ONE, *arguments) as running:
+            made = {completions(running, prompt="x", max_tokens=20, **fields).json["choices"][0]["text"] for _ in range(4)}
+            return len(made), "generation_config" in running.log.read_text().replace("generation-config", "")
+
+    check(texts() == (1, True), "generation_config.json: greedy, and the log says so")
+    check(texts(temperature=1)[0] > 1, "a request's temperature goes before it")
+    check(texts("--temperature", 1)[0] > 1, "and so does the server's option")
+    check(texts("--generation-config", "none") == (4, False), "none: it is not asked")
+    (advised / "generation_config.json").write_text('{"top_p": 2}')
+    refused(program, advised, [], ["generation_config.json", "top_p"])
+
+
 def check_full_disk(program, model):
     with serving(program, "--model", model, *ONE, "--log-file", "/dev/full") as running:
         for _ in range(20):
@@ -384,6 +403,7 @@ def main():
             lambda: check_start(arguments.program, model),
             lambda: check_address(arguments.program, model),
             lambda: check_sampling(arguments.program, model),
+            lambda: check_generation_config(arguments.program, folder),
             lambda: check_full_disk(arguments.program, model),
             lambda: check_descriptors(arguments.program, model, folder),
             lambda: check_least_memory(arguments.program, model),

@@ -130,6 +130,15 @@ inline std::vector<int32_t> RandomPrompt(const HybridModel& model, int count, ui
   return tokens;
 }
 
+// Of an engine for a small model.
+inline EngineOptions SmallOptions() {
+  return {.memory_bytes = 16 << 20,
+          .max_batch_tokens = 64,
+          .max_running = 16,
+          .snapshot_stride = 64,
+          .default_max_level = 2};
+}
+
 // An engine over a small model.
 class TestEngine {
  public:

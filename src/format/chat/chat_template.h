@@ -2,7 +2,7 @@
 //
 // Templates are rendered natively; a model file's Jinja source only decides which one
 // (DetectChatTemplate). Each equals what transformers' apply_chat_template renders for
-// conversations of plain text: no tools, no images.
+// conversations of plain text: no images; those with tools are ToolTemplate's.
 //
 // Contract of the pieces. A prompt comes back as pieces whose texts, joined, are the rendered
 // string. A control piece holds exactly one token text written by the template (or the model's BOS
@@ -32,12 +32,17 @@
 #include <vector>
 
 #include "base/status.h"
+#include "format/chat/tools.h"
 
 namespace dsla {
 
 struct ChatMessage {
-  std::string role;  // "system", "user", "assistant"; some templates take any
+  std::string role;  // "system", "user", "assistant", "tool"; some templates take any
   std::string content;
+  // Of conversations with tools, which ToolTemplate renders.
+  std::vector<ToolCall> tool_calls = {};  // the assistant's
+  std::string tool_call_id = {};          // of a tool's result
+  std::string name = {};                  // of the tool
 };
 
 enum class ChatFamily { kChatMl, kLlama2, kLlama3, kZephyr, kMistral };

@@ -101,7 +101,7 @@ Expected<Outcome> Evaluate(const jinja::Body& program, const Probe& probe) {
   globals["tools"] = jinja::None{};
   globals["documents"] = jinja::None{};
   DSLA_ASSIGN_OR_RETURN(jinja::Rendered r, jinja::Render(program, std::move(globals)));
-  return Outcome{r.raised, std::move(r.text)};
+  return Outcome{r.raised, r.text.bytes()};
 }
 
 // A silent drop that we refuse is no difference; anything else must be equal.

@@ -1,15 +1,15 @@
-// The part of Jinja that chat templates are written in, to find out what a model file's template
-// renders (detect.cc). Never used for a prompt: the renderers in chat_render.cc are. White space
-// follows transformers' environment: trim_blocks and lstrip_blocks on, the source's last newline
-// dropped.
+// The part of Jinja that chat templates are written in: to find out what a model file's template
+// renders (detect.cc), and to render prompts with tools (tool_template.h). Prompts without are
+// rendered natively (chat_render.cc). White space follows transformers' environment: trim_blocks
+// and lstrip_blocks on, the source's last newline dropped.
 //
-// Not in it, and refused with kUnsupported: macros, imports, block set, tuples as targets of set,
-// floats, filters and methods that plain conversations do not reach. Names that are not defined
-// behave as Jinja's Undefined.
+// Not in it, and refused with kUnsupported: imports, call blocks, tuples as targets of set,
+// arithmetic on floats, filters and methods that conversations do not reach. Names that are not
+// defined behave as Jinja's Undefined.
 //
 // Sources are untrusted: nesting, steps, bytes made, and the sizes of strings and lists are bounded
-// (the k... constants in jinja_parser.cc, jinja_eval.cc and jinja_library.h), so that time and
-// memory are.
+// (Bounds, and the k... constants in jinja_parser.cc and jinja_library.h), so that time and memory
+// are.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "format/chat/jinja_text.h"
 
 namespace dsla::jinja {
 
@@ -32,6 +33,12 @@ struct None {
   bool operator==(const None&) const = default;
 };
 
+// A number that is no int64, as its source writes it.
+struct Real {
+  std::string text;
+  bool operator==(const Real&) const = default;
+};
+
 struct Value;
 using List = std::vector<Value>;
 using Dict = std::vector<std::pair<std::string, Value>>;  // insertion order, as in Python
@@ -39,27 +46,31 @@ using Dict = std::vector<std::pair<std::string, Value>>;  // insertion order, as
 // Lists and dictionaries are shared and, but for a namespace, never changed after they are made. A
 // namespace is held by variables alone, never by another value, so there are no cycles.
 struct Value {
-  std::variant<Undefined, None, bool, int64_t, std::string, std::shared_ptr<List>,
+  std::variant<Undefined, None, bool, int64_t, Real, Text, std::shared_ptr<List>,
                std::shared_ptr<Dict>>
       v;
   bool is_namespace = false;
-  int depth = 0;  // of the lists and dictionaries in it, when it was made
+  bool foreign_keys = false;  // of a dictionary: they come from outside, as a Text's bytes may
+  int depth = 0;              // of the lists and dictionaries in it, when it was made
 
   Value() = default;
-  Value(None n) : v(n) {}                           // NOLINT: implicit
-  Value(bool b) : v(b) {}                           // NOLINT
-  Value(int64_t i) : v(i) {}                        // NOLINT
-  Value(std::string s) : v(std::move(s)) {}         // NOLINT
-  Value(std::string_view s) : v(std::string(s)) {}  // NOLINT
-  Value(const char*) = delete;                      // would become a bool
-  Value(List l);                                    // NOLINT
-  Value(Dict d);                                    // NOLINT
+  Value(None n) : v(n) {}                               // NOLINT: implicit
+  Value(bool b) : v(b) {}                               // NOLINT
+  Value(int64_t i) : v(i) {}                            // NOLINT
+  Value(Real r) : v(std::move(r)) {}                    // NOLINT
+  Value(Text t) : v(std::move(t)) {}                    // NOLINT
+  Value(std::string s) : v(Text(std::move(s))) {}       // NOLINT
+  Value(std::string_view s) : Value(std::string(s)) {}  // NOLINT
+  Value(const char*) = delete;                          // would become a bool
+  Value(List l);                                        // NOLINT
+  Value(Dict d);                                        // NOLINT
 
   template <typename T>
   bool Is() const {
     return std::holds_alternative<T>(v);
   }
-  const std::string* String() const { return std::get_if<std::string>(&v); }
+  const Text* AsText() const { return std::get_if<Text>(&v); }
+  const std::string* String() const { return AsText() ? &AsText()->bytes() : nullptr; }
   const int64_t* Int() const { return std::get_if<int64_t>(&v); }
   const List* AsList() const {
     const auto* p = std::get_if<std::shared_ptr<List>>(&v);
@@ -126,7 +137,9 @@ struct Node {
     kOutput,  // expr
     kIf,      // expr, body, otherwise
     kFor,     // names in expr [if filter]: body, else otherwise
-    kSet,     // names[0] = expr, or names[0].names[1] = expr on a namespace
+    kSet,     // names[0] = expr, or names[0].names[1] = expr on a namespace; without expr: what
+              // body renders
+    kMacro,   // names[0](the other names): body; expr: a list of their defaults, absent ones null
     kBreak,
     kContinue,
   };
@@ -140,12 +153,23 @@ struct Node {
 Expected<std::vector<Token>> Tokenize(std::string_view source);
 Expected<Body> Parse(std::string_view source);
 
+// What one rendering may take.
+struct Bounds {
+  int steps = 20000;       // a probing conversation takes a few hundred of the largest published
+                           // templates
+  size_t bytes = 4 << 20;  // of all values made
+  size_t text = 16 << 10;  // of one string, and of the result
+  size_t items = 1024;     // of one list
+  int compared = 1000;     // values that one operator may look at
+};
+
 // What a template renders, or that it called raise_exception.
 struct Rendered {
   bool raised = false;
-  std::string text;  // the exception's message if raised
+  Text text;  // the exception's message if raised
 };
 
-Expected<Rendered> Render(const Body& program, std::map<std::string, Value> globals);
+Expected<Rendered> Render(const Body& program, std::map<std::string, Value> globals,
+                          const Bounds& bounds = {});
 
 }  // namespace dsla::jinja

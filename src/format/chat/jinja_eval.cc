@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <utility>
 
 #include "format/chat/jinja.h"
 #include "format/chat/jinja_library.h"
@@ -9,13 +10,11 @@
 namespace dsla::jinja {
 namespace {
 
-// A probing conversation takes a few hundred steps and kilobytes of the largest published
-// templates.
-constexpr int kMaxSteps = 20000;
-constexpr size_t kMaxBytes = 4 << 20;
 // A variable's nesting, so that destroying a value recurses no deeper than this and the parser's
 // limit together.
 constexpr int kMaxValueDepth = 32;
+// Calls of macros in each other: each takes as much of the stack as the parser's limit allows.
+constexpr int kMaxMacroDepth = 8;
 
 // Bytes to copy a value, more or less; what lists within lists hold is shared.
 size_t Size(const Value& value) {
@@ -30,7 +29,7 @@ size_t Size(const Value& value) {
 
 class Evaluator {
  public:
-  explicit Evaluator(std::map<std::string, Value> globals) {
+  Evaluator(std::map<std::string, Value> globals, const Bounds& bounds) : bounds_(bounds) {
     scopes_.push_back(std::move(globals));
   }
 
@@ -48,7 +47,7 @@ class Evaluator {
   using Kind = Expr::Kind;
 
   Status Step() {
-    if (++steps_ > kMaxSteps) return Unsupported("over {} steps", kMaxSteps);
+    if (++steps_ > bounds_.steps) return Unsupported("over {} steps", bounds_.steps);
     return Status::Ok();
   }
 
@@ -64,10 +63,10 @@ class Evaluator {
   Status Execute(const Node& node, Flow& flow) {
     switch (node.kind) {
       case Node::Kind::kText:
-        return Emit(node.text);
+        return Emit(Text(node.text));
       case Node::Kind::kOutput: {
         DSLA_ASSIGN_OR_RETURN(const Value value, Eval(*node.expr));
-        DSLA_ASSIGN_OR_RETURN(const std::string text, ToText(value));
+        DSLA_ASSIGN_OR_RETURN(const Text text, ToText(value, bounds_));
         return Emit(text);
       }
       case Node::Kind::kIf: {
@@ -78,6 +77,9 @@ class Evaluator {
         return Loop(node, flow);
       case Node::Kind::kSet:
         return Assign(node);
+      case Node::Kind::kMacro:
+        macros_[node.names[0]] = &node;
+        return Status::Ok();
       case Node::Kind::kBreak:
         flow = Flow::kBreak;
         return Status::Ok();
@@ -90,7 +92,8 @@ class Evaluator {
 
   Status Charge(const Value& value) {
     bytes_ += Size(value);
-    return bytes_ > kMaxBytes ? Unsupported("over {} bytes of values", kMaxBytes) : Status::Ok();
+    if (bytes_ > bounds_.bytes) return Unsupported("over {} bytes of values", bounds_.bytes);
+    return Status::Ok();
   }
 
   Status SetVariable(const std::string& name, Value value) {
@@ -100,9 +103,10 @@ class Evaluator {
     return Status::Ok();
   }
 
-  Status Emit(std::string_view text) {
-    if (out_.size() + text.size() > kMaxText) return Unsupported("over {} bytes of text", kMaxText);
-    out_ += text;
+  Status Emit(const Text& text) {
+    if (out_.bytes().size() + text.bytes().size() > bounds_.text)
+      return Unsupported("over {} bytes of text", bounds_.text);
+    out_.Append(text);
     return Status::Ok();
   }
 
@@ -157,7 +161,7 @@ class Evaluator {
   }
 
   Status Assign(const Node& node) {
-    DSLA_ASSIGN_OR_RETURN(Value value, Eval(*node.expr));
+    DSLA_ASSIGN_OR_RETURN(Value value, node.expr ? Eval(*node.expr) : Capture(node.body));
     if (node.names.size() == 1) return SetVariable(node.names[0], std::move(value));
     Value target = Lookup(node.names[0]);
     // A namespace inside a namespace could hold itself.
@@ -174,17 +178,59 @@ class Evaluator {
     return Status::Ok();
   }
 
-  Value Lookup(const std::string& name) const {
-    for (auto scope = scopes_.rbegin(); scope != scopes_.rend(); ++scope) {
-      if (const auto entry = scope->find(name); entry != scope->end()) return entry->second;
+  // What a body renders, as a value.
+  Expected<Value> Capture(const Body& body) {
+    Text outer = std::exchange(out_, {});
+    Flow flow = Flow::kNext;
+    const Status status = Execute(body, flow);
+    Text text = std::exchange(out_, std::move(outer));
+    DSLA_RETURN_IF_ERROR(status);
+    if (flow != Flow::kNext) return Unsupported("break or continue outside a loop");
+    return Value(std::move(text));
+  }
+
+  // A macro sees its arguments and the globals.
+  Expected<Value> CallMacro(const Node& macro, const Expr& call) {
+    if (macro_depth_ == kMaxMacroDepth)
+      return Unsupported("macros nested over {} deep", kMaxMacroDepth);
+    std::map<std::string, Value> arguments;
+    DSLA_ASSIGN_OR_RETURN(List values, EvalAll(call));
+    DSLA_ASSIGN_OR_RETURN(Named named, EvalNamed(call));
+    if (values.size() >= macro.names.size()) return Unsupported("too many arguments of a macro");
+    for (size_t i = 1; i < macro.names.size(); ++i) {
+      const std::string& name = macro.names[i];
+      if (i <= values.size()) {
+        arguments[name] = std::move(values[i - 1]);
+      } else if (const auto entry = named.find(name); entry != named.end()) {
+        arguments[name] = std::move(entry->second);
+      } else if (macro.expr->args[i - 1]) {
+        DSLA_ASSIGN_OR_RETURN(arguments[name], Eval(*macro.expr->args[i - 1]));
+      }
     }
-    return {};
+    const size_t outer = std::exchange(first_scope_, scopes_.size());
+    ++macro_depth_;
+    scopes_.push_back(std::move(arguments));
+    Expected<Value> result = Capture(macro.body);
+    scopes_.resize(first_scope_);
+    --macro_depth_;
+    first_scope_ = outer;
+    return result;
+  }
+
+  Value Lookup(const std::string& name) const {
+    for (size_t i = scopes_.size(); i-- > first_scope_;) {
+      if (const auto entry = scopes_[i].find(name); entry != scopes_[i].end()) return entry->second;
+    }
+    const auto entry = scopes_[0].find(name);
+    return entry == scopes_[0].end() ? Value() : entry->second;
   }
 
   Expected<Value> Eval(const Expr& e) {
     DSLA_RETURN_IF_ERROR(Step());
     DSLA_ASSIGN_OR_RETURN(Value value, EvalUncharged(e));
-    DSLA_RETURN_IF_ERROR(Charge(value));
+    // A list that was there already is shared, not copied.
+    const bool found = e.kind == Kind::kName || e.kind == Kind::kAttribute || e.kind == Kind::kItem;
+    if (!found || !value.AsList()) DSLA_RETURN_IF_ERROR(Charge(value));
     return value;
   }
 
@@ -222,11 +268,12 @@ class Evaluator {
       case Kind::kMethod:
       case Kind::kFilter: {
         DSLA_ASSIGN_OR_RETURN(List args, EvalAll(e));
-        if (!e.named.empty()) return Unsupported("named arguments of '{}'", e.text.substr(0, 32));
+        DSLA_ASSIGN_OR_RETURN(const Named named, EvalNamed(e));
         const Value self = std::move(args[0]);
         args.erase(args.begin());
-        return e.kind == Kind::kMethod ? CallMethod(self, e.text, args)
-                                       : CallFilter(self, e.text, args);
+        if (e.kind == Kind::kFilter) return CallFilter(self, e.text, args, named, bounds_);
+        if (!named.empty()) return Unsupported("named arguments of '{}'", e.text.substr(0, 32));
+        return CallMethod(self, e.text, args, bounds_);
       }
       case Kind::kTest: {
         DSLA_ASSIGN_OR_RETURN(const Value value, Eval(*e.args[0]));
@@ -259,6 +306,14 @@ class Evaluator {
       values.push_back(std::move(value));
     }
     return values;
+  }
+
+  Expected<Named> EvalNamed(const Expr& e) {
+    Named named;
+    for (const auto& [name, expr] : e.named) {
+      DSLA_ASSIGN_OR_RETURN(named[name], Eval(*expr));
+    }
+    return named;
   }
 
   Expected<Value> EvalDict(const Expr& e) {
@@ -298,13 +353,15 @@ class Evaluator {
       made.is_namespace = true;
       return made;
     }
+    if (const auto macro = macros_.find(e.text); macro != macros_.end())
+      return CallMacro(*macro->second, e);
     DSLA_ASSIGN_OR_RETURN(const List args, EvalAll(e));
     if (e.text == "raise_exception" && args.size() == 1) {
       raised_ = true;
-      if (args[0].String()) raised_message_ = *args[0].String();
+      if (args[0].AsText()) raised_message_ = *args[0].AsText();
       return Unsupported("raise_exception");  // unwinds; Run sees raised_
     }
-    if (e.text == "range" && e.named.empty()) return Range(args);
+    if (e.text == "range" && e.named.empty()) return Range(args, bounds_);
     return Unsupported("the function '{}'", e.text.substr(0, 32));
   }
 
@@ -314,21 +371,26 @@ class Evaluator {
     if (e.text == "or" && Truth(a)) return a;
     DSLA_ASSIGN_OR_RETURN(const Value b, Eval(*e.args[1]));
     if (e.text == "and" || e.text == "or") return b;
-    return Binary(e.text, a, b);
+    return Binary(e.text, a, b, bounds_);
   }
 
   std::vector<std::map<std::string, Value>> scopes_;
-  std::string out_;
+  size_t first_scope_ = 0;  // of those that are seen; the globals always are
+  std::map<std::string, const Node*> macros_;
+  int macro_depth_ = 0;
+  const Bounds bounds_;
+  Text out_;
   int steps_ = 0;
   size_t bytes_ = 0;
   bool raised_ = false;
-  std::string raised_message_;
+  Text raised_message_;
 };
 
 }  // namespace
 
-Expected<Rendered> Render(const Body& program, std::map<std::string, Value> globals) {
-  return Evaluator(std::move(globals)).Run(program);
+Expected<Rendered> Render(const Body& program, std::map<std::string, Value> globals,
+                          const Bounds& bounds) {
+  return Evaluator(std::move(globals), bounds).Run(program);
 }
 
 }  // namespace dsla::jinja

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -13,24 +14,26 @@
 
 namespace dsla::jinja {
 
-// Bounds of one text, one list, and of what a text is searched for. Published templates stay far
-// below.
-inline constexpr size_t kMaxText = 16 << 10;
-inline constexpr size_t kMaxItems = 1024;
+// What a text may be searched for.
 inline constexpr size_t kMaxPattern = 256;
 
+// Arguments by name of a filter or method.
+using Named = std::map<std::string, Value>;
+
 bool Truth(const Value& value);
-Expected<std::string> ToText(const Value& value);  // as printed by {{ }}
-Expected<List> ToList(const Value& value);         // as iterated by {% for %}
+Expected<Text> ToText(const Value& value, const Bounds& bounds);  // as printed by {{ }}
+Expected<List> ToList(const Value& value);                        // as iterated by {% for %}
 
 Expected<Value> Item(const Value& base, const Value& key);
 Expected<Value> Slice(const Value& base, std::optional<int64_t> begin, std::optional<int64_t> end,
                       std::optional<int64_t> step);
-Expected<Value> Range(const List& args);
-Expected<Value> Binary(std::string_view op, const Value& a, const Value& b);
+Expected<Value> Range(const List& args, const Bounds& bounds);
+Expected<Value> Binary(std::string_view op, const Value& a, const Value& b, const Bounds& bounds);
 
-Expected<Value> CallMethod(const Value& self, std::string_view name, const List& args);
-Expected<Value> CallFilter(const Value& self, std::string_view name, const List& args);
+Expected<Value> CallMethod(const Value& self, std::string_view name, const List& args,
+                           const Bounds& bounds);
+Expected<Value> CallFilter(const Value& self, std::string_view name, const List& args,
+                           const Named& named, const Bounds& bounds);
 Expected<Value> CallTest(const Value& value, std::string_view name);
 
 }  // namespace dsla::jinja

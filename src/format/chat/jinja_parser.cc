@@ -136,6 +136,8 @@ class Parser {
       DSLA_RETURN_IF_ERROR(For(node));
     } else if (name == "set") {
       DSLA_RETURN_IF_ERROR(Set(node));
+    } else if (name == "macro") {
+      DSLA_RETURN_IF_ERROR(Macro(node));
     } else if (name == "break" || name == "continue") {
       node.kind = name == "break" ? Node::Kind::kBreak : Node::Kind::kContinue;
       DSLA_RETURN_IF_ERROR(WantType(Token::Type::kBlockEnd));
@@ -203,9 +205,35 @@ class Parser {
       DSLA_ASSIGN_OR_RETURN(std::string name, WantName());
       node.names.push_back(std::move(name));
     } while (node.names.size() < 2 && TakeOp("."));
+    if (Peek().type == Token::Type::kBlockEnd) {
+      ++at_;
+      DSLA_ASSIGN_OR_RETURN(node.body, ParseBody());
+      return End("endset");
+    }
     DSLA_RETURN_IF_ERROR(WantOp("="));
     DSLA_ASSIGN_OR_RETURN(node.expr, Expression());
     return WantType(Token::Type::kBlockEnd);
+  }
+
+  Status Macro(Node& node) {
+    node.kind = Node::Kind::kMacro;
+    node.expr = Make(Kind::kList);
+    DSLA_ASSIGN_OR_RETURN(std::string macro, WantName());
+    node.names.push_back(std::move(macro));
+    DSLA_RETURN_IF_ERROR(WantOp("("));
+    while (!TakeOp(")")) {
+      DSLA_ASSIGN_OR_RETURN(std::string name, WantName());
+      node.names.push_back(std::move(name));
+      ExprPtr value;
+      if (TakeOp("=")) {
+        DSLA_ASSIGN_OR_RETURN(value, Expression());
+      }
+      Adopt(*node.expr, std::move(value));
+      if (!IsOp(")")) DSLA_RETURN_IF_ERROR(WantOp(","));
+    }
+    DSLA_RETURN_IF_ERROR(WantType(Token::Type::kBlockEnd));
+    DSLA_ASSIGN_OR_RETURN(node.body, ParseBody());
+    return End("endmacro");
   }
 
   Expected<ExprPtr> Expression() {

@@ -61,6 +61,14 @@ std::vector<AddedToken> Pick(const std::vector<AddedToken>& added, bool normaliz
   return picked;
 }
 
+std::vector<AddedToken> PickControl(const std::vector<AddedToken>& added) {
+  std::vector<AddedToken> picked;
+  for (const AddedToken& token : added) {
+    if (token.special && !token.text.empty()) picked.push_back(token);
+  }
+  return picked;
+}
+
 }  // namespace
 
 struct Tokenizer::Impl {
@@ -72,7 +80,8 @@ struct Tokenizer::Impl {
         normalizer(std::move(data.normalizer)),
         pre_tokenizer(std::move(cutter)),
         raw_added(Pick(vocabulary.added(), false, normalizer)),
-        normalized_added(Pick(vocabulary.added(), true, normalizer)) {}
+        normalized_added(Pick(vocabulary.added(), true, normalizer)),
+        control(PickControl(vocabulary.added())) {}
 
   Status EncodeText(std::string_view text, const EncodeOptions& options, Scratch* s,
                     std::vector<int32_t>* out) const;
@@ -87,6 +96,7 @@ struct Tokenizer::Impl {
   Normalizer normalizer;
   PreTokenizer pre_tokenizer;
   AddedTokenMatcher raw_added, normalized_added;
+  AddedTokenMatcher control;  // by the texts as they are
   mutable ScratchPool scratches;
 };
 
@@ -202,7 +212,7 @@ Expected<std::vector<int32_t>> Tokenizer::Encode(std::string_view text,
 std::string Tokenizer::Decode(std::span<const int32_t> ids, const DecodeOptions& options) const {
   IncrementalDecoder decoder(*this, options);
   std::string out;
-  for (const int32_t id : ids) decoder.Append(id, &out);
+  for (const int32_t id : ids) decoder.Append(id, /*shown=*/false, &out);
   return out + decoder.Finish();
 }
 
@@ -229,11 +239,21 @@ std::optional<int32_t> Tokenizer::TokenToId(std::string_view text) const {
   return impl_->vocabulary.Find(text);
 }
 
+std::vector<Tokenizer::Spelling> Tokenizer::FindControlTokens(std::string_view text) const {
+  std::vector<AddedTokenMatcher::Segment> segments;
+  impl_->control.Cut(text, /*parse_special=*/true, &segments);
+  std::vector<Spelling> found;
+  for (const auto& segment : segments) {
+    if (segment.id >= 0) found.push_back({segment.id, segment.begin, segment.end});
+  }
+  return found;
+}
+
 IncrementalDecoder::IncrementalDecoder(const Tokenizer& tokenizer, const DecodeOptions& options)
     : tokenizer_(tokenizer), options_(options) {}
 
-void IncrementalDecoder::Append(int32_t id, std::string* out) {
-  if (options_.skip_special && tokenizer_.IsSpecial(id)) return;
+void IncrementalDecoder::Append(int32_t id, bool shown, std::string* out) {
+  if (options_.skip_special && !shown && tokenizer_.IsSpecial(id)) return;
   std::string_view bytes = tokenizer_.TokenBytes(id);
   if (bytes.empty()) return;
   if (at_start_) {
@@ -249,9 +269,9 @@ void IncrementalDecoder::Append(int32_t id, std::string* out) {
   held_ = std::string(bytes.substr(bytes.size() - left));
 }
 
-std::string IncrementalDecoder::Push(int32_t id) {
+std::string IncrementalDecoder::Push(int32_t id, bool shown) {
   std::string out;
-  Append(id, &out);
+  Append(id, shown, &out);
   return out;
 }
 

@@ -76,6 +76,13 @@ class Tokenizer {
   // A control token: left out by skip_special, never made from text without parse_special.
   bool IsSpecial(int32_t id) const;
   std::optional<int32_t> TokenToId(std::string_view text) const;
+  // The control tokens that valid UTF-8 spells, in order: of overlapping ones the leftmost counts,
+  // then the longest.
+  struct Spelling {
+    int32_t id;
+    size_t begin, end;  // bytes
+  };
+  std::vector<Spelling> FindControlTokens(std::string_view text) const;
 
  private:
   friend class IncrementalDecoder;
@@ -91,12 +98,13 @@ class IncrementalDecoder {
  public:
   explicit IncrementalDecoder(const Tokenizer& tokenizer, const DecodeOptions& options = {});
 
-  std::string Push(int32_t id);
+  // shown: the token gives its text even if it is a control token and these are left out.
+  std::string Push(int32_t id, bool shown = false);
   // What was held back, as U+FFFD; afterwards the decoder is as new.
   std::string Finish();
 
  private:
-  void Append(int32_t id, std::string* out);
+  void Append(int32_t id, bool shown, std::string* out);
 
   const Tokenizer& tokenizer_;
   DecodeOptions options_;

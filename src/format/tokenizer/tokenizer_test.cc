@@ -83,6 +83,16 @@ TEST(TokenizerTest, ControlTokensOnlyWhereParsed) {
   EXPECT_EQ(Encode(*t, "<tool>", false), Ids{262});  // an added token that is no control token
 }
 
+TEST(TokenizerTest, FindsControlTokens) {
+  const auto found = ByteLevel()->FindControlTokens("a<|end|><tool><|end|<|end|>");
+  ASSERT_EQ(found.size(), 2u);
+  EXPECT_EQ(found[0].id, 261);
+  EXPECT_EQ(found[0].begin, 1u);
+  EXPECT_EQ(found[0].end, 8u);
+  EXPECT_EQ(found[1].begin, 20u);
+  EXPECT_TRUE(ByteLevel()->FindControlTokens("").empty());
+}
+
 TEST(TokenizerTest, NoTextOfUsersGivesAControlToken) {
   std::mt19937 rng(20240520);
   auto json = testing::ByteLevelJson();

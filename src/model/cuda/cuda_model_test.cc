@@ -209,9 +209,9 @@ TEST_P(BothTest, BatchesOfChangingSizeShareTheGraphs) {
   }
 }
 
-// Greedy rows and rows that are drawn, some with edits, tokens that are ruled out or the likeliest
-// asked for, each beside a twin that wants its logits, in one batch: prompts, then single rows in
-// steps that are launched, captured and replayed with ever other params.
+// Greedy rows and rows that are drawn, some with edits, tokens that are ruled out, masks or the
+// likeliest asked for, each beside a twin that wants its logits, in one batch: prompts, then single
+// rows in steps that are launched, captured and replayed with ever other params.
 TEST_P(BothTest, ChoicesAreThoseOfTheLogits) {
   const SamplingParams all[] = {
       {.temperature = 0},
@@ -244,6 +244,12 @@ TEST_P(BothTest, ChoicesAreThoseOfTheLogits) {
     const auto ruled_out_of = [&](size_t n) {
       return (n + step) % 3 == 0 ? std::span(ruled_out) : std::span<const int32_t>();
     };
+    std::vector<uint32_t> mask((V + 31) / 32);
+    for (size_t i = 0; i < mask.size(); ++i)
+      mask[i] = 0x5a5a5a5au * static_cast<uint32_t>(i + step + 1) | 1;
+    const auto allowed_of = [&](size_t n) {
+      return (n + step) % 4 == 1 ? std::span<const uint32_t>(mask) : std::span<const uint32_t>();
+    };
     const auto top_of = [&](size_t n) { return static_cast<int>((n + step) % 4) * 5; };
     std::vector<SequenceRows> batch;
     for (size_t i = 0; i < 2 * kPairs; ++i) {
@@ -254,6 +260,7 @@ TEST_P(BothTest, ChoicesAreThoseOfTheLogits) {
                        .sampling = i % 2 == 0 ? &params[i / 2] : nullptr,
                        .edits = samplers[i / 2].edits(),
                        .ruled_out = ruled_out_of(i / 2),
+                       .allowed = allowed_of(i / 2),
                        .top = top_of(i / 2)});
     }
     std::optional<TokenChoice> choices[kPairs];
@@ -277,7 +284,8 @@ TEST_P(BothTest, ChoicesAreThoseOfTheLogits) {
       SCOPED_TRACE(testing::Message() << "step " << step << ", pair " << n);
       ASSERT_TRUE(choices[n].has_value());
       ASSERT_EQ(logits[n].size(), V);
-      const auto want = samplers[n].Sample(logits[n], caches[2 * n].length(), ruled_out_of(n));
+      const auto want =
+          samplers[n].Sample(logits[n], caches[2 * n].length(), ruled_out_of(n), allowed_of(n));
       const auto top = TopLogprobs(logits[n], top_of(n));
       ASSERT_TRUE(want.ok() && top.ok());
       EXPECT_FALSE(choices[n]->broken);

@@ -56,7 +56,7 @@ StepTables::StepTables(const PlacedRows& rows, const std::vector<int>& rank, int
   int64_t elements = 0;
   for (const SequenceRows* of : rows.sequences)
     if (of->sampling != nullptr)
-      elements += of->logits_rows * EditElements(of->edits, of->ruled_out);
+      elements += of->logits_rows * EditElements(of->edits, of->ruled_out, of->allowed);
   edits = take(elements * kElement);
 }
 
@@ -117,8 +117,8 @@ void StepTables::PackSampling(const PlacedRows& rows, int32_t* to) const {
     const SequenceRows& of = *rows.sequences[to[sequence + row]];
     if (of.sampling == nullptr) return RowSampling{};
     RowSampling sampling = RowSamplingOf(*of.sampling, rows.positions[row] + 1);
-    PackEdits(of.edits, of.ruled_out, all_edits, next_edit, sampling);
-    next_edit += EditElements(of.edits, of.ruled_out);
+    PackEdits(of.edits, of.ruled_out, of.allowed, all_edits, next_edit, sampling);
+    next_edit += EditElements(of.edits, of.ruled_out, of.allowed);
     DSLA_CHECK(of.top >= 0 && of.top <= kMostTop);
     sampling.top = of.top;
     return sampling;

@@ -35,8 +35,8 @@ struct StepTables {
   int64_t slots = 0;         // [L, N], -1: softmax in this layer, or padding
   int64_t page_start = 0;    // [L, N + 1]
   int64_t pages = 0;         // the page tables of all layers
-  int64_t edits = 0;         // LogitEdits and what is ruled out, of the rows of `sampling`, which
-                             // count such elements from the beginning of all
+  int64_t edits = 0;         // LogitEdits, what is ruled out and masks, of the rows of `sampling`,
+                             // which count such elements from the beginning of all
   int64_t size = 0;
   std::vector<RowGroup> groups;  // of the real rows
 

@@ -51,6 +51,19 @@ int32_t Argmax(std::span<const float> logits, const LogitBlocks& blocks) {
   return static_cast<int32_t>(std::find(first, logits.end(), blocks.max) - logits.begin());
 }
 
+// The logits, -inf where not allowed.
+std::vector<float> Masked(std::span<const float> logits, std::span<const uint32_t> allowed) {
+  DSLA_CHECK(allowed.size() == (logits.size() + 31) / 32);
+  std::vector<float> masked(logits.size());
+  for (size_t word = 0; word < allowed.size(); ++word) {
+    const uint32_t bits = allowed[word];
+    const size_t begin = 32 * word, count = std::min<size_t>(32, logits.size() - begin);
+    for (size_t i = 0; i < count; ++i)
+      masked[begin + i] = (bits >> i & 1) != 0 ? logits[begin + i] : -kInfinity;
+  }
+  return masked;
+}
+
 bool Within(float value, float low, float high) { return value >= low && value <= high; }
 
 }  // namespace
@@ -143,7 +156,8 @@ void Sampler::Restore(std::span<float> logits, std::span<const int32_t> ruled_ou
 }
 
 Expected<Sampler::Choice> Sampler::Sample(std::span<float> logits, int64_t position,
-                                          std::span<const int32_t> ruled_out) const {
+                                          std::span<const int32_t> ruled_out,
+                                          std::span<const uint32_t> allowed) const {
   DSLA_CHECK(static_cast<int64_t>(logits.size()) == V_ && position >= 0);
   LogitBlocks given;
   FindBlocks(logits, given);
@@ -151,15 +165,19 @@ Expected<Sampler::Choice> Sampler::Sample(std::span<float> logits, int64_t posit
   const double lse = LogSumExp(logits, given);
 
   const std::vector<float> before = Modify(logits, ruled_out);
+  std::vector<float> masked;
+  if (!allowed.empty()) masked = Masked(logits, allowed);
+  const std::span<const float> left = allowed.empty() ? logits : std::span<const float>(masked);
   LogitBlocks modified;
-  if (!before.empty()) FindBlocks(logits, modified);
-  const LogitBlocks& blocks = before.empty() ? given : modified;
-  Status status = CheckLogits(logits, blocks);
+  const bool changed = !before.empty() || !allowed.empty();
+  if (changed) FindBlocks(left, modified);
+  const LogitBlocks& blocks = changed ? modified : given;
+  Status status = CheckLogits(left, blocks);
   Choice choice;
   if (status.ok())
     choice.token = params_.temperature < SamplingParams::kGreedyBelow
-                       ? Argmax(logits, blocks)
-                       : Draw(params_, logits, blocks, UniformAt(params_.seed, position));
+                       ? Argmax(left, blocks)
+                       : Draw(params_, left, blocks, UniformAt(params_.seed, position));
   Restore(logits, ruled_out, before);
   DSLA_RETURN_IF_ERROR(status);
   choice.logprob = Logprob(logits[static_cast<size_t>(choice.token)], given, lse);

@@ -11,7 +11,8 @@
 // Steps 5 to 7 keep the first tokens of one ranking, by logit and among equals by lowest id, and
 // always at least one; the greedy choice is the first of it. Steps 1 to 3 saturate at the finite
 // range, so that a finite logit stays finite; -inf (a token that is ruled out) stays -inf. Tokens
-// that the caller rules out for one draw get -inf after them.
+// that the caller rules out for one draw, by name or by a mask of those allowed, get -inf after
+// them.
 //
 // The draw inverts the cumulative distribution in the order of ids at u in [0, 1), 53 bits of
 // Philox4x32-10 with the seed as key and the position as counter (philox.h): it depends on (seed,
@@ -49,10 +50,12 @@ class Sampler {
   void AddPrompt(std::span<const int32_t> tokens);
 
   // logits: [V]; changed while it runs, the same afterwards. position: of the token to be drawn.
-  // ruled_out: tokens that cannot be. Errors: kInternal if a logit is NaN or +inf: the model is
+  // ruled_out: tokens that cannot be. allowed: [ceil(V / 32)], bit i % 32 of word i / 32 says
+  // whether token i can be; empty: all. Errors: kInternal if a logit is NaN or +inf: the model is
   // broken; or if all are -inf, be it after step 3.
   Expected<Choice> Sample(std::span<float> logits, int64_t position,
-                          std::span<const int32_t> ruled_out = {}) const;
+                          std::span<const int32_t> ruled_out = {},
+                          std::span<const uint32_t> allowed = {}) const;
 
   // The token that became part of the output: usually, but not always, the one chosen.
   void Accept(int32_t token);
@@ -84,6 +87,7 @@ Expected<Sampler::Choice> LogprobOf(std::span<const float> logits, int32_t token
 Expected<Sampler::Choice> SampleRef(const SamplingParams& params, std::span<const int32_t> prompt,
                                     std::span<const int32_t> output, std::span<const float> logits,
                                     int64_t position, double* margin = nullptr,
-                                    std::span<const int32_t> ruled_out = {});
+                                    std::span<const int32_t> ruled_out = {},
+                                    std::span<const uint32_t> allowed = {});
 
 }  // namespace dsla

@@ -21,7 +21,7 @@ float Finite(double logit) {
 // Steps 1 to 3, and what is ruled out.
 std::vector<float> Modified(const SamplingParams& params, std::span<const int32_t> prompt,
                             std::span<const int32_t> output, std::span<const float> logits,
-                            std::span<const int32_t> ruled_out) {
+                            std::span<const int32_t> ruled_out, std::span<const uint32_t> allowed) {
   std::vector<float> l(logits.begin(), logits.end());
   std::set<int32_t> seen(prompt.begin(), prompt.end());
   seen.insert(output.begin(), output.end());
@@ -43,6 +43,8 @@ std::vector<float> Modified(const SamplingParams& params, std::span<const int32_
     l[i] = x;
   }
   for (const int32_t token : ruled_out) l[static_cast<size_t>(token)] = -kInfinity;
+  for (size_t i = 0; i < l.size() && !allowed.empty(); ++i)
+    if ((allowed[i / 32] >> i % 32 & 1) == 0) l[i] = -kInfinity;
   return l;
 }
 
@@ -51,7 +53,8 @@ std::vector<float> Modified(const SamplingParams& params, std::span<const int32_
 Expected<Sampler::Choice> SampleRef(const SamplingParams& params, std::span<const int32_t> prompt,
                                     std::span<const int32_t> output, std::span<const float> logits,
                                     int64_t position, double* margin,
-                                    std::span<const int32_t> ruled_out) {
+                                    std::span<const int32_t> ruled_out,
+                                    std::span<const uint32_t> allowed) {
   double total = 0, given_max = -kInfinity;
   for (const float l : logits) {
     if (std::isnan(l) || l == kInfinity)
@@ -65,7 +68,7 @@ Expected<Sampler::Choice> SampleRef(const SamplingParams& params, std::span<cons
     return Sampler::Choice{token, static_cast<float>(logprob)};
   };
 
-  const std::vector<float> l = Modified(params, prompt, output, logits, ruled_out);
+  const std::vector<float> l = Modified(params, prompt, output, logits, ruled_out, allowed);
   std::vector<int32_t> ranked(l.size());
   std::iota(ranked.begin(), ranked.end(), 0);
   const auto logit = [&](int32_t token) { return l[static_cast<size_t>(token)]; };

@@ -265,6 +265,21 @@ TEST(SamplerTest, RuledOutTokensAreNeverDrawn) {
     EXPECT_THAT(Support(params, logits), ElementsAre(17, 255));
 }
 
+// The log-probability is that under the softmax over all logits.
+TEST(SamplerTest, AMaskLeavesWhatIsAllowed) {
+  std::vector<float> logits = {5, 4, 3, 2};
+  const std::vector<float> before = logits;
+  const Sampler sampler({.temperature = 0}, 4);
+  const std::vector<uint32_t> third = {0b0100}, none = {0};
+  const auto choice = sampler.Sample(logits, 0, {}, third);
+  ASSERT_TRUE(choice.ok());
+  EXPECT_EQ(choice->token, 2);
+  EXPECT_EQ(choice->logprob, LogprobOf(logits, 2)->logprob);
+  EXPECT_EQ(sampler.Sample(logits, 0, {}, none).status().message(),
+            "all 4 logits are -inf: no token can be chosen");
+  EXPECT_EQ(logits, before);
+}
+
 TEST(SamplerTest, BrokenLogitsAreErrors) {
   for (const float temperature : {0.f, 1.f}) {
     const Sampler sampler({.temperature = temperature}, 4);
@@ -345,11 +360,21 @@ TEST(SamplerTest, EqualsReference) {
       const int64_t position = static_cast<int64_t>(random());
       const std::vector<int32_t> ruled_out =
           trial % 3 == 0 ? std::vector<int32_t>{7, output[0], prompt[1]} : std::vector<int32_t>();
+      std::vector<uint32_t> allowed;
+      if (trial % 7 == 0) {
+        allowed.resize(static_cast<size_t>((V + 31) / 32));
+        for (uint32_t& word : allowed) word = static_cast<uint32_t>(random() & random());
+        allowed[0] |= 0x17;
+      }
       double margin = 0;
-      const auto want = SampleRef(params, prompt, output, logits, position, &margin, ruled_out);
+      const auto want =
+          SampleRef(params, prompt, output, logits, position, &margin, ruled_out, allowed);
       const std::vector<float> before = logits;
-      const auto got = sampler.Sample(logits, position, ruled_out);
+      const auto got = sampler.Sample(logits, position, ruled_out, allowed);
       ASSERT_TRUE(got.ok() && want.ok());
+      if (!allowed.empty()) {
+        ASSERT_EQ(allowed[static_cast<size_t>(got->token / 32)] >> got->token % 32 & 1, 1u);
+      }
       EXPECT_EQ(logits, before);
       // fp32 sums decide differently where the reference was this close to
       // deciding differently.

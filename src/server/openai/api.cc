@@ -11,24 +11,6 @@ using HandlerOfText = void (*)(const ServicePtr&, PermitPtr, RequestPtr, Respond
 // Of a body with a large text.
 constexpr size_t kLargeBytes = 64 << 10;
 
-// What the handler throws becomes the answer, as on an io thread.
-void RunInPool(TaskPool& pool, HandlerOfText handler, const ServicePtr& service, PermitPtr permit,
-               RequestPtr request, ResponderPtr responder) {
-  // Tasks can be copied, a permit cannot.
-  pool.Post([=, held = std::make_shared<PermitPtr>(std::move(permit))] {
-    if (responder->gone()) return;
-    try {
-      handler(service, std::move(*held), request, responder);
-    } catch (const std::bad_alloc&) {
-      responder->Note("cause", "out of memory in the request's handler");
-      responder->Respond(ErrorResponse(OutOfMemoryError()));
-    } catch (const std::exception& error) {
-      responder->Note("cause", error.what());
-      responder->Respond(ErrorResponse(InternalError()));
-    }
-  });
-}
-
 void RunOnText(HandlerOfText handler, bool for_engine, const ServicePtr& service,
                RequestPtr request, ResponderPtr responder) {
   auto admitted = service->Admit(for_engine);
@@ -39,13 +21,30 @@ void RunOnText(HandlerOfText handler, bool for_engine, const ServicePtr& service
   PermitPtr permit = std::get<PermitPtr>(std::move(admitted));
   TaskPool* const pool = service->context().text_pool;
   if (pool != nullptr && request->body.size() > kLargeBytes) {
-    RunInPool(*pool, handler, service, std::move(permit), std::move(request), std::move(responder));
+    // Tasks can be copied, a permit cannot.
+    const auto held = std::make_shared<PermitPtr>(std::move(permit));
+    RunInPool(*pool, responder, [=] { handler(service, std::move(*held), request, responder); });
   } else {
     handler(service, std::move(permit), std::move(request), std::move(responder));
   }
 }
 
 }  // namespace
+
+void RunInPool(TaskPool& pool, const ResponderPtr& responder, std::function<void()> task) {
+  pool.Post([responder, task = std::move(task)] {
+    if (responder->gone()) return;
+    try {
+      task();
+    } catch (const std::bad_alloc&) {
+      responder->Note("cause", "out of memory in the request's handler");
+      responder->Respond(ErrorResponse(OutOfMemoryError()));
+    } catch (const std::exception& error) {
+      responder->Note("cause", error.what());
+      responder->Respond(ErrorResponse(InternalError()));
+    }
+  });
+}
 
 void RegisterApi(Router& router, ApiContext context) {
   const auto service = std::make_shared<Service>(std::move(context));
@@ -67,6 +66,7 @@ void RegisterApi(Router& router, ApiContext context) {
   const RouteOptions always = {.while_draining = true};
   add_text("/v1/completions", HandleCompletions, /*for_engine=*/true);
   add_text("/v1/chat/completions", HandleChat, /*for_engine=*/true);
+  add_text("/v1/responses", HandleResponses, /*for_engine=*/true);
   add("GET", "/v1/models", HandleModels, always);
   add("GET", "/v1/models/{id}", HandleModel, always);
   // Clients look for these at the root or under /v1.

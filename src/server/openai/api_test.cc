@@ -74,6 +74,7 @@ TEST(Completions, TheWholeAnswer) {
           R"([{"position":0,"level":0},{"position":64,"level":2}]}}})");
   EXPECT_EQ(responder->note("tokens"), "2");
   EXPECT_EQ(responder->note("dsla_level"), "2");
+  EXPECT_EQ(responder->note("replica"), "") << "there is one engine";
 }
 
 TEST(Completions, EveryStreamedByte) {
@@ -659,7 +660,9 @@ TEST(Disconnect, TheLogHasWhatThereWas) {
   token.level = 2;
   api.engine.job(0).sink->OnToken(token);
   api.engine.job(1).sink->OnToken(Token(98, "b"));
+  for (int i = 0; i < 2; ++i) api.engine.job(i).sink->OnPlaced(3 - i);
   responder->Disconnect();
+  EXPECT_EQ(responder->note("replica"), "2,3");
   EXPECT_EQ(responder->note("prompt_tokens"), "6");
   EXPECT_EQ(responder->note("tokens"), "2");
   EXPECT_EQ(responder->note("tier"), "auto");
@@ -760,6 +763,26 @@ TEST(Tokens, ThereAndBack) {
               "integer_above_max_value", "tokens[0]");
   ExpectError(*api.Call("POST", "/tokenize", R"({"prompt":"x","model":"y"})"), 404,
               "model_not_found", "model");
+}
+
+TEST(Tokens, AsClientsOfLlamaCppAskForThem) {
+  TestApi api(100, testing::SentencePieceTokenizer());
+  const auto tokens = [&](const char* body) {
+    const std::string answer = api.Call("POST", "/tokenize", body)->body();
+    const size_t begin = answer.find("\"tokens\":") + 9;
+    return answer.substr(begin, answer.find(",\"token_strs\"") - begin);
+  };
+  const int32_t hello = *api.tokenizer->TokenToId("\u2581hello");
+  const std::string alone = fmt::format("[{}]", hello), with_first = fmt::format("[1,{}]", hello);
+  EXPECT_EQ(tokens(R"({"prompt":"hello"})"), with_first);
+  EXPECT_EQ(tokens(R"({"content":"hello"})"), alone) << "what it does not ask for it does not get";
+  EXPECT_EQ(tokens(R"({"content":"hello","add_special":true})"), with_first);
+  EXPECT_EQ(tokens(R"({"content":"hello\u0001","with_pieces":true})"),
+            fmt::format(R"([{{"id":{},"piece":" hello"}},{{"id":4,"piece":"\u0001"}}])", hello));
+  EXPECT_EQ(tokens(R"({"content":"\u00ff","with_pieces":true})"),
+            fmt::format(R"([{{"id":{},"piece":" "}},{{"id":198,"piece":[195]}},)"
+                        R"({{"id":194,"piece":[191]}}])",
+                        *api.tokenizer->TokenToId("\u2581")));
 }
 
 TEST(Fields, TokenIdsWhenAskedFor) {

@@ -2,6 +2,7 @@
 #include <span>
 
 #include "engine/prompt.h"
+#include "format/chat/tool_grammar.h"
 #include "server/openai/generation.h"
 #include "server/openai/handlers.h"
 
@@ -55,12 +56,116 @@ std::optional<HttpError> AddPrompt(const Service& service, const CompletionReque
   return std::nullopt;
 }
 
+bool IsOfTools(const ChatMessage& message) {
+  return message.role == "tool" || !message.tool_calls.empty();
+}
+
+size_t TextBytes(const std::vector<ChatMessage>& messages, const std::vector<Tool>& tools) {
+  size_t bytes = 0;
+  for (const ChatMessage& message : messages) {
+    bytes += message.content.size();
+    for (const ToolCall& call : message.tool_calls) bytes += call.arguments.size();
+  }
+  for (const Tool& tool : tools) bytes += tool.json.size();
+  return bytes;
+}
+
+// The grammar of replies whose calls are asked for or must follow their schemas. Where the replies
+// follow another one, a reply is either of the two.
+std::optional<HttpError> SetToolGrammar(const ToolsRequest& tools, ToolDialect dialect,
+                                        Common* common) {
+  using Choice = ToolsRequest::Choice;
+  const bool forced = tools.choice != Choice::kAuto;
+  std::vector<Tool> callable = tools.tools;
+  if (tools.choice == Choice::kNamed)
+    std::erase_if(callable, [&](const Tool& tool) { return tool.name != tools.named; });
+  const bool one = tools.choice == Choice::kNamed || !tools.parallel;
+  ToolGrammar grammar;
+  grammar.calls = one ? ToolGrammar::Calls::kOne : ToolGrammar::Calls::kSome;
+  grammar.text = forced ? ToolGrammar::Text::kNone : ToolGrammar::Text::kAny;
+  if (!forced && common->grammar) {
+    using Kind = GrammarSpec::Kind;
+    const GrammarSpec& other = *common->grammar;
+    if (other.kind != Kind::kJsonSchema && other.kind != Kind::kJsonObject) {
+      return InvalidRequestError(
+          fmt::format("'tools' go with no '{}' but JSON", common->grammar_param), "tools");
+    }
+    grammar.text = ToolGrammar::Text::kJson;
+    grammar.schema = other.text;
+  }
+  const bool strict = std::ranges::any_of(callable, &Tool::strict);
+  if (!forced && !strict && !common->grammar) return std::nullopt;
+  common->grammar_param = forced ? "tool_choice" : "tools";
+  common->grammar = GrammarSpec{.kind = GrammarSpec::Kind::kStructuralTag,
+                                .text = StructuralTagOf(dialect, grammar, callable)};
+  return std::nullopt;
+}
+
+// How the calls in the replies are made and read.
+std::optional<HttpError> PlanTools(const Service& service, ToolsRequest tools, Common* common,
+                                   GenerationPlan* plan) {
+  if (tools.tools.empty()) return std::nullopt;
+  const ApiContext& context = service.context();
+  if (!context.tool_dialect)
+    return InvalidRequestError(context.no_tools, "tools", "unsupported_parameter");
+  if (auto error = SetToolGrammar(tools, *context.tool_dialect, common)) return error;
+  ToolParser::Options& options = plan->tools.emplace();
+  options.dialect = *context.tool_dialect;
+  options.tools = std::make_shared<const std::vector<Tool>>(std::move(tools.tools));
+  options.parallel = tools.parallel;
+  return std::nullopt;
+}
+
 std::optional<HttpError> FindModel(const Service& service, std::string_view asked,
                                    std::string* model) {
   auto name = service.ModelName(asked);
   if (const auto* error = std::get_if<HttpError>(&name)) return *error;
   *model = std::get<std::string>(std::move(name));
   return std::nullopt;
+}
+
+HttpError GrammarError(const Status& status, const Common& common) {
+  switch (status.code()) {
+    case StatusCode::kInvalidArgument:
+      return InvalidGrammarError(status.message(), common);
+    case StatusCode::kResourceExhausted:
+      return QueueFullError(status.message(), /*retry_after_seconds=*/1);
+    default: {
+      HttpError error;
+      error.status = 503;
+      error.type = "server_error";
+      error.code = "grammars_unavailable";
+      error.message = status.message();
+      error.param = common.grammar_param;
+      error.retry = false;
+      return error;
+    }
+  }
+}
+
+// A grammar takes time to compile, and its first mask to be made: on a thread for that.
+void Start(const ServicePtr& service, PermitPtr permit, GenerationPlan plan, RequestPtr request,
+           ResponderPtr responder) {
+  if (!plan.common.grammar) {
+    Generation::Start(service, std::move(permit), std::move(plan), *request, std::move(responder));
+    return;
+  }
+  if (service->context().grammars == nullptr)
+    return Refuse(*responder, UnsupportedParameterError(plan.common.grammar_param));
+  struct Work {
+    PermitPtr permit;
+    GenerationPlan plan;
+  };
+  const auto work = std::make_shared<Work>(Work{std::move(permit), std::move(plan)});
+  const auto start = [=] {
+    GenerationPlan& waiting = work->plan;
+    auto grammar = service->context().grammars->Compile(*waiting.common.grammar);
+    if (!grammar.ok()) return Refuse(*responder, GrammarError(grammar.status(), waiting.common));
+    waiting.grammar = std::move(grammar).value();
+    Generation::Start(service, std::move(work->permit), std::move(waiting), *request, responder);
+  };
+  TaskPool* const pool = service->context().grammar_pool;
+  pool == nullptr ? start() : RunInPool(*pool, responder, start);
 }
 
 }  // namespace
@@ -81,6 +186,7 @@ Parsed<std::vector<int32_t>> EncodeText(const Service& service, const std::strin
 
 Parsed<std::vector<int32_t>> EncodeMessages(const Service& service,
                                             const std::vector<ChatMessage>& messages,
+                                            const std::vector<Tool>& tools,
                                             const PromptOptions& prompt) {
   const ApiContext& context = service.context();
   if (!context.chat_template) {
@@ -88,8 +194,7 @@ Parsed<std::vector<int32_t>> EncodeMessages(const Service& service,
         fmt::format("this server has no chat template: {}", context.no_chat_template), "messages",
         "chat_template_error");
   }
-  size_t bytes = 0;
-  for (const ChatMessage& message : messages) bytes += message.content.size();
+  const size_t bytes = TextBytes(messages, tools);
   if (bytes > service.max_text_bytes()) {
     const auto limit = service.limits().max_context;
     return ContextLengthError(
@@ -97,10 +202,21 @@ Parsed<std::vector<int32_t>> EncodeMessages(const Service& service,
                     bytes),
         limit + 1, limit);
   }
-  auto tokens = EncodeChat(service.tokenizer(), *context.chat_template, messages, prompt);
+  const bool with_tools = !tools.empty() || std::ranges::any_of(messages, IsOfTools);
+  if (with_tools && !context.tool_template) {
+    return InvalidRequestError(context.no_tools, tools.empty() ? "messages" : "tools",
+                               "unsupported_parameter");
+  }
+  const auto encode = [&]() -> Expected<std::vector<int32_t>> {
+    const Tokenizer& tokenizer = service.tokenizer();
+    if (!with_tools) return EncodeChat(tokenizer, *context.chat_template, messages, prompt);
+    DSLA_RETURN_IF_ERROR(CheckThinking(*context.chat_template, prompt));
+    return EncodeToolChat(tokenizer, *context.tool_template, messages, tools, prompt);
+  };
+  const auto tokens = encode();
   if (!tokens.ok())
     return InvalidRequestError(tokens.status().message(), "messages", "chat_template_error");
-  return std::move(tokens).value();
+  return *tokens;
 }
 
 void HandleCompletions(const ServicePtr& service, PermitPtr permit, RequestPtr request,
@@ -121,7 +237,7 @@ void HandleCompletions(const ServicePtr& service, PermitPtr permit, RequestPtr r
     }
   }
   plan.common = std::move(completion.common);
-  Generation::Start(service, std::move(permit), std::move(plan), *request, std::move(responder));
+  Start(service, std::move(permit), std::move(plan), std::move(request), std::move(responder));
 }
 
 void HandleChat(const ServicePtr& service, PermitPtr permit, RequestPtr request,
@@ -135,13 +251,16 @@ void HandleChat(const ServicePtr& service, PermitPtr permit, RequestPtr request,
   if (auto error = FindModel(*service, chat.common.model, &plan.model)) {
     return Refuse(*responder, *error);
   }
-  auto tokens = EncodeMessages(*service, chat.messages, chat.prompt);
+  auto tokens = EncodeMessages(*service, chat.messages, chat.tools.tools, chat.prompt);
   if (const auto* error = std::get_if<HttpError>(&tokens)) return Refuse(*responder, *error);
+  if (auto error = PlanTools(*service, std::move(chat.tools), &chat.common, &plan)) {
+    return Refuse(*responder, *error);
+  }
   plan.prompts.push_back(std::move(std::get<std::vector<int32_t>>(tokens)));
   Truncate(chat.common.truncate_prompt, &plan.prompts[0]);
   plan.logprobs = chat.logprobs;
   plan.common = std::move(chat.common);
-  Generation::Start(service, std::move(permit), std::move(plan), *request, std::move(responder));
+  Start(service, std::move(permit), std::move(plan), std::move(request), std::move(responder));
 }
 
 }  // namespace dsla::openai

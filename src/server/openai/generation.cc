@@ -1,6 +1,10 @@
 #include "server/openai/generation.h"
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
+#include <iterator>
+#include <set>
 #include <utility>
 
 #include "base/clock.h"
@@ -14,6 +18,32 @@ const char* ServiceTierName(Tier tier) {
   return tier == Tier::kFull ? "priority" : tier == Tier::kEconomy ? "flex" : "default";
 }
 
+// What spells a call is part of the text, even where it is a control token.
+std::vector<int32_t> ShownIds(const Tokenizer& tokenizer, ToolDialect dialect) {
+  std::vector<int32_t> ids;
+  for (const std::string_view marker : ToolMarkers(dialect)) {
+    const auto id = tokenizer.TokenToId(marker);
+    if (id && tokenizer.IsSpecial(*id)) ids.push_back(*id);
+  }
+  return ids;
+}
+
+// What a piece of text adds to a reply.
+ToolReplyDelta Parse(ToolParser& parser, std::string_view text, bool last) {
+  ToolReplyDelta delta = parser.Push(text);
+  if (!last) return delta;
+  ToolReplyDelta rest = parser.Finish();
+  delta.content += rest.content;
+  std::ranges::move(rest.calls, std::back_inserter(delta.calls));
+  return delta;
+}
+
+// Mistral's templates take ids of nine letters and digits, and no others.
+std::string NewCallId(uint64_t random, ToolDialect dialect) {
+  if (dialect != ToolDialect::kMistral) return fmt::format("call_{:016x}", random);
+  return fmt::format("{:016x}", random).substr(0, 9);
+}
+
 }  // namespace
 
 class Generation::Sink : public RequestSink {
@@ -21,6 +51,7 @@ class Generation::Sink : public RequestSink {
   Sink(std::shared_ptr<Generation> generation, int index)
       : generation_(std::move(generation)), index_(index) {}
 
+  void OnPlaced(int replica) override { generation_->OnPlaced(index_, replica); }
   void OnPromptLogprobs(std::vector<PromptLogprob> logprobs) override {
     generation_->OnPromptLogprobs(index_, std::move(logprobs));
   }
@@ -72,6 +103,7 @@ Generation::Generation(std::shared_ptr<Service> service, std::unique_ptr<Service
     // The client's id for the log, the serial number to be unique.
     ids_.push_back(fmt::format("{}/{:08x}.{}", request_id, serial >> 32, i));
     Choice& choice = choices_[i];
+    if (plan_.tools) choice.parser.emplace(*plan_.tools);
     if (plan_.logprobs < 0) continue;
     choice.logprobs.emplace(&service_->tokenizer(), plan_.chat, plan_.logprobs);
     if (!plan_.chat) {
@@ -176,8 +208,10 @@ Request Generation::RequestOf(int index) const {
   request.ignore_eos = common.ignore_eos || (plan_.echo && plan_.logprobs >= 0 &&
                                              request.max_tokens == 1 && common.stop_ids.empty());
   request.continues = plan_.continues;
+  if (plan_.tools) request.shown_ids = ShownIds(service_->tokenizer(), plan_.tools->dialect);
   request.stop_ids = common.stop_ids;
   request.stop = common.stop;
+  request.grammar = plan_.grammar;
   request.top_logprobs = plan_.logprobs;
   request.prompt_logprobs = scores_prompt(prompt_of(index));
   request.tier = common.tier;
@@ -196,8 +230,9 @@ void Generation::Submit() {
   }
   if (const auto rejection = service_->engine().SubmitAll(std::move(group))) {
     const auto& prompt = plan_.prompts[prompt_of(static_cast<int>(rejection->index))];
-    responder_->Respond(
-        ErrorResponse(service_->ErrorOf(*rejection, static_cast<int64_t>(prompt.size()))));
+    HttpError error = service_->ErrorOf(*rejection, static_cast<int64_t>(prompt.size()));
+    if (error.param == "grammar") error = InvalidGrammarError(rejection->message, plan_.common);
+    responder_->Respond(ErrorResponse(error));
     return;
   }
   // The client may have left before they were there to be cancelled.
@@ -206,6 +241,11 @@ void Generation::Submit() {
 
 void Generation::CancelAll() {
   for (const std::string& id : ids_) service_->engine().Cancel(id);
+}
+
+void Generation::OnPlaced(int index, int replica) {
+  const std::lock_guard lock(mutex_);
+  choices_[index].replica = replica;
 }
 
 void Generation::OnPromptLogprobs(int index, std::vector<PromptLogprob> logprobs) {
@@ -223,8 +263,7 @@ void Generation::OnToken(int index, TokenOutput token) {
   if (plan_.common.stream) {
     WriteChunk(index, std::move(token.text), &token);
   } else {
-    BeginText(index, &choice.text);
-    choice.text += token.text;
+    AddText(index, token.text);
     AddToken(choice, token);
   }
   Advance();
@@ -241,11 +280,22 @@ void Generation::OnFinish(int index, const RequestResult& result) {
   } else if (plan_.common.stream) {
     WriteChunk(index, result.tail_text, nullptr);
   } else {
-    BeginText(index, &choice.text);
-    choice.text += result.tail_text;
+    AddText(index, result.tail_text);
+    if (choice.parser) choice.parser->Finish();
   }
   ++finished_;
   Advance();
+}
+
+// To a reply that is sent as a whole.
+void Generation::AddText(int index, std::string_view text) {
+  Choice& choice = choices_[index];
+  if (choice.parser) {
+    choice.parser->Push(text);
+    return;
+  }
+  BeginText(index, &choice.text);
+  choice.text += text;
 }
 
 void Generation::AddToken(Choice& choice, const TokenOutput& token) {
@@ -284,7 +334,11 @@ void Generation::WriteChunk(int index, std::string text, const TokenOutput* toke
   if (plan_.chat) {
     out.Key("delta").BeginObject();
     if (first) out.Field("role", "assistant");
-    if (first || token || !text.empty()) out.Field("content", text);
+    if (choice.parser) {
+      WriteToolDelta(choice, first, Parse(*choice.parser, text, /*last=*/token == nullptr), out);
+    } else if (first || token || !text.empty()) {
+      out.Field("content", text);
+    }
     out.EndObject();
   } else {
     out.Field("text", text);
@@ -298,7 +352,7 @@ void Generation::WriteChunk(int index, std::string text, const TokenOutput* toke
   if (token) {
     out.Key("finish_reason").Null();
   } else {
-    WriteStop(choice.result, out);
+    WriteStop(choice, out);
   }
   if (plan_.common.return_token_ids) {
     out.Key("token_ids").BeginArray();
@@ -320,8 +374,38 @@ void Generation::WriteChunk(int index, std::string text, const TokenOutput* toke
   pending_ += "\n\n";
 }
 
-void Generation::WriteStop(const RequestResult& result, JsonWriter& out) const {
-  out.Field("finish_reason", result.finish == FinishReason::kStop ? "stop" : "length");
+// The fields of a delta: a chunk goes out for every token, whatever is held back.
+void Generation::WriteToolDelta(Choice& choice, bool first, const ToolReplyDelta& delta,
+                                JsonWriter& out) {
+  if (!delta.content.empty()) {
+    out.Field("content", delta.content);
+  } else if (first) {
+    out.Key("content").Null();
+  }
+  if (delta.calls.empty()) return;
+  out.Key("tool_calls").BeginArray();
+  for (const auto& call : delta.calls) {
+    out.BeginObject().Field("index", call.index);
+    if (!call.name.empty())
+      out.Field("id", CallId(choice, static_cast<size_t>(call.index))).Field("type", "function");
+    out.Key("function").BeginObject();
+    if (!call.name.empty()) out.Field("name", call.name);
+    out.Field("arguments", call.arguments).EndObject().EndObject();
+  }
+  out.EndArray();
+}
+
+const std::string& Generation::CallId(Choice& choice, size_t call) {
+  while (choice.call_ids.size() <= call)
+    choice.call_ids.push_back(NewCallId(service_->Random(), plan_.tools->dialect));
+  return choice.call_ids[call];
+}
+
+void Generation::WriteStop(const Choice& choice, JsonWriter& out) const {
+  const RequestResult& result = choice.result;
+  const bool calls = choice.parser && !choice.parser->reply().calls.empty();
+  const char* stop = calls ? "tool_calls" : "stop";
+  out.Field("finish_reason", result.finish == FinishReason::kStop ? stop : "length");
   // As vLLM: which string or token of the request's own ended it.
   out.Key("stop_reason");
   const auto& stop_ids = plan_.common.stop_ids;
@@ -334,12 +418,34 @@ void Generation::WriteStop(const RequestResult& result, JsonWriter& out) const {
   }
 }
 
+void Generation::WriteMessage(Choice& choice, JsonWriter& out) {
+  out.Key("message").BeginObject().Field("role", "assistant").Key("content");
+  const std::string& content = choice.parser ? choice.parser->reply().content : choice.text;
+  const bool calls = choice.parser && !choice.parser->reply().calls.empty();
+  if (calls && content.empty()) {
+    out.Null();
+  } else {
+    out.String(content);
+  }
+  out.Key("refusal").Null();
+  if (calls) {
+    out.Key("tool_calls").BeginArray();
+    size_t index = 0;
+    for (const ToolCall& call : choice.parser->reply().calls) {
+      out.BeginObject().Field("id", CallId(choice, index++)).Field("type", "function");
+      out.Key("function").BeginObject().Field("name", call.name);
+      out.Field("arguments", call.arguments).EndObject().EndObject();
+    }
+    out.EndArray();
+  }
+  out.EndObject();
+}
+
 void Generation::WriteChoice(int index, JsonWriter& out) {
   Choice& choice = choices_[index];
   out.BeginObject().Field("index", index);
   if (plan_.chat) {
-    out.Key("message").BeginObject().Field("role", "assistant").Field("content", choice.text);
-    out.Key("refusal").Null().EndObject();
+    WriteMessage(choice, out);
   } else {
     out.Field("text", choice.text);
   }
@@ -349,7 +455,7 @@ void Generation::WriteChoice(int index, JsonWriter& out) {
   } else {
     out.Null();
   }
-  WriteStop(choice.result, out);
+  WriteStop(choice, out);
   if (plan_.common.return_token_ids) {
     out.Key("token_ids").BeginArray();
     for (const int32_t id : choice.token_ids) out.Int(id);
@@ -466,6 +572,8 @@ HttpError Generation::ErrorOf(const RequestResult& result) const {
       return ShuttingDownError();
     case StatusCode::kResourceExhausted:
       return OutOfMemoryError();
+    case StatusCode::kInvalidArgument:  // of what is checked, a grammar alone shows it so late
+      return InvalidGrammarError(result.status.message(), plan_.common);
     default:
       // How the engine marks logits that are not numbers.
       return result.status.message().starts_with("numerical_error") ? NumericalError()
@@ -490,16 +598,19 @@ void Generation::NoteUsage() {
   size_t prompt = 0;
   int64_t tokens = 0;
   int level = highest_level_;
+  std::set<int> replicas;
   for (size_t i = 0; i < choices_.size(); ++i) {
     const Choice& choice = choices_[i];
     prompt += plan_.prompts[prompt_of(static_cast<int>(i))].size();
     tokens += choice.done ? choice.result.generated_tokens : choice.tokens;
     for (const LevelSpan& span : choice.result.levels) level = std::max(level, span.level);
+    if (choice.replica >= 0) replicas.insert(choice.replica);
   }
   responder_->Note("prompt_tokens", fmt::format("{}", prompt));
   responder_->Note("tokens", fmt::format("{}", tokens));
   responder_->Note("tier", Name(plan_.common.tier));
   responder_->Note("dsla_level", fmt::format("{}", level));
+  if (!replicas.empty()) responder_->Note("replica", fmt::format("{}", fmt::join(replicas, ",")));
 }
 
 }  // namespace dsla::openai

@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "format/chat/tool_parser.h"
 #include "server/http/http.h"
 #include "server/openai/logprobs.h"
 #include "server/openai/service.h"
@@ -25,6 +26,7 @@ struct GenerationPlan {
   bool chat = false;
   bool continues = false;  // the replies' texts go on from the prompts'
   Common common;
+  std::shared_ptr<const Grammar> grammar;     // common.grammar, compiled
   std::string model;                          // to answer with
   std::vector<std::vector<int32_t>> prompts;  // none empty
   bool echo = false;
@@ -36,6 +38,7 @@ struct GenerationPlan {
   };
   std::vector<Echo> echoes;  // with echo, of each prompt
   int logprobs = -1;
+  std::optional<ToolParser::Options> tools;  // chat: the replies may have calls of them
 };
 
 class Generation : public std::enable_shared_from_this<Generation> {
@@ -54,7 +57,9 @@ class Generation : public std::enable_shared_from_this<Generation> {
   class Sink;
 
   struct Choice {
-    std::string text;  // of the whole reply, without streaming
+    std::string text;                  // of the whole reply, without streaming
+    std::optional<ToolParser> parser;  // with tools: `text` is what it makes of it
+    std::vector<std::string> call_ids;
     std::vector<int32_t> token_ids;
     std::optional<Logprobs> logprobs;
     std::optional<TextOffsets> offsets;  // completions alone
@@ -62,6 +67,7 @@ class Generation : public std::enable_shared_from_this<Generation> {
     int tokens = 0;
     bool begun = false;  // role or echo are out
     bool done = false;
+    int replica = -1;  // of several engines
     RequestResult result;
   };
 
@@ -72,18 +78,23 @@ class Generation : public std::enable_shared_from_this<Generation> {
   Request RequestOf(int index) const;
   void CancelAll();
 
+  void OnPlaced(int index, int replica);
   void OnPromptLogprobs(int index, std::vector<PromptLogprob> logprobs);
   void OnToken(int index, TokenOutput token);
   void OnFinish(int index, const RequestResult& result);
 
   // All below with mutex_ held.
   void AddToken(Choice& choice, const TokenOutput& token);
+  void AddText(int index, std::string_view text);
+  const std::string& CallId(Choice& choice, size_t call);
   void BeginText(int index, std::string* text);
   void WriteChunk(int index, std::string text, const TokenOutput* token);
+  void WriteToolDelta(Choice& choice, bool first, const ToolReplyDelta& delta, JsonWriter& out);
+  void WriteMessage(Choice& choice, JsonWriter& out);
   void WriteChoice(int index, JsonWriter& out);
   void WriteUsage(JsonWriter& out) const;
   void WriteContinuousUsage(int index, JsonWriter& out) const;
-  void WriteStop(const RequestResult& result, JsonWriter& out) const;
+  void WriteStop(const Choice& choice, JsonWriter& out) const;
   void Advance();
   void Flush();
   void Complete();

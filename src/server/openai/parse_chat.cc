@@ -1,5 +1,7 @@
 #include <fmt/format.h>
 
+#include <map>
+
 #include "server/openai/json_doc.h"
 #include "server/openai/parse_common.h"
 
@@ -64,7 +66,23 @@ void ParseContent(const Fields& message, std::string* content) {
   }
 }
 
-void ParseMessage(const Fields& message, ChatMessage* out) {
+// What a message of a conversation with tools has beside its content.
+void ParseToolFields(const Fields& message, const Limits& limits, ChatMessage* out) {
+  if (out->role == "assistant") {
+    ParseToolCalls(message, limits, &out->tool_calls);
+  } else if (const auto calls = message.Find("tool_calls")) {
+    message.RefuseUnless("tool_calls", calls->is_array() && dom::array(*calls).size() == 0);
+  }
+  if (out->role != "tool") return;
+  message.String("name", kMaxNameBytes, &out->name);
+  if (!message.String("tool_call_id", kMaxNameBytes, &out->tool_call_id)) {
+    message.error()->Set(
+        InvalidRequestError(fmt::format("'{}' is missing", message.Path("tool_call_id")),
+                            message.Path("tool_call_id"), "missing_required_parameter"));
+  }
+}
+
+void ParseMessage(const Fields& message, const Limits& limits, ChatMessage* out) {
   const std::string path = message.Path("role");
   if (!message.String("role", kMaxNameBytes, &out->role)) {
     message.error()->Set(InvalidRequestError(fmt::format("'{}' is missing", path), path,
@@ -73,33 +91,30 @@ void ParseMessage(const Fields& message, ChatMessage* out) {
   }
   // OpenAI's newer name of the same role.
   if (out->role == "developer") out->role = "system";
-  if (out->role == "tool" || out->role == "function") {
+  if (out->role == "function") {
     message.error()->Set(UnsupportedFeature(
-        fmt::format("'{}' is '{}': tools are not supported by this server", path, out->role),
-        path));
-  } else if (out->role != "system" && out->role != "user" && out->role != "assistant") {
+        fmt::format("'{}' is 'function': results of tools have the role 'tool'", path), path));
+  } else if (out->role != "system" && out->role != "user" && out->role != "assistant" &&
+             out->role != "tool") {
     message.error()->Set(InvalidRequestError(
-        fmt::format("'{}' must be one of 'system', 'developer', 'user', 'assistant', not '{}'",
-                    path, out->role.substr(0, 64)),
+        fmt::format(
+            "'{}' must be one of 'system', 'developer', 'user', 'assistant', 'tool', not '{}'",
+            path, out->role.substr(0, 64)),
         path));
-  }
-  if (const auto calls = message.Find("tool_calls")) {
-    message.RefuseUnless("tool_calls", calls->is_array() && dom::array(*calls).size() == 0);
   }
   message.Refuse({"function_call", "audio"});
-  ParseContent(message, &out->content);
+  ParseToolFields(message, limits, out);
+  const bool may_be_absent = !out->tool_calls.empty() && !message.Find("content");
+  if (!may_be_absent) ParseContent(message, &out->content);
 }
 
 void RefuseUnsupportedChat(const Fields& fields) {
   fields.Refuse({"audio", "prediction", "web_search_options", "chat_template", "documents",
                  "reasoning_effort", "mm_processor_kwargs", "media_io_kwargs"});
-  for (const char* name : {"tools", "functions"}) {
-    fields.RefuseUnless(name, IsEmptyArray(fields, name));
-  }
-  for (const char* name : {"tool_choice", "function_call"}) {
-    const auto value = fields.Find(name);
-    fields.RefuseUnless(name, value && value->is_string() && std::string_view(*value) == "none");
-  }
+  fields.RefuseUnless("functions", IsEmptyArray(fields, "functions"));
+  const auto call = fields.Find("function_call");
+  fields.RefuseUnless("function_call",
+                      call && call->is_string() && std::string_view(*call) == "none");
   if (const auto modalities = fields.Array("modalities")) {
     bool text_alone = modalities->size() == 1;
     for (const Element name : *modalities) {
@@ -120,6 +135,17 @@ void ParseLogprobs(const Fields& fields, const Limits& limits, int* out) {
         InvalidRequestError("'top_logprobs' needs 'logprobs': true", "top_logprobs"));
   }
   *out = logprobs ? top : -1;
+}
+
+// A result has the name of the tool whose call it answers, which some templates show.
+void NameResults(std::vector<ChatMessage>* messages) {
+  std::map<std::string_view, std::string_view> names;  // by the ids of calls
+  for (ChatMessage& message : *messages) {
+    for (const ToolCall& call : message.tool_calls) names[call.id] = call.name;
+    const auto found = names.find(message.tool_call_id);
+    if (message.role == "tool" && message.name.empty() && found != names.end())
+      message.name = found->second;
+  }
 }
 
 }  // namespace
@@ -145,8 +171,9 @@ void ParseMessages(const Fields& fields, const Limits& limits, std::vector<ChatM
       SetTypeError(path, "an object", value, fields.error());
     }
     if (!fields.error()->ok()) return;
-    ParseMessage(Fields(object, path + ".", fields.error()), &messages->emplace_back());
+    ParseMessage(Fields(object, path + ".", fields.error()), limits, &messages->emplace_back());
   }
+  NameResults(messages);
 }
 
 void ParsePromptOptions(const Fields& fields, PromptOptions* prompt) {
@@ -176,6 +203,7 @@ Parsed<ChatRequest> ParseChat(std::string_view body, const Limits& limits) {
   RefuseUnsupportedChat(fields);
   ParseCommon(fields, limits, &common);
   ParseMessages(fields, limits, &request.messages);
+  ParseTools(fields, limits, &request.tools);
   ParseLogprobs(fields, limits, &request.logprobs);
   ParsePromptOptions(fields, &request.prompt);
   // The newer name wins where both are there.

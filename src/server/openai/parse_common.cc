@@ -169,14 +169,9 @@ void ParseTier(const Fields& fields, const Limits& limits, Common* common) {
 
 void RefuseUnsupported(const Fields& fields, const Limits& limits, const Common& common) {
   fields.Refuse({"guided_json", "guided_regex", "guided_choice", "guided_grammar",
-                 "guided_decoding", "grammar", "json_schema", "structured_outputs", "prompt_embeds",
-                 "length_penalty", "logits_processors", "prompt_logprobs", "kv_transfer_params",
-                 "vllm_xargs", "thinking_token_budget", "allowed_token_ids"});
-  if (const auto format = fields.Object("response_format")) {
-    std::string type;
-    Fields(*format, "response_format.", fields.error()).String("type", kMaxNameBytes, &type);
-    fields.RefuseUnless("response_format", type == "text");
-  }
+                 "guided_decoding", "prompt_embeds", "length_penalty", "logits_processors",
+                 "prompt_logprobs", "kv_transfer_params", "vllm_xargs", "thinking_token_budget",
+                 "allowed_token_ids"});
   int best_of = 0;
   if (fields.Int("best_of", 1, limits.max_n, &best_of)) {
     fields.RefuseUnless("best_of", best_of == common.n);
@@ -227,6 +222,7 @@ void ParseCommon(const Fields& fields, const Limits& limits, Common* common) {
   }
   fields.Int("truncate_prompt_tokens", 1, limits.max_context, &common->truncate_prompt);
   fields.Bool("return_token_ids", &common->return_token_ids);
+  ParseGrammar(fields, common);
   RefuseUnsupported(fields, limits, *common);
 }
 

@@ -16,6 +16,10 @@ constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max();
 // Everything but the prompt, logprobs and max_tokens.
 void ParseCommon(const Fields& fields, const Limits& limits, Common* common);
 
+// What the replies are to follow, by whichever field says so: OpenAI's response_format, vLLM's
+// structured_outputs, llama.cpp's json_schema and grammar.
+void ParseGrammar(const Fields& fields, Common* common);
+
 // `choices` replies of max_tokens each, both within their limits; min_tokens within max_tokens.
 // `param`: the name that max_tokens was given by.
 void CheckTotals(const Fields& fields, const Limits& limits, int64_t choices,
@@ -25,6 +29,10 @@ bool IsEmptyArray(const Fields& fields, std::string_view name);
 
 // messages, with their text parts joined by line breaks.
 void ParseMessages(const Fields& fields, const Limits& limits, std::vector<ChatMessage>* messages);
+// tools, tool_choice and parallel_tool_calls.
+void ParseTools(const Fields& fields, const Limits& limits, ToolsRequest* tools);
+// tool_calls of a message of the assistant.
+void ParseToolCalls(const Fields& message, const Limits& limits, std::vector<ToolCall>* calls);
 // How they become a prompt.
 void ParsePromptOptions(const Fields& fields, PromptOptions* prompt);
 

@@ -17,15 +17,20 @@ Parsed<TokenizeRequest> ParseTokenize(std::string_view body, const Limits& limit
   if (fields.Find("messages")) {
     ++sources;
     ParseMessages(fields, limits, &request.messages);
+    ParseTools(fields, limits, &request.tools);
   }
   if (sources != 1) {
     error.Set(InvalidRequestError("exactly one of 'prompt', 'content' and 'messages' is needed",
                                   "prompt", "missing_required_parameter"));
   }
+  // llama.cpp's server adds them where it is told to alone.
+  if (fields.Find("content")) request.add_special_tokens = false;
+  fields.Bool("add_special", &request.add_special_tokens);
   fields.Bool("add_special_tokens", &request.add_special_tokens);
   ParsePromptOptions(fields, &request.prompt);
   fields.Bool("parse_special", &request.parse_special);
   fields.Bool("return_token_strs", &request.return_token_strs);
+  fields.Bool("with_pieces", &request.with_pieces);
   if (auto first = error.Take()) return *first;
   return request;
 }

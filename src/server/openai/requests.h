@@ -12,6 +12,7 @@
 
 #include "engine/prompt.h"
 #include "engine/request.h"
+#include "grammar/grammar.h"
 #include "server/http/errors.h"
 
 namespace dsla::openai {
@@ -25,8 +26,11 @@ struct Limits {
   int max_prompts = 256;   // of one completions request
   int max_choices = 1024;  // prompts * n: as many as may wait
   int max_messages = 4096;
-  int max_stop = 16;             // strings
-  size_t max_stop_bytes = 1024;  // of one
+  int max_tools = 128;
+  size_t max_tools_bytes = size_t{1} << 20;  // of their JSON together
+  int max_tool_calls = 128;                  // of one message
+  int max_stop = 16;                         // strings
+  size_t max_stop_bytes = 1024;              // of one
   int max_stop_ids = 64;
   int max_logit_bias = 1024;
   int max_logprobs = 20;
@@ -58,6 +62,8 @@ struct Common {
   double timeout = 0;       // seconds; 0 = the server's
   int truncate_prompt = 0;  // keep so many of the last prompt tokens; 0 = all
   bool return_token_ids = false;
+  std::optional<GrammarSpec> grammar;  // that every reply follows
+  std::string grammar_param;           // the field that it was given by
 };
 
 using Prompt = std::variant<std::string, std::vector<int32_t>>;
@@ -71,9 +77,19 @@ struct CompletionRequest {
   bool parse_special = true;  // of prompts given as text
 };
 
+// What the model may call. `none` asks for no calls: then there are no tools at all.
+struct ToolsRequest {
+  enum class Choice { kAuto, kRequired, kNamed };
+  std::vector<Tool> tools;
+  Choice choice = Choice::kAuto;
+  std::string named;     // with kNamed: one of the tools
+  bool parallel = true;  // more than one call in a reply
+};
+
 struct ChatRequest {
   Common common;
   std::vector<ChatMessage> messages;
+  ToolsRequest tools;
   int logprobs = -1;
   PromptOptions prompt;
 };
@@ -82,10 +98,12 @@ struct TokenizeRequest {
   std::string model;
   std::string text;
   std::vector<ChatMessage> messages;  // instead of text
+  ToolsRequest tools;                 // beside messages
   bool add_special_tokens = true;
   PromptOptions prompt;       // of messages
   bool parse_special = true;  // as clients that tokenise for themselves expect
   bool return_token_strs = false;
+  bool with_pieces = false;  // each token with its text
 };
 
 struct DetokenizeRequest {
@@ -100,6 +118,9 @@ Parsed<CompletionRequest> ParseCompletion(std::string_view body, const Limits& l
 Parsed<ChatRequest> ParseChat(std::string_view body, const Limits& limits);
 Parsed<TokenizeRequest> ParseTokenize(std::string_view body, const Limits& limits);
 Parsed<DetokenizeRequest> ParseDetokenize(std::string_view body, const Limits& limits);
+
+// 400 of a grammar that was given by common.grammar_param.
+HttpError InvalidGrammarError(std::string message, const Common& common);
 
 // Seconds that the client will wait, in a header.
 constexpr const char* kTimeoutHeader = "X-Request-Timeout";

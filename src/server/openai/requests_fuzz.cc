@@ -4,6 +4,7 @@
 
 #include "base/check.h"
 #include "server/openai/requests.h"
+#include "server/openai/responses.h"
 
 namespace dsla::openai {
 namespace {
@@ -48,6 +49,11 @@ void Check(const ChatRequest& request, const Limits& limits) {
   DSLA_CHECK(!request.messages.empty());
 }
 
+void Check(const ResponsesRequest& request, const Limits& limits) {
+  CheckCommon(request.common, limits);
+  DSLA_CHECK(!request.messages.empty() && request.common.n == 1);
+}
+
 void Check(const TokenizeRequest&, const Limits&) {}
 void Check(const DetokenizeRequest& request, const Limits& limits) {
   CheckTokens(request.tokens, limits);
@@ -73,7 +79,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (size == 0) return 0;
   static const Limits limits = TestLimits();
   const std::string_view body(reinterpret_cast<const char*>(data) + 1, size - 1);
-  switch (data[0] % 4) {
+  switch ((data[0] + 2) % 5) {  // '0' to '4'
     case 0:
       CheckParsed(ParseCompletion(body, limits), limits);
       break;
@@ -85,6 +91,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       break;
     case 3:
       CheckParsed(ParseDetokenize(body, limits), limits);
+      break;
+    case 4:
+      CheckParsed(ParseResponses(body, limits), limits);
       break;
   }
   return 0;

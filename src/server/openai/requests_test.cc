@@ -260,16 +260,74 @@ TEST(RequestRanges, Logprobs) {
   BadChat(chat + R"("logprobs":1})", "invalid_type", "logprobs");
 }
 
+TEST(RequestGrammar, IsGivenByAnyOfItsFields) {
+  using Kind = GrammarSpec::Kind;
+  const auto expect = [](const std::string& field, Kind kind, const std::string& text,
+                         const std::string& param) {
+    SCOPED_TRACE(field);
+    const auto request = GoodField(field);
+    ASSERT_TRUE(request.common.grammar.has_value());
+    EXPECT_EQ(request.common.grammar->kind, kind);
+    EXPECT_EQ(request.common.grammar->text, text);
+    EXPECT_EQ(request.common.grammar_param, param);
+  };
+  const std::string schema = R"({"type":"object","properties":{"b":{},"a":{}}})";
+  expect(R"("response_format":{"type":"json_object"})", Kind::kJsonObject, "", "response_format");
+  expect(R"("response_format":{"type":"json_schema","json_schema":{"name":"x","strict":true,)"
+         R"("description":"y","schema":)" +
+             schema + "}}",
+         Kind::kJsonSchema, schema, "response_format.json_schema.schema");
+  expect(R"("response_format":{"type":"structural_tag", "format":{}})", Kind::kStructuralTag,
+         R"({"type":"structural_tag","format":{}})", "response_format");
+  expect(R"("structured_outputs":{"json":)" + schema + "}", Kind::kJsonSchema, schema,
+         "structured_outputs.json");
+  expect(R"("structured_outputs":{"json":"{}"})", Kind::kJsonSchema, "{}",
+         "structured_outputs.json");
+  expect(R"("structured_outputs":{"json_object":true,"regex":null})", Kind::kJsonObject, "",
+         "structured_outputs.json_object");
+  expect(R"("structured_outputs":{"regex":"a+"})", Kind::kRegex, "a+", "structured_outputs.regex");
+  expect(R"("structured_outputs":{"choice":["a","b."]})", Kind::kRegex, "(?:a)|(?:b\\.)",
+         "structured_outputs.choice");
+  expect(R"("structured_outputs":{"grammar":"root ::= \"a\""})", Kind::kEbnf, "root ::= \"a\"",
+         "structured_outputs.grammar");
+  expect(R"("structured_outputs":{"structural_tag":"{}"})", Kind::kStructuralTag, "{}",
+         "structured_outputs.structural_tag");
+  expect(R"("json_schema":)" + schema, Kind::kJsonSchema, schema, "json_schema");
+  expect(R"("grammar":"root ::= [a-z]")", Kind::kEbnf, "root ::= [a-z]", "grammar");
+  for (const char* none :
+       {R"("response_format":{"type":"text"})", R"("grammar":"")", R"("structured_outputs":{})",
+        R"("structured_outputs":{"json_object":false})", R"("json_schema":null)"}) {
+    EXPECT_FALSE(GoodField(none).common.grammar.has_value()) << none;
+  }
+}
+
+TEST(RequestGrammar, WhatIsWrongIsNamed) {
+  BadField(R"("response_format":{})", "missing_required_parameter", "response_format.type");
+  BadField(R"("response_format":{"type":"xml"})", "invalid_value", "response_format.type");
+  BadField(R"("response_format":{"type":"json_schema"})", "missing_required_parameter",
+           "response_format.json_schema");
+  BadField(R"("response_format":{"type":"json_schema","json_schema":{"schema":{}}})",
+           "missing_required_parameter", "response_format.json_schema.name");
+  BadField(R"("response_format":{"type":"json_schema","json_schema":{"name":"x"}})",
+           "missing_required_parameter", "response_format.json_schema.schema");
+  BadField(R"("response_format":{"type":"json_schema","json_schema":{"name":"x","schema":"{}"}})",
+           "invalid_type", "response_format.json_schema.schema");
+  BadField(R"("structured_outputs":{"xml":1})", "unknown_parameter", "structured_outputs.xml");
+  BadField(R"("structured_outputs":{"choice":[]})", "invalid_value", "structured_outputs.choice");
+  BadField(R"("structured_outputs":{"choice":[1]})", "invalid_type",
+           "structured_outputs.choice[0]");
+  BadField(R"("structured_outputs":{"regex":1})", "invalid_type", "structured_outputs.regex");
+  BadField(R"("structured_outputs":{"regex":"a","grammar":"b"})", "invalid_value",
+           "structured_outputs.grammar");
+  BadField(R"("response_format":{"type":"json_object"},"grammar":"a")", "invalid_value", "grammar");
+  BadField(R"("json_schema":"{}")", "invalid_type", "json_schema");
+}
+
 TEST(RequestUnsupported, IsRefusedByName) {
-  for (const std::string field :
-       {"guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar",
-        "structured_outputs", "prompt_embeds", "length_penalty", "prompt_logprobs"}) {
+  for (const std::string field : {"guided_json", "guided_regex", "guided_choice", "guided_grammar",
+                                  "prompt_embeds", "length_penalty", "prompt_logprobs"}) {
     BadField(Pair(field, "1"), "unsupported_parameter", field);
   }
-  BadField(R"("response_format":{"type":"json_object"})", "unsupported_parameter",
-           "response_format");
-  BadField(R"("response_format":{})", "unsupported_parameter", "response_format");
-  GoodField(R"("response_format":{"type":"text"})");
   BadField(R"("best_of":3)", "unsupported_parameter", "best_of");
   BadField(R"("best_of":17)", "integer_above_max_value", "best_of");
   GoodField(R"("best_of":3,"n":3)");
@@ -291,10 +349,9 @@ TEST(RequestUnsupported, IsRefusedByName) {
   Completion(R"({"prompt":"x","suffix":""})");
   const std::string chat = R"({"messages":[{"role":"user","content":"x"}],)";
   for (const std::string field :
-       {R"("tools":[{}])", R"("functions":[{}])", R"("tool_choice":"auto")",
-        R"("function_call":"auto")", R"("modalities":["text","audio"])", R"("audio":{})",
-        R"("prediction":{})", R"("web_search_options":{})", R"("chat_template":"x")",
-        R"("reasoning_effort":"low")"}) {
+       {R"("functions":[{}])", R"("function_call":"auto")", R"("modalities":["text","audio"])",
+        R"("audio":{})", R"("prediction":{})", R"("web_search_options":{})",
+        R"("chat_template":"x")", R"("reasoning_effort":"low")"}) {
     BadChat(fmt::format("{}{}}}", chat, field), "unsupported_parameter",
             field.substr(1, field.find('"', 1) - 1));
   }
@@ -404,14 +461,142 @@ TEST(RequestMessages, RefusesTheRest) {
   bad(R"([{"role":"user","content":[]}])", "invalid_value", "messages[0].content");
   bad(R"([{"role":5,"content":"x"}])", "invalid_type", "messages[0].role");
   bad(R"([{"role":"wizard","content":"x"}])", "invalid_value", "messages[0].role");
-  bad(R"([{"role":"tool","content":"x"}])", "unsupported_feature", "messages[0].role");
+  bad(R"([{"role":"function","content":"x","name":"f"}])", "unsupported_feature",
+      "messages[0].role");
   bad(R"([{"role":"user","content":[{"type":"image_url","image_url":{"url":"http://x"}}]}])",
       "unsupported_feature", "messages[0].content[0].type");
   bad(R"([{"role":"user","content":[{"type":"text"}]}])", "missing_required_parameter",
       "messages[0].content[0].text");
   bad(R"([{"role":"user","content":["x"]}])", "invalid_type", "messages[0].content[0]");
-  bad(R"([{"role":"assistant","content":"x","tool_calls":[{}]}])", "unsupported_parameter",
-      "messages[0].tool_calls");
+  bad(R"([{"role":"assistant","content":null}])", "missing_required_parameter",
+      "messages[0].content");
+}
+
+TEST(RequestMessages, CallsAndTheirResults) {
+  const auto request = Chat(
+      R"({"messages":[{"role":"user","content":"x"},{"role":"assistant","content":null,"tool_calls":)"
+      R"([{"id":"a","type":"function","function":{"name":"f","arguments":"{\"b\": 1}"}},)"
+      R"({"id":"c","type":"function","function":{"name":"g","arguments":""}},)"
+      R"({"function":{"name":"h","arguments":{"i":2}}}]},)"
+      R"({"role":"tool","tool_call_id":"c","content":[{"type":"text","text":"y"}]},)"
+      R"({"role":"tool","tool_call_id":"z","content":"w","name":"own"},)"
+      R"({"role":"assistant","tool_calls":[{"function":{"name":"f","arguments":"{}"}}]}]})");
+  ASSERT_EQ(request.messages.size(), 5u);
+  EXPECT_EQ(request.messages[1].content, "");
+  EXPECT_EQ(request.messages[1].tool_calls,
+            (std::vector<ToolCall>{
+                {"a", "f", R"({"b": 1})"}, {"c", "g", "{}"}, {"", "h", R"({"i":2})"}}));
+  EXPECT_EQ(request.messages[2].tool_call_id, "c");
+  EXPECT_EQ(request.messages[2].content, "y");
+  EXPECT_EQ(request.messages[2].name, "g") << "of the call that it answers";
+  EXPECT_EQ(request.messages[3].name, "own");
+  EXPECT_EQ(request.messages[4].tool_calls.size(), 1u);
+}
+
+TEST(RequestMessages, RefusesBadCallsByName) {
+  const auto bad = [](const std::string& message, const std::string& code,
+                      const std::string& param) {
+    BadChat(fmt::format(R"({{"messages":[{}]}})", message), code, "messages[0]." + param);
+  };
+  const auto bad_call = [&](const std::string& call, const std::string& code,
+                            const std::string& param) {
+    bad(fmt::format(R"({{"role":"assistant","tool_calls":[{}]}})", call), code,
+        "tool_calls[0]" + param);
+  };
+  bad(R"({"role":"tool","content":"x"})", "missing_required_parameter", "tool_call_id");
+  bad(R"({"role":"tool","content":"x","tool_call_id":5})", "invalid_type", "tool_call_id");
+  bad(R"({"role":"tool","tool_call_id":"a"})", "missing_required_parameter", "content");
+  bad(R"({"role":"user","content":"x","tool_calls":[{}]})", "unsupported_parameter", "tool_calls");
+  bad(R"({"role":"assistant","tool_calls":{}})", "invalid_type", "tool_calls");
+  bad_call("5", "invalid_type", "");
+  bad_call("{}", "missing_required_parameter", ".function");
+  bad_call(R"({"type":"custom","function":{}})", "unsupported_feature", ".type");
+  bad_call(R"({"function":{"arguments":"{}"}})", "missing_required_parameter", ".function.name");
+  bad_call(R"({"function":{"name":"f"}})", "missing_required_parameter", ".function.arguments");
+  for (const char* arguments : {R"("[]")", R"("{")", R"("x")", R"("{} {}")"}) {
+    bad_call(fmt::format(R"({{"function":{{"name":"f","arguments":{}}}}})", arguments),
+             "invalid_value", ".function.arguments");
+  }
+  bad_call(R"({"function":{"name":"f","arguments":[]}})", "invalid_type", ".function.arguments");
+  std::string calls;
+  for (int i = 0; i < 129; ++i) calls += std::string(i ? "," : "") + "{}";
+  bad(fmt::format(R"({{"role":"assistant","tool_calls":[{}]}})", calls), "array_above_max_length",
+      "tool_calls");
+}
+
+std::string Function(const std::string& name, const std::string& more = "") {
+  return fmt::format(R"({{"type":"function","function":{{"name":"{}"{}}}}})", name, more);
+}
+std::string WithTools(const std::string& fields) {
+  return fmt::format(R"({{"messages":[{{"role":"user","content":"x"}}],{}}})", fields);
+}
+
+TEST(RequestTools, AreKeptAsTheyAre) {
+  const std::string more =
+      R"(,"description":"d","parameters":{"type":"object","z":1,"a":[2.5]},"strict":true)";
+  const auto tools = Chat(WithTools(R"("tools":[)" + Function("f", more) + "," + Function("g-_.9") +
+                                    R"(],"parallel_tool_calls":false)"))
+                         .tools;
+  ASSERT_EQ(tools.tools.size(), 2u);
+  EXPECT_EQ(tools.tools[0].name, "f");
+  EXPECT_EQ(tools.tools[0].json, Function("f", more));
+  EXPECT_EQ(tools.tools[0].parameters, R"({"type":"object","z":1,"a":[2.5]})");
+  EXPECT_TRUE(tools.tools[0].strict);
+  EXPECT_EQ(tools.tools[1].parameters, "");
+  EXPECT_FALSE(tools.tools[1].strict);
+  EXPECT_FALSE(tools.parallel);
+  EXPECT_EQ(tools.choice, ToolsRequest::Choice::kAuto);
+}
+
+TEST(RequestTools, Choice) {
+  const std::string tools = R"("tools":[)" + Function("f") + R"(],"tool_choice":)";
+  EXPECT_EQ(Chat(WithTools(tools + R"("auto")")).tools.tools.size(), 1u);
+  EXPECT_TRUE(Chat(WithTools(tools + R"("none")")).tools.tools.empty());
+  EXPECT_EQ(Chat(WithTools(tools + R"("required")")).tools.choice, ToolsRequest::Choice::kRequired);
+  const auto named = Chat(WithTools(tools + Function("f"))).tools;
+  EXPECT_EQ(named.choice, ToolsRequest::Choice::kNamed);
+  EXPECT_EQ(named.named, "f");
+  BadChat(WithTools(tools + Function("g")), "invalid_value", "tool_choice.function.name");
+  BadChat(WithTools(tools + R"("any")"), "invalid_value", "tool_choice");
+  BadChat(WithTools(tools + "5"), "invalid_type", "tool_choice");
+  BadChat(WithTools(tools + R"({"type":"function"})"), "missing_required_parameter",
+          "tool_choice.function");
+  for (const char* value : {R"("auto")", R"("required")"})
+    BadChat(WithTools(fmt::format(R"("tool_choice":{})", value)), "invalid_value", "tool_choice");
+  BadChat(WithTools(tools + R"("auto","parallel_tool_calls":"no")"), "invalid_type",
+          "parallel_tool_calls");
+}
+
+TEST(RequestTools, BadOnesAreRefusedByName) {
+  const auto bad = [](const std::string& tool, const std::string& code, const std::string& param) {
+    BadChat(WithTools(fmt::format(R"("tools":[{}])", tool)), code, param);
+  };
+  BadChat(WithTools(R"("tools":{})"), "invalid_type", "tools");
+  bad("5", "invalid_type", "tools[0]");
+  bad("{}", "missing_required_parameter", "tools[0].type");
+  bad(R"({"type":"web_search"})", "unsupported_feature", "tools[0].type");
+  bad(R"({"type":"function"})", "missing_required_parameter", "tools[0].function");
+  bad(R"({"type":"function","function":{}})", "missing_required_parameter",
+      "tools[0].function.name");
+  bad(Function(""), "invalid_value", "tools[0].function.name");
+  bad(Function("a b"), "invalid_value", "tools[0].function.name");
+  bad(Function(std::string(65, 'a')), "string_above_max_length", "tools[0].function.name");
+  bad(Function("f", R"(,"description":5)"), "invalid_type", "tools[0].function.description");
+  bad(Function("f", R"(,"parameters":[])"), "invalid_type", "tools[0].function.parameters");
+  bad(Function("f", R"(,"strict":"yes")"), "invalid_type", "tools[0].function.strict");
+  bad(Function("f") + "," + Function("g") + "," + Function("f"), "invalid_value",
+      "tools[2].function.name");
+  std::string deep = "1";
+  for (int i = 0; i < 30; ++i) deep = "[" + deep + "]";
+  bad(Function("f") + "," + Function("g", R"(,"parameters":{"a":)" + deep + "}"), "invalid_value",
+      "tools[1]");
+  std::string many;
+  for (int i = 0; i < 129; ++i) many += (i ? "," : "") + Function(fmt::format("f{}", i));
+  bad(many, "array_above_max_length", "tools");
+  const std::string large(size_t{1} << 20, 'x');
+  BadChat(
+      WithTools(fmt::format(R"("tools":[{}])", Function("f", R"(,"description":")" + large + '"'))),
+      "string_above_max_length", "tools");
 }
 
 TEST(RequestStream, OptionsNeedAStream) {

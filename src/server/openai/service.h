@@ -14,7 +14,9 @@
 
 #include "engine/engine.h"
 #include "format/chat/chat_template.h"
+#include "format/chat/tool_template.h"
 #include "format/tokenizer/tokenizer.h"
+#include "grammar/grammar.h"
 #include "server/dsla_state.h"
 #include "server/http/errors.h"
 #include "server/metrics.h"
@@ -28,20 +30,25 @@ struct ApiContext {
   Engine* engine = nullptr;
   const Tokenizer* tokenizer = nullptr;
   std::optional<ChatTemplate> chat_template;
-  std::string no_chat_template;          // why there is none
-  std::string chat_template_source;      // Jinja, for /tokenizer_info; empty: not known
-  std::vector<std::string> model_names;  // at least one; the first is the one shown
-  std::string model_root;                // the file or folder it was loaded from
+  std::string no_chat_template;  // why there is none
+  std::optional<ToolTemplate> tool_template;
+  std::optional<ToolDialect> tool_dialect;  // how its model writes calls; with tool_template
+  std::string no_tools;                     // why one of these is not there
+  std::string chat_template_source;         // Jinja, for /tokenizer_info; empty: not known
+  std::vector<std::string> model_names;     // at least one; the first is the one shown
+  std::string model_root;                   // the file or folder it was loaded from
   LadderInfo ladder;
-  Limits limits;                       // vocab_size, adapter and max_level are filled in here
-  double default_timeout = 0;          // seconds; 0 = none
-  int max_in_flight = 4096;            // requests being worked on, queued ones included
-  std::string version;                 // of the program
-  ServerMetrics* metrics = nullptr;    // may be null: no /metrics
-  DslaControl* control = nullptr;      // may be null: no /v1/dsla
-  TaskPool* text_pool = nullptr;       // may be null: large texts, too, hold up an io thread
-  std::function<int64_t()> unix_time;  // seconds; unset: the system's clock
-  uint64_t random_seed = 0;            // of ids and of seeds not given; 0 = from the system
+  Limits limits;                        // vocab_size, adapter and max_level are filled in here
+  double default_timeout = 0;           // seconds; 0 = none
+  int max_in_flight = 4096;             // requests being worked on, queued ones included
+  std::string version;                  // of the program
+  ServerMetrics* metrics = nullptr;     // may be null: no /metrics
+  DslaControl* control = nullptr;       // may be null: no /v1/dsla
+  TaskPool* text_pool = nullptr;        // may be null: large texts, too, hold up an io thread
+  GrammarCompiler* grammars = nullptr;  // may be null: requests with a grammar are refused
+  TaskPool* grammar_pool = nullptr;     // may be null: grammars, too, hold up an io thread
+  std::function<int64_t()> unix_time;   // seconds; unset: the system's clock
+  uint64_t random_seed = 0;             // of ids and of seeds not given; 0 = from the system
 };
 
 class Service : public std::enable_shared_from_this<Service> {

@@ -29,6 +29,7 @@ class FakeEngine : public Engine {
     for (Submission& submission : group) jobs_.push_back(std::move(submission));
     return std::nullopt;
   }
+  std::optional<Rejection> Check(const Request&) const override { return std::nullopt; }
   std::optional<Rejection> RefusesAll() const override {
     if (full) return rejection;
     return std::nullopt;
@@ -41,8 +42,9 @@ class FakeEngine : public Engine {
   }
   void CancelAll() override {}
   EngineState state() const override { return {}; }
+  bool device_failed() const override { return false; }
   void SetFinishObserver(FinishObserver) override {}
-  void SetPolicy(std::unique_ptr<LevelPolicy>) override {}
+  void SetPolicy(const PolicyMaker&) override {}
   void SetMaxLevel(int) override {}
   void Drain() override {}
 
@@ -189,6 +191,27 @@ class FakeResponder : public Responder {
   bool ended_ = false;
   std::function<void()> callback_;
   std::map<std::string, std::string> notes_;
+};
+
+// A grammar that the handlers take for one.
+class FakeGrammar : public Grammar {
+ public:
+  Expected<std::unique_ptr<GrammarMatcher>> NewMatcher() const override {
+    return InvalidArgument("not to be matched");
+  }
+  int64_t bytes() const override { return 1; }
+};
+
+class FakeCompiler : public GrammarCompiler {
+ public:
+  Expected<std::shared_ptr<const Grammar>> Compile(const GrammarSpec& spec) override {
+    specs.push_back(spec);
+    if (!status.ok()) return status;
+    return grammar;
+  }
+  Status status;
+  std::shared_ptr<const Grammar> grammar = std::make_shared<FakeGrammar>();
+  std::vector<GrammarSpec> specs;
 };
 
 inline std::unique_ptr<Tokenizer> NewTokenizer(Expected<TokenizerData> data) {

@@ -1,3 +1,5 @@
+#include <simdjson.h>
+
 #include "server/json_writer.h"
 #include "server/openai/handlers.h"
 
@@ -11,9 +13,9 @@ std::optional<HttpError> TokensOf(const Service& service, const TokenizeRequest&
   EncodeOptions options;
   options.parse_special = request.parse_special;
   if (!request.add_special_tokens) options.add_bos = false;
-  auto encoded = request.messages.empty()
-                     ? EncodeText(service, request.text, options)
-                     : EncodeMessages(service, request.messages, request.prompt);
+  auto encoded = request.messages.empty() ? EncodeText(service, request.text, options)
+                                          : EncodeMessages(service, request.messages,
+                                                           request.tools.tools, request.prompt);
   if (const auto* error = std::get_if<HttpError>(&encoded)) return *error;
   *tokens = std::move(std::get<std::vector<int32_t>>(encoded));
   return std::nullopt;
@@ -27,6 +29,20 @@ void WriteSpecial(const Tokenizer& tokenizer, const char* name, std::optional<in
   } else {
     out.Null();
   }
+}
+
+// As llama.cpp's server writes them: bytes that are no text are a list of numbers.
+void WritePiece(const Tokenizer& tokenizer, int32_t id, JsonWriter& out) {
+  const std::string_view bytes = tokenizer.TokenBytes(id);
+  out.BeginObject().Field("id", id).Key("piece");
+  if (simdjson::validate_utf8(bytes)) {
+    out.String(bytes);
+  } else {
+    out.BeginArray();
+    for (const char byte : bytes) out.Int(static_cast<unsigned char>(byte));
+    out.EndArray();
+  }
+  out.EndObject();
 }
 
 }  // namespace
@@ -48,9 +64,16 @@ void HandleTokenize(const ServicePtr& service, PermitPtr /*held to the end*/, Re
   JsonWriter out;
   out.BeginObject().Field("count", static_cast<int64_t>(tokens.size()));
   out.Field("max_model_len", service->limits().max_context).Key("tokens").BeginArray();
-  for (const int32_t id : tokens) out.Int(id);
+  const TokenizeRequest& asked = std::get<TokenizeRequest>(parsed);
+  for (const int32_t id : tokens) {
+    if (asked.with_pieces) {
+      WritePiece(service->tokenizer(), id, out);
+    } else {
+      out.Int(id);
+    }
+  }
   out.EndArray().Key("token_strs");
-  if (std::get<TokenizeRequest>(parsed).return_token_strs) {
+  if (asked.return_token_strs) {
     out.BeginArray();
     for (const int32_t id : tokens) out.String(service->tokenizer().TokenText(id));
     out.EndArray();

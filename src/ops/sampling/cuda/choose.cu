@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kPartThreads) PartKernel(Rows p) {
                      p.parts_per_row);
   if (HasEdits(sampling)) {
     ReadPart<kVector>(p, logits, slice, 0, p.given);
-    EditPart(sampling, p.edits, logits, part * kPart);
+    EditPart(sampling, p.edits, logits, p.V, part * kPart);
   }
   ReadPart<kVector>(p, logits, slice, sampling.inverse_temperature, p.parts);
 }

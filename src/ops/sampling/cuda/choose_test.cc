@@ -207,6 +207,7 @@ class SampledTest : public ChooseTest {
   // What the row's request has seen and does not want; many of the tokens are likely ones.
   struct Wishes {
     std::vector<int32_t> prompt, output, ruled_out = {};
+    std::vector<uint32_t> allowed = {};
     int top = 0;
   };
   Wishes RandomWishes(std::span<const float> row, SamplingParams& params) {
@@ -226,6 +227,10 @@ class SampledTest : public ChooseTest {
     };
     Wishes wishes{.prompt = tokens(OneIn(8) ? 3000 : 50), .output = tokens(OneIn(8) ? 3000 : 20)};
     if (OneIn(4)) wishes.ruled_out = tokens(5);
+    if (OneIn(4)) {
+      wishes.allowed.resize((V + 31) / 32);
+      for (uint32_t& word : wishes.allowed) word = static_cast<uint32_t>(random_());
+    }
     if (OneIn(4)) {
       std::set<int32_t> distinct;
       for (const int32_t each : tokens(OneIn(4) ? 300 : 5)) distinct.insert(each);
@@ -289,9 +294,10 @@ class SampledTest : public ChooseTest {
       sampler.AddPrompt(wishes.back().prompt);
       for (const int32_t token : wishes.back().output) sampler.Accept(token);
       const size_t first = batch.edits.size();
-      batch.edits.resize(first + static_cast<size_t>(
-                                     cuda::EditElements(sampler.edits(), wishes.back().ruled_out)));
-      cuda::PackEdits(sampler.edits(), wishes.back().ruled_out, batch.edits.data(),
+      const Wishes& wish = wishes.back();
+      batch.edits.resize(first + static_cast<size_t>(cuda::EditElements(
+                                     sampler.edits(), wish.ruled_out, wish.allowed)));
+      cuda::PackEdits(sampler.edits(), wish.ruled_out, wish.allowed, batch.edits.data(),
                       static_cast<int64_t>(first), sampling);
       sampling.top = wishes.back().top;
       batch.rows.push_back(sampling);
@@ -307,13 +313,14 @@ class SampledTest : public ChooseTest {
                    << ", top_k " << p.top_k << ", top_p " << p.top_p << ", min_p " << p.min_p
                    << ", repetition " << p.repetition_penalty << ", presence " << p.presence_penalty
                    << ", frequency " << p.frequency_penalty << ", " << batch.rows[t].edits
-                   << " edits, " << w.ruled_out.size() << " ruled out");
+                   << " edits, " << w.ruled_out.size() << " ruled out, mask of "
+                   << w.allowed.size());
       ASSERT_EQ(choice.token, again.choices[t].token) << "two runs differ";
       ASSERT_TRUE(choice.token >= 0 && choice.token < V);
       const std::span row(batch.logits.data() + t * v, v);
       double margin = 0;
       const auto want = SampleRef(p, w.prompt, w.output, row, static_cast<int64_t>(t) * 1000,
-                                  &margin, w.ruled_out);
+                                  &margin, w.ruled_out, w.allowed);
       ASSERT_EQ(choice.broken, want.ok() ? 0 : 1);
       if (!want.ok()) continue;
       CompareTop(row, std::span(got.top).subspan(t * cuda::kMostTop, cuda::kMostTop), w.top);
@@ -365,9 +372,14 @@ TEST_F(SampledTest, EditsAreThoseOfTheHost) {
   }
   const std::vector<int32_t> ruled_out = {0, 4095, 4096, 4097, 9999};
   for (const int32_t token : ruled_out) want[static_cast<size_t>(token)] = -kInfinity;
+  std::vector<uint32_t> allowed((kV + 31) / 32, ~0u);
+  for (const int32_t token : {5, 31, 32, 4094, 8192, 9998}) {
+    allowed[static_cast<size_t>(token / 32)] &= ~(1u << token % 32);
+    want[static_cast<size_t>(token)] = -kInfinity;
+  }
   batch.rows.push_back(cuda::RowSamplingOf(params, 5));
-  batch.edits.resize(static_cast<size_t>(cuda::EditElements(edits, ruled_out)));
-  cuda::PackEdits(edits, ruled_out, batch.edits.data(), 0, batch.rows[0]);
+  batch.edits.resize(static_cast<size_t>(cuda::EditElements(edits, ruled_out, allowed)));
+  cuda::PackEdits(edits, ruled_out, allowed, batch.edits.data(), 0, batch.rows[0]);
   const Chosen got = RunBatch(batch);
   EXPECT_EQ(got.logits, want);
   EXPECT_EQ(got.choices[0].token, 3);

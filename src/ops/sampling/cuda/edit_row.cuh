@@ -1,5 +1,5 @@
 // Steps 1 to 3 of sampling.h: the few logits of a row that a request changes are changed where they
-// lie, each by one thread, which keeps what was there.
+// lie, each by one thread, which keeps what was there; then those that cannot be become -inf.
 #pragma once
 
 #include <cfloat>
@@ -22,10 +22,10 @@ __device__ __forceinline__ float Edited(const RowSampling& row, const LogitEdit&
   return finite(__fadd_rn(finite(l), edit.bias));
 }
 
-// Of the tokens in [begin, begin + kPart). All threads of a block call it together; afterwards they
-// see the changed logits.
+// Of the tokens in [begin, begin + kPart), below V. All threads of a block call it together;
+// afterwards they see the changed logits.
 __device__ __forceinline__ void EditPart(const RowSampling& row, LogitEdit* all, float* logits,
-                                         int begin) {
+                                         int V, int begin) {
   LogitEdit* const edits = all + row.first_edit;
 #pragma unroll 1
   for (int i = threadIdx.x; i < row.edits; i += kPartThreads) {
@@ -40,6 +40,13 @@ __device__ __forceinline__ void EditPart(const RowSampling& row, LogitEdit* all,
   for (int i = threadIdx.x; i < row.ruled_out; i += kPartThreads) {
     const int token = ruled_out[i];
     if (token - begin >= 0 && token - begin < kPart) logits[token] = -kInfinity;
+  }
+  if (row.allowed > 0) {
+    const int32_t* const allowed = ruled_out + row.ruled_out;
+    const int end = min(begin + kPart, V);
+#pragma unroll 1
+    for (int token = begin + threadIdx.x; token < end; token += kPartThreads)
+      if ((allowed[token / 32] >> token % 32 & 1) == 0) logits[token] = -kInfinity;
   }
   __syncthreads();
 }

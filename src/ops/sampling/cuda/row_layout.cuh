@@ -41,7 +41,7 @@ struct Rows {
 };
 
 __device__ __forceinline__ bool HasEdits(const RowSampling& row) {
-  return row.edits + row.ruled_out > 0;
+  return row.edits + row.ruled_out + row.allowed > 0;
 }
 
 template <bool kVector>

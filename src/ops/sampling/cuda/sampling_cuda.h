@@ -32,7 +32,9 @@ struct RowSampling {
   int32_t first_edit = 0;  // of the row's in the array of all rows' edits
   int32_t edits = 0;
   int32_t ruled_out = 0;  // tokens; as int32 behind the row's edits
-  int32_t top = 0;        // how many of the likeliest to tell, at most kMostTop
+  int32_t allowed = 0;    // words of the mask of tokens that can be, behind those; 0: all can
+  int32_t padding = 0;
+  int32_t top = 0;  // how many of the likeliest to tell, at most kMostTop
 };
 
 inline RowSampling RowSamplingOf(const SamplingParams& params, int64_t position) {
@@ -52,20 +54,26 @@ inline RowSampling RowSamplingOf(const SamplingParams& params, int64_t position)
 }
 
 // The elements of the array of all rows' edits that one row's take.
-inline int64_t EditElements(std::span<const LogitEdit> edits, std::span<const int32_t> ruled_out) {
+inline int64_t EditElements(std::span<const LogitEdit> edits, std::span<const int32_t> ruled_out,
+                            std::span<const uint32_t> allowed) {
   constexpr size_t kEach = sizeof(LogitEdit) / sizeof(int32_t);
-  return static_cast<int64_t>(edits.size() + (ruled_out.size() + kEach - 1) / kEach);
+  const size_t words = ruled_out.size() + allowed.size();
+  return static_cast<int64_t>(edits.size() + (words + kEach - 1) / kEach);
 }
 
-// Puts a row's edits and what is ruled out from element `first` of `all` on. Tokens: each once
-// among the edits.
+// Puts a row's edits, what is ruled out and what is allowed from element `first` of `all` on.
+// Tokens: each once among the edits.
 inline void PackEdits(std::span<const LogitEdit> edits, std::span<const int32_t> ruled_out,
-                      LogitEdit* all, int64_t first, RowSampling& row) {
+                      std::span<const uint32_t> allowed, LogitEdit* all, int64_t first,
+                      RowSampling& row) {
   row.first_edit = static_cast<int32_t>(first);
   row.edits = static_cast<int32_t>(edits.size());
   row.ruled_out = static_cast<int32_t>(ruled_out.size());
+  row.allowed = static_cast<int32_t>(allowed.size());
   LogitEdit* const behind = std::copy(edits.begin(), edits.end(), all + first);
-  std::copy(ruled_out.begin(), ruled_out.end(), reinterpret_cast<int32_t*>(behind));
+  int32_t* const mask =
+      std::copy(ruled_out.begin(), ruled_out.end(), reinterpret_cast<int32_t*>(behind));
+  std::copy(allowed.begin(), allowed.end(), mask);
 }
 
 // The token and its log-probability under the softmax over all logits as given; broken: 1 if a

@@ -166,7 +166,7 @@ TEST(SelectionTest, GreedyRowsNeedNoMore) {
   EXPECT_GT(RowSamplingOf({.temperature = 1.1e-5f}, 5).inverse_temperature, 0);
 }
 
-TEST(PackEditsTest, WhatIsRuledOutFollowsTheEdits) {
+TEST(PackEditsTest, WhatIsRuledOutAndAllowedFollowsTheEdits) {
   const SamplingParams params{.temperature = 0,
                               .repetition_penalty = 2,
                               .presence_penalty = 0.5f,
@@ -175,15 +175,18 @@ TEST(PackEditsTest, WhatIsRuledOutFollowsTheEdits) {
   EXPECT_EQ(row.repetition_penalty, 2);
   EXPECT_EQ(row.presence_penalty, 0.5f);
   EXPECT_EQ(row.frequency_penalty, 0.25f);
-  EXPECT_EQ(row.edits + row.ruled_out + row.top, 0);
+  EXPECT_EQ(row.edits + row.ruled_out + row.allowed + row.top, 0);
 
   const std::vector<LogitEdit> edits = {{.token = 9, .outputs = 3}, {.token = 4, .bias = 1.5f}};
   const std::vector<int32_t> ruled_out = {1, 2, 3, 4, 5};
-  EXPECT_EQ(EditElements({}, {}), 0);
-  EXPECT_EQ(EditElements(edits, {}), 2);
-  ASSERT_EQ(EditElements(edits, ruled_out), 4);
-  std::vector<LogitEdit> all(7);
-  PackEdits(edits, ruled_out, all.data(), 3, row);
+  const std::vector<uint32_t> allowed = {6, 0, 0x80000000u, 8};
+  EXPECT_EQ(EditElements({}, {}, {}), 0);
+  EXPECT_EQ(EditElements(edits, {}, {}), 2);
+  EXPECT_EQ(EditElements(edits, ruled_out, {}), 4);
+  EXPECT_EQ(EditElements({}, {}, allowed), 1);
+  ASSERT_EQ(EditElements(edits, ruled_out, allowed), 5);
+  std::vector<LogitEdit> all(8);
+  PackEdits(edits, ruled_out, allowed, all.data(), 3, row);
   EXPECT_EQ(row.first_edit, 3);
   EXPECT_EQ(row.edits, 2);
   EXPECT_EQ(row.ruled_out, 5);
@@ -194,6 +197,8 @@ TEST(PackEditsTest, WhatIsRuledOutFollowsTheEdits) {
   EXPECT_EQ(all[4].bias, 1.5f);
   const auto* const tokens = reinterpret_cast<const int32_t*>(all.data() + 5);
   EXPECT_EQ(std::vector(tokens, tokens + 5), ruled_out);
+  EXPECT_EQ(row.allowed, 4);
+  EXPECT_EQ(std::vector<uint32_t>(tokens + 5, tokens + 9), allowed);
 }
 
 // Equals at the cut: the lowest ids are kept, also where top-p ends among those that top-k kept.

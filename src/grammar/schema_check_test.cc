@@ -1,0 +1,42 @@
+#include "grammar/schema_check.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <string>
+
+namespace dsla {
+namespace {
+
+using ::testing::HasSubstr;
+
+TEST(SchemaCheckTest, NamesWhatWouldBeLeftOut) {
+  for (const char* schema :
+       {R"({"not":{"type":"string"}})", R"({"items":{"not":{}}})", R"({"anyOf":[{},{"not":{}}]})",
+        R"({"properties":{"a":{"not":{}}}})", R"({"$defs":{"a":{"allOf":[{"not":{}}]}}})"}) {
+    const Status status = CheckSchema(schema);
+    EXPECT_EQ(status.code(), StatusCode::kInvalidArgument) << schema;
+    EXPECT_THAT(status.message(), HasSubstr("'not'"));
+  }
+}
+
+TEST(SchemaCheckTest, NamesOfPropertiesAndDataAreNoKeywords) {
+  for (const char* schema :
+       {R"({"type":"object","properties":{"not":{"type":"string"},"if":{}}})",
+        R"({"enum":[{"not":1}],"default":{"if":2},"const":{"then":3},"examples":[{"else":4}]})",
+        R"({"$defs":{"not":{"type":"integer"}},"$ref":"#/$defs/not"})",
+        R"({"type":"array","uniqueItems":false})"}) {
+    EXPECT_TRUE(CheckSchema(schema).ok()) << CheckSchema(schema).message();
+  }
+}
+
+TEST(SchemaCheckTest, IsOneJsonObject) {
+  for (const std::string& text :
+       {std::string(), std::string("{"), std::string("[]"), std::string("true"),
+        std::string(R"({"a":1,"a":2})"), std::string(100, '[') + std::string(100, ']')}) {
+    EXPECT_EQ(CheckSchema(text).code(), StatusCode::kInvalidArgument) << text;
+  }
+}
+
+}  // namespace
+}  // namespace dsla
