@@ -11,6 +11,12 @@ void Set(cublasLtMatmulDesc_t product, cublasLtMatmulDescAttributes_t attribute,
               "describing a product in fp8");
 }
 
+void SetScales(cublasLtMatmulDesc_t product, const Fp8Gemm::Operand& weight,
+               const Fp8Gemm::Operand& x) {
+  Set(product, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, weight.scale);
+  Set(product, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, x.scale);
+}
+
 cublasLtMatrixLayout_t NewLayout(cudaDataType_t type, int64_t rows, int64_t columns,
                                  int64_t stride) {
   cublasLtMatrixLayout_t layout = nullptr;
@@ -33,10 +39,12 @@ Fp8Gemm::~Fp8Gemm() {
 }
 
 // Column-major, as in Gemm: y^T [out, T] = (W^T)^T [out, in] x^T [in, T].
-const Fp8Gemm::Plan& Fp8Gemm::PlanOf(const Shape& shape) {
+const Fp8Gemm::Plan& Fp8Gemm::PlanOf(const Operand& weight, const Operand& x, int64_t in,
+                                     int64_t stride, bool f32) {
+  const int64_t out = weight.rows, T = x.rows;
+  const Shape shape{out, in, T, stride, f32};
   const auto found = plans_.find(shape);
   if (found != plans_.end()) return found->second;
-  const auto [out, in, T, stride, f32] = shape;
   cublasLtMatmulDesc_t product = nullptr;
   CheckCublas(cublasLtMatmulDescCreate(&product, CUBLAS_COMPUTE_32F, CUDA_R_32F),
               "describing a product in fp8");
@@ -49,6 +57,8 @@ const Fp8Gemm::Plan& Fp8Gemm::PlanOf(const Shape& shape) {
   const cublasLtMatmulMatrixScale_t by_row = CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
   Set(product, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, by_row);
   Set(product, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, by_row);
+  // Without scales there is no kernel to be found.
+  SetScales(product, weight, x);
   Set(product, CUBLASLT_MATMUL_DESC_FAST_ACCUM, int8_t{1});
 
   cublasLtMatmulPreference_t preference = nullptr;
@@ -69,9 +79,8 @@ const Fp8Gemm::Plan& Fp8Gemm::PlanOf(const Shape& shape) {
 
 void Fp8Gemm::Run(const Operand& weight, const Operand& x, int64_t in, void* y, int64_t y_stride,
                   bool y_f32) {
-  const Plan& plan = PlanOf({weight.rows, in, x.rows, y_stride, y_f32});
-  Set(plan.product.get(), CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, weight.scale);
-  Set(plan.product.get(), CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, x.scale);
+  const Plan& plan = PlanOf(weight, x, in, y_stride, y_f32);
+  SetScales(plan.product.get(), weight, x);
   const float one = 1, zero = 0;
   CheckCublas(
       cublasLtMatmul(handle_, plan.product.get(), &one, weight.data, plan.weight.get(), x.data,

@@ -45,7 +45,7 @@ class Fp8Gemm {
     Owned<cublasLtMatrixLayout_t> weight, x, y;
     cublasLtMatmulAlgo_t algorithm;
   };
-  const Plan& PlanOf(const Shape& shape);
+  const Plan& PlanOf(const Operand& weight, const Operand& x, int64_t in, int64_t stride, bool f32);
 
   cudaStream_t stream_;
   const DeviceBuffer& workspace_;
