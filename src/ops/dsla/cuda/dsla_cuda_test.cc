@@ -110,19 +110,24 @@ Prefilled PrefillAlone(const GpuLayer& layer, const TestTokens& tokens, int coun
   return {gpu.Out(), reference.out()};
 }
 
+void EnlargeLogits(TestLayer& layer, float factor) {
+  for (float& w : layer.phi_k) w *= factor;
+}
 TEST_P(DslaCudaTest, PrefillOfLargeKeyLogits) {
   // Logits of keys' features whose exponentials fp32 does not have.
   const DslaShape s = shape();
   const int count = s.window + 200;
-  const GpuLayer layer(s, GetParam().gates, count, 7, 100);
+  TestLayer host(s, GetParam().gates, count, 7);
+  EnlargeLogits(host, 100);
+  const GpuLayer layer(std::move(host));
   const auto tokens = MakeSequences(s, {count});
   const Prefilled x = PrefillAlone(layer, tokens[0], count);
   ExpectClose(x.out, x.want, kChunkTolerance);
 }
 
 // Two dimensions that RoPE hardly turns are larger than any fp16, with both signs, so infinities
-// would cancel to NaN. Gates are at an end of their range, features 0 or 1: what a key is clamped
-// to does not matter.
+// would cancel to NaN. Features are 0 or 1, and gates of weights that SeparateGates has changed at
+// an end of their range: what a key is clamped to does not matter.
 void EnlargeKeys(const DslaShape& s, TestTokens& tokens, int count) {
   auto* keys = reinterpret_cast<bf16*>(tokens.k.data());
   for (int i = 0; i < count * s.Hkv; ++i) {
@@ -132,10 +137,23 @@ void EnlargeKeys(const DslaShape& s, TestTokens& tokens, int count) {
   }
 }
 
+// What the two dimensions add to a gate's logit is more than any bias of TestLayer.
+void SeparateGates(TestLayer& layer) {
+  const auto D = static_cast<size_t>(layer.shape.D), F = static_cast<size_t>(layer.shape.F);
+  for (size_t row = 0; row < layer.gate_weight.size(); row += D * F)
+    for (size_t f = 0; f < F; ++f) {
+      float& last = layer.gate_weight[row + (D / 2 - 1) * F + f];
+      last += std::copysign(0.1f, last);
+      layer.gate_weight[row + (D / 2 - 2) * F + f] = last / 2;
+    }
+}
+
 TEST_P(DslaCudaTest, PrefillOfKeysBeyondHalf) {
   const DslaShape s = shape();
   const int count = s.window + 200;
-  const GpuLayer layer(s, GetParam().gates, count, 7);
+  TestLayer host(s, GetParam().gates, count, 7);
+  SeparateGates(host);
+  const GpuLayer layer(std::move(host));
   auto tokens = MakeSequences(s, {count});
   EnlargeKeys(s, tokens[0], count);
   for (const float x : PrefillAlone(layer, tokens[0], count).out) ASSERT_TRUE(std::isfinite(x));
@@ -333,7 +351,10 @@ struct FoldOf {
 void ExpectFold(const Case& c, const FoldOf& of) {
   DslaShape s = Shape(c);
   s.gate_floor = of.floor.value_or(s.gate_floor);
-  const GpuLayer layer(s, c.gates, 512, 10, of.logits);
+  TestLayer host(s, c.gates, 512, 10);
+  EnlargeLogits(host, of.logits);
+  if (of.keys_beyond_half) SeparateGates(host);
+  const GpuLayer layer(std::move(host));
   const int W = s.window;
   const std::vector<int> lengths{0, 1, 63, 64, 65, W, W + 1, W + 63, W + 64, W + 65, 200, 321};
   const int N = static_cast<int>(lengths.size());

@@ -67,13 +67,14 @@ inline void RoundToBf16(std::vector<float>& x) {
 // A test layer with weights that bf16 holds exactly, here and on the device.
 class GpuLayer {
  public:
-  GpuLayer(const DslaShape& shape, TestGates gates, int positions, uint32_t seed,
-           float phi_k_scale = 1)
-      : host(Rounded(shape, gates, positions, seed, phi_k_scale)),
+  GpuLayer(const DslaShape& shape, TestGates gates, int positions, uint32_t seed)
+      : GpuLayer(TestLayer(shape, gates, positions, seed)) {}
+  explicit GpuLayer(TestLayer layer)
+      : host(Rounded(std::move(layer))),
         mix_(host.mix),
         cos_(host.cos),
         sin_(host.sin),
-        packed_(cuda::PackedWeightBytes(shape)) {
+        packed_(cuda::PackedWeightBytes(host.shape)) {
     const DeviceBytes phi_q(host.phi_q), phi_k(host.phi_k), weight(host.gate_weight),
         bias(host.gate_bias);
     DslaParams params;
@@ -81,7 +82,7 @@ class GpuLayer {
     params.phi_k = phi_k.as<float>();
     params.gate_weight = weight.as<float>();
     params.gate_bias = bias.as<float>();
-    CheckCuda(cuda::PackWeights(shape, params, packed_.as<void>(), nullptr));
+    CheckCuda(cuda::PackWeights(host.shape, params, packed_.as<void>(), nullptr));
     CheckCuda(cudaDeviceSynchronize());
   }
   cuda::DslaWeights weights() const {
@@ -91,10 +92,7 @@ class GpuLayer {
   const TestLayer host;
 
  private:
-  static TestLayer Rounded(const DslaShape& shape, TestGates gates, int positions, uint32_t seed,
-                           float phi_k_scale) {
-    TestLayer layer(shape, gates, positions, seed);
-    for (float& w : layer.phi_k) w *= phi_k_scale;
+  static TestLayer Rounded(TestLayer layer) {
     RoundToBf16(layer.phi_q);
     RoundToBf16(layer.phi_k);
     RoundToBf16(layer.gate_weight);

@@ -252,7 +252,6 @@ struct Folder {
       after[r] *= far ? 1 : inverse;
     }
     MakeKeys(at, after, sums);
-    SortGates(at.Next());
     __syncwarp();  // all have read it
     if (t < 2) Scale(at.b)[8 * t] = far ? 1 : t == 0 ? by[0] : by[1];
     __syncwarp();
@@ -261,6 +260,7 @@ struct Folder {
     for (int r = 0; r < 2; ++r) norm[at.b][r] += sums[r];
     StartState(at);
     StartGates(at.Next().Next());
+    SortGates(at.Next());  // while products wait for their turn
   }
 
   __device__ __forceinline__ void Run() {
