@@ -4,6 +4,7 @@
 
 #include "model/cuda/cuda_memory.h"
 #include "model/cuda/cuda_model.h"
+#include "ops/linear/cuda/linear_cuda.h"
 #include "ops/norm_rope/cuda/norm_rope_cuda.h"
 #include "ops/sampling/cuda/sampling_cuda.h"
 
@@ -115,10 +116,12 @@ class CudaDevice : public Device {
  private:
   Status CheckFp8(const ModelConfig& c) const {
     if (!has_fp8_) return Unsupported("{}: weights in fp8 take compute capability 9.0", name_);
-    if (c.C % 16 != 0 || c.ffn % 16 != 0) {
+    if (c.C % kRoundedInputs != 0 || c.ffn % kRoundedInputs != 0 ||
+        c.H * c.D % kRoundedInputs != 0) {
       return Unsupported(
-          "{}: weights in fp8, model width {} and MLP width {}: have multiples of 16", name_, c.C,
-          c.ffn);
+          "{}: weights in fp8, model width {}, {} heads of {} and MLP width {}: have multiples of "
+          "{}",
+          name_, c.C, c.H, c.D, c.ffn, kRoundedInputs);
     }
     return Status::Ok();
   }

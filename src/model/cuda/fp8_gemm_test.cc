@@ -21,14 +21,6 @@ class Fp8GemmTest : public GpuTest {
   }
 };
 
-float FromE4m3(uint8_t bits) {
-  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
-  const float magnitude = exponent == 0
-                              ? std::ldexp(static_cast<float>(mantissa), -9)
-                              : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
-  return bits & 0x80 ? -magnitude : magnitude;
-}
-
 // Rows in e4m3, on the device and as what they stand for.
 struct Rounded {
   Rounded(int rows, int in, uint32_t seed, float scale)

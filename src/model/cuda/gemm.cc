@@ -21,11 +21,15 @@ Form FormFor(const Matrix& weight, int64_t T) {
   return {weight.data.as(), weight.bits()};
 }
 
+// Rows of which weights in fp8 are multiplied as they are; more are rounded to fp8, too.
+bool IsFewRows(int64_t T) { return T <= kFewPackedRows; }
+
 ProductArgs Product(const Matrix& weight, const void* x, int64_t x_stride, int64_t T, void* y,
                     int64_t y_stride) {
   const Form form = FormFor(weight, T);
   return {.weight = form.data,
           .bits = form.bits,
+          .scale = weight.fp8() ? weight.scale.as<float>() : nullptr,
           .out = static_cast<int>(weight.out),
           .in = static_cast<int>(weight.in),
           .x = x,
@@ -49,7 +53,7 @@ Gemm::~Gemm() { cublasDestroy(handle_); }
 
 void Gemm::Run(const Matrix& weight, const void* x, int64_t x_stride, int64_t T, void* y,
                int64_t y_stride, Out type, const int32_t* from) {
-  if (weight.fp8()) {
+  if (weight.fp8() && !IsFewRows(T)) {
     DSLA_CHECK(from == nullptr);
     MultiplyRounded(weight, x, x_stride, T, y, y_stride, type);
     return;
@@ -128,7 +132,7 @@ void Gemm::Multiply(const void* weight, int64_t out, int64_t in, const void* x, 
 }
 
 void Gemm::RunJoint(const Matrix& weight, void* y, int64_t y_stride, const AdapterInArgs& adapter) {
-  if (!weight.fp8() && FormFor(weight, adapter.T).bits == 16 &&
+  if (FormFor(weight, adapter.T).bits == 16 &&
       PrefersJointProduct(weight.out, weight.in, adapter.T)) {
     const ProductArgs args = Product(weight, adapter.x, adapter.x_stride, adapter.T, y, y_stride);
     Check(JointProduct(args, adapter, stream_), "a product and the adapter's first");
@@ -141,7 +145,7 @@ void Gemm::RunJoint(const Matrix& weight, void* y, int64_t y_stride, const Adapt
 void Gemm::RunGated(const Matrix& gate_up, const void* x, int64_t T, void* room, void* y) {
   const int64_t ffn = gate_up.out / 2;
   const int bits = FormFor(gate_up, T).bits;
-  const bool can = !gate_up.fp8() && (bits == 16 || ffn % kUnitFeatures == 0);
+  const bool can = gate_up.fp8() ? IsFewRows(T) : bits == 16 || ffn % kUnitFeatures == 0;
   if (can && PrefersSmallProduct(gate_up.out, gate_up.in, T, bits)) {
     ProductArgs args = Product(gate_up, x, gate_up.in, T, y, ffn);
     args.gated = true;

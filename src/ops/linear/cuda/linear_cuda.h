@@ -41,12 +41,14 @@ inline bool PrefersSmallProduct(int64_t out, int64_t in, int64_t T, int bits = 1
 
 // y[t] = W x[t], or y[t] += W x[t], or, gated, y[t, j] = silu(W x[t])[j] * (W x[t])[out / 2 + j].
 struct ProductArgs {
-  // [out, in], 16-byte aligned: bf16, dense, or of 8 or 4 bits, a PackedShape's.
+  // [out, in], 16-byte aligned: bf16, dense, or of 8 or 4 bits, a PackedShape's, or of 8 bits with
+  // a scale, what RoundRows makes of a weight.
   const void* weight = nullptr;
   int bits = 16;
-  int out = 0, in = 0;      // in a multiple of 8
-  const void* x = nullptr;  // [T, in] bf16, 16-byte aligned
-  int64_t x_stride = 0;     // elements between rows, a multiple of 8
+  const float* scale = nullptr;  // [out], of e4m3
+  int out = 0, in = 0;           // in a multiple of 8
+  const void* x = nullptr;       // [T, in] bf16, 16-byte aligned
+  int64_t x_stride = 0;          // elements between rows, a multiple of 8
   int T = 0;
   void* y = nullptr;  // [T, out] bf16, or fp32; [T, out / 2] if gated; not x
   int64_t y_stride = 0;
@@ -69,11 +71,19 @@ struct UnpackArgs {
 DSLA_CUDA_EXPORT int UnpackWeight(const UnpackArgs& args, Stream stream);
 
 // Rows in e4m3 with a scale each, the largest magnitude over 448: x[t] = scale[t] to[t] up to
-// rounding. A row without a number above 1e-30 becomes zeros.
+// rounding. A row without a number above 1e-30 becomes zeros. Numbers change places, in all rows
+// alike, so that products of rows are what they are and SmallProduct reads 16 bytes at a time:
+// RoundedPlace says where one goes.
+inline constexpr int kRoundedInputs = 64;  // change places among themselves
+inline constexpr int RoundedPlace(int i) {
+  const int block = i / 64, half = i / 32 % 2, eight = i / 8 % 4, four = i / 4 % 2;
+  constexpr int kOrder[] = {0, 2, 1, 3};
+  return 64 * block + 16 * eight + 8 * half + 4 * four + kOrder[i % 4];
+}
 struct RoundRowsArgs {
   const void* x = nullptr;  // [T, in] bf16, 16-byte aligned
   int64_t x_stride = 0;     // elements between rows, a multiple of 8
-  int T = 0, in = 0;        // in a multiple of 16
+  int T = 0, in = 0;        // in a multiple of kRoundedInputs
   void* to = nullptr;       // [T, in] e4m3, 16-byte aligned
   float* scale = nullptr;   // [T]
 };

@@ -26,6 +26,16 @@ __device__ __forceinline__ uint32_t TwoWithOffset(uint32_t word, int i, int plan
       : "r"(word >> (4 * i)), "r"(plane == 0 ? 0x43004300 : 0x45004500));
   return two;
 }
+// Numbers 0 and 1, or 2 and 3, of four of e4m3 in RoundRows' order (0, 2, 1, 3), in bf16: of its
+// exponent they have the last 4 bits, so they are 2^-120 of what they should be.
+__device__ __forceinline__ uint32_t TwoOfE4m3(uint32_t four, int second) {
+  const uint32_t high = second ? four : four << 8;
+  const uint32_t small = (high & 0x80008000) | (high >> 4 & 0x07F007F0);
+  const __nv_bfloat162 two =
+      __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&small), __float2bfloat162_rn(0x1p120f));
+  return *reinterpret_cast<const uint32_t*>(&two);
+}
+
 // The sum of a weight's offsets, and of q's.
 template <int bits>
 inline constexpr float kOffset = bits == 4 ? 128 : 128 + 2048 + 128;

@@ -36,9 +36,11 @@ ProductParams Common(const Args& a) {
 ProductParams Params(const ProductArgs& a) {
   DSLA_CHECK(!a.gated || (a.out % 2 == 0 && !a.add));
   DSLA_CHECK(a.bits == 16 || a.bits == 8 || a.bits == 4);
-  DSLA_CHECK(a.bits == 16 || !a.gated || a.out % (2 * kUnitFeatures) == 0);
+  DSLA_CHECK(a.scale ? a.bits == 8 && a.in % kRoundedInputs == 0
+                     : a.bits == 16 || !a.gated || a.out % (2 * kUnitFeatures) == 0);
   ProductParams p = Common(a);
   p.bits = a.bits;
+  p.scale = a.scale;
   p.out = a.out;
   p.gated = a.gated;
   p.split = p.results();

@@ -11,6 +11,7 @@ struct ProductParams {
     const __nv_bfloat16* weight;
     const void* packed;  // of 8 or 4 bits
   };
+  const float* scale;  // of the features of one in e4m3, or null
   const __nv_bfloat16* x;
   int64_t x_stride;
   int out, in, bits, T;

@@ -30,7 +30,7 @@ __device__ __forceinline__ uint32_t Rounded(uint32_t low, uint32_t high, float i
     return __nv_cvt_float2_to_fp8x2({Low(pair) * inverse, High(pair) * inverse}, __NV_SATFINITE,
                                     __NV_E4M3);
   };
-  return two(low) | two(high) << 16;
+  return __byte_perm(two(low), two(high), 0x5140);
 }
 
 __global__ void __launch_bounds__(kThreads) RoundRowsKernel(RoundParams p) {
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads) RoundRowsKernel(RoundParams p) {
   uint2* const to = p.to + static_cast<int64_t>(blockIdx.x) * p.pieces;
   for (int i = threadIdx.x; i < p.pieces; i += kThreads) {
     const uint4 x = from[i];
-    to[i] = {Rounded(x.x, x.y, inverse), Rounded(x.z, x.w, inverse)};
+    to[RoundedPlace(8 * i) / 8] = {Rounded(x.x, x.y, inverse), Rounded(x.z, x.w, inverse)};
   }
   if (threadIdx.x == 0) p.scale[blockIdx.x] = largest / kLargest;
 }
@@ -62,7 +62,7 @@ bool Aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }  // namespace
 
 int RoundRows(const RoundRowsArgs& a, Stream stream) {
-  DSLA_CHECK(a.T >= 0 && a.in > 0 && a.in % 16 == 0 && a.x_stride % 8 == 0);
+  DSLA_CHECK(a.T >= 0 && a.in > 0 && a.in % kRoundedInputs == 0 && a.x_stride % 8 == 0);
   if (a.T == 0) return cudaSuccess;
   DSLA_CHECK(a.x && a.to && a.scale && Aligned16(a.x) && Aligned16(a.to));
   const RoundParams p{static_cast<const uint4*>(a.x), a.x_stride / 8, static_cast<uint2*>(a.to),

@@ -11,7 +11,8 @@
 // Of packed weights (packed_weight.h) a stage is 64 of k, in which a lane needs 16 bytes a plane,
 // and 4 lanes the same 16 bytes of scales, which one copies: that takes a barrier of the warp.
 // Blocks have 8 or 16 warps, by the number of features and of rows. A block makes 32 rows, and
-// further rows are other blocks', which find the weight in the L2 cache.
+// further rows are other blocks', which find the weight in the L2 cache. Of weights in e4m3 a stage
+// is 64 of k, too, in RoundRows' order: 16 bytes of a lane are all of a row that it needs.
 //
 // The ring is filled with W before the kernel waits for those before it, and x follows.
 #include <algorithm>
@@ -28,17 +29,23 @@ namespace {
 // Shared memory of a block that every GPU from 8.0 on has, and that an H100 has.
 constexpr int kLeastShared = 99 << 10, kMostShared = 227 << 10;
 
+// How a weight is held: in bf16, packed in 8 or 4 bits, or in e4m3.
+enum class Bits { k16, k8, k4, kE4m3 };
+
 // How a kernel is cut. bits: of a weight; kColumns: tiles of 8 rows of x; kStages: stages in a
 // warp's ring, at most `stages` and what fits in `shared` bytes.
-template <int bits, int warps, int columns, int tiles, int stages, int blocks, int shared>
+template <Bits bits, int warps, int columns, int tiles, int stages, int blocks, int shared>
 struct Cut {
   static constexpr int kWarps = warps, kThreads = 32 * warps;
   static constexpr int kColumns = columns, kTiles = tiles;
-  static constexpr bool kPacked = bits < 16;
-  static constexpr int kGroups = kPacked ? kUnitInputs / 32 : 1;  // of 32 of k in a stage
-  static constexpr int kDepth = 32 * kGroups;                     // of a stage
+  static constexpr Bits kBits = bits;
+  static constexpr bool kPacked = bits == Bits::k8 || bits == Bits::k4;
+  // More rows than a block has are other blocks'.
+  static constexpr bool kManyRows = bits != Bits::k16;
+  static constexpr int kGroups = bits == Bits::k16 ? 1 : 2;  // of 32 of k in a stage
+  static constexpr int kDepth = 32 * kGroups;                // of a stage
   // Pieces of 16 bytes of a lane and stage: of W those of 16 features, then of all; with x's.
-  static constexpr int kTilePieces = kPacked ? bits / 4 : 2;
+  static constexpr int kTilePieces = bits == Bits::k4 ? 1 : 2;
   static constexpr int kWeightPieces = kTilePieces * tiles;
   static constexpr int kPieces = kWeightPieces + kGroups * columns;
   // A warp's stage, of 16 bytes: pieces, then scales.
@@ -54,6 +61,10 @@ struct Cut {
   static constexpr int kBytes = std::max(kStages * kStageBytes, kSumBytes);
   static constexpr int kBlocks = blocks;  // of a processor
 };
+
+__device__ __forceinline__ uint2 Half(const uint4* piece, int h) {
+  return reinterpret_cast<const uint2*>(piece)[h];
+}
 
 // W of a block's features in bf16.
 template <typename C>
@@ -96,6 +107,53 @@ class PlainWeight {
 
  private:
   const __nv_bfloat16 *base_, *rows_[C::kWeightPieces];
+  int first_k_, in_;
+};
+
+// In e4m3: to bf16 exactly, and a feature's scale is a factor of its sums.
+template <typename C>
+class ScaledWeight {
+ public:
+  __device__ ScaledWeight(const ProductParams& p, int tile, int warp, int lane)
+      : base_(static_cast<const std::byte*>(p.packed)),
+        first_k_(C::kDepth * warp + lane % 4 * 16),
+        in_(p.in) {
+#pragma unroll
+    for (int i = 0; i < C::kWeightPieces; ++i) {
+      const int row = WeightRow<C::kFeatures>(p, tile, 8 * i + lane / 4);
+      rows_[i] = row >= 0 ? base_ + static_cast<int64_t>(row) * p.in + first_k_ : nullptr;
+    }
+  }
+  __device__ void Copy(uint4* to, int stage, int lane) const {
+    const int k = C::kDepth * C::kWarps * stage;
+#pragma unroll
+    for (int i = 0; i < C::kWeightPieces; ++i)
+      CopyAsync(to + i * 32 + lane, rows_[i] ? rows_[i] + k : base_,
+                rows_[i] && first_k_ + k < in_);
+  }
+  __device__ static void Multiply(const uint4* from, int h, int lane, const uint4* x_pieces,
+                                  float (&sums)[C::kTiles][C::kColumns][4]) {
+    uint4 x[C::kColumns];
+#pragma unroll
+    for (int n = 0; n < C::kColumns; ++n) x[n] = x_pieces[n * 32];
+#pragma unroll
+    for (int m = 0; m < C::kTiles; ++m) {
+      const uint2 top = Half(from + 2 * m * 32 + lane, h),
+                  bottom = Half(from + (2 * m + 1) * 32 + lane, h);
+      const uint32_t low[4] = {TwoOfE4m3(top.x, 0), TwoOfE4m3(bottom.x, 0), TwoOfE4m3(top.x, 1),
+                               TwoOfE4m3(bottom.x, 1)};
+      const uint32_t high[4] = {TwoOfE4m3(top.y, 0), TwoOfE4m3(bottom.y, 0), TwoOfE4m3(top.y, 1),
+                                TwoOfE4m3(bottom.y, 1)};
+#pragma unroll
+      for (int n = 0; n < C::kColumns; ++n) {
+        Mma(sums[m][n], low, x[n].x, x[n].y);
+        Mma(sums[m][n], high, x[n].z, x[n].w);
+      }
+    }
+  }
+
+ private:
+  const std::byte *base_, *rows_[C::kWeightPieces];
   int first_k_, in_;
 };
 
@@ -178,9 +236,6 @@ class PackedWeight {
   static constexpr int kUnitBytes = kPlanes * kPlaneBytes + kUnitScaleBytes;
   static constexpr int kScales = C::kPieces * 32;  // where a stage has them
 
-  __device__ static uint2 Half(const uint4* piece, int h) {
-    return reinterpret_cast<const uint2*>(piece)[h];
-  }
   // d and m - offset d.
   __device__ static float2 Affine(uint32_t dm) {
     const float2 scale = Scale(dm);
@@ -194,13 +249,15 @@ class PackedWeight {
 template <typename C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     SkinnyKernel(const __grid_constant__ ProductPair pair) {
-  using Weight = std::conditional_t<C::kPacked, PackedWeight<C>, PlainWeight<C>>;
+  using Weight = std::conditional_t<
+      C::kPacked, PackedWeight<C>,
+      std::conditional_t<C::kBits == Bits::kE4m3, ScaledWeight<C>, PlainWeight<C>>>;
   extern __shared__ uint4 ring[];
   const int first_tiles = Tiles<C::kFeatures>(pair.of[0]);
   const bool second = static_cast<int>(blockIdx.y) >= first_tiles;
   const ProductParams& p = pair.of[second];
   const int tile = second ? blockIdx.y - first_tiles : blockIdx.y;
-  const int row0 = C::kPacked ? blockIdx.x * C::kColumns * 8 : 0;
+  const int row0 = C::kManyRows ? blockIdx.x * C::kColumns * 8 : 0;
   int first_row = 0;
   if (p.first_row) {
     first_row = __ldcg(p.first_row);
@@ -304,6 +361,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     float total = 0;
 #pragma unroll
     for (int k = 0; k < C::kWarps; ++k) total += all[(k * C::kColumns * 8 + row) * C::kRow + m];
+    if constexpr (C::kBits == Bits::kE4m3) total *= p.scale[WeightRow<C::kFeatures>(p, tile, m)];
     return total;
   };
   own([&](int i, int row, int m, int result) {
@@ -322,7 +380,7 @@ int StartCut(const ProductPair& pair, Stream stream) {
   return cudaGetLastError();
 }
 
-template <int bits, int columns, int tiles, int stages, int warps = 8, int blocks = 2>
+template <Bits bits, int columns, int tiles, int stages, int warps = 8, int blocks = 2>
 int StartColumns(const ProductPair& pair, Stream stream) {
   using Most = Cut<bits, warps, columns, tiles, stages, blocks, kMostShared>;
   if constexpr (Most::kBytes > kLeastShared) {
@@ -335,7 +393,7 @@ int StartColumns(const ProductPair& pair, Stream stream) {
 // The fastest of those tried on an H200. What limits is how many instructions are under way: where
 // features are few, 16 warps take a processor each; where they are many, a warp takes twice as many
 // at a time, which need x once.
-template <int bits>
+template <Bits bits>
 int StartPacked(const ProductPair& pair, Stream stream) {
   const ProductParams& p = pair.of[0];
   const bool few = p.out <= 4224, many = p.out >= 12288;
@@ -348,35 +406,36 @@ int StartPacked(const ProductPair& pair, Stream stream) {
     return StartColumns<bits, 2, 2, 3, 8, 2>(pair, stream);
   }
   if (few) return StartColumns<bits, 1, 2, 2, 16, 1>(pair, stream);
-  if constexpr (bits == 4)
+  if constexpr (bits == Bits::k4)
     if (many) return StartColumns<bits, 1, 4, 3, 8, 2>(pair, stream);
   return StartColumns<bits, 1, 2, 3, 8, 3>(pair, stream);
 }
 
-template <int bits, int tiles, int stages>
-int Start(const ProductPair& pair, Stream stream) {
+template <int tiles, int stages>
+int StartPlain(const ProductPair& pair, Stream stream) {
   const int T = pair.of[0].T;
-  if (T <= 8) return StartColumns<bits, 1, tiles, stages>(pair, stream);
-  if (T <= 16) return StartColumns<bits, 2, tiles, stages>(pair, stream);
-  return StartColumns<bits, 4, tiles, stages>(pair, stream);
+  if (T <= 8) return StartColumns<Bits::k16, 1, tiles, stages>(pair, stream);
+  if (T <= 16) return StartColumns<Bits::k16, 2, tiles, stages>(pair, stream);
+  return StartColumns<Bits::k16, 4, tiles, stages>(pair, stream);
 }
 
 }  // namespace
 
 int LaunchSkinny(const ProductPair& pair, Stream stream) {
   const ProductParams& p = pair.of[0];
-  if (p.bits == 8) return StartPacked<8>(pair, stream);
-  if (p.bits == 4) return StartPacked<4>(pair, stream);
+  if (p.scale) return StartPacked<Bits::kE4m3>(pair, stream);
+  if (p.bits == 8) return StartPacked<Bits::k8>(pair, stream);
+  if (p.bits == 4) return StartPacked<Bits::k4>(pair, stream);
   // The fastest of those tried on an H200 with up to 8 rows. Two tiles per warp read x half as
   // often, one where so few features would leave too few blocks; a deep ring hides the memory's
   // latency where blocks are few, and would keep blocks waiting for a place where they are many and
   // short.
   if (p.out <= 128)
-    return p.in > 1024 ? Start<16, 1, 12>(pair, stream) : Start<16, 1, 3>(pair, stream);
+    return p.in > 1024 ? StartPlain<1, 12>(pair, stream) : StartPlain<1, 3>(pair, stream);
   if (p.out >= 16384)
-    return p.in > 1024 ? Start<16, 2, 4>(pair, stream) : Start<16, 2, 3>(pair, stream);
-  if (p.in <= 128 || (p.in <= 1024 && p.out > 2048)) return Start<16, 2, 4>(pair, stream);
-  return Start<16, 2, 6>(pair, stream);
+    return p.in > 1024 ? StartPlain<2, 4>(pair, stream) : StartPlain<2, 3>(pair, stream);
+  if (p.in <= 128 || (p.in <= 1024 && p.out > 2048)) return StartPlain<2, 4>(pair, stream);
+  return StartPlain<2, 6>(pair, stream);
 }
 
 }  // namespace dsla::cuda
