@@ -23,10 +23,10 @@ struct Bounds {
   double most, mean;
 };
 constexpr Bounds kBounds{1e-2, 1e-3};
-// Rows and weights in fp8, which the CPU has in bf16, are each off by 2.6% (rms), so a product by
-// 3.6%; a block with three of them in a row by 6%, and so are logits of deviation 1: a mean
-// divergence of half the square, 2e-3.
-constexpr Bounds kFp8Bounds{4e-2, 6e-3};
+// Weights in fp8 and, where there are many, rows, which the CPU has in bf16, are off by 2.6% (rms)
+// each; over four layers that comes to a tenth of what blocks add. Weights of other features, or
+// without their scales, have divergences of 1 and more.
+constexpr Bounds kFp8Bounds{8e-2, 2e-2};
 constexpr int64_t kMemory = int64_t{64} << 20;
 
 struct Shape {
