@@ -247,12 +247,12 @@ __device__ __forceinline__ float GateMinusOneOf(float t, float least) {
 __device__ __forceinline__ float GateMinusOne(float x, float least) {
   return GateMinusOneOf(x * -kLog2e, least);
 }
-// Of logits x without their bias, which is one for x[.][0, 1] and another for x[.][2, 3]: leaves t
-// of GateMinusOneOf. True where all of the warp's are positive, as slow gates' are: the other
-// factor is 1 then and the floor far.
+// Of logits x without their bias, which is one for x[.][0, 1] and another for x[.][2, 3] and comes
+// times -log2(e): leaves t of GateMinusOneOf. True where all of the warp's are positive, as slow
+// gates' are: the other factor is 1 then and the floor far.
 template <int n>
 __device__ __forceinline__ bool ScaleLogits(float (&x)[n][4], float2 bias, float least) {
-  const float offset[2] = {bias.x * -kLog2e, bias.y * -kLog2e};
+  const float offset[2] = {bias.x, bias.y};
   uint32_t signs[4] = {~0u, ~0u, ~0u, ~0u};
 #pragma unroll
   for (int i = 0; i < 4 * n; ++i) {
@@ -274,7 +274,7 @@ __device__ __forceinline__ void AnyGatesMinusOne(float (&t)[n][4], float least) 
 }
 template <int n>
 __device__ __forceinline__ void GatesMinusOne(float (&x)[n][4], float2 bias, float least) {
-  if (ScaleLogits(x, bias, least))
+  if (ScaleLogits(x, {bias.x * -kLog2e, bias.y * -kLog2e}, least))
     SlowGatesMinusOne(x);
   else
     AnyGatesMinusOne(x, least);

@@ -54,14 +54,11 @@ __device__ __forceinline__ FoldPart PartOf(const PrefillParams& p, int index) {
     const int found = __ffs(static_cast<int>(after)) - 1, n = base + found;
     const int segment = index - __shfl_sync(~0u, end - count, found);
     const int chunks = FoldChunks(p, n), each = FoldSegmentChunks(p, chunks);
-    const int segments = FoldSegments(p, n);
-    // The first has what is left over: its first chunk, with the sinks, is copied row by row.
-    const int stop = chunks - (segments - 1 - segment) * each, begin = max(stop - each, 0);
-    const int e0 = begin * kChunk, until = max(p.layer.pos[n] - p.layer.W, 0);
+    const int e0 = segment * each * kChunk, until = max(p.layer.pos[n] - p.layer.W, 0);
     return {n,
-            segments,
+            FoldSegments(p, n),
             e0,
-            stop - begin,
+            max(min(each, chunks - segment * each), 0),
             (max(p.layer.S - e0, 0) + kChunk - 1) / kChunk,
             (until - e0) / kChunk,
             until,

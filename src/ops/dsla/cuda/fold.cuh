@@ -56,8 +56,8 @@ struct FoldShared {
   Tile plain[2];                 // sines, then keys with RoPE undone, in fp16
   Tile v[2];
   float4 feature[kChunk * D / 4];  // phi_k of one chunk: see FeaturePlace
-  float bias[kBlocks * D];
-  float scale[kBlocks * D];  // units of the channels of the states: see Folder
+  float bias[kBlocks * D];         // of gates, as ScaleLogits has it
+  float scale[kBlocks * D];        // units of the channels of the states: see Folder
   FoldPart part;
   // Counted in warps, each for one of two places: gates' keys are there, or read; V is read.
   uint64_t plain_full[2], plain_free[2], value_free[2];
@@ -105,7 +105,7 @@ __device__ __forceinline__ void LoadFoldWeights(FoldShared<D, kBlocks>& s, const
     load(l.weights.gates + (int64_t{h} * (l.SF / D) + first_block + b * next) * D * D, s.gates[b],
          HalfOf);
   for (int i = threadIdx.x; i < kBlocks * D; i += kFoldThreads<D>) {
-    s.bias[i] = l.weights.bias[h * l.SF + (first_block + i / D * next) * D + i % D];
+    s.bias[i] = -kLog2e * l.weights.bias[h * l.SF + (first_block + i / D * next) * D + i % D];
     s.scale[i] = 1;
   }
 }
