@@ -66,12 +66,14 @@ __device__ __forceinline__ uint2 Half(const uint4* piece, int h) {
   return reinterpret_cast<const uint2*>(piece)[h];
 }
 
-// W of a block's features in bf16.
-template <typename C>
-class PlainWeight {
+// Rows of W, of a block's features, in numbers of type T.
+template <typename C, typename T>
+class DenseRows {
  public:
-  __device__ PlainWeight(const ProductParams& p, int tile, int warp, int lane)
-      : base_(p.weight), first_k_(32 * warp + lane % 4 * 8), in_(p.in) {
+  __device__ DenseRows(const ProductParams& p, int tile, int warp, int lane)
+      : base_(static_cast<const T*>(p.packed)),
+        first_k_(C::kDepth * warp + lane % 4 * static_cast<int>(16 / sizeof(T))),
+        in_(p.in) {
 #pragma unroll
     for (int i = 0; i < C::kWeightPieces; ++i) {
       const int row = WeightRow<C::kFeatures>(p, tile, 8 * i + lane / 4);
@@ -86,6 +88,16 @@ class PlainWeight {
       CopyAsync(to + i * 32 + lane, rows_[i] ? rows_[i] + k : base_,
                 rows_[i] && first_k_ + k < in_);
   }
+
+ private:
+  const T *base_, *rows_[C::kWeightPieces];
+  int first_k_, in_;
+};
+
+// In bf16.
+template <typename C>
+struct PlainWeight : DenseRows<C, __nv_bfloat16> {
+  using DenseRows<C, __nv_bfloat16>::DenseRows;
   // By x of all columns, pieces 32 apart.
   __device__ static void Multiply(const uint4* from, int, int lane, const uint4* x_pieces,
                                   float (&sums)[C::kTiles][C::kColumns][4]) {
@@ -104,33 +116,12 @@ class PlainWeight {
       }
     }
   }
-
- private:
-  const __nv_bfloat16 *base_, *rows_[C::kWeightPieces];
-  int first_k_, in_;
 };
 
 // In e4m3: to bf16 exactly, and a feature's scale is a factor of its sums.
 template <typename C>
-class ScaledWeight {
- public:
-  __device__ ScaledWeight(const ProductParams& p, int tile, int warp, int lane)
-      : base_(static_cast<const std::byte*>(p.packed)),
-        first_k_(C::kDepth * warp + lane % 4 * 16),
-        in_(p.in) {
-#pragma unroll
-    for (int i = 0; i < C::kWeightPieces; ++i) {
-      const int row = WeightRow<C::kFeatures>(p, tile, 8 * i + lane / 4);
-      rows_[i] = row >= 0 ? base_ + static_cast<int64_t>(row) * p.in + first_k_ : nullptr;
-    }
-  }
-  __device__ void Copy(uint4* to, int stage, int lane) const {
-    const int k = C::kDepth * C::kWarps * stage;
-#pragma unroll
-    for (int i = 0; i < C::kWeightPieces; ++i)
-      CopyAsync(to + i * 32 + lane, rows_[i] ? rows_[i] + k : base_,
-                rows_[i] && first_k_ + k < in_);
-  }
+struct ScaledWeight : DenseRows<C, std::byte> {
+  using DenseRows<C, std::byte>::DenseRows;
   __device__ static void Multiply(const uint4* from, int h, int lane, const uint4* x_pieces,
                                   float (&sums)[C::kTiles][C::kColumns][4]) {
     uint4 x[C::kColumns];
@@ -151,10 +142,6 @@ class ScaledWeight {
       }
     }
   }
-
- private:
-  const std::byte *base_, *rows_[C::kWeightPieces];
-  int first_k_, in_;
 };
 
 // Packed. Integers are multiplied as they are but for an offset (TwoWithOffset). A group's sum over
