@@ -1,7 +1,7 @@
 // Products with weights on the GPU: y = x W^T, bf16 in, fp32 sums; through cuBLAS, or where that is
 // measured to be faster (PrefersSmallProduct) by our own kernels. A packed weight that is not held
-// in bf16 too cuBLAS gets some features at a time; of weights in fp8, few rows are
-// multiplied as they are and many are rounded to fp8. One per stream.
+// in bf16 too cuBLAS gets some features at a time; by weights in fp8 few rows are multiplied as
+// they are, and many are rounded to fp8. One per stream.
 #pragma once
 
 #include <cublas_v2.h>

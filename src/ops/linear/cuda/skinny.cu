@@ -94,26 +94,37 @@ class DenseRows {
   int first_k_, in_;
 };
 
+// 32 of x of all columns, pieces 32 apart, and 16 features by them.
+template <int columns>
+struct Columns {
+  __device__ __forceinline__ explicit Columns(const uint4* pieces) {
+#pragma unroll
+    for (int n = 0; n < columns; ++n) x[n] = pieces[n * 32];
+  }
+  __device__ __forceinline__ void Multiply(const uint32_t (&low)[4], const uint32_t (&high)[4],
+                                           float (&sums)[columns][4]) const {
+#pragma unroll
+    for (int n = 0; n < columns; ++n) {
+      Mma(sums[n], low, x[n].x, x[n].y);
+      Mma(sums[n], high, x[n].z, x[n].w);
+    }
+  }
+  uint4 x[columns];
+};
+
 // In bf16.
 template <typename C>
 struct PlainWeight : DenseRows<C, __nv_bfloat16> {
   using DenseRows<C, __nv_bfloat16>::DenseRows;
-  // By x of all columns, pieces 32 apart.
   __device__ static void Multiply(const uint4* from, int, int lane, const uint4* x_pieces,
                                   float (&sums)[C::kTiles][C::kColumns][4]) {
-    uint4 x[C::kColumns];
-#pragma unroll
-    for (int n = 0; n < C::kColumns; ++n) x[n] = x_pieces[n * 32];
+    const Columns<C::kColumns> x(x_pieces);
 #pragma unroll
     for (int m = 0; m < C::kTiles; ++m) {
       const uint4 top = from[2 * m * 32 + lane], bottom = from[(2 * m + 1) * 32 + lane];
       const uint32_t low[4] = {top.x, bottom.x, top.y, bottom.y};
       const uint32_t high[4] = {top.z, bottom.z, top.w, bottom.w};
-#pragma unroll
-      for (int n = 0; n < C::kColumns; ++n) {
-        Mma(sums[m][n], low, x[n].x, x[n].y);
-        Mma(sums[m][n], high, x[n].z, x[n].w);
-      }
+      x.Multiply(low, high, sums[m]);
     }
   }
 };
@@ -124,9 +135,7 @@ struct ScaledWeight : DenseRows<C, std::byte> {
   using DenseRows<C, std::byte>::DenseRows;
   __device__ static void Multiply(const uint4* from, int h, int lane, const uint4* x_pieces,
                                   float (&sums)[C::kTiles][C::kColumns][4]) {
-    uint4 x[C::kColumns];
-#pragma unroll
-    for (int n = 0; n < C::kColumns; ++n) x[n] = x_pieces[n * 32];
+    const Columns<C::kColumns> x(x_pieces);
 #pragma unroll
     for (int m = 0; m < C::kTiles; ++m) {
       const uint2 top = Half(from + 2 * m * 32 + lane, h),
@@ -135,11 +144,7 @@ struct ScaledWeight : DenseRows<C, std::byte> {
                                TwoOfE4m3(bottom.x, 1)};
       const uint32_t high[4] = {TwoOfE4m3(top.y, 0), TwoOfE4m3(bottom.y, 0), TwoOfE4m3(top.y, 1),
                                 TwoOfE4m3(bottom.y, 1)};
-#pragma unroll
-      for (int n = 0; n < C::kColumns; ++n) {
-        Mma(sums[m][n], low, x[n].x, x[n].y);
-        Mma(sums[m][n], high, x[n].z, x[n].w);
-      }
+      x.Multiply(low, high, sums[m]);
     }
   }
 };
