@@ -80,11 +80,11 @@ struct LevelEvent {
   int replica = -1;  // of several engines: whose
 };
 
-// What the engine looked like after its last step. A copy.
+// What the engine looked like after its last step. A copy. An end is counted before its OnFinish.
 struct EngineState {
   double now = 0;
-  double last_progress = 0;  // NowSeconds() of the last finished step, or of going idle
-  bool idle = true;          // nothing to do
+  double last_progress = 0;  // NowSeconds() of the last step's plan or end, or of going idle
+  bool idle = true;          // nothing to do, and every OnFinish has been called
   bool draining = false;
   std::string policy;
   int target_level = 0;
@@ -123,7 +123,8 @@ struct EngineState {
   std::string device;  // of each of these, where it runs
 };
 
-// A finished request's times, for histograms; called on the engine's thread, must not block.
+// A finished request's times, for histograms; called on the engine's thread before OnFinish, must
+// not block.
 using FinishObserver = std::function<void(const RequestResult&)>;
 
 // A policy for an engine: of several, each has its own, and `replica` is its number; else it is 0.

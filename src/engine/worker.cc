@@ -163,14 +163,18 @@ void Worker::ReadMail() {
     if (found == ids_.end()) continue;
     if (const auto ended = scheduler_.Cancel(found->second); ended.has_value()) Finish(*ended);
   }
+  if (!ended_.empty()) TellEnds();
 }
 
 void Worker::Admit(std::unique_ptr<ActiveRequest> active) {
+  // An end must not need memory.
+  if (const size_t most = ended_.size() + active_.size() + 1; most > ended_.capacity())
+    ended_.reserve(2 * most);
   const Request& request = active->request;
   const Status fits = CanEverFit(request);  // its bounds may have changed since Submit
   if (!fits.ok()) {
     active->result.status = fits;
-    Deliver(*active);
+    End(std::move(active));
     return;
   }
   active->id = scheduler_.Add({.prompt = request.prompt,
@@ -260,7 +264,7 @@ void Worker::NoteEvent(LevelEvent event) {
 void Worker::Finish(const EndedSequence& ended) {
   const auto found = active_.find(ended.id);
   DSLA_CHECK(found != active_.end());
-  const std::unique_ptr<ActiveRequest> active = std::move(found->second);
+  std::unique_ptr<ActiveRequest> active = std::move(found->second);
   active_.erase(found);
   if (active->started == 0) --unstarted_;
   ids_.erase(active->request.id);
@@ -277,34 +281,32 @@ void Worker::Finish(const EndedSequence& ended) {
   result.cached_tokens = ended.cached_tokens;
   result.preemptions = ended.preemptions;
   result.levels = ended.levels;
-  Deliver(*active);
+  End(std::move(active));
 }
 
-// The one place where a request ends.
-void Worker::Deliver(ActiveRequest& active) {
+// The one place where a request ends. Its client is told by TellEnds.
+void Worker::End(std::unique_ptr<ActiveRequest> active) {
   const double now = NowSeconds();
-  RequestResult& result = active.result;
-  result.id = active.request.id;
-  result.tier = active.request.tier;
-  result.prompt_tokens = static_cast<int>(active.request.prompt.size());
-  result.generated_tokens = active.generated;
-  const bool ran = active.started > 0;
-  result.queue_seconds = (ran ? active.started : now) - active.submitted;
-  if (active.first_token > 0) result.first_token_seconds = active.first_token - active.submitted;
-  result.total_seconds = now - active.submitted;
+  RequestResult& result = active->result;
+  result.id = active->request.id;
+  result.tier = active->request.tier;
+  result.prompt_tokens = static_cast<int>(active->request.prompt.size());
+  result.generated_tokens = active->generated;
+  const bool ran = active->started > 0;
+  result.queue_seconds = (ran ? active->started : now) - active->submitted;
+  if (active->first_token > 0) result.first_token_seconds = active->first_token - active->submitted;
+  result.total_seconds = now - active->submitted;
   if (!ran) {
     ++left_queue_;
     left_queue_tokens_ += result.prompt_tokens;
   }
-  ++ended_;
-  inbox_->Release(active.request.id);
-  {
-    const std::lock_guard lock(state_mutex_);
-    ++state_.finished;
-    state_.prompt_tokens += result.prompt_tokens;
-    state_.cached_tokens += result.cached_tokens;
-    state_.numerical_errors += result.status.message().starts_with(kNumericalError) ? 1 : 0;
-  }
+  inbox_->Release(active->request.id);
+  ended_.push_back(std::move(active));
+}
+
+// Who has its reply finds it counted: the state and the observer know of an end before the client.
+void Worker::TellEnds() {
+  Publish(ended_);
   // What they throw, as where there is no memory for an answer, costs this request its end and
   // nobody else anything: a client learns of it when its sink is let go of.
   const auto shield = [](const auto& call) {
@@ -313,10 +315,15 @@ void Worker::Deliver(ActiveRequest& active) {
     } catch (const std::exception&) {
     }
   };
-  shield([&] { active.sink->OnFinish(result); });
-  shield([&] {
-    if (observer_) observer_(result);
-  });
+  for (const std::unique_ptr<ActiveRequest>& active : ended_) {
+    shield([&] {
+      if (observer_) observer_(active->result);
+    });
+    shield([&] { active->sink->OnFinish(active->result); });
+  }
+  const int ended = static_cast<int>(ended_.size());
+  ended_.clear();
+  inbox_->Settle(0, 0, ended);
 }
 
 void Worker::EndAll(const Status& why) {
@@ -332,42 +339,51 @@ void Worker::EndAll(const Status& why) {
     ended.status = why;
     Finish(ended);
   }
-  SettleQueue();
-  Publish(NowSeconds(), 0, {}, 0);
+  TellEnds();
 }
 
-void Worker::SettleQueue() {
-  inbox_->Settle(std::exchange(left_queue_, 0), std::exchange(left_queue_tokens_, 0),
-                 std::exchange(ended_, 0));
-  std::vector<int> rows_per_level = scheduler_.rows_per_level();
-  const std::lock_guard lock(state_mutex_);
-  state_.rows_per_level = std::move(rows_per_level);
-  state_.running = scheduler_.running();
-  state_.queued = scheduler_.waiting() - unstarted_;  // state() adds the others
-}
-
-void Worker::Publish(double begin, double model_seconds, const StepPlan& plan, int generated) {
+// What the scheduler and the ledger look like now, and who has ended.
+void Worker::Publish(std::span<const std::unique_ptr<ActiveRequest>> ended) {
   const Ledger& ledger = pool_.ledger();
   const auto held = [&](BlockKind kind) {
     return (ledger.used(kind) - ledger.idle(kind)) * ledger.config().bytes(kind);
   };
+  std::vector<int> rows_per_level = scheduler_.rows_per_level();
   const double oldest = scheduler_.oldest_arrival();
   const double now = NowSeconds();
-  const std::lock_guard lock(state_mutex_);
-  state_.last_progress = now;
-  state_.target_level = std::min(scheduler_.target_level(), state_.max_level);
-  oldest_arrival_ = oldest;
-  state_.page_bytes = held(BlockKind::kPage);
-  state_.state_bytes = held(BlockKind::kSlot);
-  state_.prefix_cache_bytes = ledger.idle_bytes();
-  state_.preemptions = scheduler_.preemptions();
-  state_.cost_factors = policy_->cost_factors();
+  {
+    const std::lock_guard lock(state_mutex_);
+    state_.last_progress = now;
+    state_.rows_per_level = std::move(rows_per_level);
+    state_.running = scheduler_.running();
+    state_.queued = scheduler_.waiting() - unstarted_;  // state() adds the others
+    state_.target_level = std::min(scheduler_.target_level(), state_.max_level);
+    oldest_arrival_ = oldest;
+    state_.page_bytes = held(BlockKind::kPage);
+    state_.state_bytes = held(BlockKind::kSlot);
+    state_.prefix_cache_bytes = ledger.idle_bytes();
+    state_.preemptions = scheduler_.preemptions();
+    state_.cost_factors = policy_->cost_factors();
+    for (const std::unique_ptr<ActiveRequest>& active : ended) {
+      const RequestResult& result = active->result;
+      ++state_.finished;
+      state_.prompt_tokens += result.prompt_tokens;
+      state_.cached_tokens += result.cached_tokens;
+      state_.numerical_errors += result.status.message().starts_with(kNumericalError) ? 1 : 0;
+    }
+  }
+  inbox_->Settle(std::exchange(left_queue_, 0), std::exchange(left_queue_tokens_, 0), 0);
+}
+
+void Worker::CountStep(double begin, const StepPlan& plan, int generated) {
   if (plan.rows.empty()) return;
+  const double now = NowSeconds();
+  const std::lock_guard lock(state_mutex_);
   ++state_.steps;
   state_.prefill_tokens += plan.prefill_rows;
   state_.generated_tokens += generated;
   state_.busy_seconds += now - begin;
-  state_.model_seconds += model_seconds;
+  state_.model_seconds += model_seconds_ + fold_seconds_;
   if (plan.prefill_rows > 0) prefill_rate_.Add(now, plan.prefill_rows);
   if (generated > 0) decode_rate_.Add(now, generated);
 }

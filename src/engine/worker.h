@@ -89,10 +89,11 @@ class Worker : private CacheOps {
   void NoteEvent(LevelEvent event);
   Status NoteDeviceFailure(const std::string& what);  // as requests get it
   void Finish(const EndedSequence& ended);
-  void Deliver(ActiveRequest& active);
+  void End(std::unique_ptr<ActiveRequest> active);
+  void TellEnds();
   void EndAll(const Status& why);
-  void SettleQueue();
-  void Publish(double begin, double model_seconds, const StepPlan& plan, int generated);
+  void Publish(std::span<const std::unique_ptr<ActiveRequest>> ended = {});
+  void CountStep(double begin, const StepPlan& plan, int generated);
 
   // worker_step.cc
   void Step();
@@ -159,11 +160,11 @@ class Worker : private CacheOps {
   std::vector<ActiveRequest*> unsent_;  // whose last token waits for the next step to be under way
   double fold_seconds_ = 0, model_seconds_ = 0;  // of this Step
 
-  // For the next SettleQueue.
+  std::vector<std::unique_ptr<ActiveRequest>> ended_;  // whose clients are not told yet
+  // For the next Publish.
   int left_queue_ = 0;
   int64_t left_queue_tokens_ = 0;
   int unstarted_ = 0;  // of the scheduler's waiting ones; the others were pre-empted
-  int ended_ = 0;
 
   mutable std::mutex state_mutex_;  // what is below
   EngineState state_;

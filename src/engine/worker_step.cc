@@ -26,8 +26,8 @@ void Worker::Step() {
     current_.time.seconds = NowSeconds() - begin - fold_seconds_;
     if (current_.failed.ok()) policy_->ObserveStep(current_.time);
   }
-  SettleQueue();
-  Publish(begin, model_seconds_ + fold_seconds_, current_.plan, generated);
+  CountStep(begin, current_.plan, generated);
+  TellEnds();
   std::swap(current_, ahead_);
   ahead_.plan = {};
 }
@@ -36,6 +36,7 @@ void Worker::PlanStep() {
   RaiseSequences();
   current_.plan = scheduler_.Plan(NowSeconds());
   for (const EndedSequence& ended : current_.plan.ended) Finish(ended);
+  if (!ended_.empty()) TellEnds();
   NoteStarted(current_.plan);
   if (!current_.plan.rows.empty()) Launch(current_);
 }
@@ -48,7 +49,7 @@ void Worker::NoteStarted(const StepPlan& plan) {
     ++left_queue_;
     left_queue_tokens_ += static_cast<int64_t>(active.request.prompt.size());
   }
-  SettleQueue();
+  Publish();
 }
 
 // The device goes on with the next step when it has done this one; the host reads this one's tokens
