@@ -543,6 +543,19 @@ TEST_F(EngineTest, ThePolicyIsFollowedAndRecorded) {
       << "in one mail or in two";
 }
 
+// What a decision costs is what it computes: one that is held up is not the last one for long.
+TEST_F(EngineTest, APolicyThatHadToWaitIsAskedAgainSoon) {
+  std::atomic<int> decisions = 0;
+  TestEngine engine(model(), *tokenizer_, SmallOptions(),
+                    std::make_unique<FunctionPolicy>([&](const LoadSnapshot&) {
+                      ++decisions;
+                      std::this_thread::sleep_for(std::chrono::milliseconds(100));
+                      return LevelDecision{};
+                    }));
+  EXPECT_TRUE(engine.Submit(Greedy(4, 400))->Wait().status.ok());
+  EXPECT_GE(decisions, 3);
+}
+
 TEST_F(EngineTest, TheBatchIsNoLargerThanItsSteps) {
   EngineOptions options = SmallOptions();
   EXPECT_EQ(TestEngine(model(), *tokenizer_, options)->state().max_running, 16);
