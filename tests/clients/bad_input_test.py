@@ -159,8 +159,8 @@ def check_chat(running):
     bad("invalid_value", "response_format.type", good, response_format={"type": "xml"})
     for grammar in ("[a", "(" * 20000, "(a|b|[c-z]+){1,5000}x"):
         bad("invalid_grammar", "structured_outputs.regex", good, structured_outputs={"regex": grammar})
-    # So many readings that no reply, of at least 40 letters, ends before a token takes too long.
-    slow = "root ::= " + "a " * 40 + "\na ::= a a a | [a-z] | [a-z] [a-z]"
+    # A token takes too long after some 85 letters, and no reply ends before 300.
+    slow = "root ::= " + "a " * 300 + "\na ::= a a a | [a-z] | [a-z] [a-z]"
     bad("invalid_grammar", "grammar", good, grammar=slow)
     bad("invalid_grammar", "json_schema", good, json_schema={"type": "string", "not": {}})
     bad("invalid_grammar", "json_schema", good, json_schema={"enum": ["x" * 70000]})
