@@ -357,46 +357,77 @@ TEST(ResponsesTools, ALimitCutsOffACall) {
   EXPECT_EQ(last["response"]["output"][0]["arguments"], "{\"a\"");
 }
 
-TEST(ResponsesTools, StrictOnesFormatsAndChoicesFollowAGrammar) {
+// The grammar that such a request's reply follows; empty: none.
+std::string GrammarOf(const char* path, const std::string& body) {
   ToolApi api;
   FakeCompiler compiler;
   api.context.grammars = &compiler;
-  const auto asked = [&](const std::string& fields) {
-    const size_t before = compiler.specs.size();
-    Respond(api, fmt::format(R"({{"input":"x",{}}})", fields));
-    EXPECT_EQ(api.engine.job(api.engine.jobs() - 1).request.grammar != nullptr,
-              compiler.specs.size() > before);
-    return compiler.specs.size() > before ? compiler.specs.back() : GrammarSpec{};
-  };
-  const auto format = [&](const std::string& fields) {
-    const std::string text = asked(fields).text;
-    return text.empty() ? json() : json::parse(text)["format"];
-  };
-  EXPECT_EQ(format(kTools), json());
-  EXPECT_EQ(format(R"("tools":[{"type":"function","name":"get"}])")["type"], "triggered_tags");
+  const auto responder = api.Call("POST", path, body);
+  EXPECT_EQ(api.engine.jobs(), 1u) << responder->body();
+  if (compiler.specs.empty()) return {};
+  EXPECT_NE(api.engine.job(0).request.grammar, nullptr);
+  return compiler.specs.back().text;
+}
+
+std::string ResponseGrammar(const std::string& fields) {
+  return GrammarOf("/v1/responses", fmt::format(R"({{"input":"x",{}}})", fields));
+}
+
+std::string ChatGrammar(const std::string& fields) {
+  return GrammarOf("/v1/chat/completions",
+                   fmt::format(R"({{"messages":[{{"role":"user","content":"x"}}],{}}})", fields));
+}
+
+TEST(ResponsesTools, ForcedAndStrictCallsFollowChatsGrammars) {
   const std::string tools = kTools;
-  EXPECT_EQ(format(tools + R"(,"tool_choice":"required")")["tags"].size(), 2u);
-  json tags = format(tools + R"(,"tool_choice":{"type":"function","name":"get"})");
-  EXPECT_EQ(tags["tags"].size(), 1u);
-  EXPECT_EQ(tags["stop_after_first"], true);
-  const char* allowed =
-      R"(,"tool_choice":{{"type":"allowed_tools","mode":"{}","tools":[{{"type":"function","name":"get"}}]}})";
-  tags = format(tools + fmt::format(fmt::runtime(allowed), "auto"));
-  EXPECT_EQ(tags["type"], "triggered_tags");
-  ASSERT_EQ(tags["tags"].size(), 1u);
-  EXPECT_THAT(tags["tags"][0]["begin"].get<std::string>(), ::testing::HasSubstr("\"get\""));
-  tags = format(tools + fmt::format(fmt::runtime(allowed), "required"));
-  EXPECT_EQ(tags["type"], "tags_with_separator");
-  EXPECT_EQ(tags["tags"].size(), 1u);
-  EXPECT_EQ(tags["stop_after_first"], false);
-  EXPECT_EQ(api.Prompt(api.engine.jobs() - 1).substr(0, 8), "now;get;") << "all are shown";
-  const GrammarSpec schema =
-      asked(R"("text":{"format":{"type":"json_schema","name":"n","schema":{"type":"object"}}})");
-  EXPECT_EQ(schema.kind, GrammarSpec::Kind::kJsonSchema);
-  EXPECT_EQ(schema.text, R"({"type":"object"})");
+  const std::string now =
+      R"({"type":"function","function":{"name":"now","parameters":{"type":"object"}}})";
+  const std::string get = R"({"type":"function","function":{"name":"get"}})";
+  const std::string chats = fmt::format(R"("tools":[{},{}])", now, get);
+  EXPECT_EQ(ResponseGrammar(tools), "");
+  const char* required = R"(,"tool_choice":"required")";
+  EXPECT_NE(ChatGrammar(chats + required), "");
+  EXPECT_EQ(ResponseGrammar(tools + required), ChatGrammar(chats + required));
+  EXPECT_EQ(ResponseGrammar(tools + R"(,"tool_choice":{"type":"function","name":"get"})"),
+            ChatGrammar(chats + R"(,"tool_choice":{"type":"function","function":{"name":"get"}})"));
+  EXPECT_EQ(ResponseGrammar(R"("tools":[{"type":"function","name":"get"}])"),
+            ChatGrammar(R"("tools":[{"type":"function","function":{"name":"get","strict":true}}])"))
+      << "strict where it does not say otherwise";
+  EXPECT_EQ(ResponseGrammar(tools + R"(,"text":{"format":{"type":"json_object"}})"),
+            ChatGrammar(chats + R"(,"response_format":{"type":"json_object"})"));
+}
+
+TEST(ResponsesTools, AllowedOnesAloneAreCalled) {
+  const auto allowed = [](const char* mode) {
+    return ResponseGrammar(fmt::format(R"({},"tool_choice":{{"type":"allowed_tools","mode":"{}",)"
+                                       R"("tools":[{{"type":"function","name":"get"}}]}})",
+                                       kTools, mode));
+  };
+  const std::string alone =
+      R"("tools":[{"type":"function","function":{"name":"get","strict":true}}])";
+  EXPECT_EQ(allowed("required"), ChatGrammar(alone + R"(,"tool_choice":"required")"));
+  EXPECT_EQ(allowed("auto"), ChatGrammar(alone));
+  ToolApi api;
+  FakeCompiler compiler;
+  api.context.grammars = &compiler;
+  Ask(api, R"(,"tool_choice":{"type":"allowed_tools","mode":"auto",)"
+           R"("tools":[{"type":"function","name":"get"}]})");
+  EXPECT_EQ(api.Prompt(0), "now;get;user:x<|end|>") << "all are shown";
+}
+
+TEST(ResponsesFormat, IsAGrammarsWhoseErrorsNameIt) {
+  ToolApi api;
+  FakeCompiler compiler;
+  api.context.grammars = &compiler;
+  const char* body =
+      R"({"input":"x","text":{"format":{"type":"json_schema","name":"n","schema":{"type":"object"}}}})";
+  Respond(api, body);
+  ASSERT_EQ(compiler.specs.size(), 1u);
+  EXPECT_EQ(compiler.specs[0].kind, GrammarSpec::Kind::kJsonSchema);
+  EXPECT_EQ(compiler.specs[0].text, R"({"type":"object"})");
+  EXPECT_NE(api.engine.job(0).request.grammar, nullptr);
   compiler.status = InvalidArgument("bad schema");
-  const auto responder = Respond(
-      api, R"({"input":"x","text":{"format":{"type":"json_schema","name":"n","schema":{}}}})");
+  const auto responder = Respond(api, body);
   EXPECT_EQ(responder->head().status, 400);
   const json error = json::parse(responder->body())["error"];
   EXPECT_EQ(error["code"], "invalid_grammar");
