@@ -347,15 +347,21 @@ TEST_F(EngineTest, CancelledWhileRunningAndWhileWaiting) {
   options.max_running = 1;
   TestEngine engine(model(), *tokenizer_, options);
   const Request running = Greedy(20, 400), waiting = Greedy(20, 4), after = Greedy(20, 4);
-  const auto a = engine.Submit(running);
+  // The engine's thread stands in each of these tokens until it is let go on.
+  std::atomic<int> held = 2;
+  const auto a = engine.Submit(running, [&](int count) {
+    while (count == held) std::this_thread::yield();
+  });
   a->WaitForTokens(2);
   const auto b = engine.Submit(waiting), c = engine.Submit(after);
   engine->Cancel(waiting.id);
+  held = 3;
   EXPECT_EQ(b->Wait().status.code(), StatusCode::kCancelled);
   EXPECT_EQ(b->Wait().finish, FinishReason::kCancelled);
   EXPECT_TRUE(b->tokens().empty());
   engine->Cancel(running.id);
   engine->Cancel("unknown");
+  held = 0;
   EXPECT_EQ(a->Wait().status.code(), StatusCode::kCancelled);
   EXPECT_LT(a->tokens().size(), 400u);
   EXPECT_EQ(a->text(), tokenizer_->Decode(a->tokens())) << "the tokens sent so far stand";
@@ -541,6 +547,19 @@ TEST_F(EngineTest, ThePolicyIsFollowedAndRecorded) {
               ::testing::AnyOf("admin: policy function, max level 2; queue: test",
                                "admin: max level 2; queue: test"))
       << "in one mail or in two";
+}
+
+// What a decision costs is what it computes: one that is held up is not the last one for long.
+TEST_F(EngineTest, APolicyThatHadToWaitIsAskedAgainSoon) {
+  std::atomic<int> decisions = 0;
+  TestEngine engine(model(), *tokenizer_, SmallOptions(),
+                    std::make_unique<FunctionPolicy>([&](const LoadSnapshot&) {
+                      ++decisions;
+                      std::this_thread::sleep_for(std::chrono::milliseconds(100));
+                      return LevelDecision{};
+                    }));
+  EXPECT_TRUE(engine.Submit(Greedy(4, 400))->Wait().status.ok());
+  EXPECT_GE(decisions, 3);
 }
 
 TEST_F(EngineTest, TheBatchIsNoLargerThanItsSteps) {
@@ -738,7 +757,11 @@ TEST_F(EngineTest, ManySubmitters) {
 TEST_F(EngineTest, DestroyedWithWorkInFlight) {
   TestEngine engine(model(), *tokenizer_, SmallOptions());
   std::vector<std::shared_ptr<RecordingSink>> sinks;
-  for (int i = 0; i < 20; ++i) sinks.push_back(engine.Submit(Greedy(30, 300, i)));
+  for (int i = 0; i < 20; ++i) {
+    sinks.push_back(engine.Submit(Greedy(30, 300, i), [](int) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));  // to be met running
+    }));
+  }
   sinks[0]->WaitForTokens(3);
   engine.Destroy();
   for (const auto& sink : sinks) {

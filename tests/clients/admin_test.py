@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import unittest.mock
 
-from serving import ADMIN_KEY, KEY, call, chat, check, finish, parse_arguments, serving
+from serving import ADMIN_KEY, KEY, call, chat, check, finish, log_of_start, parse_arguments, serving
 
 ARGUMENTS = ["--context", 1024, "--memory", "128M"]
 
@@ -51,7 +51,7 @@ def check_kept(program):
 
         def start(*arguments):
             with serving(program, *arguments) as running:
-                return running.log.read_text()
+                return log_of_start(running)
 
         check(" calibrated " in start(*ARGUMENTS) and not list(pathlib.Path(name).iterdir()), "servers of tests measure and keep nothing")
         check(" calibrated " in start(*auto), "the first start measures")
@@ -73,11 +73,11 @@ def main():
         file = pathlib.Path(name) / "cost.json"
         cost = ["--cost-model", file]
         with serving(arguments.program, *ARGUMENTS, *cost, "--policy", "paper") as running:
-            check(file.exists() and "calibrated" in running.log.read_text(), "the cost model is measured and written")
+            check(file.exists() and "calibrated" in log_of_start(running), "the cost model is measured and written")
             check_policies(running)
         written = file.read_text()
         with serving(arguments.program, *ARGUMENTS, *cost) as running:
-            log = running.log.read_text()
+            log = log_of_start(running)
             check("cost_model_read" in log and "calibrated" not in log, "another start reads it")
             check(chat(running, max_tokens=2).status == 200, "and serves")
         check(file.read_text() == written, "and leaves it as it was")
