@@ -596,6 +596,7 @@ class ObservingPolicy final : public LevelPolicy {
     ++seen_->tokens;
   }
   CostFactors cost_factors() const override { return {.prefill = 2, .decode = 3, .fold = 4}; }
+  bool cost_doubtful() const override { return true; }
 
  private:
   Seen* const seen_;  // read by the test once the engine is gone
@@ -612,6 +613,7 @@ TEST_F(EngineTest, ThePolicyIsToldWhatStepsAndFoldsTook) {
     EXPECT_TRUE(engine.Submit(Greedy(4, 20))->Wait().status.ok());
     const EngineState state = WaitIdle(engine);
     EXPECT_EQ(state.cost_factors.decode, 3);
+    EXPECT_TRUE(state.cost_doubtful);
     EXPECT_EQ(static_cast<int64_t>(seen.steps.size()), state.steps - 1);
   }
   // A prompt of 96 tokens in two chunks, a decode step; then, at 4 tokens, the next request.

@@ -372,6 +372,7 @@ void Worker::Publish(std::span<const std::unique_ptr<ActiveRequest>> ended) {
     state_.prefix_cache_bytes = ledger.idle_bytes();
     state_.preemptions = scheduler_.preemptions();
     state_.cost_factors = policy_->cost_factors();
+    state_.cost_doubtful = policy_->cost_doubtful();
     for (const std::unique_ptr<ActiveRequest>& active : ended) {
       const RequestResult& result = active->result;
       ++state_.finished;

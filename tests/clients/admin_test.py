@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import tempfile
+import time
 import unittest.mock
 
 from serving import ADMIN_KEY, KEY, call, chat, check, finish, log_of_start, parse_arguments, serving
@@ -64,6 +65,32 @@ def check_kept(program):
         log = start(*auto)
         check(" calibrated " in log and "cost_model_file" in log and str(kept[0]) in log, "a damaged one is named and measured again")
         check("cost_model_read" in start(*auto), "and is whole then")
+        check_healing(program, kept[0], auto, start)
+
+
+def check_healing(program, file, auto, start):
+    """A kept model of which the work's times are far off is measured again, once."""
+    model = json.loads(file.read_text())
+    for kind in ("prefill", "decode"):
+        model["cost_model"][kind] = [x / 8 for x in model["cost_model"][kind]]
+    file.write_text(json.dumps(model))
+    with serving(program, *auto) as running:
+        said = controller(running)["cost_model"]
+        check(said == {"source": "kept", "measured_at": model["measured_at"], "doubtful": False}, f"where costs come from: {said}")
+        deadline = time.monotonic() + 180
+        while "cost_model_doubtful" not in running.log.read_text() and time.monotonic() < deadline:
+            chat(running, max_tokens=300, ignore_eos=True)
+        line = [line for line in running.log.read_text().splitlines() if "cost_model_doubtful" in line]
+        check(len(line) == 1 and str(file) in line[0], f"it is found doubtful: {line}")
+        check(controller(running)["cost_model"]["doubtful"], "and said to be")
+    doubted = json.loads(file.read_text())
+    check(doubted["cost_model"] == model["cost_model"] and doubted["doubted"]["decode"] > 2, f"which its file says: {doubted}")
+    log = start(*auto)
+    check(" calibrated " in log and "measured anew" in log, "the next start measures")
+    anew = json.loads(file.read_text())
+    usual = anew.get("usual", {}).get("decode", 0)
+    check(0 < usual < doubted["doubted"]["decode"] / 2 and "doubted" not in anew, f"which explains most of it: {anew}")
+    check("cost_model_read" in start(*auto), "which later ones read")
 
 
 def main():
