@@ -491,7 +491,7 @@ TEST_F(CliTest, AnInterruptedTrainerSaysWhatItDoes) {
                               model_ + " --prompts " + text +
                               " --documents 1000000 --length 40 --batch 2 --threads 1 --out " +
                               (folder_ / "texts.jsonl").string() + " 2>" + err +
-                              " & for i in $(seq 600); do grep -q tokens/s " + err +
+                              " & for i in $(seq 3000); do grep -q tokens/s " + err +
                               " && break; sleep 0.1; done; kill -INT $!; wait $!";
   std::ofstream(text) << std::string(4000, 'a');
   const int status = std::system(command.c_str());

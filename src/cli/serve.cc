@@ -118,7 +118,7 @@ class Program {
   Status LoadAll();
   Status SetPolicy();
   Status MakeEngine();
-  Expected<std::vector<CostModel>> MeasureCosts();
+  Expected<std::vector<ServeCost>> MeasureCosts();
   const LoadedModel& model() const { return models_.front(); }
   void ChooseTools(openai::ApiContext* context);
   Status MakeApi();
@@ -126,6 +126,7 @@ class Program {
   std::string Url() const;
   SamplingParams SamplingDefaults() const;
   void WarnOfSmallCache(Tier tier);
+  void WatchCost(const EngineState& state, size_t replica);
 
   const ServeArgs& args_;
   Log* const log_;
@@ -139,7 +140,7 @@ class Program {
   std::string model_name_;
   LadderInfo ladder_;
   PolicyOptions policy_;
-  std::vector<CostModel> costs_;  // [models]; none where there is nothing to decide
+  std::vector<ServeCost> costs_;  // [models]; none where there is nothing to decide
   std::unique_ptr<ServerMetrics> metrics_;
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<DslaControl> control_;
@@ -151,6 +152,7 @@ class Program {
   std::atomic<bool> loaded_{false};
   Status load_status_;
   bool stalled_ = false;
+  std::set<size_t> doubted_;  // replicas whose cost model is known to be doubtful
 };
 
 Program::~Program() {
@@ -255,9 +257,9 @@ Status Program::SetPolicy() {
 }
 
 // A cost model for each replica, measured once for those on devices of one kind.
-Expected<std::vector<CostModel>> Program::MeasureCosts() {
-  std::map<std::string, CostModel> known;  // by kind
-  std::vector<CostModel> costs;
+Expected<std::vector<ServeCost>> Program::MeasureCosts() {
+  std::map<std::string, ServeCost> known;  // by kind
+  std::vector<ServeCost> costs;
   for (const LoadedModel& of : models_) {
     const Device* device = of.model->device();
     const std::string kind = device == nullptr ? "cpu" : KindOf(*device);
@@ -278,11 +280,12 @@ Expected<std::vector<CostModel>> Program::MeasureCosts() {
                               .simd = args_.model.simd}));
       if (!cost.problem.empty())
         log_->Write(LogLevel::kWarning, "cost_model_file", {{"message", cost.problem}});
-      log_->Write(LogLevel::kInfo, cost.measured ? "calibrated" : "cost_model_read",
-                  {{"cost", cost.model.Summary()},
-                   {"file", cost.file.empty() ? "none" : cost.file},
+      const bool measured = cost.cost.source == CostSource::kMeasured;
+      log_->Write(LogLevel::kInfo, measured ? "calibrated" : "cost_model_read",
+                  {{"cost", cost.cost.model.Summary()},
+                   {"file", cost.file.path.empty() ? "none" : cost.file.path},
                    {"seconds", NowSeconds() - start}});
-      known.emplace(kind, std::move(cost.model));
+      known.emplace(kind, std::move(cost));
     }
     costs.push_back(known.at(kind));
   }
@@ -307,7 +310,7 @@ Status Program::MakeEngine() {
     policy_.policy = "fixed";  // there is nothing to decide, and nothing to measure for it
   } else {
     DSLA_ASSIGN_OR_RETURN(costs_, MeasureCosts());
-    policy_.cost = costs_.front();
+    policy_.cost = costs_.front().cost;
   }
   const bool one = models_.size() == 1;
   if (!one) {
@@ -317,7 +320,7 @@ Status Program::MakeEngine() {
   for (size_t r = 0; r < models_.size(); ++r) {
     const LoadedModel& of = models_[r];
     PolicyOptions policy_options = policy_;
-    if (!costs_.empty()) policy_options.cost = costs_[r];
+    if (!costs_.empty()) policy_options.cost = costs_[r].cost;
     DSLA_ASSIGN_OR_RETURN(std::unique_ptr<LevelPolicy> policy, MakePolicy(policy_options));
     DSLA_ASSIGN_OR_RETURN(auto engine, Engine::Create(of.model.get(), of.tokenizer.get(), of.ctx,
                                                       options, std::move(policy)));
@@ -370,7 +373,9 @@ Status Program::MakeApi() {
     metrics_->ObserveRequest(result);
     engine_log_.OnFinish(result);
   });
-  control_ = std::make_unique<DslaControl>(engine_.get(), ladder_, policy_, costs_);
+  std::vector<MeasuredCost> costs;
+  for (const ServeCost& cost : costs_) costs.push_back(cost.cost);
+  control_ = std::make_unique<DslaControl>(engine_.get(), ladder_, policy_, std::move(costs));
 
   openai::ApiContext context;
   context.engine = engine_.get();
@@ -457,10 +462,26 @@ void Program::WarnOfSmallCache(Tier tier) {
 
 void Program::Watch() {
   if (!loaded() || !engine_) return;
-  engine_log_.LogChanges(engine_->state());
+  const EngineState state = engine_->state();
+  engine_log_.LogChanges(state);
+  if (state.replicas.empty()) WatchCost(state, 0);
+  for (size_t r = 0; r < state.replicas.size(); ++r) WatchCost(state.replicas[r], r);
   const auto still = health_.Stalled();
   if (still && !stalled_) log_->Write(LogLevel::kError, "stalled", {{"seconds", *still}});
   stalled_ = still.has_value();
+}
+
+// Once of each replica: those of one kind share a file.
+void Program::WatchCost(const EngineState& state, size_t replica) {
+  if (!state.cost_doubtful || !doubted_.insert(replica).second) return;
+  const CostFactors& factors = state.cost_factors;
+  std::vector<LogField> fields;
+  if (models_.size() > 1) fields.push_back({"replica", static_cast<int64_t>(replica)});
+  fields.insert(fields.end(), {{"prefill", factors.prefill},
+                               {"decode", factors.decode},
+                               {"fold", factors.fold},
+                               {"message", DoubtCost(costs_.at(replica), factors)}});
+  log_->Write(LogLevel::kWarning, "cost_model_doubtful", fields);
 }
 
 bool Program::DeviceFailed() {

@@ -57,6 +57,10 @@ class CompiledGrammar : public Grammar, public std::enable_shared_from_this<Comp
   mutable Status broken_;
 };
 
+// For a process that ends by itself when it has computed for so long: it may have to wait for a
+// processor.
+double LongestWait(double seconds) { return 2 * seconds + 5; }
+
 class Matcher : public GrammarMatcher {
  public:
   Matcher(std::shared_ptr<const CompiledGrammar> grammar, int index)
@@ -78,14 +82,15 @@ class Matcher : public GrammarMatcher {
     // Several threads may wait for calls of one process, and one may read another's.
     constexpr double kLook = 0.002;
     const double limit = grammar_->match_seconds();
+    const double end = asked_at_ + LongestWait(limit);
     while (!done()) {
-      const double left = asked_at_ + limit - NowSeconds();
-      if (left <= 0) {
-        return grammar_->Break(
-            InvalidArgument("the grammar takes more than {} s to match one token", limit));
-      }
-      if (!grammar_->process().AwaitCall(std::min(left, kLook)) && !done())
-        return grammar_->Break(InvalidArgument("the grammar takes too much to match"));
+      const double left = end - NowSeconds();
+      if (left > 0 && grammar_->process().AwaitCall(std::min(left, kLook))) continue;
+      if (done()) break;
+      return grammar_->Break(
+          InvalidArgument("the grammar takes more than {} s, or too much memory, to match one "
+                          "token",
+                          limit));
     }
     flags_ = grammar_->state(index_).flags;
     if ((flags_ & grammar_channel::kRefused) != 0)
@@ -273,10 +278,8 @@ class Compiler : public GrammarCompiler {
   }
 
   Result CompileNow(const GrammarSpec& spec) {
-    // Its own time counts what it computes; it may have to wait for a processor.
-    const double most = 2 * options_.compile_seconds + 5;
     DSLA_ASSIGN_OR_RETURN(auto process, processes_.Start(spec, options_));
-    const auto bytes = process->AwaitAnswer(most);
+    const auto bytes = process->AwaitAnswer(LongestWait(options_.compile_seconds));
     if (!bytes.ok()) return WhyNot(bytes.status());
     auto grammar = std::make_shared<const CompiledGrammar>(
         std::move(process), *bytes + kProcessBytes, options_.match_seconds);

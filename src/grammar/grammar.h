@@ -41,9 +41,10 @@ std::string RegexOfChoices(std::span<const std::string> choices);
 
 struct GrammarOptions {
   size_t max_text_bytes = 64 << 10;
+  // Of processor time.
   double compile_seconds = 5;  // of one grammar
-  double wait_seconds = 10;    // for others' compilations before one's own begins
   double match_seconds = 0.5;  // of one token
+  double wait_seconds = 10;    // for others' compilations before one's own begins
   int compile_at_once = 2;
   int64_t process_bytes = int64_t{1} << 30;  // address space of a grammar's process
   // Of the grammars that are kept for further requests, least recently used ones go.

@@ -91,6 +91,8 @@ Status WarningIn(std::string_view log) {
 
 Expected<FfiValue> Compile(XGrammar& xgrammar, const GrammarSpec& spec) {
   if (spec.kind == GrammarSpec::Kind::kJsonSchema) DSLA_RETURN_IF_ERROR(CheckSchema(spec.text));
+  if (spec.kind == GrammarSpec::Kind::kStructuralTag)
+    DSLA_RETURN_IF_ERROR(CheckStructuralTag(spec.text));
   const ErrorOutput output;
   DSLA_ASSIGN_OR_RETURN(FfiValue compiled, xgrammar.Compile(spec));
   DSLA_RETURN_IF_ERROR(WarningIn(output.Text()));

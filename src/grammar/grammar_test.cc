@@ -2,8 +2,14 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <signal.h>
+#include <unistd.h>
 
 #include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
 #include <nlohmann/json.hpp>
 #include <random>
 #include <regex>
@@ -285,9 +291,14 @@ TEST_F(GrammarTest, BombsAreRefused) {
     const Status status = Refused(kind, text);
     EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
     EXPECT_THAT(status.message(), HasSubstr(part));
-    const double begin = NowSeconds();
-    EXPECT_FALSE(Refused(kind, text).ok());  // that is known now
-    EXPECT_LT(NowSeconds() - begin, 0.1);
+    // That is known now, in less than compiling takes unless this thread has to wait.
+    double least = 1;
+    for (int i = 0; i < 5; ++i) {
+      const double begin = NowSeconds();
+      EXPECT_FALSE(Refused(kind, text).ok());
+      least = std::min(least, NowSeconds() - begin);
+    }
+    EXPECT_LT(least, 0.1);
   };
   json properties;
   for (int i = 0; i < 1500; ++i) properties["p" + std::to_string(i)] = {{"type", "string"}};
@@ -299,6 +310,42 @@ TEST_F(GrammarTest, BombsAreRefused) {
   expect(Kind::kJsonSchema, std::string(30000, '['), "nested deeper");
   // The processes of others are as they were.
   EXPECT_TRUE(Accept(*Matcher(Kind::kRegex, "[0-9]+"), "12"));
+}
+
+// The processes whose parent this is.
+std::vector<pid_t> ChildrenOf(pid_t parent) {
+  std::vector<pid_t> children;
+  for (const auto& entry : std::filesystem::directory_iterator("/proc")) {
+    const int pid = std::atoi(entry.path().filename().c_str());
+    std::ifstream file(entry.path() / "stat");
+    std::string stat;  // "pid (name) state parent ..."
+    if (pid == 0 || !std::getline(file, stat)) continue;
+    int of = 0;
+    std::sscanf(stat.c_str() + stat.rfind(')'), ") %*c %d", &of);
+    if (of == parent) children.push_back(pid);
+  }
+  return children;
+}
+
+// The time of a token is what its process computes: on a busy machine it may have to wait.
+TEST_F(GrammarTest, AProcessThatIsHeldUpIsNoBomb) {
+  Reset({.match_seconds = 0.02});
+  const auto matcher = Matcher(Kind::kRegex, "ab");
+  ASSERT_TRUE(matcher->Await().ok());
+  std::vector<pid_t> grammars;
+  for (const pid_t first : ChildrenOf(getpid())) {
+    for (const pid_t grammar : ChildrenOf(first)) grammars.push_back(grammar);
+  }
+  ASSERT_FALSE(grammars.empty());
+  for (const pid_t grammar : grammars) kill(grammar, SIGSTOP);
+  matcher->Accept('a');
+  std::thread later([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(200));
+    for (const pid_t grammar : grammars) kill(grammar, SIGCONT);
+  });
+  const Status status = matcher->Await();
+  later.join();
+  EXPECT_TRUE(status.ok()) << status.message();
 }
 
 // One that shows only in mid-reply ends that reply, and nobody begins another with it.

@@ -140,14 +140,16 @@ std::optional<HttpError> Generation::SetMaxTokens() {
   return std::nullopt;
 }
 
-// An answer is held in memory until it is whole; of a stream only the prompt's part is.
+// An answer is held in memory until it is whole; of a stream only the prompt's part is, unless the
+// plan says otherwise.
 std::optional<HttpError> Generation::CheckLogprobs() const {
   const Common& common = plan_.common;
   int64_t prompt = 0, reply = 0;  // tokens
   for (size_t i = 0; i < plan_.prompts.size(); ++i) {
     if (scores_prompt(static_cast<int>(i)))
       prompt += common.n * static_cast<int64_t>(plan_.prompts[i].size());
-    if (plan_.logprobs >= 0 && !common.stream) reply += common.n * int64_t{max_tokens_[i]};
+    if (plan_.logprobs >= 0 && (!common.stream || plan_.keeps_logprobs))
+      reply += common.n * int64_t{max_tokens_[i]};
   }
   const int64_t each = 1 + std::max(plan_.logprobs, 0);
   const int64_t most = service_->limits().max_total_logprobs;
@@ -156,7 +158,7 @@ std::optional<HttpError> Generation::CheckLogprobs() const {
       fmt::format("{} log-probabilities are asked for, {} of each of {} prompt tokens and {} reply "
                   "tokens; one answer may have {}",
                   (prompt + reply) * each, each, prompt, reply, most),
-      plan_.logprobs < 0 ? "prompt" : "logprobs", "integer_above_max_value");
+      plan_.logprobs < 0 ? "prompt" : plan_.logprobs_param, "integer_above_max_value");
 }
 
 std::optional<HttpError> Generation::Prepare(const HttpRequest& request) {

@@ -231,6 +231,12 @@ bool IsEmptyArray(const Fields& fields, std::string_view name) {
   return value && value->is_array() && dom::array(*value).size() == 0;
 }
 
+void SetMissing(const Fields& fields, std::string_view name) {
+  const std::string path = fields.Path(name);
+  fields.error()->Set(InvalidRequestError(fmt::format("'{}' is missing", path), path,
+                                          "missing_required_parameter"));
+}
+
 void CheckTotals(const Fields& fields, const Limits& limits, int64_t choices,
                  std::string_view param, const Common& common) {
   if (choices > limits.max_choices) {

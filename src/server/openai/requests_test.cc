@@ -555,7 +555,7 @@ TEST(RequestTools, Choice) {
   EXPECT_EQ(Chat(WithTools(tools + R"("required")")).tools.choice, ToolsRequest::Choice::kRequired);
   const auto named = Chat(WithTools(tools + Function("f"))).tools;
   EXPECT_EQ(named.choice, ToolsRequest::Choice::kNamed);
-  EXPECT_EQ(named.named, "f");
+  EXPECT_EQ(named.allowed, std::vector<std::string>{"f"});
   BadChat(WithTools(tools + Function("g")), "invalid_value", "tool_choice.function.name");
   BadChat(WithTools(tools + R"("any")"), "invalid_value", "tool_choice");
   BadChat(WithTools(tools + "5"), "invalid_type", "tool_choice");

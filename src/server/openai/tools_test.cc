@@ -5,7 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "engine/text_stream.h"
-#include "server/openai/testing.h"
+#include "server/openai/tools_testing.h"
 
 namespace dsla::openai {
 namespace {
@@ -13,56 +13,24 @@ namespace {
 using nlohmann::json;
 using testing::FakeCompiler;
 using testing::FakeResponder;
-using testing::Finished;
 using ::testing::HasSubstr;
+using testing::kCall;
 using ::testing::Not;
+using testing::Reply;
 using ::testing::StartsWith;
 using testing::TestApi;
-using testing::Token;
-
-constexpr const char* kTemplate =
-    "{% for tool in tools or [] %}{{ tool.function.name }};{% endfor %}"
-    "{% for m in messages %}{{ m.role ~ ':' ~ m.content }}"
-    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}{% endfor %}"
-    "{{ '<|end|>' }}{% endfor %}";
 
 constexpr const char* kTools =
     R"("tools":[{"type":"function","function":{"name":"now","parameters":{"type":"object"}}},)"
     R"({"type":"function","function":{"name":"get"}}])";
 
-// The small tokenizer, with two more control tokens: 263 and 264.
-std::unique_ptr<Tokenizer> TokenizerWithMarkers() {
-  json description = dsla::testing::ByteLevelJson();
-  int id = 263;
-  for (const char* text : {"<tool_call>", "</tool_call>"}) {
-    description["added_tokens"].push_back(
-        {{"id", id++}, {"content", text}, {"special", true}, {"normalized", false}});
-  }
-  return testing::NewTokenizer(ParseTokenizerJson(description.dump(), "t.json"));
-}
-
-struct ToolApi : TestApi {
-  explicit ToolApi(const char* source = kTemplate) : TestApi(2000, TokenizerWithMarkers()) {
-    auto made = ToolTemplate::Create(source);
-    DSLA_CHECK(made.ok());
-    context.tool_template = std::move(made).value();
-    context.tool_dialect = ToolDialect::kHermes;
-  }
+struct ToolApi : testing::ToolApi {
+  using testing::ToolApi::ToolApi;
   std::shared_ptr<FakeResponder> Ask(const std::string& more = "") {
     return Chat(
         fmt::format(R"({{"messages":[{{"role":"user","content":"x"}}],{}{}}})", kTools, more));
   }
-  std::string Prompt(size_t job) { return tokenizer->Decode(engine.job(job).request.prompt); }
 };
-
-// A reply whose pieces of text these are.
-void Reply(const Submission& job, const std::vector<std::string>& pieces,
-           FinishReason finish = FinishReason::kStop, const std::string& tail = "") {
-  for (const std::string& piece : pieces) job.sink->OnToken(Token(97, piece));
-  RequestResult result = Finished(finish, 1, static_cast<int>(pieces.size()));
-  result.tail_text = tail;
-  job.sink->OnFinish(result);
-}
 
 std::vector<json> Events(const FakeResponder& responder) {
   std::vector<json> events;
@@ -71,10 +39,6 @@ std::vector<json> Events(const FakeResponder& responder) {
     events.push_back(json::parse(body.substr(at + 6, body.find("\n\n", at) - at - 6)));
   return events;
 }
-
-const std::vector<std::string> kCall = {
-    "<tool_call>", "\n{\"name\": ", "\"get\", ",   "\"arguments\": {\"city\"",
-    ": \"Ósló\"}", "}\n",           "</tool_call>"};
 
 void ExpectError(const FakeResponder& responder, const std::string& code,
                  const std::string& param) {
