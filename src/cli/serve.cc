@@ -419,7 +419,12 @@ Status Program::MakeApi() {
   context.control = control_.get();
   text_pool_ = std::make_unique<openai::TaskPool>(kTextThreads);
   context.text_pool = text_pool_.get();
-  grammars_ = GrammarCompiler::Create(*model().tokenizer, model().model->config().V);
+  GrammarOptions grammars;
+  if (context.tool_dialect) {
+    for (const ToolMarker& marker : ToolMarkers(*context.tool_dialect, *context.tokenizer))
+      grammars.control_tokens.push_back(marker.id);
+  }
+  grammars_ = GrammarCompiler::Create(*model().tokenizer, model().model->config().V, grammars);
   context.grammars = grammars_.get();
   grammar_pool_ = std::make_unique<openai::TaskPool>(kGrammarThreads);
   context.grammar_pool = grammar_pool_.get();

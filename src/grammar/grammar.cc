@@ -137,16 +137,22 @@ Expected<std::unique_ptr<GrammarMatcher>> CompiledGrammar::NewMatcher() const {
   return matcher;
 }
 
-// The tokens' bytes; control tokens have none, and what has none is never allowed.
-std::string VocabularyOf(const Tokenizer& tokenizer, int64_t V) {
-  std::string file(reinterpret_cast<const char*>(&V), sizeof(V));
+// As kVocabulary's file. What has no bytes is never allowed: control tokens but for those given.
+std::string VocabularyOf(const Tokenizer& tokenizer, int64_t V,
+                         std::span<const int32_t> control_tokens) {
+  std::string file;
+  const auto write = [&](const auto& value) {
+    file.append(reinterpret_cast<const char*>(&value), sizeof(value));
+  };
+  write(V);
   for (int32_t id = 0; id < V; ++id) {
-    const std::string_view bytes =
-        tokenizer.IsSpecial(id) ? std::string_view() : tokenizer.TokenBytes(id);
-    const auto size = static_cast<uint32_t>(bytes.size());
-    file.append(reinterpret_cast<const char*>(&size), sizeof(size));
+    const bool none =
+        tokenizer.IsSpecial(id) && std::ranges::find(control_tokens, id) == control_tokens.end();
+    const std::string_view bytes = none ? std::string_view() : tokenizer.TokenBytes(id);
+    write(static_cast<uint32_t>(bytes.size()));
     file += bytes;
   }
+  for (const int32_t id : control_tokens) write(id);
   return file;
 }
 
@@ -182,7 +188,7 @@ class Compiler : public GrammarCompiler {
  public:
   Compiler(const Tokenizer& tokenizer, int64_t V, const GrammarOptions& options)
       : options_(options),
-        processes_(VocabularyOf(tokenizer, V), V),
+        processes_(VocabularyOf(tokenizer, V, options.control_tokens), V),
         turns_(options.compile_at_once) {
     DSLA_CHECK(options.max_text_bytes <= grammar_channel::kMaxText);
   }

@@ -24,6 +24,7 @@ namespace dsla {
 namespace {
 
 using nlohmann::json;
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::UnorderedElementsAre;
 using Kind = GrammarSpec::Kind;
@@ -50,13 +51,15 @@ class GrammarTest : public ::testing::Test {
   // One token more than the tokenizer has, as where a model's are padded.
   int64_t V() const { return tokenizer_->vocab_size() + 1; }
 
-  std::shared_ptr<const Grammar> Compile(Kind kind, const std::string& text) {
-    auto grammar = compiler_->Compile({kind, text});
+  std::shared_ptr<const Grammar> Compile(Kind kind, const std::string& text,
+                                         bool control_tokens = false) {
+    auto grammar = compiler_->Compile({kind, text, control_tokens});
     EXPECT_TRUE(grammar.ok()) << grammar.status().message();
     return grammar.ok() ? *grammar : nullptr;
   }
-  std::unique_ptr<GrammarMatcher> Matcher(Kind kind, const std::string& text) {
-    const auto grammar = Compile(kind, text);
+  std::unique_ptr<GrammarMatcher> Matcher(Kind kind, const std::string& text,
+                                          bool control_tokens = false) {
+    const auto grammar = Compile(kind, text, control_tokens);
     if (grammar == nullptr) return nullptr;
     auto matcher = grammar->NewMatcher();
     EXPECT_TRUE(matcher.ok()) << matcher.status().message();
@@ -202,6 +205,60 @@ TEST_F(GrammarTest, StructuralTagsBehindATrigger) {
   EXPECT_FALSE(matcher->may_end());
   EXPECT_TRUE(Accept(*matcher, R"("}</f> and more)"));
   EXPECT_TRUE(matcher->may_end());
+}
+
+// Token 261 is <|end|>, a control token.
+constexpr char kEnds[] =
+    R"({"type":"structural_tag","format":{"type":"sequence","elements":[{"type":"token","token":261},)"
+    R"({"type":"json_schema","json_schema":{"type":"string"}},{"type":"token","token":261}]}})";
+
+TEST_F(GrammarTest, AControlTokenIsOnlyWhereTheGrammarNamesIt) {
+  Reset({.control_tokens = {261}});
+  const auto matcher = Matcher(Kind::kStructuralTag, kEnds, /*control_tokens=*/true);
+  ASSERT_NE(matcher, nullptr);
+  EXPECT_THAT(Allowed(*matcher), ElementsAre(261)) << "and not its bytes";
+  matcher->Accept(261);
+  ASSERT_TRUE(matcher->Await().ok());
+  EXPECT_THAT(Allowed(*matcher), ElementsAre('"'));
+  ASSERT_TRUE(Accept(*matcher, "\"a <|end|> "));
+  EXPECT_FALSE(IsAllowed(*matcher, 261)) << "its bytes are text";
+  ASSERT_TRUE(Accept(*matcher, "\""));
+  EXPECT_THAT(Allowed(*matcher), ElementsAre(261));
+  EXPECT_FALSE(matcher->may_end());
+  matcher->Accept(261);
+  ASSERT_TRUE(matcher->Await().ok());
+  EXPECT_TRUE(matcher->may_end() && matcher->complete());
+}
+
+// Of text that is anything but so many bytes, too.
+TEST_F(GrammarTest, AControlTokenIsNoneOfTheBytesOfText) {
+  Reset({.control_tokens = {261}});
+  const std::string any =
+      R"({"type":"structural_tag","format":{"type":"any_text","excludes":["x"]}})";
+  const auto matcher = Matcher(Kind::kStructuralTag, any, /*control_tokens=*/true);
+  ASSERT_NE(matcher, nullptr);
+  EXPECT_TRUE(Accept(*matcher, "<|end|> "));
+  EXPECT_FALSE(IsAllowed(*matcher, 261));
+}
+
+TEST_F(GrammarTest, ClientsGrammarsHaveNoControlTokens) {
+  Reset({.control_tokens = {261}});
+  for (const auto& [kind, text] : std::vector<std::pair<Kind, std::string>>{
+           {Kind::kStructuralTag, kEnds}, {Kind::kEbnf, "root ::= Token(261)"}}) {
+    const auto matcher = Matcher(kind, text);
+    ASSERT_NE(matcher, nullptr);
+    EXPECT_TRUE(Allowed(*matcher).empty()) << "ReplyMask refuses it";
+    EXPECT_FALSE(matcher->may_end());
+  }
+  for (const auto& [kind, text] : std::vector<std::pair<Kind, std::string>>{
+           {Kind::kEbnf, "root ::= ExcludeToken(1)"},
+           {Kind::kEbnf, "root ::= [a-z<>|]*"},
+           {Kind::kStructuralTag, R"({"type":"structural_tag","format":{"type":"any_tokens"}})"}}) {
+    const auto matcher = Matcher(kind, text);
+    ASSERT_NE(matcher, nullptr);
+    EXPECT_TRUE(IsAllowed(*matcher, '<')) << text;
+    EXPECT_FALSE(IsAllowed(*matcher, 261)) << text;
+  }
 }
 
 TEST_F(GrammarTest, WhatIsWrongIsSaidInOneLine) {

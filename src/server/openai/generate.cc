@@ -72,7 +72,7 @@ size_t TextBytes(const std::vector<ChatMessage>& messages, const std::vector<Too
 
 // The grammar of replies whose calls are asked for or must follow their schemas. Where the replies
 // follow another one, a reply is either of the two.
-std::optional<HttpError> SetToolGrammar(const ToolsRequest& tools, ToolDialect dialect,
+std::optional<HttpError> SetToolGrammar(const Service& service, const ToolsRequest& tools,
                                         Common* common) {
   using Choice = ToolsRequest::Choice;
   const bool forced = tools.choice != Choice::kAuto;
@@ -100,7 +100,9 @@ std::optional<HttpError> SetToolGrammar(const ToolsRequest& tools, ToolDialect d
   if (!forced && !fewer && !strict && !common->grammar) return std::nullopt;
   common->grammar_param = forced ? "tool_choice" : "tools";
   common->grammar = GrammarSpec{.kind = GrammarSpec::Kind::kStructuralTag,
-                                .text = StructuralTagOf(dialect, grammar, callable)};
+                                .text = StructuralTagOf(*service.context().tool_dialect, grammar,
+                                                        callable, service.tool_markers()),
+                                .control_tokens = true};
   return std::nullopt;
 }
 
@@ -111,7 +113,7 @@ std::optional<HttpError> PlanTools(const Service& service, ToolsRequest tools, C
   const ApiContext& context = service.context();
   if (!context.tool_dialect)
     return InvalidRequestError(context.no_tools, "tools", "unsupported_parameter");
-  if (auto error = SetToolGrammar(tools, *context.tool_dialect, common)) return error;
+  if (auto error = SetToolGrammar(service, tools, common)) return error;
   ToolParser::Options& options = plan->tools.emplace();
   options.dialect = *context.tool_dialect;
   options.tools = std::make_shared<const std::vector<Tool>>(std::move(tools.tools));

@@ -18,16 +18,6 @@ const char* ServiceTierName(Tier tier) {
   return tier == Tier::kFull ? "priority" : tier == Tier::kEconomy ? "flex" : "default";
 }
 
-// What spells a call is part of the text, even where it is a control token.
-std::vector<int32_t> ShownIds(const Tokenizer& tokenizer, ToolDialect dialect) {
-  std::vector<int32_t> ids;
-  for (const std::string_view marker : ToolMarkers(dialect)) {
-    const auto id = tokenizer.TokenToId(marker);
-    if (id && tokenizer.IsSpecial(*id)) ids.push_back(*id);
-  }
-  return ids;
-}
-
 // What a piece of text adds to a reply.
 ToolReplyDelta Parse(ToolParser& parser, std::string_view text, bool last) {
   ToolReplyDelta delta = parser.Push(text);
@@ -210,7 +200,11 @@ Request Generation::RequestOf(int index) const {
   request.ignore_eos = common.ignore_eos || (plan_.echo && plan_.logprobs >= 0 &&
                                              request.max_tokens == 1 && common.stop_ids.empty());
   request.continues = plan_.continues;
-  if (plan_.tools) request.shown_ids = ShownIds(service_->tokenizer(), plan_.tools->dialect);
+  // What spells a call is part of the text, even where it is a control token.
+  if (plan_.tools) {
+    for (const ToolMarker& marker : service_->tool_markers())
+      request.shown_ids.push_back(marker.id);
+  }
   request.stop_ids = common.stop_ids;
   request.stop = common.stop;
   request.grammar = plan_.grammar;

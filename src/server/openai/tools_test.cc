@@ -17,6 +17,7 @@ using ::testing::HasSubstr;
 using testing::kCall;
 using ::testing::Not;
 using testing::Reply;
+using ::testing::StartsWith;
 using testing::TestApi;
 
 constexpr const char* kTools =
@@ -197,16 +198,21 @@ TEST(Tools, ForcedCallsFollowAGrammar) {
   EXPECT_EQ(asked(""), json());
   EXPECT_EQ(asked(R"(,"tool_choice":"none")"), json());
   json format = asked(R"(,"tool_choice":"required")");
-  EXPECT_EQ(format["type"], "tags_with_separator");
-  EXPECT_EQ(format["tags"].size(), 2u);
-  EXPECT_EQ(format["tags"][0]["content"]["json_schema"], (json{{"type", "object"}}));
-  EXPECT_EQ(format["stop_after_first"], false);
-  EXPECT_EQ(asked(R"(,"tool_choice":"required","parallel_tool_calls":false)")["stop_after_first"],
-            true);
+  const auto calls = [&] { return format["elements"][0]; };
+  const auto call = [&] { return calls()["tags"][0]["content"]["elements"]; };
+  EXPECT_EQ(calls()["type"], "tags_with_separator");
+  EXPECT_EQ(calls()["stop_after_first"], false);
+  EXPECT_EQ(call()[0], (json{{"type", "token"}, {"token", 263}})) << "<tool_call>";
+  ASSERT_EQ(call()[2]["type"], "or");
+  ASSERT_EQ(call()[2]["elements"].size(), 2u) << "one for each tool";
+  EXPECT_EQ(call()[2]["elements"][0]["elements"][1]["json_schema"], (json{{"type", "object"}}));
+  EXPECT_TRUE(compiler.specs.back().control_tokens);
+  format = asked(R"(,"tool_choice":"required","parallel_tool_calls":false)");
+  EXPECT_EQ(calls()["stop_after_first"], true);
   format = asked(R"(,"tool_choice":{"type":"function","function":{"name":"get"}})");
-  ASSERT_EQ(format["tags"].size(), 1u);
-  EXPECT_THAT(format["tags"][0]["begin"].get<std::string>(), HasSubstr("\"get\""));
-  EXPECT_EQ(format["stop_after_first"], true);
+  EXPECT_EQ(calls()["stop_after_first"], true);
+  ASSERT_EQ(call()[2]["type"], "sequence");
+  EXPECT_THAT(call()[2]["elements"][0]["value"].get<std::string>(), StartsWith("get\""));
 }
 
 TEST(Tools, StrictOnesAndJsonFollowAGrammar) {
@@ -221,9 +227,11 @@ TEST(Tools, StrictOnesAndJsonFollowAGrammar) {
        R"("parameters":{"type":"object","properties":{}}}}])");
   ASSERT_EQ(compiler.specs.size(), 1u);
   json format = json::parse(compiler.specs[0].text)["format"];
-  EXPECT_EQ(format["type"], "triggered_tags");
-  EXPECT_EQ(format["tags"][0]["content"]["json_schema"], (json{{"type", "object"}}));
-  EXPECT_TRUE(format["tags"][1]["content"]["json_schema"].contains("properties"));
+  EXPECT_EQ(format["elements"][0]["type"], "any_text");
+  const json calls = format["elements"][1]["content"]["elements"][0];
+  const json named = calls["elements"][0]["tags"][0]["content"]["elements"][2]["elements"];
+  EXPECT_EQ(named[0]["elements"][1]["json_schema"], (json{{"type", "object"}}));
+  EXPECT_TRUE(named[1]["elements"][1]["json_schema"].contains("properties"));
   chat(std::string(kTools) + R"(,"response_format":{"type":"json_object"})");
   ASSERT_EQ(compiler.specs.size(), 2u);
   format = json::parse(compiler.specs[1].text)["format"];
@@ -233,6 +241,7 @@ TEST(Tools, StrictOnesAndJsonFollowAGrammar) {
               "tools");
   chat(std::string(kTools) + R"(,"grammar":"root ::= \"a\"","tool_choice":"none")");
   EXPECT_EQ(compiler.specs.back().kind, GrammarSpec::Kind::kEbnf) << "there are no tools";
+  EXPECT_FALSE(compiler.specs.back().control_tokens) << "a client's has none";
   api.router.reset();
   api.context.grammars = nullptr;
   ExpectError(*chat(std::string(kTools) + R"(,"tool_choice":"required")"), "unsupported_parameter",
