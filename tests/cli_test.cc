@@ -352,6 +352,7 @@ TEST_F(CliTest, BadOptionsAreNamed) {
                 "--logit-bias: '5' is not of the form ID:BIAS");
   ExpectRefused("run --seed -1 abc", "--seed: -1 is negative (see dsla run --help)");
   ExpectRefused("serve --max-queued-tokens -1", "--max-queued-tokens: -1 is negative");
+  ExpectRefused("serve --slo-ttft 0.0005", "--slo-ttft");
   ExpectRefused("bench --text x --prefill-chunk 0", "--prefill-chunk: 0 is not positive");
   ExpectRefused("run " + Model() + "--raise-at 5:9 abc", "--raise-at 5:9: levels are 0 to 2");
   ExpectRefused("run " + Model() + "--temperature -1 abc", "temperature");

@@ -228,7 +228,7 @@ Status Simulate(const Options& options) {
     of.layers = options.layers;
     of.max_level = options.max_level;
     of.fixed_level = options.level;
-    of.cost = cost;
+    of.cost.model = cost;
     of.slo.prefill_chunk = options.max_batch_tokens;
     DSLA_ASSIGN_OR_RETURN(auto made, MakePolicy(of));
     Simulation simulation(options, cost, requests, std::move(made));

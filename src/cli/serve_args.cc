@@ -175,16 +175,16 @@ void AddPolicy(CLI::App& command, ServeArgs& args) {
       ->check(CLI::IsMember({"auto", "full", "economy"}))
       ->capture_default_str()
       ->group(group);
-  const auto target = [&](const char* name, double& value, const char* help) {
+  const auto target = [&](const char* name, double& value, double least, const char* help) {
     command.add_option(name, value, help)
         ->type_name("SECONDS")
-        ->check(CLI::Range(0.0001, 3600.0))
+        ->check(CLI::Range(least, 3600.0))
         ->capture_default_str()
         ->group(group);
   };
-  target("--slo-ttft", policy.slo.ttft, "target of the time to the first token");
-  target("--slo-tpot", policy.slo.tpot, "target of the time per token after it");
-  target("--slo-cooldown", policy.slo.up_cooldown, "least time between two rises");
+  target("--slo-ttft", policy.slo.ttft, 0.001, "target of the time to the first token");
+  target("--slo-tpot", policy.slo.tpot, 0.0001, "target of the time per token after it");
+  target("--slo-cooldown", policy.slo.up_cooldown, 0.0001, "least time between two rises");
   command
       .add_option("--cost-model", args.cost_model,
                   "file of the cost model: read where it is there, else measured and written "
@@ -200,7 +200,7 @@ void AddPolicy(CLI::App& command, ServeArgs& args) {
       ->check(CLI::IsMember({"auto", "measure"}))
       ->capture_default_str()
       ->group(group);
-  target("--slo-calm", policy.slo.calm_seconds, "calm before the level goes down");
+  target("--slo-calm", policy.slo.calm_seconds, 0.0001, "calm before the level goes down");
   command
       .add_option("--paper-queue", policy.paper.queue, "waiting requests at which paper converts")
       ->type_name("N")
@@ -214,7 +214,8 @@ void AddPolicy(CLI::App& command, ServeArgs& args) {
       ->check(CLI::Range(1, 1 << 24))
       ->capture_default_str()
       ->group(group);
-  target("--paper-cooldown", policy.paper.cooldown, "paper's least time between two changes");
+  target("--paper-cooldown", policy.paper.cooldown, 0.0001,
+         "paper's least time between two changes");
 }
 
 void AddLog(CLI::App& command, ServeArgs& args) {

@@ -94,6 +94,9 @@ Expected<ServeCost> KeptCost(const LoadedModel& loaded, const CostOptions& optio
   file.path = KeptCostPath(file.measured_with, [](const char* name) { return std::getenv(name); });
   ServeCost cost;
   Expected<CostRecord> before = file.Read();
+  if (const int L = loaded.model->config().L; before.ok() && before->cost.model.layers() != L)
+    before = Error(StatusCode::kDataLoss, "'{}' is of a model of {} layers, not of {}", file.path,
+                   before->cost.model.layers(), L);
   if (before.ok() && !before->doubted) return Taken(file, *std::move(before), CostSource::kKept);
   if (before.ok()) {
     cost.problem = fmt::format("measured anew: steps took other times than '{}' says", file.path);

@@ -61,9 +61,11 @@ def check_kept(program):
         log = start(*auto)
         check("cost_model_read" in log and " calibrated " not in log, "the second one reads it")
         check(" calibrated " in start(*auto, "--threads", 1), "other threads are measured for themselves")
-        kept[0].write_text("{")
+        other = json.loads(kept[0].read_text())
+        other["cost_model"]["layers"] += 1
+        kept[0].write_text(json.dumps(other))
         log = start(*auto)
-        check(" calibrated " in log and "cost_model_file" in log and str(kept[0]) in log, "a damaged one is named and measured again")
+        check(" calibrated " in log and "cost_model_file" in log and str(kept[0]) in log, "another model's is named and measured again")
         check("cost_model_read" in start(*auto), "and is whole then")
         check_healing(program, kept[0], auto, start)
 
