@@ -181,9 +181,14 @@ Status Program::Listen() {
   DSLA_ASSIGN_OR_RETURN(const HttpServerOptions options, HttpOptionsOf(args_));
   DSLA_ASSIGN_OR_RETURN(KeyRing keys, KeysOf(args_));
   if (!options.tls_cert.empty()) scheme_ = "https";
+  const bool needs_key = keys.needs_key();
   DSLA_ASSIGN_OR_RETURN(server_,
                         HttpServer::Start(options, NewRouter(), std::move(keys), &access_log_));
   log_->Write(LogLevel::kInfo, "listening", {{"url", Url()}});
+  if (!needs_key && !server_->local()) {
+    log_->Write(LogLevel::kWarning, "no_api_keys",
+                {{"message", "whoever reaches this address may use it (see --api-key-file)"}});
+  }
   loader_ = std::thread([this] { Load(); });
   return Status::Ok();
 }
@@ -241,8 +246,9 @@ Status Program::SetPolicy() {
   policy_.max_level = args_.max_level;
   if (args_.max_level < 0) {
     policy_.max_level = ladder_.top_level;
-    if (policy_.policy == "fixed" && policy_.fixed_level <= ladder_.max_level)
-      policy_.max_level = std::max(policy_.max_level, policy_.fixed_level);
+    if (policy_.policy == "fixed")
+      policy_.max_level =
+          std::max(policy_.max_level, std::min(policy_.fixed_level, ladder_.max_level));
   } else if (args_.max_level > ladder_.max_level) {
     return InvalidArgument("--max-level: {} is above the highest level, {}{}", args_.max_level,
                            ladder_.max_level,
@@ -615,6 +621,12 @@ int Serve(CLI::App& command, ServeArgs& args) {
 void AddServe(CLI::App& app, Command& chosen) {
   CLI::App* command =
       app.add_subcommand("serve", "serve the model over an OpenAI-compatible API, with a web page");
+  command->footer(
+      "Examples:\n"
+      "  dsla serve\n"
+      "  dsla serve --model model.gguf --host 0.0.0.0 --api-key-file keys.txt\n"
+      "  DSLA_PORT=8081 dsla serve --config dsla.toml\n"
+      "  dsla serve --device cuda:all   (a replica on every GPU)");
   auto args = std::make_shared<ServeArgs>();
   args->AddTo(*command);
   command->callback(

@@ -266,6 +266,24 @@ def check_address(program, model):
     check(url.startswith("http://[::1]:"), f"an IPv6 address in the URL that is logged: {url}")
 
 
+def check_open_address(program, model):
+    """Who can be reached by others without a key is told so."""
+    def warned(*arguments):
+        command = [program, "serve", "--model", model, *ONE, "--port", "0", "--log-format", "json", *arguments]
+        with subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True) as process:
+            events = []
+            for line in map(json.loads, process.stderr):
+                events.append(line["event"])
+                if line["event"] == "ready":
+                    break
+            process.terminate()
+        return "no_api_keys" in events
+
+    check(warned("--host", "0.0.0.0"), "an address that others reach without a key is warned of")
+    check(not warned("--host", "0.0.0.0", "--api-key", "k"), "with keys it is not")
+    check(not warned(), "nor is one that only this machine reaches")
+
+
 def check_sampling(program, model):
     with serving(program, "--model", model, *ONE, "--temperature", "0") as running:
         texts = {completions(running, prompt="x", max_tokens=20).json["choices"][0]["text"] for _ in range(4)}
@@ -410,6 +428,7 @@ def main():
             lambda: check_hangup_and_pipe(arguments.program, folder, model),
             lambda: check_start(arguments.program, model),
             lambda: check_address(arguments.program, model),
+            lambda: check_open_address(arguments.program, model),
             lambda: check_sampling(arguments.program, model),
             lambda: check_generation_config(arguments.program, folder),
             lambda: check_full_disk(arguments.program, model),

@@ -11,10 +11,11 @@ import tempfile
 import urllib.request
 
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent.parent / "bench/serving")]
+sys.path[:0] = [str(HERE), str(HERE.parent / "load"), str(HERE.parent.parent / "bench/serving")]
 
 import devtools
 import server
+import small_model
 import subpath_proxy
 
 KEY, ADMIN_KEY = "web-check-key", "web-check-admin-key"
@@ -334,6 +335,18 @@ def check_subpath(browser, url):
         check(outside == [], f"and asks for nothing outside that path {outside or ''}")
 
 
+def check_no_adapter(browser, program, folder):
+    """A model without an adapter has one level: the page offers nothing else."""
+    small_model.write(folder / "model")
+    with server.Server(["--model", folder / "model"], folder / "small.log", program=program) as running:
+        page = browser.page()
+        page.open(running.url)
+        wait_live(page)
+        page.wait("document.getElementById('ladder-note').textContent.includes('no adapter')")
+        shown = page.evaluate("['tiers', 'tier-hint', 'burst-row', 'send'].filter(id => !document.getElementById(id).hidden)")
+        check(shown == ["send"], f"without an adapter there is no tier to choose and no burst: {shown}")
+
+
 def use_page(url, folder):
     with devtools.Browser() as browser:
         page = browser.page()
@@ -377,6 +390,8 @@ def main():
             arguments = ["--api-key", KEY, "--admin-key", ADMIN_KEY, "--memory", "256M", "--policy", "fixed"]
             with server.Server(arguments, pathlib.Path(folder) / "serve.log", program=args.program) as running:
                 use_page(running.url, args.screenshots)
+            with devtools.Browser() as browser:
+                check_no_adapter(browser, args.program, pathlib.Path(folder))
     print(f"web_check: {len(failures)} failures")
     return 1 if failures else 0
 

@@ -186,6 +186,10 @@ void RefuseUnsupported(const Fields& fields, const Limits& limits, const Common&
     float value = 1;
     if (fields.Number(name, 0, 100, &value)) fields.RefuseUnless(name, value == 1);
   }
+  for (const char* name : {"mirostat", "dry_multiplier", "xtc_probability", "dynatemp_range"}) {
+    float value = 0;
+    if (fields.Number(name, 0, 100, &value)) fields.RefuseUnless(name, value == 0);
+  }
   int n_predict = -1;
   if (fields.Int("n_predict", -2, kMaxTokens, &n_predict)) {
     fields.RefuseUnless("n_predict", n_predict == -1);

@@ -341,6 +341,10 @@ TEST(RequestUnsupported, IsRefusedByName) {
                                                {"allowed_token_ids", "null", "[1]"},
                                                {"typical_p", "1.0", "0.9"},
                                                {"repeat_penalty", "1", "1.1"},
+                                               {"mirostat", "0", "2"},
+                                               {"dry_multiplier", "0.0", "0.8"},
+                                               {"xtc_probability", "0", "0.5"},
+                                               {"dynatemp_range", "0", "0.5"},
                                                {"n_predict", "-1", "32"}}) {
     GoodField(Pair(name, nothing));
     BadField(Pair(name, something), "unsupported_parameter", name);
