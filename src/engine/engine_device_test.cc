@@ -449,6 +449,8 @@ TEST_F(EngineDeviceTest, ADeviceThatFailsAtACopyLosesNoEnd) {
     }
     for (const auto& sink : sinks)
       EXPECT_EQ(sink->Wait().status.message(), "the device failed: gone");
+    EXPECT_GE(sinks[0]->tokens().size(), 1u);
+    EXPECT_EQ(sinks[0]->Wait().levels, (LevelHistory{{0, 0}}));
     ExpectNoLeak(engine);
   }
 }

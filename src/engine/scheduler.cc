@@ -178,8 +178,8 @@ EndedSequence Scheduler::End(Sequence& sequence, Status status) {
 
 std::vector<EndedSequence> Scheduler::Commit(std::span<const RowResult> results) {
   DSLA_CHECK(in_step_ && results.size() == plan_.rows.size());
-  const auto done = std::exchange(surplus_, {});  // they had their last row in this step
-  std::vector<EndedSequence> ended;
+  const auto done = std::exchange(surplus_, {});    // they had their last row in this step
+  std::vector<EndedSequence>& ended = next_.ended;  // where Clear finds them if a copy throws
   for (size_t i = 0; i < results.size(); ++i) {
     const PlannedRows& rows = plan_.rows[i];
     Sequence* const running = FindRunning(rows.id);
@@ -213,7 +213,7 @@ std::vector<EndedSequence> Scheduler::Commit(std::span<const RowResult> results)
   }
   plan_ = std::exchange(ahead_, {});
   in_step_ = !plan_.rows.empty();
-  return ended;
+  return std::exchange(ended, {});
 }
 
 PrefixTokens Scheduler::Tokens(Sequence& sequence, int count) {
@@ -339,7 +339,7 @@ std::vector<const SequenceCache*> Scheduler::caches() const {
 }
 
 std::vector<EndedSequence> Scheduler::Clear() {
-  std::vector<EndedSequence> ended;
+  std::vector<EndedSequence> ended = std::move(next_.ended);
   for (Sequences* all : {&running_, &waiting_}) {
     while (!all->empty()) ended.push_back(End(*all->begin()->second, Status::Ok()));
   }

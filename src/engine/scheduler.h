@@ -197,7 +197,8 @@ class Scheduler {
 
   PrefixCache* prefix_cache() { return prefix_cache_.get(); }  // null when off
 
-  // Ends everything without a status; for shutdown. Returns what was cut off.
+  // Ends everything without a status; for shutdown, or after a call in which `ops` threw. Returns
+  // what was cut off, and the requests that had ended in that call.
   std::vector<EndedSequence> Clear();
 
  private:

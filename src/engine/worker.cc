@@ -332,13 +332,6 @@ void Worker::EndAll(const Status& why) {
     ended.status = why;
     Finish(ended);
   }
-  // Those that the scheduler had ended in the call that threw.
-  while (!active_.empty()) {
-    EndedSequence ended;
-    ended.id = active_.begin()->first;
-    ended.status = why;
-    Finish(ended);
-  }
   TellEnds();
 }
 
