@@ -382,6 +382,21 @@ TEST_F(EngineDeviceTest, NothingIsLostWhenTheRequestEndsInBetween) {
   ExpectNoLeak(engine);
 }
 
+// Text that was held back goes out with whatever end.
+TEST_F(EngineDeviceTest, WhoeverIsCancelledWithTheLastTokenHasAllText) {
+  std::function<void()> nearly_done = [] {};
+  OnStream on({.choose = OneMore, .nearly_done = [&](int, double) { nearly_done(); }});
+  TestEngine engine(on.small.model(), *tokenizer_, Options());
+  Request request = Ask(1, {'0'});
+  request.stop = {"12"};
+  nearly_done = [&] { engine->Cancel(request.id); };
+  const auto sink = std::make_shared<RecordingSink>();
+  EXPECT_FALSE(engine->Submit(request, sink).has_value());
+  EXPECT_EQ(sink->Wait().finish, FinishReason::kCancelled);
+  EXPECT_THAT(sink->tokens(), ElementsAre('1'));
+  EXPECT_EQ(sink->text(), "1");
+}
+
 // States are copied between steps: a failure there ends all requests as one in a step does its own.
 // Where states are to be kept, and in the middle of a plan, where a request starts from some.
 TEST_F(EngineDeviceTest, ADeviceThatFailsAtACopyFailsEverybody) {

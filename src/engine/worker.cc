@@ -276,7 +276,8 @@ void Worker::Finish(const EndedSequence& ended) {
   if (!ended.status.ok()) {
     result.status = ended.status;
     result.finish = FinishReason::kCancelled;
-    if (!active->text.stop_string().has_value()) result.tail_text = active->text.Finish();
+    // Where its last token was in the same step it has some already.
+    if (!active->text.stop_string().has_value()) result.tail_text += active->text.Finish();
   }
   result.cached_tokens = ended.cached_tokens;
   result.preemptions = ended.preemptions;
