@@ -34,6 +34,7 @@ struct ActiveRequest {
   TextStream text;
   std::vector<int32_t> end_ids;   // tokens that end the reply
   std::optional<ReplyMask> mask;  // of a reply that follows a grammar
+  bool empty_reply = false;       // all that its grammar allows
   double submitted = 0;
 
   // The worker's notes.
