@@ -143,6 +143,7 @@ void Inbox::Take(Mail& mail, std::optional<std::chrono::duration<double>> wait) 
 void Inbox::Release(const std::string& id) {
   const std::lock_guard lock(mutex_);
   ids_.erase(id);
+  std::erase(mail_.cancels, id);  // not for whoever uses it next
 }
 
 void Inbox::Settle(int left, int64_t left_tokens, int ended) {

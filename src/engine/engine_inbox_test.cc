@@ -99,6 +99,19 @@ TEST_F(InboxTest, AnIdIsFreeAgainAfterItsEnd) {
   EXPECT_EQ(inbox.counts().accepted, 1);
 }
 
+TEST_F(InboxTest, ACancelThatComesTooLateIsNotForTheNextOfThatId) {
+  Inbox inbox({});
+  for (const char* id : {"a", "b"}) EXPECT_FALSE(inbox.Put(Make(id)));
+  Inbox::Mail mail;
+  inbox.Take(mail, kForever);
+  inbox.CancelAll();
+  inbox.Release("a");  // by itself, meanwhile
+  EXPECT_FALSE(inbox.Put(Make("a")));
+  inbox.Take(mail, kForever);
+  EXPECT_EQ(Ids(mail), std::vector<std::string>{"a"});
+  EXPECT_EQ(mail.cancels, std::vector<std::string>{"b"});
+}
+
 TEST_F(InboxTest, BoundsOfTheQueue) {
   Inbox inbox({.max_queued = 2, .max_queued_tokens = 10});
   EXPECT_FALSE(inbox.Put(Make("large", 50))) << "alone, it is let in";
