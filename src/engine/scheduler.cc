@@ -168,6 +168,7 @@ EndedSequence Scheduler::End(Sequence& sequence, Status status) {
   ended.levels = sequence.history.size() < sequence.preempted_history.size()
                      ? sequence.preempted_history
                      : sequence.history;
+  std::erase(reading_, &sequence);
   if (sequence.ahead) {
     surplus_.push_back(std::move(running_.extract(ended.id).mapped()));
   } else if (running_.erase(ended.id) == 0) {

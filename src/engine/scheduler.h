@@ -223,6 +223,7 @@ class Scheduler {
   // scheduler_plan.cc
   StepPlan TakePlan();
   void Expire(double now);
+  void NoteReading();
   void PlanDecodes();
   void PlanPrefills();
   void NoteReadyPrefixes();
@@ -285,6 +286,7 @@ class Scheduler {
   int64_t preemptions_ = 0;
   Sequences running_;
   Sequences waiting_;
+  std::vector<Sequence*> reading_;  // of running_, while rows are planned: see NoteReading
   StepPlan next_;   // being planned
   StepPlan plan_;   // of the step in flight
   StepPlan ahead_;  // of the one behind it, if it is planned

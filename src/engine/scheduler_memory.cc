@@ -57,6 +57,7 @@ void Scheduler::Preempt(Sequence& victim) {
     ++preemptions_;
     next_.preempted.push_back(victim.id);
   }
+  std::erase(reading_, &victim);
   victim.cache.reset();
   victim.history.clear();
   victim.recorded.clear();
@@ -273,6 +274,8 @@ bool Scheduler::TryAdmit(Sequence& sequence) {
   sequence.blocked_level = -1;
   auto node = waiting_.extract(sequence.id);
   running_.insert(std::move(node));
+  if (sequence.reads())
+    reading_.insert(std::ranges::upper_bound(reading_, sequence.id, {}, &Sequence::id), &sequence);
   return true;
 }
 
