@@ -263,9 +263,11 @@ Status Scheduler::Raise(int64_t id, int level) {
     return ResourceExhausted("request {} would need {} bytes at level {}; the cache has {}", id,
                              final_bytes, level, ledger_->config().budget_bytes);
   }
-  // One that is promised all of its reply must still have it afterwards.
+  // One that is promised all of its reply must still have it afterwards. Pages that another
+  // sequence holds, too, are no room for it.
+  const int64_t rest = final_bytes - SequenceBytes(sizes_, level, sequence->length());
   const bool keeps_promise =
-      !IsSettled(*sequence) || final_bytes - SequenceBytes(sizes_, from, sequence->length()) <=
+      !IsSettled(*sequence) || BytesToRaise(*sequence->cache, level, true).end + rest <=
                                    ObtainableBytes() - ReservedBytes(*sequence);
   if (!keeps_promise || !MakeRaiseRoom(*sequence, level, false)) {
     return ResourceExhausted("no room to raise request {} from level {} to {}: {} bytes are free",

@@ -207,6 +207,9 @@ class Scheduler {
   struct Bounds {
     int min = 0, max = 0;
   };
+  struct RaiseBytes {
+    int64_t peak = 0, end = 0;  // the most on the way, and what it has taken afterwards
+  };
   using Sequences = std::map<int64_t, std::unique_ptr<Sequence>>;  // oldest first
 
   // scheduler.cc
@@ -261,7 +264,7 @@ class Scheduler {
   bool ReplayRaises(Sequence& sequence, bool may_preempt);
   bool MakeRoom(const Sequence& in_need, int64_t bytes, bool may_preempt);
   bool MakeRaiseRoom(const Sequence& in_need, int level, bool may_preempt);
-  int64_t RaisePeak(const SequenceCache& cache, int level, bool count_retained) const;
+  RaiseBytes BytesToRaise(const SequenceCache& cache, int level, bool count_retained) const;
   bool IsSettled(const Sequence& sequence) const;  // not to be pre-empted any more
   int64_t RestBytes(const Sequence& sequence) const;
   int64_t PromisedBytes() const;
@@ -287,9 +290,9 @@ class Scheduler {
   Sequences running_;
   Sequences waiting_;
   std::vector<Sequence*> reading_;  // of running_, while rows are planned: see NoteReading
-  StepPlan next_;   // being planned
-  StepPlan plan_;   // of the step in flight
-  StepPlan ahead_;  // of the one behind it, if it is planned
+  StepPlan next_;                   // being planned
+  StepPlan plan_;                   // of the step in flight
+  StepPlan ahead_;                  // of the one behind it, if it is planned
   bool in_step_ = false;
   bool pause_due_ = false;  // a request can only be admitted when nothing is in flight
   // Ended, but for rows of theirs in the step in flight.
