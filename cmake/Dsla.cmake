@@ -56,7 +56,8 @@ function(dsla_loaded_library)
 endfunction()
 
 # dsla_test(NAME <name> SRCS <files> [DEPS <targets>] [LABELS <labels>] [ARGS <arguments>] [ENV <name=value>...] [TIMEOUT <s>]):
-# a GoogleTest program run by CTest as <name>. It finds data through the compile definition DSLA_SOURCE_DIR. With the
+# a GoogleTest program run by CTest as <name>. It finds data through the compile definition DSLA_SOURCE_DIR; what it writes
+# to testing::TempDir() is in a folder of its own below the build's, so that another build's tests may run beside it. With the
 # label tsan it also runs under ThreadSanitizer, so it must not need libtorch or OpenMP threads.
 function(dsla_test)
   cmake_parse_arguments(ARG "" "NAME;TIMEOUT" "SRCS;DEPS;LABELS;ARGS;ENV" ${ARGN})
@@ -78,6 +79,9 @@ function(dsla_test)
     math(EXPR ARG_TIMEOUT "3 * ${ARG_TIMEOUT}")
     list(APPEND ARG_ENV UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1)
   endif()
+  set(files ${PROJECT_BINARY_DIR}/test_files/${ARG_NAME})
+  file(MAKE_DIRECTORY ${files})
+  list(APPEND ARG_ENV TEST_TMPDIR=${files}/)
   set_tests_properties(${ARG_NAME} PROPERTIES TIMEOUT ${ARG_TIMEOUT} LABELS "${ARG_LABELS}" ENVIRONMENT "${ARG_ENV}")
   if("tsan" IN_LIST ARG_LABELS)
     add_dependencies(tsan_tests ${ARG_NAME})

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -43,11 +44,16 @@ class CliTest : public testing::Test {
     fs::create_directories(folder_);
     model_ = MakeModel("model");
     adapter_ = (folder_ / "adapter.safetensors").string();
+    WriteAdapter(/*top_level=*/2);
+  }
+
+  void WriteAdapter(int top_level) {
     auto file = ModelFile::Open(model_);
     ASSERT_TRUE(file.ok()) << file.status().message();
     Adapter adapter = *testing_models::RandomAdapter((*file)->config(), {}, 5);
     adapter.base_fingerprint = (*file)->Fingerprint().value();
     adapter.base_name = "small";
+    adapter.top_level = top_level;
     const Status saved = SaveAdapter(adapter, adapter_);
     ASSERT_TRUE(saved.ok()) << saved.message();
   }
@@ -190,6 +196,11 @@ TEST_F(CliTest, ReadsTextFromAFileAndFromStandardInput) {
   EXPECT_EQ(run("--file " + (folder_ / "text.txt").string(), ""), want);
   EXPECT_EQ(run("--file -", "hello"), want);
   EXPECT_EQ(run("", "hello"), want);
+  const fs::path piped = folder_ / "piped";
+  const std::string command = "printf hello | " + program_ + " run " + Model() +
+                              "-n 8 --ignore-eos --file /dev/stdin >" + piped.string();
+  EXPECT_EQ(std::system(command.c_str()), 0);
+  EXPECT_EQ(ReadAll(piped), want);
 }
 
 TEST_F(CliTest, ControlCEndsItBeforeAnAnswer) {
@@ -310,6 +321,7 @@ TEST_F(CliTest, HelpNamesEveryCommandAndOption) {
     EXPECT_EQ(Dsla(std::string(command) + " --help").exit_code, 0);
   }
   EXPECT_THAT(Dsla("run --help").out, HasSubstr("--raise-at"));
+  EXPECT_THAT(Dsla("serve --help").out, HasSubstr("dsla serve --config"));
 }
 
 TEST_F(CliTest, BadOptionsAreNamed) {
@@ -334,7 +346,13 @@ TEST_F(CliTest, BadOptionsAreNamed) {
                 "has no adapter, so only tier full");
   ExpectRefused("run " + Model() + "--tier best abc",
                 "--tier: 'best' is not one of full, auto, economy");
-  ExpectRefused("run " + Model() + "--raise-at 5 abc", "--raise-at: '5' is not of the form A:B");
+  ExpectRefused("run " + Model() + "--raise-at 5 abc",
+                "--raise-at: '5' is not of the form TOKEN:LEVEL");
+  ExpectRefused("run " + Model() + "--logit-bias 5 abc",
+                "--logit-bias: '5' is not of the form ID:BIAS");
+  ExpectRefused("run --seed -1 abc", "--seed: -1 is negative (see dsla run --help)");
+  ExpectRefused("serve --max-queued-tokens -1", "--max-queued-tokens: -1 is negative");
+  ExpectRefused("bench --text x --prefill-chunk 0", "--prefill-chunk: 0 is not positive");
   ExpectRefused("run " + Model() + "--raise-at 5:9 abc", "--raise-at 5:9: levels are 0 to 2");
   ExpectRefused("run " + Model() + "--temperature -1 abc", "temperature");
   ExpectRefused("run " + Model() + "--top-p 0 abc", "top_p");
@@ -358,6 +376,12 @@ TEST_F(CliTest, BadOptionsAreNamed) {
   ExpectRefused("run " + Model() + "--simd sse abc", "--simd: 'sse' is not one of auto, avx2");
   ExpectRefused("run " + Model() + "--prefill-chunk 0 abc", "--prefill-chunk: 0 is not positive");
   ExpectRefused("eval " + Model() + "--data " + folder_.string() + "/none.jsonl", "cannot open");
+}
+
+TEST_F(CliTest, AFixedLevelMayBeAnyOfTheLadder) {
+  WriteAdapter(/*top_level=*/1);
+  ExpectRefused("serve " + Model() + "--port 0 --log-level error --policy fixed --level 9",
+                "--level: 9 is above the highest level, 2");
 }
 
 TEST_F(CliTest, AReplyFollowsAGrammar) {
@@ -385,6 +409,9 @@ TEST_F(CliTest, BadOptionsOfRunAreNamedBeforeTheModelIsLoaded) {
            {"--memory lots", "--memory: 'lots'"},
            {"--chat --json", "--json does not go with --chat"},
            {"--chat --raw", "--raw does not go with --chat"},
+           {"--raw --system x", "--system does not go with --raw"},
+           {"--raw --chat-template chatml", "--chat-template does not go with --raw"},
+           {"--raw --no-thinking", "--no-thinking does not go with --raw"},
            {"--json-schema a --grammar b", "--json-schema does not go with --grammar"},
            {"--chat --file -", "--file -"}})
     ExpectRefused("run --model none " + std::string(arguments) + " abc", message);
@@ -399,6 +426,21 @@ TEST_F(CliTest, AChatMayBeginWithAPrompt) {
   EXPECT_THAT(chat.out, testing::StartsWith(one.out));
 }
 
+// The reply is the tokens "t", "h"; read as text it is the one token "th", so that the next turn
+// does not continue what is cached.
+TEST_F(CliTest, AChatKeepsItsLevelWhereItIsReadAnew) {
+  const std::string grammar = (folder_ / "th.gbnf").string();
+  std::ofstream(grammar) << "root ::= \"th\"";
+  const Outcome chat = Dsla("run " + Model() + "--chat --chat-template chatml --stats --grammar " +
+                                grammar + " --logit-bias 95:-100",
+                            "abc\n/level 2\ndef\n/level\n/level 1\n");
+  ASSERT_EQ(chat.exit_code, 0) << chat.err;
+  EXPECT_THAT(chat.err, HasSubstr("> level 2\n"));
+  EXPECT_THAT(chat.err, HasSubstr("level   2 of 2\n"));
+  EXPECT_THAT(chat.err, HasSubstr("/level takes a number"));
+  EXPECT_THAT(chat.err, HasSubstr("level 1: the sequence is at 2 and levels only rise"));
+}
+
 TEST_F(CliTest, AChatThatIsFullSaysHowToGoOn) {
   const std::string command = "run " + Model() + "--chat --chat-template chatml -n 4 ";
   const Outcome chat = Dsla(command, std::string(600, 'x') + "\n/clear\nabc\n");
@@ -411,7 +453,10 @@ TEST_F(CliTest, AnAnswerThatRunsOutOfMemoryEndsItsLine) {
   const Outcome outcome = Dsla("run " + Model() + "--memory 64K --ignore-eos -n 400 abc");
   EXPECT_EQ(outcome.exit_code, 2);
   EXPECT_THAT(outcome.out, testing::EndsWith("\n"));
-  EXPECT_THAT(outcome.err, HasSubstr("(see --memory"));
+  EXPECT_THAT(outcome.err, HasSubstr("(see --memory and --tier auto)"));
+  const Outcome raised = Dsla("run " + Model() + "--tier auto --memory 1K abc");
+  EXPECT_EQ(raised.exit_code, 2) << raised.out;
+  EXPECT_THAT(raised.err, HasSubstr("(see --memory)"));
 }
 
 TEST_F(CliTest, BadPromptsAreRefused) {
@@ -491,7 +536,7 @@ TEST_F(CliTest, AnInterruptedTrainerSaysWhatItDoes) {
                               model_ + " --prompts " + text +
                               " --documents 1000000 --length 40 --batch 2 --threads 1 --out " +
                               (folder_ / "texts.jsonl").string() + " 2>" + err +
-                              " & for i in $(seq 600); do grep -q tokens/s " + err +
+                              " & for i in $(seq 3000); do grep -q tokens/s " + err +
                               " && break; sleep 0.1; done; kill -INT $!; wait $!";
   std::ofstream(text) << std::string(4000, 'a');
   const int status = std::system(command.c_str());
@@ -500,19 +545,21 @@ TEST_F(CliTest, AnInterruptedTrainerSaysWhatItDoes) {
   EXPECT_THAT(ReadAll(err), HasSubstr("interrupted after"));
 }
 
-// The program without the libraries that belong beside it: it starts, and names what it misses.
+// The program without the libraries that belong beside it: it starts, and names what it misses. Not
+// below the build's folder, where they are found.
 TEST_F(CliTest, NamesTheLibraryThatIsNotThere) {
-  const fs::path alone = folder_ / "alone";
-  fs::create_directories(alone);
+  std::string alone = (fs::temp_directory_path() / "dsla_alone_XXXXXX").string();
+  ASSERT_NE(::mkdtemp(alone.data()), nullptr);
   fs::copy(DSLA_PROGRAM, alone);
   EXPECT_THAT(ReadAll(DSLA_PROGRAM), Not(HasSubstr("libtorch_cpu.so")));  // linked by them alone
-  program_ = alone / fs::path(DSLA_PROGRAM).filename();
+  program_ = fs::path(alone) / fs::path(DSLA_PROGRAM).filename();
   EXPECT_EQ(Dsla("inspect " + model_).exit_code, 0);
   ExpectRefused("run " + Model() + "--weights fp32 abc", "'libdsla_gemm.so', which belongs beside");
   std::ofstream(folder_ / "text.txt") << "some text";
   ExpectRefused("distill --model " + model_ + " --data " + (folder_ / "text.txt").string() +
                     " --out " + (folder_ / "trained.safetensors").string(),
                 "'libdsla_trainer.so', which belongs beside");
+  fs::remove_all(alone);
 }
 
 }  // namespace

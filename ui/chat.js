@@ -16,7 +16,7 @@ const ADVICE = {
   context_length_exceeded: 'Clear the conversation, or ask for a shorter reply under Options.',
 };
 
-const view = { levels: 0, top: 0 };
+const view = { levels: null, top: 0 };  // null: not known yet
 let conversation = [];  // {role, content}, as the API takes them: each question with its answer
 let attached = null;    // {name, text}
 let running = null;     // {reply, render, abort}: of the reply being written
@@ -366,10 +366,8 @@ export function setLadder(layers, top, highest) {
   view.top = top;
   $('level').max = highest;
   if (!Number($('level').value)) $('level').value = top;
-  // Without an adapter there is one level.
-  for (const radio of document.querySelectorAll('input[name=tier]')) {
-    radio.disabled = highest === 0 && (radio.value === 'economy' || radio.value === 'exact');
-  }
+  // Without an adapter there is one level: none to choose, and none to see rise.
+  for (const part of [$('tiers'), $('tier-hint'), $('burst-row')]) part.hidden = highest === 0;
   showTier();
 }
 

@@ -13,10 +13,13 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 PROGRAM = ROOT / "build/release/dsla"
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def reserve_port():
+    """A bound socket whose port the system gives to nobody who asks for a free one; who names it may still listen on it, as
+    this socket does not and both allow addresses to be used again."""
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    return reserved
 
 
 class Server:
@@ -25,7 +28,8 @@ class Server:
     def __init__(self, arguments, log, program=PROGRAM, start_timeout=600):
         if not os.access(program, os.X_OK):
             raise SystemExit(f"{program} is not there: run ./quickstart --no-run first")
-        self.port = free_port()
+        self.reserved = reserve_port()
+        self.port = self.reserved.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = pathlib.Path(log)
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -84,3 +88,4 @@ class Server:
         if self.process and self.process.poll() is None and self.terminate(20) is None:
             self.process.kill()
             self.process.wait()
+        self.reserved.close()

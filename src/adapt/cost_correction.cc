@@ -10,6 +10,8 @@ constexpr double kMemorySeconds = 5;    // of work, after which an observation c
 constexpr double kMostOfOne = 3;        // a ratio counts as at most so many times the mean, or 1/so
 constexpr double kMostInAll = 64;       // beyond it, what is wrong is not the machine's speed
 constexpr double kLeastSeconds = 1e-7;  // less than this is the clock, not the work
+constexpr double kFar = 2;              // times, or 1/so
+constexpr double kDoubtSeconds = 20;    // of work, which outlasts what one disturbance does
 
 }  // namespace
 
@@ -29,6 +31,10 @@ StepParts PredictStep(const CostModel& model, const StepTime& step) {
   return parts;
 }
 
+CostCorrection::Factor::Factor(double usual) : usual_log_(std::log(usual)) {}
+
+bool CostCorrection::Factor::doubtful() const { return far_seconds_ >= kDoubtSeconds; }
+
 double CostCorrection::Factor::value() const { return std::exp(log_); }
 
 void CostCorrection::Factor::Add(double ratio, double seconds) {
@@ -39,6 +45,8 @@ void CostCorrection::Factor::Add(double ratio, double seconds) {
   weight_ = old + seconds;
   log_ = (old * log_ + seconds * log) / weight_;
   log_ = std::clamp(log_, -std::log(kMostInAll), std::log(kMostInAll));
+  const double distance = std::min(std::abs(log_), std::abs(log_ - usual_log_));
+  far_seconds_ = distance > std::log(kFar) ? far_seconds_ + seconds : 0;
 }
 
 void CostCorrection::ObserveStep(const CostModel& model, const StepTime& step) {

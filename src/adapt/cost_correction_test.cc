@@ -95,6 +95,52 @@ TEST(CostCorrection, StepsThatWereHeldUpMoveItLittle) {
   EXPECT_EQ(correction.factors().prefill, 1);
 }
 
+// `seconds` of decode steps that take `factor` times what the model says.
+void Decode(CostCorrection& correction, double factor, double seconds) {
+  const StepTime step = DecodeStep(8, {.prefill = 1, .decode = factor, .fold = 1});
+  for (double done = 0; done < seconds; done += step.seconds) correction.ObserveStep(Model(), step);
+}
+
+TEST(CostCorrection, DoubtsWhatIsFarOffForLong) {
+  for (const double factor : {1.0 / 3, 3.0}) {
+    CostCorrection correction;
+    Decode(correction, factor, 15);
+    EXPECT_FALSE(correction.doubtful()) << factor << ": not yet";
+    Decode(correction, factor, 15);
+    EXPECT_TRUE(correction.doubtful()) << factor;
+    Decode(correction, 1, 15);
+    EXPECT_FALSE(correction.doubtful()) << factor << ": it has come back";
+  }
+  CostCorrection near, hit;
+  for (int i = 0; i < 20; ++i) {
+    Decode(near, i % 2 == 0 ? 1.8 : 0.6, 10);
+    EXPECT_FALSE(near.doubtful()) << "such is the work";
+    Decode(hit, i % 2 == 0 ? 4 : 1, 10);
+    EXPECT_FALSE(hit.doubtful()) << "what disturbs comes and goes";
+  }
+}
+
+// Of a kind that was seen for a moment nothing is known, however long others run.
+TEST(CostCorrection, DoubtTakesWorkOfItsKind) {
+  CostCorrection correction;
+  const double seconds = 30 * Model().FoldSeconds(0, 4, 3000);
+  for (int i = 0; i < 3; ++i)
+    correction.ObserveFold(Model(), {.from = 0, .to = 4, .length = 3000, .seconds = seconds});
+  ASSERT_GT(correction.factors().fold, 2);
+  Decode(correction, 1, 100);
+  EXPECT_FALSE(correction.doubtful());
+}
+
+TEST(CostCorrection, FactorsThatCameBackAreNotDoubtful) {
+  CostCorrection correction({.prefill = 1, .decode = 0.3, .fold = 1});
+  Decode(correction, 0.3, 60);
+  EXPECT_FALSE(correction.doubtful()) << "as by the measurement before";
+  Decode(correction, 1, 60);
+  EXPECT_FALSE(correction.doubtful()) << "as measured";
+  Decode(correction, 3, 60);
+  EXPECT_TRUE(correction.doubtful()) << "neither";
+}
+
 TEST(CostCorrection, WhatSaysNothingChangesNothing) {
   CostCorrection correction;
   StepTime step = DecodeStep(4, {});

@@ -74,6 +74,35 @@ Status ReadCoefficients(const nlohmann::json& json, const char* key, std::array<
 
 }  // namespace
 
+CostFactors FactorsBy(const CostModel& model, const CostModel& other, const CostFactors& factors) {
+  // Work of which every part counts.
+  constexpr int64_t kTokens = 512, kContext = 1024;
+  const auto by = [](double factor, double seconds, double by_other) {
+    return seconds > 0 && by_other > 0 ? factor * by_other / seconds : factor;
+  };
+  const DecodeRow row{.level = 0, .length = kContext};
+  return {
+      .prefill = by(factors.prefill, model.PrefillSeconds(0, kTokens, kContext),
+                    other.PrefillSeconds(0, kTokens, kContext)),
+      .decode = by(factors.decode, model.DecodeSeconds({&row, 1}), other.DecodeSeconds({&row, 1})),
+      .fold =
+          by(factors.fold, model.FoldSeconds(0, 1, kContext), other.FoldSeconds(0, 1, kContext))};
+}
+
+const char* Name(CostSource source) {
+  switch (source) {
+    case CostSource::kNone:
+      return "none";
+    case CostSource::kMeasured:
+      return "measured";
+    case CostSource::kKept:
+      return "kept";
+    case CostSource::kFile:
+      return "file";
+  }
+  return "none";
+}
+
 Expected<CostModel> CostModel::Fit(int layers, const CostMeasurements& measured) {
   if (layers < 1) return InvalidArgument("cost model: {} layers", layers);
   if (measured.prefill.size() < 2 || measured.decode.size() < 2) {

@@ -100,6 +100,23 @@ class CostModel {
   double max_error_ = 0;
 };
 
+// Those by `model` of work that had `factors` by another one.
+CostFactors FactorsBy(const CostModel& model, const CostModel& other, const CostFactors& factors);
+
+enum class CostSource { kNone, kMeasured, kKept, kFile };
+const char* Name(CostSource source);
+
+// A cost model that is served with, and where it comes from.
+struct MeasuredCost {
+  CostModel model;
+  // Of the work for which a measurement before this one was doubted, by this one. If they come back
+  // it is the work that differs from what is measured, and measuring again is no use.
+  CostFactors usual;
+  int64_t measured_at = 0;  // Unix seconds; 0: not known
+  // Measured by this start; by an earlier one, and kept by it; read from a file that was named.
+  CostSource source = CostSource::kNone;
+};
+
 // What to measure at start-up: levels 0 and the top, short and long contexts, one row and several.
 // A few seconds' work: `tokens_per_second` is a rough prefill rate that scales the chunks, so that
 // a slow machine measures less.

@@ -183,6 +183,20 @@ TEST(CostModel, JsonErrors) {
   }
 }
 
+TEST(CostModel, FactorsByAnother) {
+  const CostModel truth = Truth();
+  const CostModel slow = truth.Scaled({.prefill = 4, .decode = 2, .fold = 0.5});
+  // Where the other one was wrong, nothing is left; where both say the same, all of it.
+  const CostFactors found = FactorsBy(slow, truth, {.prefill = 4, .decode = 1, .fold = 0.5});
+  EXPECT_NEAR(found.prefill, 1, 1e-9);
+  EXPECT_NEAR(found.decode, 0.5, 1e-9);
+  EXPECT_NEAR(found.fold, 1, 1e-9);
+  EXPECT_EQ(FactorsBy(truth, truth, {.prefill = 3, .decode = 1, .fold = 1}).prefill, 3);
+  const CostModel nothing = truth.Scaled({.prefill = 1, .decode = 1, .fold = 0});
+  EXPECT_EQ(FactorsBy(nothing, truth, {.prefill = 1, .decode = 1, .fold = 3}).fold, 3);
+  EXPECT_EQ(FactorsBy(truth, nothing, {.prefill = 1, .decode = 1, .fold = 3}).fold, 3);
+}
+
 TEST(CalibrationPlan, FitsTheLimits) {
   for (const int64_t memory : {3, 100, 1000, 10000, 1000000}) {
     for (const int64_t positions : {16, 512, 2048, 131072}) {

@@ -89,12 +89,12 @@ Expected<std::unique_ptr<LevelPolicy>> MakePolicy(const PolicyOptions& options) 
   }
   if (options.policy == "slo") {
     DSLA_RETURN_IF_ERROR(CheckSlo(options.slo));
-    if (options.cost.layers() == 0) {
+    if (options.cost.model.layers() == 0) {
       return InvalidArgument("policy slo: no cost model was measured at the start");
     }
-    if (options.cost.layers() != options.layers) {
+    if (options.cost.model.layers() != options.layers) {
       return InvalidArgument("policy slo: its cost model is of {} layers, the model has {}",
-                             options.cost.layers(), options.layers);
+                             options.cost.model.layers(), options.layers);
     }
     return std::unique_ptr<LevelPolicy>(
         std::make_unique<SloPolicy>(options.slo, options.cost, options.max_level));

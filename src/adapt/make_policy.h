@@ -40,7 +40,7 @@ struct PolicyOptions {
   int layers = 0;              // of the model
   int max_level = 0;           // of tier auto
   int fixed_level = 0;         // of "fixed"
-  CostModel cost;              // "slo" needs it
+  MeasuredCost cost;           // "slo" needs its model
   SloOptions slo;
   PaperOptions paper;
 };

@@ -91,6 +91,8 @@ class LevelPolicy {
   virtual void ObserveToken(double /*now*/, double /*seconds*/) {}
   // By what its cost model is corrected now; 1 where there is none.
   virtual CostFactors cost_factors() const { return {}; }
+  // They have been so far off for so long that it should be measured anew.
+  virtual bool cost_doubtful() const { return false; }
 };
 
 }  // namespace dsla

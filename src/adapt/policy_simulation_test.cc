@@ -35,7 +35,7 @@ PolicyOptions Policy(const std::string& name, const SimOptions& server, int max_
   p.policy = name;
   p.layers = kLayers;
   p.max_level = max_level;
-  p.cost = server.cost;
+  p.cost.model = server.cost;
   p.slo.prefill_chunk = server.chunk;
   return p;
 }
@@ -99,9 +99,10 @@ class Invariants {
         const int64_t after =
             SequenceBytes(load.sizes, raise.level, s->cached_tokens + s->pending_tokens);
         ASSERT_LT(after, before);
-        longest_fold_ = std::max(longest_fold_, options_.cost.FoldSeconds(0, 1, s->cached_tokens));
+        longest_fold_ =
+            std::max(longest_fold_, options_.cost.model.FoldSeconds(0, 1, s->cached_tokens));
       }
-      folds += options_.cost.FoldSeconds(s->level, raise.level, s->cached_tokens);
+      folds += options_.cost.model.FoldSeconds(s->level, raise.level, s->cached_tokens);
     }
     if (options_.policy == "slo") {
       ASSERT_LE(folds, options_.slo.raise_seconds + longest_fold_);
@@ -261,7 +262,7 @@ class Deaf final : public LevelPolicy {
 // A policy that takes the server for `speed` times as fast as it is.
 std::unique_ptr<LevelPolicy> Mistaken(const SimOptions& server, double speed, double ttft = 2) {
   PolicyOptions options = Policy("slo", server, 22);
-  options.cost = Cost(speed);
+  options.cost.model = Cost(speed);
   options.slo.ttft = ttft;
   return Make(options);
 }

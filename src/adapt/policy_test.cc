@@ -27,7 +27,7 @@ PolicyOptions Options(const std::string& policy) {
   options.policy = policy;
   options.layers = kLayers;
   options.max_level = kTop;
-  options.cost = Cost();
+  options.cost.model = Cost();
   return options;
 }
 
@@ -284,6 +284,19 @@ TEST(SloPolicy, ABoundIsMovedWithoutStartingAnew) {
   policy->SetMaxLevel(kTop);
   EXPECT_EQ(policy->cost_factors().prefill, factor);
   EXPECT_EQ(policy->Decide(Burst(6)).target, high);
+}
+
+TEST(SloPolicy, SaysWhereItsCostModelIsDoubtful) {
+  StepTime step{.prefill = {{.level = 0, .tokens = 512, .context = 0}}, .decode = {}, .seconds = 0};
+  step.seconds = 3 * Cost().PrefillSeconds(0, 512, 0);
+  for (const double usual : {1.0, 3.0}) {
+    PolicyOptions options = Options("slo");
+    options.cost.usual.prefill = usual;
+    const auto policy = Make(options);
+    EXPECT_FALSE(policy->cost_doubtful());
+    for (double done = 0; done < 60; done += step.seconds) policy->ObserveStep(step);
+    EXPECT_EQ(policy->cost_doubtful(), usual == 1) << usual;
+  }
 }
 
 TEST(SloPolicy, QualityIsNotSpentOnWhatLevelsCannotHelp) {
@@ -543,8 +556,8 @@ TEST(SloPolicy, RaisesForTimeOnlyWhatPaysBack) {
                   Running(101, 7000, 0, 4000),  // pays
                   Running(102, 200, 0, 4000)};  // short
   options.slo.growth_tokens = 4000;
-  options.cost = CostModel::FromCoefficients(kLayers, {2e-2, 5e-5, 6e-5, 1.6e-8},
-                                             {8e-3, 4e-5, 4.5e-5, 1.8e-7}, {2e-4, 3.7e-6});
+  options.cost.model = CostModel::FromCoefficients(kLayers, {2e-2, 5e-5, 6e-5, 1.6e-8},
+                                                   {8e-3, 4e-5, 4.5e-5, 1.8e-7}, {2e-4, 3.7e-6});
   const LevelDecision decision = Make(options)->Decide(load);
   ASSERT_EQ(decision.raises.size(), 1u);
   EXPECT_EQ(decision.raises[0].id, 101);
@@ -553,8 +566,8 @@ TEST(SloPolicy, RaisesForTimeOnlyWhatPaysBack) {
 TEST(SloPolicy, PromptsBesideRepliesComeInTheFewestPagesThatCostLittle) {
   const auto limit = [](double step_seconds, double tpot) {
     PolicyOptions options = Options("slo");
-    options.cost = CostModel::FromCoefficients(kLayers, {step_seconds, 5e-5, 6e-5, 1.6e-8},
-                                               {8e-3, 4e-5, 4.5e-5, 1.8e-8}, {2e-4, 3.7e-6});
+    options.cost.model = CostModel::FromCoefficients(kLayers, {step_seconds, 5e-5, 6e-5, 1.6e-8},
+                                                     {8e-3, 4e-5, 4.5e-5, 1.8e-8}, {2e-4, 3.7e-6});
     options.slo.tpot = tpot;
     LoadSnapshot load = Snapshot(0);
     load.running.push_back(Running(1, 1000));

@@ -48,9 +48,10 @@ int LowestMeeting(int levels, double limit, Figure figure) {
 
 }  // namespace
 
-SloPolicy::SloPolicy(const SloOptions& options, CostModel cost, int max_level)
+SloPolicy::SloPolicy(const SloOptions& options, MeasuredCost cost, int max_level)
     : options_(options),
-      measured_(std::move(cost)),
+      measured_(std::move(cost.model)),
+      correction_(cost.usual),
       cost_(measured_),
       max_level_(max_level),
       ttft_(kFeedbackSeconds),

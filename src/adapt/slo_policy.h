@@ -44,7 +44,7 @@ namespace dsla {
 
 class SloPolicy final : public LevelPolicy {
  public:
-  SloPolicy(const SloOptions& options, CostModel cost, int max_level);
+  SloPolicy(const SloOptions& options, MeasuredCost cost, int max_level);
 
   const char* name() const override { return "slo"; }
   LevelDecision Decide(const LoadSnapshot& load) override;
@@ -54,6 +54,7 @@ class SloPolicy final : public LevelPolicy {
   void ObserveFirstToken(const FirstToken& token) override;
   void ObserveToken(double now, double seconds) override;
   CostFactors cost_factors() const override { return correction_.factors(); }
+  bool cost_doubtful() const override { return correction_.doubtful(); }
 
  private:
   // Levels that single criteria ask for, and what follows from them together.

@@ -139,6 +139,8 @@ Status CheckArgs(const BenchArgs& args) {
     return InvalidArgument("--repetitions: {} is not positive", args.speed.repetitions);
   if (args.speed.decode_tokens < 1)
     return InvalidArgument("--decode: {} is not positive", args.speed.decode_tokens);
+  if (args.speed.prefill_chunk < 1)
+    return InvalidArgument("--prefill-chunk: {} is not positive", args.speed.prefill_chunk);
   if (args.prefill_tokens < 0)
     return InvalidArgument("--prefill: {} is negative", args.prefill_tokens);
   if (args.requests < 0) return InvalidArgument("--serve: {} is negative", args.requests);
@@ -330,7 +332,6 @@ void AddBench(CLI::App& app, Command& chosen) {
   command.add_option("--prefill-chunk", args->speed.prefill_chunk, "prompt tokens per step")
       ->type_name("N")
       ->capture_default_str()
-      ->check(CLI::PositiveNumber)
       ->group(group);
   command
       .add_option("--depths", args->depths,

@@ -3,8 +3,18 @@
 
 #include <CLI/CLI.hpp>
 #include <functional>
+#include <string>
 
 namespace dsla {
+
+// For a number that must not be negative; CLI11's own check answers with 309 digits.
+inline CLI::Validator NotNegative() {
+  return CLI::Validator(
+      [](const std::string& text) {
+        return text.starts_with('-') ? text + " is negative" : std::string();
+      },
+      "");
+}
 
 // Runs the command; the process's exit code.
 using Command = std::function<int()>;

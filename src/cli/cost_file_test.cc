@@ -2,6 +2,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <filesystem>
 #include <fstream>
@@ -24,7 +25,16 @@ class CostFileTest : public testing::Test {
 
   void Put(const std::string& text) const { std::ofstream(file_.path) << text; }
 
-  const CostModel model_ = CostModel::FromCoefficients(2, {1, 2, 3, 4}, {5, 6, 7, 8}, {9, 10});
+  std::string Text() const {
+    std::ifstream in(file_.path);
+    return {std::istreambuf_iterator<char>(in), {}};
+  }
+
+  const CostModel model_ =
+      CostModel::FromCoefficients(2, {0.1, 2, 3, 4}, {5, 6, 7, 8}, {9, 1.0 / 3});
+  const CostRecord record_{.cost = {.model = model_,
+                                    .usual = {.prefill = 2, .decode = 0.3, .fold = 1},
+                                    .measured_at = 1700000000}};
   fs::path folder_;
   CostFile file_;
 };
@@ -33,15 +43,18 @@ TEST_F(CostFileTest, GivesBackWhatWasWritten) {
   EXPECT_EQ(file_.Read().status().code(), StatusCode::kNotFound);
   EXPECT_TRUE(file_.CheckWritable().ok());
   EXPECT_TRUE(fs::is_empty(folder_)) << "asking leaves nothing";
-  ASSERT_TRUE(file_.Write(model_).ok());
+  ASSERT_TRUE(file_.Write(record_).ok());
   const auto read = file_.Read();
   ASSERT_TRUE(read.ok()) << read.status().message();
-  EXPECT_EQ(read->ToJson(), model_.ToJson());
+  EXPECT_EQ(read->cost.model.ToJson(), model_.ToJson());
+  EXPECT_EQ(read->cost.usual.decode, 0.3);
+  EXPECT_EQ(read->cost.measured_at, 1700000000);
+  EXPECT_FALSE(read->doubted);
   EXPECT_EQ(std::distance(fs::directory_iterator(folder_), {}), 1) << "and no part of it";
 }
 
 TEST_F(CostFileTest, NothingElseIsTaken) {
-  ASSERT_TRUE(file_.Write(model_).ok());
+  ASSERT_TRUE(file_.Write(record_).ok());
   CostFile other = file_;
   other.measured_with = "that";
   EXPECT_EQ(other.Read().status().code(), StatusCode::kInvalidArgument);
@@ -55,7 +68,63 @@ TEST_F(CostFileTest, NothingElseIsTaken) {
   }
   other.path = folder_ / "none" / "cost.json";
   EXPECT_THAT(other.CheckWritable().message(), HasSubstr("cannot write"));
-  EXPECT_FALSE(other.Write(model_).ok());
+  EXPECT_FALSE(other.Write(record_).ok());
+}
+
+TEST_F(CostFileTest, WhatIsKnownOfAMeasurementMayBeMissingButNotWrong) {
+  const auto put = [&](const std::string& more) {
+    Put(fmt::format(R"({{"measured_with": "this", "cost_model": {}{}}})", model_.ToJson(), more));
+  };
+  put("");
+  const auto read = file_.Read();
+  ASSERT_TRUE(read.ok()) << read.status().message();
+  EXPECT_EQ(read->cost.measured_at, 0);
+  EXPECT_EQ(read->cost.usual.prefill, 1);
+  for (const char* more :
+       {R"(, "measured_at": "today")", R"(, "measured_at": -1)", R"(, "measured_at": 1e300)",
+        R"(, "measured_at": 18446744073709551615)", R"(, "usual": 1)", R"(, "usual": {})",
+        R"(, "usual": {"prefill": 1, "decode": 0, "fold": 1})",
+        R"(, "doubted": {"prefill": 1, "decode": "1", "fold": 1})"}) {
+    put(more);
+    EXPECT_EQ(file_.Read().status().code(), StatusCode::kDataLoss) << more;
+  }
+}
+
+TEST_F(CostFileTest, ADoubtIsOfTheModelThatWasServed) {
+  const CostFactors factors{.prefill = 4, .decode = 3, .fold = 1};
+  EXPECT_TRUE(file_.Doubt(model_, factors).ok());
+  EXPECT_FALSE(fs::exists(file_.path)) << "there is nothing to doubt";
+  Put("{");
+  EXPECT_TRUE(file_.Doubt(model_, factors).ok());
+  EXPECT_EQ(Text(), "{") << "which is measured anew as it is";
+
+  // A server beside this one has measured anew.
+  ASSERT_TRUE(file_.Write({.cost = {.model = model_.Scaled(factors), .usual = {}}}).ok());
+  const std::string anew = Text();
+  EXPECT_TRUE(file_.Doubt(model_, factors).ok());
+  EXPECT_EQ(Text(), anew);
+
+  ASSERT_TRUE(file_.Write(record_).ok());
+  EXPECT_TRUE(file_.Doubt(model_, factors).ok());
+  const auto read = file_.Read();
+  ASSERT_TRUE(read.ok() && read->doubted) << read.status().message();
+  EXPECT_EQ(read->doubted->prefill, 4);
+  EXPECT_EQ(read->cost.model.ToJson(), model_.ToJson()) << "the rest stays";
+  EXPECT_EQ(read->cost.usual.decode, 0.3);
+  EXPECT_TRUE(file_.Doubt(model_, {}).ok());
+  EXPECT_EQ(file_.Read()->doubted->prefill, 4) << "the first to doubt says why";
+}
+
+TEST_F(CostFileTest, WhatCannotBeMarkedStays) {
+  ASSERT_TRUE(file_.Write(record_).ok());
+  const std::string text = Text();
+  // A directory where the new file would be written: root, too, cannot.
+  const fs::path part = fmt::format("{}.tmp.{}", file_.path, getpid());
+  fs::create_directory(part);
+  const Status status = file_.Doubt(model_, {.prefill = 4, .decode = 1, .fold = 1});
+  EXPECT_THAT(status.message(), HasSubstr("cannot write '" + file_.path));
+  EXPECT_EQ(Text(), text);
+  fs::remove(part);
 }
 
 TEST_F(CostFileTest, KeptByWhatItWasMeasuredWith) {

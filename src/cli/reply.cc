@@ -31,9 +31,10 @@ class InterruptCatcher {
 };
 
 // The cache ran out; the message has its figures.
-Status NamingTheOption(const Status& status) {
+Status NamingTheOption(const Status& status, const SessionOptions& options) {
   if (status.code() != StatusCode::kResourceExhausted) return status;
-  return ResourceExhausted("{} (see --memory and --tier auto)", status.message());
+  return ResourceExhausted("{} (see --memory{})", status.message(),
+                           options.auto_raise ? "" : " and --tier auto");
 }
 
 double PerSecond(double count, double seconds) { return seconds > 0 ? count / seconds : 0; }
@@ -47,13 +48,16 @@ Expected<Reply> Answer(const LoadedModel& loaded, CachePool& pool,
   const InterruptCatcher catcher;
   Reply reply;
   const double start = NowSeconds();
-  // States cannot be rewound: a conversation that does not continue what is cached starts over.
+  // States cannot be rewound: a conversation that does not continue what is cached is read anew, at
+  // the level it had.
   const bool continues =
       session != nullptr && session->tokens().size() < prompt.size() &&
       std::equal(session->tokens().begin(), session->tokens().end(), prompt.begin());
   if (!continues) {
+    SessionOptions anew = session_options;
+    if (session != nullptr) anew.level = std::max(anew.level, session->level());
     session.reset();
-    session = std::make_unique<Session>(loaded.model.get(), &pool, loaded.ctx, session_options);
+    session = std::make_unique<Session>(loaded.model.get(), &pool, loaded.ctx, anew);
   }
   reply.cached_tokens = static_cast<int>(session->tokens().size());
   reply.prompt_tokens = static_cast<int>(prompt.size());
@@ -65,12 +69,12 @@ Expected<Reply> Answer(const LoadedModel& loaded, CachePool& pool,
         if (progress) {
           fmt::print(stderr, "\rreading {} of {} tokens ({:.0f}/s)", done, todo,
                      done / (NowSeconds() - start));
-          if (done == todo) fmt::print(stderr, "\r\033[K");
           std::fflush(stderr);
         }
         return !interrupted.load();
       });
-  if (!prefilled.ok()) return NamingTheOption(prefilled);
+  if (progress) fmt::print(stderr, "\r\033[K");
+  if (!prefilled.ok()) return NamingTheOption(prefilled, session_options);
   reply.prefill_seconds = NowSeconds() - start;
 
   IncrementalDecoder decoder(*loaded.tokenizer, {.skip_special = true, .continues = !chat});
@@ -86,8 +90,11 @@ Expected<Reply> Answer(const LoadedModel& loaded, CachePool& pool,
   };
   auto result = session->Generate(options);
   emit(decoder.Finish());
-  if (stream) std::fputs("\n", stdout);
-  if (!result.ok()) return NamingTheOption(result.status());
+  if (stream) {
+    std::fputs("\n", stdout);
+    std::fflush(stdout);  // what goes to standard error comes after it
+  }
+  if (!result.ok()) return NamingTheOption(result.status(), session_options);
   reply.result = std::move(result).value();
   reply.first_token_seconds = reply.prefill_seconds + reply.result.seconds_to_first_token;
   return reply;

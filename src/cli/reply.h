@@ -22,8 +22,9 @@ struct Reply {
 
 // Runs `prompt` (a whole conversation as ids), reusing what the session already holds of it, and,
 // if `stream`, prints the answer to standard output as it comes. Control-C ends the answer alone.
-// `session` is made anew where it does not hold a prefix of the prompt. `chat`: the answer's text
-// stands for itself; else it goes on from the prompt's, with a leading space where it has one.
+// `session` is made anew, at its level, where it does not hold a prefix of the prompt. `chat`: the
+// answer's text stands for itself; else it goes on from the prompt's, with a leading space where it
+// has one.
 Expected<Reply> Answer(const LoadedModel& loaded, CachePool& pool,
                        std::unique_ptr<Session>& session, const SessionOptions& session_options,
                        const std::vector<int32_t>& prompt, GenerateOptions options, bool chat,

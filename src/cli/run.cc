@@ -4,6 +4,9 @@
 #include <algorithm>
 #include <charconv>
 #include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
 #include <iostream>
 #include <iterator>
 #include <nlohmann/json.hpp>
@@ -40,9 +43,9 @@ struct RunArgs {
   bool json = false;
 };
 
-// "TOKEN:LEVEL" or "ID:BIAS" -> the two numbers.
+// `form`, "TOKEN:LEVEL" or "ID:BIAS" -> the two numbers.
 template <typename A, typename B>
-Status ParsePair(const char* option, const std::string& text, A& a, B& b) {
+Status ParsePair(const char* option, const char* form, const std::string& text, A& a, B& b) {
   const size_t colon = text.find(':');
   if (colon != std::string::npos) {
     const char* begin = text.data();
@@ -53,7 +56,7 @@ Status ParsePair(const char* option, const std::string& text, A& a, B& b) {
       return Status::Ok();
     }
   }
-  return InvalidArgument("{}: '{}' is not of the form A:B", option, text);
+  return InvalidArgument("{}: '{}' is not of the form {}", option, text, form);
 }
 
 // What to answer: the file's text, then the prompt given as words; or standard input when neither
@@ -61,6 +64,7 @@ Status ParsePair(const char* option, const std::string& text, A& a, B& b) {
 Expected<std::string> ReadPrompt(const RunArgs& args) {
   constexpr size_t kMaxPromptBytes = size_t{64} << 20;
   std::string text;
+  std::error_code absent;  // reading it says so
   const bool from_stdin = args.file == "-" || (args.file.empty() && args.prompt.empty());
   if (from_stdin) {
     if (args.file.empty() && ::isatty(STDIN_FILENO) != 0) {
@@ -68,6 +72,9 @@ Expected<std::string> ReadPrompt(const RunArgs& args) {
           "no prompt: give it as words, with --file or on standard input, or use --chat");
     }
     text.assign(std::istreambuf_iterator<char>(std::cin), {});
+  } else if (std::filesystem::is_fifo(args.file, absent)) {  // such as a shell's <(command) names
+    std::ifstream pipe(args.file, std::ios::binary);
+    text.assign(std::istreambuf_iterator<char>(pipe), {});
   } else if (!args.file.empty()) {
     DSLA_ASSIGN_OR_RETURN(text, ReadTextFile(args.file, kMaxPromptBytes));
   }
@@ -86,6 +93,12 @@ Status CheckArgs(const RunArgs& args) {
     return InvalidArgument("--chat: reads what is said from standard input, so not '--file -'");
   for (const auto& [given, name] : {std::pair(args.raw, "--raw"), std::pair(args.json, "--json")}) {
     if (args.chat && given) return InvalidArgument("{} does not go with --chat", name);
+  }
+  for (const auto& [given, name] : {std::pair(!args.system.empty(), "--system"),
+                                    std::pair(!args.chat_template.empty(), "--chat-template"),
+                                    std::pair(args.no_thinking, "--no-thinking")}) {
+    if (args.raw && given)
+      return InvalidArgument("{} does not go with --raw, which has no chat template", name);
   }
   if (!args.json_schema.empty() && !args.grammar.empty())
     return InvalidArgument("--json-schema does not go with --grammar");
@@ -160,7 +173,7 @@ Expected<GenerateOptions> MakeGenerateOptions(const RunArgs& args, const LoadedM
   for (const std::string& text : args.logit_bias) {
     int32_t id = 0;
     float bias = 0;
-    DSLA_RETURN_IF_ERROR(ParsePair("--logit-bias", text, id, bias));
+    DSLA_RETURN_IF_ERROR(ParsePair("--logit-bias", "ID:BIAS", text, id, bias));
     options.sampling.logit_bias.emplace_back(id, bias);
   }
   DSLA_RETURN_IF_ERROR(Validate(options.sampling, loaded.model->config().V));
@@ -172,7 +185,8 @@ Expected<GenerateOptions> MakeGenerateOptions(const RunArgs& args, const LoadedM
   }
   for (const std::string& text : args.raise_at) {
     GenerateOptions::Raise raise{};
-    DSLA_RETURN_IF_ERROR(ParsePair("--raise-at", text, raise.after_tokens, raise.level));
+    DSLA_RETURN_IF_ERROR(
+        ParsePair("--raise-at", "TOKEN:LEVEL", text, raise.after_tokens, raise.level));
     if (raise.level < 0 || raise.level > loaded.model->max_level()) {
       return InvalidArgument("--raise-at {}: levels are 0 to {}", text, loaded.model->max_level());
     }
@@ -196,6 +210,20 @@ Expected<std::vector<int32_t>> EncodePrompt(const RunArgs& args, const LoadedMod
 constexpr char kChatHelp[] =
     "/level N  raise the running conversation to level N      /stats  figures of the last answer\n"
     "/clear    start over                                     /quit   leave (or Ctrl-D)\n";
+
+// "/level N": raises the conversation, and says where it stands.
+void RaiseTo(const std::string& line, Session* session) {
+  const char* const end = line.data() + line.size();
+  const char* const number = line.data() + std::min(line.size(), std::strlen("/level "));
+  int level = 0;
+  const auto [rest, error] = std::from_chars(number, end, level);
+  if (session == nullptr || error != std::errc() || rest != end) {
+    fmt::print(stderr, "/level takes a number, once the conversation has begun\n");
+    return;
+  }
+  const Status raised = session->Raise(level);
+  fmt::print(stderr, "{}\n", raised.ok() ? fmt::format("level {}", level) : raised.message());
+}
 
 // The terminal conversation: each turn continues the cached one. `first` is the first turn's text;
 // empty: it is asked for.
@@ -244,14 +272,8 @@ Status Chat(const RunArgs& args, const LoadedModel& loaded, const std::string& f
       clear();
     } else if (line == "/stats") {
       if (session != nullptr) PrintStats(loaded, *session, reply);
-    } else if (line.starts_with("/level ")) {
-      int level = 0;
-      const auto [end, error] = std::from_chars(line.data() + 7, line.data() + line.size(), level);
-      if (session == nullptr || error != std::errc() || end != line.data() + line.size()) {
-        fmt::print(stderr, "/level takes a number, once the conversation has begun\n");
-      } else if (const Status raised = session->Raise(level); !raised.ok()) {
-        fmt::print(stderr, "{}\n", raised.message());
-      }
+    } else if (line == "/level" || line.starts_with("/level ")) {
+      RaiseTo(line, session.get());
     } else if (line.front() == '/') {
       fmt::print(stderr, "no such command: {}\n{}", line, kChatHelp);
     } else {
@@ -304,6 +326,7 @@ void AddSampling(CLI::App& command, RunArgs& args) {
       ->group(group);
   command
       .add_option("--seed", args.sampling.params.seed, "draws depend on it and the position alone")
+      ->check(NotNegative())
       ->capture_default_str()
       ->group(group);
 }

@@ -118,7 +118,7 @@ class Program {
   Status LoadAll();
   Status SetPolicy();
   Status MakeEngine();
-  Expected<std::vector<CostModel>> MeasureCosts();
+  Expected<std::vector<ServeCost>> MeasureCosts();
   const LoadedModel& model() const { return models_.front(); }
   void ChooseTools(openai::ApiContext* context);
   Status MakeApi();
@@ -126,6 +126,7 @@ class Program {
   std::string Url() const;
   SamplingParams SamplingDefaults() const;
   void WarnOfSmallCache(Tier tier);
+  void WatchCost(const EngineState& state, size_t replica);
 
   const ServeArgs& args_;
   Log* const log_;
@@ -139,7 +140,7 @@ class Program {
   std::string model_name_;
   LadderInfo ladder_;
   PolicyOptions policy_;
-  std::vector<CostModel> costs_;  // [models]; none where there is nothing to decide
+  std::vector<ServeCost> costs_;  // [models]; none where there is nothing to decide
   std::unique_ptr<ServerMetrics> metrics_;
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<DslaControl> control_;
@@ -151,6 +152,7 @@ class Program {
   std::atomic<bool> loaded_{false};
   Status load_status_;
   bool stalled_ = false;
+  std::set<size_t> doubted_;  // replicas whose cost model is known to be doubtful
 };
 
 Program::~Program() {
@@ -179,9 +181,14 @@ Status Program::Listen() {
   DSLA_ASSIGN_OR_RETURN(const HttpServerOptions options, HttpOptionsOf(args_));
   DSLA_ASSIGN_OR_RETURN(KeyRing keys, KeysOf(args_));
   if (!options.tls_cert.empty()) scheme_ = "https";
+  const bool needs_key = keys.needs_key();
   DSLA_ASSIGN_OR_RETURN(server_,
                         HttpServer::Start(options, NewRouter(), std::move(keys), &access_log_));
   log_->Write(LogLevel::kInfo, "listening", {{"url", Url()}});
+  if (!needs_key && !server_->local()) {
+    log_->Write(LogLevel::kWarning, "no_api_keys",
+                {{"message", "whoever reaches this address may use it (see --api-key-file)"}});
+  }
   loader_ = std::thread([this] { Load(); });
   return Status::Ok();
 }
@@ -239,8 +246,9 @@ Status Program::SetPolicy() {
   policy_.max_level = args_.max_level;
   if (args_.max_level < 0) {
     policy_.max_level = ladder_.top_level;
-    if (policy_.policy == "fixed" && policy_.fixed_level <= ladder_.max_level)
-      policy_.max_level = std::max(policy_.max_level, policy_.fixed_level);
+    if (policy_.policy == "fixed")
+      policy_.max_level =
+          std::max(policy_.max_level, std::min(policy_.fixed_level, ladder_.max_level));
   } else if (args_.max_level > ladder_.max_level) {
     return InvalidArgument("--max-level: {} is above the highest level, {}{}", args_.max_level,
                            ladder_.max_level,
@@ -255,9 +263,9 @@ Status Program::SetPolicy() {
 }
 
 // A cost model for each replica, measured once for those on devices of one kind.
-Expected<std::vector<CostModel>> Program::MeasureCosts() {
-  std::map<std::string, CostModel> known;  // by kind
-  std::vector<CostModel> costs;
+Expected<std::vector<ServeCost>> Program::MeasureCosts() {
+  std::map<std::string, ServeCost> known;  // by kind
+  std::vector<ServeCost> costs;
   for (const LoadedModel& of : models_) {
     const Device* device = of.model->device();
     const std::string kind = device == nullptr ? "cpu" : KindOf(*device);
@@ -278,11 +286,12 @@ Expected<std::vector<CostModel>> Program::MeasureCosts() {
                               .simd = args_.model.simd}));
       if (!cost.problem.empty())
         log_->Write(LogLevel::kWarning, "cost_model_file", {{"message", cost.problem}});
-      log_->Write(LogLevel::kInfo, cost.measured ? "calibrated" : "cost_model_read",
-                  {{"cost", cost.model.Summary()},
-                   {"file", cost.file.empty() ? "none" : cost.file},
+      const bool measured = cost.cost.source == CostSource::kMeasured;
+      log_->Write(LogLevel::kInfo, measured ? "calibrated" : "cost_model_read",
+                  {{"cost", cost.cost.model.Summary()},
+                   {"file", cost.file.path.empty() ? "none" : cost.file.path},
                    {"seconds", NowSeconds() - start}});
-      known.emplace(kind, std::move(cost.model));
+      known.emplace(kind, std::move(cost));
     }
     costs.push_back(known.at(kind));
   }
@@ -307,7 +316,7 @@ Status Program::MakeEngine() {
     policy_.policy = "fixed";  // there is nothing to decide, and nothing to measure for it
   } else {
     DSLA_ASSIGN_OR_RETURN(costs_, MeasureCosts());
-    policy_.cost = costs_.front();
+    policy_.cost = costs_.front().cost;
   }
   const bool one = models_.size() == 1;
   if (!one) {
@@ -317,7 +326,7 @@ Status Program::MakeEngine() {
   for (size_t r = 0; r < models_.size(); ++r) {
     const LoadedModel& of = models_[r];
     PolicyOptions policy_options = policy_;
-    if (!costs_.empty()) policy_options.cost = costs_[r];
+    if (!costs_.empty()) policy_options.cost = costs_[r].cost;
     DSLA_ASSIGN_OR_RETURN(std::unique_ptr<LevelPolicy> policy, MakePolicy(policy_options));
     DSLA_ASSIGN_OR_RETURN(auto engine, Engine::Create(of.model.get(), of.tokenizer.get(), of.ctx,
                                                       options, std::move(policy)));
@@ -370,7 +379,9 @@ Status Program::MakeApi() {
     metrics_->ObserveRequest(result);
     engine_log_.OnFinish(result);
   });
-  control_ = std::make_unique<DslaControl>(engine_.get(), ladder_, policy_, costs_);
+  std::vector<MeasuredCost> costs;
+  for (const ServeCost& cost : costs_) costs.push_back(cost.cost);
+  control_ = std::make_unique<DslaControl>(engine_.get(), ladder_, policy_, std::move(costs));
 
   openai::ApiContext context;
   context.engine = engine_.get();
@@ -408,7 +419,12 @@ Status Program::MakeApi() {
   context.control = control_.get();
   text_pool_ = std::make_unique<openai::TaskPool>(kTextThreads);
   context.text_pool = text_pool_.get();
-  grammars_ = GrammarCompiler::Create(*model().tokenizer, model().model->config().V);
+  GrammarOptions grammars;
+  if (context.tool_dialect) {
+    for (const ToolMarker& marker : ToolMarkers(*context.tool_dialect, *context.tokenizer))
+      grammars.control_tokens.push_back(marker.id);
+  }
+  grammars_ = GrammarCompiler::Create(*model().tokenizer, model().model->config().V, grammars);
   context.grammars = grammars_.get();
   grammar_pool_ = std::make_unique<openai::TaskPool>(kGrammarThreads);
   context.grammar_pool = grammar_pool_.get();
@@ -452,10 +468,26 @@ void Program::WarnOfSmallCache(Tier tier) {
 
 void Program::Watch() {
   if (!loaded() || !engine_) return;
-  engine_log_.LogChanges(engine_->state());
+  const EngineState state = engine_->state();
+  engine_log_.LogChanges(state);
+  if (state.replicas.empty()) WatchCost(state, 0);
+  for (size_t r = 0; r < state.replicas.size(); ++r) WatchCost(state.replicas[r], r);
   const auto still = health_.Stalled();
   if (still && !stalled_) log_->Write(LogLevel::kError, "stalled", {{"seconds", *still}});
   stalled_ = still.has_value();
+}
+
+// Once of each replica: those of one kind share a file.
+void Program::WatchCost(const EngineState& state, size_t replica) {
+  if (!state.cost_doubtful || !doubted_.insert(replica).second) return;
+  const CostFactors& factors = state.cost_factors;
+  std::vector<LogField> fields;
+  if (models_.size() > 1) fields.push_back({"replica", static_cast<int64_t>(replica)});
+  fields.insert(fields.end(), {{"prefill", factors.prefill},
+                               {"decode", factors.decode},
+                               {"fold", factors.fold},
+                               {"message", DoubtCost(costs_.at(replica), factors)}});
+  log_->Write(LogLevel::kWarning, "cost_model_doubtful", fields);
 }
 
 bool Program::DeviceFailed() {
@@ -589,6 +621,12 @@ int Serve(CLI::App& command, ServeArgs& args) {
 void AddServe(CLI::App& app, Command& chosen) {
   CLI::App* command =
       app.add_subcommand("serve", "serve the model over an OpenAI-compatible API, with a web page");
+  command->footer(
+      "Examples:\n"
+      "  dsla serve\n"
+      "  dsla serve --model model.gguf --host 0.0.0.0 --api-key-file keys.txt\n"
+      "  DSLA_PORT=8081 dsla serve --config dsla.toml\n"
+      "  dsla serve --device cuda:all   (a replica on every GPU)");
   auto args = std::make_shared<ServeArgs>();
   args->AddTo(*command);
   command->callback(

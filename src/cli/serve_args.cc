@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cli/commands.h"
 #include "cli/device_choice.h"
 #include "engine/replica_router.h"
 #include "format/chat/chat_template.h"
@@ -126,7 +127,7 @@ void AddEngine(CLI::App& command, ServeArgs& args) {
       .add_option("--max-queued-tokens", engine.max_queued_tokens,
                   "prompt tokens waiting; 0 = no bound")
       ->type_name("N")
-      ->check(CLI::NonNegativeNumber)
+      ->check(NotNegative())
       ->capture_default_str()
       ->group(group);
   count("--max-preemptions", engine.max_preemptions, 0,

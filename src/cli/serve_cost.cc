@@ -1,11 +1,11 @@
 #include "cli/serve_cost.h"
 
 #include <cstdlib>
+#include <ctime>
 #include <filesystem>
 #include <fstream>
 
 #include "base/files.h"
-#include "cli/cost_file.h"
 #include "eval/calibrate.h"
 
 namespace dsla {
@@ -50,8 +50,20 @@ CalibrateOptions LimitsOf(const LoadedModel& loaded, const CostOptions& options)
   return {.memory_bytes = loaded.memory_bytes, .top_level = options.top_level};
 }
 
-Expected<CostModel> Measure(const LoadedModel& loaded, const CostOptions& options) {
-  return Calibrate(loaded.ctx, *loaded.model, LimitsOf(loaded, options));
+Expected<MeasuredCost> Measure(const LoadedModel& loaded, const CostOptions& options) {
+  DSLA_ASSIGN_OR_RETURN(CostModel model,
+                        Calibrate(loaded.ctx, *loaded.model, LimitsOf(loaded, options)));
+  return MeasuredCost{.model = std::move(model),
+                      .usual = {},
+                      .measured_at = std::time(nullptr),
+                      .source = CostSource::kMeasured};
+}
+
+ServeCost Taken(CostFile file, CostRecord record, CostSource source) {
+  record.cost.source = source;
+  return {.cost = std::move(record.cost),
+          .file = std::move(file),
+          .named = source == CostSource::kFile};
 }
 
 Status Named(const Status& status) {
@@ -62,14 +74,14 @@ Expected<ServeCost> NamedCost(const LoadedModel& loaded, const CostOptions& opti
   CostFile file{.path = options.file};
   DSLA_ASSIGN_OR_RETURN(file.measured_with, MeasuredWith(loaded));
   auto read = file.Read();
-  if (read.ok()) return ServeCost{.model = std::move(*read), .file = file.path};
+  if (read.ok()) return Taken(file, *std::move(read), CostSource::kFile);
   if (read.status().code() == StatusCode::kInvalidArgument)
     return InvalidArgument("--cost-model: {}; remove it to measure anew", read.status().message());
   if (read.status().code() != StatusCode::kNotFound) return Named(read.status());
   if (const Status status = file.CheckWritable(); !status.ok()) return Named(status);
-  DSLA_ASSIGN_OR_RETURN(CostModel model, Measure(loaded, options));
-  if (const Status status = file.Write(model); !status.ok()) return Named(status);
-  return ServeCost{.model = std::move(model), .measured = true, .file = file.path};
+  DSLA_ASSIGN_OR_RETURN(MeasuredCost cost, Measure(loaded, options));
+  if (const Status status = file.Write({.cost = cost}); !status.ok()) return Named(status);
+  return ServeCost{.cost = std::move(cost), .file = file, .named = true};
 }
 
 Expected<ServeCost> KeptCost(const LoadedModel& loaded, const CostOptions& options) {
@@ -81,21 +93,24 @@ Expected<ServeCost> KeptCost(const LoadedModel& loaded, const CostOptions& optio
                   options.simd, ProcessorName(), BuildOfProgram(options.version));
   file.path = KeptCostPath(file.measured_with, [](const char* name) { return std::getenv(name); });
   ServeCost cost;
-  if (!file.path.empty()) {
-    auto read = file.Read();
-    if (read.ok()) return ServeCost{.model = std::move(*read), .file = file.path};
-    if (read.status().code() != StatusCode::kNotFound) cost.problem = read.status().message();
+  Expected<CostRecord> before = file.Read();
+  if (before.ok() && !before->doubted) return Taken(file, *std::move(before), CostSource::kKept);
+  if (before.ok()) {
+    cost.problem = fmt::format("measured anew: steps took other times than '{}' says", file.path);
+  } else if (before.status().code() != StatusCode::kNotFound) {
+    cost.problem = before.status().message();
   }
-  DSLA_ASSIGN_OR_RETURN(cost.model, Measure(loaded, options));
-  cost.measured = true;
+  DSLA_ASSIGN_OR_RETURN(cost.cost, Measure(loaded, options));
+  if (before.ok())
+    cost.cost.usual = FactorsBy(cost.cost.model, before->cost.model, *before->doubted);
   if (file.path.empty()) {
     cost.problem = "not kept: neither XDG_CACHE_HOME nor HOME is an absolute path";
     return cost;
   }
   Status kept = MakeDirectories(fs::path(file.path).parent_path());
-  if (kept.ok()) kept = file.Write(cost.model);
+  if (kept.ok()) kept = file.Write({.cost = cost.cost});
   if (kept.ok()) {
-    cost.file = file.path;
+    cost.file = std::move(file);
   } else {
     cost.problem = kept.message();
   }
@@ -107,8 +122,17 @@ Expected<ServeCost> KeptCost(const LoadedModel& loaded, const CostOptions& optio
 Expected<ServeCost> CostForServing(const LoadedModel& loaded, const CostOptions& options) {
   if (!options.file.empty()) return NamedCost(loaded, options);
   if (options.keep) return KeptCost(loaded, options);
-  DSLA_ASSIGN_OR_RETURN(CostModel model, Measure(loaded, options));
-  return ServeCost{.model = std::move(model), .measured = true};
+  DSLA_ASSIGN_OR_RETURN(MeasuredCost cost, Measure(loaded, options));
+  return ServeCost{.cost = std::move(cost)};
+}
+
+std::string DoubtCost(const ServeCost& cost, const CostFactors& factors) {
+  if (cost.file.path.empty()) return "another start measures anew";
+  if (cost.named) return fmt::format("remove '{}' to measure anew", cost.file.path);
+  const Status status = cost.file.Doubt(cost.cost.model, factors);
+  if (status.ok())
+    return fmt::format("the next start measures anew what '{}' says", cost.file.path);
+  return fmt::format("{}; remove it to measure anew", status.message());
 }
 
 }  // namespace dsla

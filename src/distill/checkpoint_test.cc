@@ -133,6 +133,8 @@ TEST(RunLogTest, Durations) {
   EXPECT_EQ(FormatDuration(12.4), "12 s");
   EXPECT_EQ(FormatDuration(247), "4:07");
   EXPECT_EQ(FormatDuration(3909), "1:05:09");
+  EXPECT_EQ(FormatDuration(SecondsLeft(10, 0.25)), "30 s");
+  EXPECT_EQ(FormatDuration(SecondsLeft(10, 0)), "?") << "nothing is done yet";
   EXPECT_EQ(FormatDuration(std::numeric_limits<double>::infinity()), "?");
 }
 

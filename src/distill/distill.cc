@@ -189,7 +189,7 @@ Expected<std::string> Run::PrepareOne(const std::vector<std::string>& inputs, co
         const double share =
             static_cast<double>(done) / static_cast<double>(std::max<int64_t>(1, all));
         log_->Progress("prepare", share, fmt::format("{:.0f} MB", static_cast<double>(done) / 1e6),
-                       (NowSeconds() - begin) * (1 / std::max(share, 1e-9) - 1));
+                       SecondsLeft(NowSeconds() - begin, share));
       }));
   DSLA_RETURN_IF_ERROR(WriteFileAtomically(record, text));
   log_->Say(fmt::format("prepare: {} tokens in {} documents from {} files", result.tokens,
@@ -424,7 +424,8 @@ Status Run::Train(const Training& training, const std::vector<float>& start) {
     const double elapsed = NowSeconds() - begin;
     log_->Progress(training.stage,
                    static_cast<double>(now.step) / static_cast<double>(training.steps),
-                   fmt::format("loss {:.4f}  {:.0f} tokens/s", loss, rate),
+                   logged == first_step ? fmt::format("step {} of {}", now.step, training.steps)
+                                        : fmt::format("loss {:.4f}  {:.0f} tokens/s", loss, rate),
                    elapsed / static_cast<double>(now.step - first_step) *
                        static_cast<double>(training.steps - now.step));
     if (now.step == training.steps) break;

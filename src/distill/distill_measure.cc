@@ -109,7 +109,7 @@ Status Run::Order() {
     DSLA_RETURN_IF_ERROR(save());
     const double share = static_cast<double>(state.ladder.size()) / L;
     log_->Progress("order", share, fmt::format("{} of {} layers", state.ladder.size(), L),
-                   (NowSeconds() - begin) * (1 / std::max(share, 1e-9) - 1));
+                   SecondsLeft(NowSeconds() - begin, share));
     if (static_cast<int>(state.ladder.size()) < L && MustStop()) {
       stopped_ = true;
       return Status::Ok();
@@ -178,7 +178,7 @@ Status Run::Evaluate() {
     }
     const double share = static_cast<double>(b + 1) / static_cast<double>(batches.size());
     log_->Progress("evaluate", share, fmt::format("{} documents", documents),
-                   (NowSeconds() - begin) * (1 / share - 1));
+                   SecondsLeft(NowSeconds() - begin, share));
   }
   nlohmann::json rows = nlohmann::json::array();
   for (size_t i = 0; i < sets.size(); ++i) {

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 #include "base/clock.h"
@@ -103,6 +104,11 @@ std::string FormatDuration(double seconds) {
   if (s < 60) return fmt::format("{} s", s);
   if (s < 3600) return fmt::format("{}:{:02}", s / 60, s % 60);
   return fmt::format("{}:{:02}:{:02}", s / 3600, s / 60 % 60, s % 60);
+}
+
+double SecondsLeft(double elapsed, double share) {
+  if (share <= 0) return std::numeric_limits<double>::infinity();
+  return elapsed * (1 / share - 1);
 }
 
 }  // namespace dsla

@@ -38,6 +38,8 @@ class RunLog {
 // The objects of a log, in order. A last line that was cut short is left out. kDataLoss, kNotFound.
 Expected<std::vector<nlohmann::json>> ReadLog(const std::string& path);
 
-std::string FormatDuration(double seconds);  // "1:05:09", "4:07", "12 s"
+std::string FormatDuration(double seconds);  // "1:05:09", "4:07", "12 s"; "?" where not finite
+// What is left of a stage after `elapsed` seconds, `share` of it done; not finite before any is.
+double SecondsLeft(double elapsed, double share);
 
 }  // namespace dsla

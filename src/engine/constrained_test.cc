@@ -102,15 +102,14 @@ TEST_F(ConstrainedTest, AcrossPreemptionAndRaises) {
     return decision;
   });
   TestEngine engine(model(), *tokenizer_, options, std::move(raise));
-  std::vector<std::shared_ptr<RecordingSink>> sinks;
+  std::vector<Request> requests;
   for (uint64_t seed = 0; seed < 24; ++seed) {
-    Request request = Ask(grammar, seed);
-    if (seed % 2 == 0) request.tier = Tier::kFull;
-    sinks.push_back(engine.Submit(std::move(request)));
+    requests.push_back(Ask(grammar, seed));
+    if (seed % 2 == 0) requests.back().tier = Tier::kFull;
   }
   int preemptions = 0;
   size_t raises = 0;
-  for (const auto& sink : sinks) {
+  for (const auto& sink : engine.SubmitTogether(requests)) {
     const RequestResult& result = sink->Wait();
     ASSERT_TRUE(result.status.ok()) << result.status.message();
     EXPECT_EQ(result.finish, FinishReason::kStop);

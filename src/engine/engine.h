@@ -90,6 +90,7 @@ struct EngineState {
   int target_level = 0;
   int max_level = 0;                // of Tier::kAuto
   CostFactors cost_factors;         // measured steps and folds by what the policy's cost model said
+  bool cost_doubtful = false;       // LevelPolicy's
   std::vector<int> rows_per_level;  // [L + 1] running sequences by level
   int running = 0;
   int max_running = 0;  // the most there may be: no more than the option, less for small steps

@@ -347,15 +347,21 @@ TEST_F(EngineTest, CancelledWhileRunningAndWhileWaiting) {
   options.max_running = 1;
   TestEngine engine(model(), *tokenizer_, options);
   const Request running = Greedy(20, 400), waiting = Greedy(20, 4), after = Greedy(20, 4);
-  const auto a = engine.Submit(running);
+  // The engine's thread stands in each of these tokens until it is let go on.
+  std::atomic<int> held = 2;
+  const auto a = engine.Submit(running, [&](int count) {
+    while (count == held) std::this_thread::yield();
+  });
   a->WaitForTokens(2);
   const auto b = engine.Submit(waiting), c = engine.Submit(after);
   engine->Cancel(waiting.id);
+  held = 3;
   EXPECT_EQ(b->Wait().status.code(), StatusCode::kCancelled);
   EXPECT_EQ(b->Wait().finish, FinishReason::kCancelled);
   EXPECT_TRUE(b->tokens().empty());
   engine->Cancel(running.id);
   engine->Cancel("unknown");
+  held = 0;
   EXPECT_EQ(a->Wait().status.code(), StatusCode::kCancelled);
   EXPECT_LT(a->tokens().size(), 400u);
   EXPECT_EQ(a->text(), tokenizer_->Decode(a->tokens())) << "the tokens sent so far stand";
@@ -543,6 +549,19 @@ TEST_F(EngineTest, ThePolicyIsFollowedAndRecorded) {
       << "in one mail or in two";
 }
 
+// What a decision costs is what it computes: one that is held up is not the last one for long.
+TEST_F(EngineTest, APolicyThatHadToWaitIsAskedAgainSoon) {
+  std::atomic<int> decisions = 0;
+  TestEngine engine(model(), *tokenizer_, SmallOptions(),
+                    std::make_unique<FunctionPolicy>([&](const LoadSnapshot&) {
+                      ++decisions;
+                      std::this_thread::sleep_for(std::chrono::milliseconds(100));
+                      return LevelDecision{};
+                    }));
+  EXPECT_TRUE(engine.Submit(Greedy(4, 400))->Wait().status.ok());
+  EXPECT_GE(decisions, 3);
+}
+
 TEST_F(EngineTest, TheBatchIsNoLargerThanItsSteps) {
   EngineOptions options = SmallOptions();
   EXPECT_EQ(TestEngine(model(), *tokenizer_, options)->state().max_running, 16);
@@ -577,6 +596,7 @@ class ObservingPolicy final : public LevelPolicy {
     ++seen_->tokens;
   }
   CostFactors cost_factors() const override { return {.prefill = 2, .decode = 3, .fold = 4}; }
+  bool cost_doubtful() const override { return true; }
 
  private:
   Seen* const seen_;  // read by the test once the engine is gone
@@ -593,6 +613,7 @@ TEST_F(EngineTest, ThePolicyIsToldWhatStepsAndFoldsTook) {
     EXPECT_TRUE(engine.Submit(Greedy(4, 20))->Wait().status.ok());
     const EngineState state = WaitIdle(engine);
     EXPECT_EQ(state.cost_factors.decode, 3);
+    EXPECT_TRUE(state.cost_doubtful);
     EXPECT_EQ(static_cast<int64_t>(seen.steps.size()), state.steps - 1);
   }
   // A prompt of 96 tokens in two chunks, a decode step; then, at 4 tokens, the next request.
@@ -738,7 +759,11 @@ TEST_F(EngineTest, ManySubmitters) {
 TEST_F(EngineTest, DestroyedWithWorkInFlight) {
   TestEngine engine(model(), *tokenizer_, SmallOptions());
   std::vector<std::shared_ptr<RecordingSink>> sinks;
-  for (int i = 0; i < 20; ++i) sinks.push_back(engine.Submit(Greedy(30, 300, i)));
+  for (int i = 0; i < 20; ++i) {
+    sinks.push_back(engine.Submit(Greedy(30, 300, i), [](int) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));  // to be met running
+    }));
+  }
   sinks[0]->WaitForTokens(3);
   engine.Destroy();
   for (const auto& sink : sinks) {

@@ -94,10 +94,8 @@ class ExactnessTest : public ::testing::TestWithParam<Case> {
   }
 
   std::vector<Reply> Together(TestEngine& engine, const std::vector<Request>& requests) {
-    std::vector<std::shared_ptr<RecordingSink>> sinks;
-    for (const Request& request : requests) sinks.push_back(engine.Submit(request));
     std::vector<Reply> replies;
-    for (const auto& sink : sinks) replies.push_back(ReplyOf(*sink));
+    for (const auto& sink : engine.SubmitTogether(requests)) replies.push_back(ReplyOf(*sink));
     return replies;
   }
   std::vector<Reply> Alone(const EngineOptions& options, const std::vector<Request>& requests) {
@@ -211,8 +209,8 @@ class ExactnessTest : public ::testing::TestWithParam<Case> {
     return sum;
   }
 
-  // Somebody was pre-empted: where nobody was, because this thread came too late for requests to be
-  // there at the same time, all is done and checked again.
+  // Somebody was pre-empted: where nobody was, because levels rose in time, all is done and checked
+  // again.
   template <typename Check>
   void ExpectPreempted(TestEngine& engine, std::vector<Request> requests,
                        std::vector<Reply> replies, const Check& check) {

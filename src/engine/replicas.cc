@@ -328,6 +328,7 @@ EngineState Together(std::vector<EngineState> replicas) {
     if (!s.idle || together.idle)
       together.last_progress = std::min(together.last_progress, s.last_progress);
     together.target_level = std::max(together.target_level, s.target_level);
+    together.cost_doubtful = together.cost_doubtful || s.cost_doubtful;
     together.oldest_wait_seconds = std::max(together.oldest_wait_seconds, s.oldest_wait_seconds);
     for (int EngineState::*const member : kCounts) together.*member += s.*member;
     for (int64_t EngineState::*const member : kTotals) together.*member += s.*member;

@@ -2,6 +2,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <array>
 #include <atomic>
 #include <set>
 #include <thread>
@@ -28,13 +29,14 @@ class ReplicasEngineTest : public ::testing::Test {
     options.deterministic = true;
     return options;
   }
-  // `faults`: of the first replica.
-  std::unique_ptr<Engine> Front(EngineOptions options, const FaultInjector& faults = {}) {
+  // `faults`: of each replica.
+  std::unique_ptr<Engine> Front(EngineOptions options,
+                                const std::array<FaultInjector, 2>& faults = {}) {
     options.queue = std::make_shared<QueueBound>(options.max_queued, options.max_queued_tokens);
     std::vector<Replica> replicas;
     for (int r = 0; r < 2; ++r) {
       auto engine = CreateEngine(&small_.model(), tokenizer_.get(), {1, &workspaces_[r]}, options,
-                                 TargetPolicy(0), r == 0 ? faults : FaultInjector());
+                                 TargetPolicy(0), faults[r]);
       EXPECT_TRUE(engine.ok()) << engine.status().message();
       replicas.push_back({std::move(engine).value(), "cpu"});
     }
@@ -51,8 +53,10 @@ class ReplicasEngineTest : public ::testing::Test {
     request.ignore_eos = true;
     return request;
   }
-  static std::shared_ptr<RecordingSink> Submit(Engine& engine, const Request& request) {
+  static std::shared_ptr<RecordingSink> Submit(Engine& engine, const Request& request,
+                                               std::function<void(int)> on_token = {}) {
     auto sink = std::make_shared<RecordingSink>();
+    sink->set_on_token(std::move(on_token));
     const auto rejected = engine.Submit(request, sink);
     EXPECT_FALSE(rejected) << rejected->message;
     return sink;
@@ -111,7 +115,8 @@ TEST_F(ReplicasEngineTest, APrefixIsFoundWhereItIs) {
 }
 
 TEST_F(ReplicasEngineTest, AStepThatFailsIsItsReplicasAlone) {
-  const auto front = Front(Options(), [](int64_t) { throw DeviceError("an illegal access"); });
+  const auto front =
+      Front(Options(), {[](int64_t) { throw DeviceError("an illegal access"); }, nullptr});
   const auto lost = Submit(*front, Ask(20, 8, 2)), kept = Submit(*front, Ask(20, 8, 4));
   EXPECT_EQ(lost->Wait().status.code(), StatusCode::kInternal);
   EXPECT_TRUE(kept->Wait().status.ok());
@@ -128,9 +133,13 @@ TEST_F(ReplicasEngineTest, CancelAndDrain) {
   const auto front = Front(Options());
   std::vector<Request> requests;
   std::vector<std::shared_ptr<RecordingSink>> sinks;
+  // Both engines stand in their first token until all has been said.
+  std::atomic<bool> hold = true;
   for (uint32_t i = 0; i < 4; ++i) {
     requests.push_back(Ask(10, i < 2 ? 400 : 30, i));
-    sinks.push_back(Submit(*front, requests.back()));
+    sinks.push_back(Submit(*front, requests.back(), [&](int) {
+      while (hold) std::this_thread::yield();
+    }));
   }
   for (int i = 0; i < 2; ++i) sinks[i]->WaitForTokens(1);
   front->Drain();
@@ -138,6 +147,7 @@ TEST_F(ReplicasEngineTest, CancelAndDrain) {
   ASSERT_TRUE(refused);
   EXPECT_EQ(refused->kind, Rejection::Kind::kUnavailable);
   for (int i = 0; i < 2; ++i) front->Cancel(requests[i].id);
+  hold = false;
   for (int i = 0; i < 2; ++i) EXPECT_EQ(sinks[i]->Wait().finish, FinishReason::kCancelled);
   for (int i = 2; i < 4; ++i) EXPECT_TRUE(sinks[i]->Wait().status.ok()) << "go on to their end";
 }
@@ -146,7 +156,11 @@ TEST_F(ReplicasEngineTest, CancelAndDrain) {
 TEST_F(ReplicasEngineTest, TheEndEndsEverything) {
   auto front = Front(Options());
   std::vector<std::shared_ptr<RecordingSink>> sinks;
-  for (uint32_t i = 0; i < 12; ++i) sinks.push_back(Submit(*front, Ask(30, 400, i)));
+  for (uint32_t i = 0; i < 12; ++i) {
+    sinks.push_back(Submit(*front, Ask(30, 400, i), [](int) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));  // to be met running
+    }));
+  }
   front.reset();
   for (const auto& sink : sinks) {
     EXPECT_EQ(sink->finishes(), 1);
@@ -159,9 +173,10 @@ TEST_F(ReplicasEngineTest, TheQueueOfBothIsBounded) {
   EngineOptions options = Options();
   options.max_queued = 3;
   options.max_running = 1;
-  const auto front = Front(options, [&](int64_t) {
+  const auto wait = [&](int64_t) {
     while (hold) std::this_thread::yield();
-  });
+  };
+  const auto front = Front(options, {wait, wait});
   std::vector<std::shared_ptr<RecordingSink>> sinks;
   std::optional<Rejection> rejected;
   for (uint32_t i = 0; !rejected && i < 40; ++i) {

@@ -396,6 +396,7 @@ TEST(Together, SumsAndExtremes) {
     s.generated_tokens = 7;
     s.busy_seconds = 0.5;
     s.cost_factors = {.prefill = 1.0 + r, .decode = 1, .fold = 1};
+    s.cost_doubtful = r == 1;
     for (int i = 0; i < 40; ++i)
       s.events.push_back({.sequence = i + 1, .time = 10.0 * i + r, .request_id = {}, .reason = {}});
   }
@@ -414,6 +415,7 @@ TEST(Together, SumsAndExtremes) {
   EXPECT_EQ(all.generated_tokens, 21);
   EXPECT_EQ(all.busy_seconds, 1.5);
   EXPECT_EQ(all.cost_factors.prefill, 2);
+  EXPECT_TRUE(all.cost_doubtful);
   ASSERT_EQ(all.events.size(), 64u);
   EXPECT_EQ(all.events.back().time, 392);
   EXPECT_EQ(all.events.back().replica, 2);

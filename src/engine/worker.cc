@@ -1,6 +1,7 @@
 #include "engine/worker.h"
 
 #include <algorithm>
+#include <ctime>
 #include <exception>
 #include <limits>
 #include <new>
@@ -14,11 +15,18 @@ namespace {
 
 // What the metrics see as "now".
 constexpr double kRateWindowSeconds = 5;
-// The policy may take this share of the time.
+// The policy may take this share of the thread's time.
 constexpr double kDecisionShare = 0.02;
 // An idle engine above level 0 looks at its policy so often, for the level to come down in calm.
 constexpr double kIdleDecisionSeconds = 0.25;
 constexpr size_t kEventsKept = 64;
+
+// What this thread has computed, without the time in which others had its processor.
+double ThreadSeconds() {
+  timespec time{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+}
 
 SchedulerOptions SchedulerOptionsOf(const HybridModel& model, const EngineOptions& options) {
   const AdapterInfo* adapter = model.adapter();
@@ -195,6 +203,7 @@ void Worker::Admit(std::unique_ptr<ActiveRequest> active) {
 void Worker::Decide() {
   const double now = NowSeconds();
   if (now < next_decision_ || !due_.raises.empty()) return;
+  const double begin = ThreadSeconds();
   LoadSnapshot load = scheduler_.Snapshot();
   load.now = now;
   LevelDecision decision = policy_->Decide(load);
@@ -204,8 +213,7 @@ void Worker::Decide() {
                           : fmt::format("{}; {}", admin_change_, decision.reason);
     admin_change_.clear();
   }
-  const double decided = NowSeconds();
-  next_decision_ = decided + (decided - now) / kDecisionShare;
+  next_decision_ = NowSeconds() + (ThreadSeconds() - begin) / kDecisionShare;
 
   scheduler_.set_prefill_limit(decision.prefill_limit);
   scheduler_.set_short_prompt(decision.short_prompt);
@@ -358,6 +366,7 @@ void Worker::Publish(std::span<const std::unique_ptr<ActiveRequest>> ended) {
     state_.prefix_cache_bytes = ledger.idle_bytes();
     state_.preemptions = scheduler_.preemptions();
     state_.cost_factors = policy_->cost_factors();
+    state_.cost_doubtful = policy_->cost_doubtful();
     for (const std::unique_ptr<ActiveRequest>& active : ended) {
       const RequestResult& result = active->result;
       ++state_.finished;

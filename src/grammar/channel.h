@@ -9,13 +9,14 @@ namespace dsla::grammar_channel {
 
 // Descriptors that the program of the processes finds open.
 inline constexpr int kOrders = 3;      // the socket on which orders come, each with two descriptors
-inline constexpr int kVocabulary = 4;  // a file: the number of tokens, then of each its size and
-                                       // its bytes
+inline constexpr int kVocabulary = 4;  // a file: the number of tokens, of each its size and its
+                                       // bytes, then the control tokens that a grammar may have
 
 // What a message on kOrders begins with; the grammar's text follows. Its descriptors are a socket,
 // for the Answer and for wake-up calls, and the memory of a Matchers.
 struct Order {
   int32_t kind = 0;  // GrammarSpec::Kind
+  bool control_tokens = false;
   double compile_seconds = 0;
   double match_seconds = 0;
   int64_t process_bytes = 0;
@@ -42,14 +43,13 @@ struct MatcherState {
 inline constexpr uint32_t kMayEnd = 1, kComplete = 2, kRefused = 4;  // of `flags`
 static_assert(std::atomic<uint32_t>::is_always_lock_free);
 
-// Behind it lie the masks, of MaskWords(V) words each.
+// Behind it lie the masks, of MaskWords(V) words each: one bit per token.
 struct Matchers {
   std::atomic<int32_t> used;  // the first ones
   MatcherState states[kMaxMatchers];
 };
 
-// One bit more than tokens: whether the reply may end.
-constexpr int64_t MaskWords(int64_t V) { return V / 32 + 1; }
+constexpr int64_t MaskWords(int64_t V) { return (V + 31) / 32; }
 constexpr int64_t SharedBytes(int64_t V) {
   return static_cast<int64_t>(sizeof(Matchers)) + kMaxMatchers * MaskWords(V) * 4;
 }

@@ -57,6 +57,10 @@ class CompiledGrammar : public Grammar, public std::enable_shared_from_this<Comp
   mutable Status broken_;
 };
 
+// For a process that ends by itself when it has computed for so long: it may have to wait for a
+// processor.
+double LongestWait(double seconds) { return 2 * seconds + 5; }
+
 class Matcher : public GrammarMatcher {
  public:
   Matcher(std::shared_ptr<const CompiledGrammar> grammar, int index)
@@ -78,14 +82,15 @@ class Matcher : public GrammarMatcher {
     // Several threads may wait for calls of one process, and one may read another's.
     constexpr double kLook = 0.002;
     const double limit = grammar_->match_seconds();
+    const double end = asked_at_ + LongestWait(limit);
     while (!done()) {
-      const double left = asked_at_ + limit - NowSeconds();
-      if (left <= 0) {
-        return grammar_->Break(
-            InvalidArgument("the grammar takes more than {} s to match one token", limit));
-      }
-      if (!grammar_->process().AwaitCall(std::min(left, kLook)) && !done())
-        return grammar_->Break(InvalidArgument("the grammar takes too much to match"));
+      const double left = end - NowSeconds();
+      if (left > 0 && grammar_->process().AwaitCall(std::min(left, kLook))) continue;
+      if (done()) break;
+      return grammar_->Break(
+          InvalidArgument("the grammar takes more than {} s, or too much memory, to match one "
+                          "token",
+                          limit));
     }
     flags_ = grammar_->state(index_).flags;
     if ((flags_ & grammar_channel::kRefused) != 0)
@@ -132,16 +137,22 @@ Expected<std::unique_ptr<GrammarMatcher>> CompiledGrammar::NewMatcher() const {
   return matcher;
 }
 
-// The tokens' bytes; control tokens have none, and what has none is never allowed.
-std::string VocabularyOf(const Tokenizer& tokenizer, int64_t V) {
-  std::string file(reinterpret_cast<const char*>(&V), sizeof(V));
+// As kVocabulary's file. What has no bytes is never allowed: control tokens but for those given.
+std::string VocabularyOf(const Tokenizer& tokenizer, int64_t V,
+                         std::span<const int32_t> control_tokens) {
+  std::string file;
+  const auto write = [&](const auto& value) {
+    file.append(reinterpret_cast<const char*>(&value), sizeof(value));
+  };
+  write(V);
   for (int32_t id = 0; id < V; ++id) {
-    const std::string_view bytes =
-        tokenizer.IsSpecial(id) ? std::string_view() : tokenizer.TokenBytes(id);
-    const auto size = static_cast<uint32_t>(bytes.size());
-    file.append(reinterpret_cast<const char*>(&size), sizeof(size));
+    const bool none =
+        tokenizer.IsSpecial(id) && std::ranges::find(control_tokens, id) == control_tokens.end();
+    const std::string_view bytes = none ? std::string_view() : tokenizer.TokenBytes(id);
+    write(static_cast<uint32_t>(bytes.size()));
     file += bytes;
   }
+  for (const int32_t id : control_tokens) write(id);
   return file;
 }
 
@@ -177,7 +188,7 @@ class Compiler : public GrammarCompiler {
  public:
   Compiler(const Tokenizer& tokenizer, int64_t V, const GrammarOptions& options)
       : options_(options),
-        processes_(VocabularyOf(tokenizer, V), V),
+        processes_(VocabularyOf(tokenizer, V, options.control_tokens), V),
         turns_(options.compile_at_once) {
     DSLA_CHECK(options.max_text_bytes <= grammar_channel::kMaxText);
   }
@@ -267,10 +278,8 @@ class Compiler : public GrammarCompiler {
   }
 
   Result CompileNow(const GrammarSpec& spec) {
-    // Its own time counts what it computes; it may have to wait for a processor.
-    const double most = 2 * options_.compile_seconds + 5;
     DSLA_ASSIGN_OR_RETURN(auto process, processes_.Start(spec, options_));
-    const auto bytes = process->AwaitAnswer(most);
+    const auto bytes = process->AwaitAnswer(LongestWait(options_.compile_seconds));
     if (!bytes.ok()) return WhyNot(bytes.status());
     auto grammar = std::make_shared<const CompiledGrammar>(
         std::move(process), *bytes + kProcessBytes, options_.match_seconds);

@@ -29,6 +29,9 @@ struct GrammarSpec {
   };
   Kind kind = Kind::kJsonObject;
   std::string text = {};
+  // It may have GrammarOptions::control_tokens, where it names them: XGrammar's Token(id). Never
+  // set for a client's.
+  bool control_tokens = false;
 
   bool operator==(const GrammarSpec&) const = default;
 };
@@ -38,14 +41,17 @@ std::string RegexOfChoices(std::span<const std::string> choices);
 
 struct GrammarOptions {
   size_t max_text_bytes = 64 << 10;
+  // Of processor time.
   double compile_seconds = 5;  // of one grammar
-  double wait_seconds = 10;    // for others' compilations before one's own begins
   double match_seconds = 0.5;  // of one token
+  double wait_seconds = 10;    // for others' compilations before one's own begins
   int compile_at_once = 2;
   int64_t process_bytes = int64_t{1} << 30;  // address space of a grammar's process
   // Of the grammars that are kept for further requests, least recently used ones go.
   int64_t cache_bytes = int64_t{256} << 20;
   int cache_entries = 64;
+  // Of the tokenizer: those that a grammar may have. All others are in no reply with a grammar.
+  std::vector<int32_t> control_tokens = {};
 };
 
 class GrammarMatcher;
@@ -72,8 +78,8 @@ class GrammarMatcher {
   // Nothing else may be called then.
   virtual Status Await() = 0;
 
-  // [ceil(V / 32)]: bit i % 32 of word i / 32 says whether token i may be next. Never one of the
-  // tokenizer's control tokens.
+  // [ceil(V / 32)]: bit i % 32 of word i / 32 says whether token i may be next. A control token of
+  // the tokenizer may be only where the grammar names it, and GrammarSpec::control_tokens is set.
   virtual std::span<const uint32_t> allowed() const = 0;
   virtual bool may_end() const = 0;   // the reply may end here
   virtual bool complete() const = 0;  // and cannot go on

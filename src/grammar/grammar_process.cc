@@ -91,6 +91,8 @@ Status WarningIn(std::string_view log) {
 
 Expected<FfiValue> Compile(XGrammar& xgrammar, const GrammarSpec& spec) {
   if (spec.kind == GrammarSpec::Kind::kJsonSchema) DSLA_RETURN_IF_ERROR(CheckSchema(spec.text));
+  if (spec.kind == GrammarSpec::Kind::kStructuralTag)
+    DSLA_RETURN_IF_ERROR(CheckStructuralTag(spec.text));
   const ErrorOutput output;
   DSLA_ASSIGN_OR_RETURN(FfiValue compiled, xgrammar.Compile(spec));
   DSLA_RETURN_IF_ERROR(WarningIn(output.Text()));
@@ -104,19 +106,36 @@ void Send(int socket, const Status& status, int64_t bytes) {
   ::send(socket, message.data(), message.size(), MSG_NOSIGNAL);
 }
 
+struct Vocabulary {
+  std::vector<std::string_view> tokens;  // bytes
+  std::vector<int32_t> control;          // control tokens that a grammar may have
+
+  int64_t size() const { return static_cast<int64_t>(tokens.size()); }
+};
+
+// What XGrammar is told: the tokens; a twin of each control token, of the same bytes, which no
+// grammar names; a reply's end.
+std::vector<std::string_view> WithTwins(const Vocabulary& vocabulary) {
+  std::vector<std::string_view> all = vocabulary.tokens;
+  for (const int32_t id : vocabulary.control) all.push_back(all[static_cast<size_t>(id)]);
+  all.emplace_back();
+  return all;
+}
+
 // One grammar and its matchers.
 class GrammarServer {
  public:
-  GrammarServer(XGrammar& xgrammar, FfiValue compiled, int64_t V, const Order& order, int socket,
-                void* shared)
+  GrammarServer(XGrammar& xgrammar, FfiValue compiled, const Vocabulary& vocabulary,
+                const Order& order, int socket, void* shared)
       : xgrammar_(xgrammar),
         compiled_(std::move(compiled)),
-        words_(MaskWords(V)),
-        end_(static_cast<uint32_t>(V)),
+        vocabulary_(vocabulary),
+        end_(vocabulary.tokens.size() + vocabulary.control.size()),
         order_(order),
         socket_(socket),
         shared_(static_cast<Matchers*>(shared)),
-        masks_(reinterpret_cast<uint32_t*>(shared_ + 1)) {}
+        masks_(reinterpret_cast<uint32_t*>(shared_ + 1)),
+        filled_(end_ / 32 + 1) {}
 
   // Until the other end of the socket is closed.
   void Run() {
@@ -149,37 +168,49 @@ class GrammarServer {
                !accepted.ok() || !*accepted) {
       return grammar_channel::kRefused;
     }
-    if (!xgrammar_.FillMask(matcher, mask).ok()) return grammar_channel::kRefused;
-    uint32_t& last = mask[end_ / 32];
-    const uint32_t end = uint32_t{1} << end_ % 32;
-    const bool may_end = (last & end) != 0;
-    last &= end - 1;
+    if (!xgrammar_.FillMask(matcher, filled_).ok()) return grammar_channel::kRefused;
+    LeaveOutControlTokens();
+    std::ranges::copy_n(filled_.begin(), static_cast<ptrdiff_t>(mask.size()), mask.begin());
+    if (const size_t over = vocabulary_.tokens.size() % 32; over != 0)
+      mask.back() &= (uint32_t{1} << over) - 1;
     const bool goes_on = std::ranges::any_of(mask, [](uint32_t word) { return word != 0; });
-    if (!may_end) return 0;
+    if (!Filled(end_)) return 0;
     return goes_on ? grammar_channel::kMayEnd
                    : grammar_channel::kMayEnd | grammar_channel::kComplete;
   }
 
+  // But for those that the grammar names: where the twin may stand, too, only the bytes may.
+  void LeaveOutControlTokens() {
+    for (size_t i = 0; i < vocabulary_.control.size(); ++i) {
+      if (order_.control_tokens && !Filled(vocabulary_.tokens.size() + i)) continue;
+      const auto id = static_cast<size_t>(vocabulary_.control[i]);
+      filled_[id / 32] &= ~(uint32_t{1} << id % 32);
+    }
+  }
+  bool Filled(size_t bit) const { return (filled_[bit / 32] >> bit % 32 & 1) != 0; }
+
   std::span<uint32_t> Mask(size_t i) const {
-    return {masks_ + static_cast<int64_t>(i) * words_, static_cast<size_t>(words_)};
+    const auto words = static_cast<size_t>(MaskWords(vocabulary_.size()));
+    return {masks_ + i * words, words};
   }
 
   XGrammar& xgrammar_;
   const FfiValue compiled_;
-  const int64_t words_;
-  const uint32_t end_;  // the bit that says whether the reply may end
+  const Vocabulary& vocabulary_;
+  const size_t end_;  // the bit that says whether the reply may end
   const Order order_;
   const int socket_;
   Matchers* const shared_;
   uint32_t* const masks_;
+  std::vector<uint32_t> filled_;  // by XGrammar: a mask of what it is told
   std::vector<FfiValue> matchers_;
 };
 
 // In a process of its own.
-void Serve(XGrammar& xgrammar, int64_t V, const Order& order, GrammarSpec spec, int socket,
-           int memory) {
-  void* const shared = ::mmap(nullptr, static_cast<size_t>(grammar_channel::SharedBytes(V)),
-                              PROT_READ | PROT_WRITE, MAP_SHARED, memory, 0);
+void Serve(XGrammar& xgrammar, const Vocabulary& vocabulary, const Order& order, GrammarSpec spec,
+           int socket, int memory) {
+  const auto size = static_cast<size_t>(grammar_channel::SharedBytes(vocabulary.size()));
+  void* const shared = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, memory, 0);
   if (shared == MAP_FAILED)
     return Send(socket, Error(StatusCode::kResourceExhausted, "no memory for masks"), 0);
   LimitMemory(order.process_bytes);
@@ -189,7 +220,7 @@ void Serve(XGrammar& xgrammar, int64_t V, const Order& order, GrammarSpec spec, 
   EndAfter(0);
   if (!bytes.ok()) return Send(socket, bytes.status(), 0);
   Send(socket, Status::Ok(), *bytes);
-  GrammarServer(xgrammar, std::move(compiled).value(), V, order, socket, shared).Run();
+  GrammarServer(xgrammar, std::move(compiled).value(), vocabulary, order, socket, shared).Run();
 }
 
 struct Arrived {
@@ -221,7 +252,7 @@ bool Receive(Arrived& arrived) {
   return true;
 }
 
-std::vector<std::string_view> ReadVocabulary(std::span<const std::byte> file) {
+Vocabulary ReadVocabulary(std::span<const std::byte> file) {
   const auto read = [&](auto& value) {
     DSLA_CHECK(file.size() >= sizeof(value));
     std::memcpy(&value, file.data(), sizeof(value));
@@ -229,15 +260,16 @@ std::vector<std::string_view> ReadVocabulary(std::span<const std::byte> file) {
   };
   int64_t V = 0;
   read(V);
-  std::vector<std::string_view> tokens;
+  Vocabulary vocabulary;
   for (int64_t i = 0; i < V; ++i) {
     uint32_t size = 0;
     read(size);
     DSLA_CHECK(file.size() >= size);
-    tokens.emplace_back(reinterpret_cast<const char*>(file.data()), size);
+    vocabulary.tokens.emplace_back(reinterpret_cast<const char*>(file.data()), size);
     file = file.subspan(size);
   }
-  return tokens;
+  while (!file.empty()) read(vocabulary.control.emplace_back());
+  return vocabulary;
 }
 
 int Main() {
@@ -248,15 +280,15 @@ int Main() {
   std::signal(SIGSEGV, SIG_DFL);  // TVM FFI would print where it came
   auto file = MappedFile::Open("/proc/self/fd/" + std::to_string(kVocabulary));
   DSLA_CHECK(file.ok());
-  const std::vector<std::string_view> tokens = ReadVocabulary(file->bytes());
-  Status status = loaded.ok() ? (*loaded)->SetVocabulary(tokens) : loaded.status();
+  const Vocabulary vocabulary = ReadVocabulary(file->bytes());
+  Status status = loaded.ok() ? (*loaded)->SetVocabulary(WithTwins(vocabulary)) : loaded.status();
   for (Arrived arrived; Receive(arrived);) {
     if (!status.ok()) {
       Send(arrived.socket, status, 0);
     } else if (const pid_t child = ::fork(); child == 0) {
       ::close(kOrders);
-      Serve(**loaded, static_cast<int64_t>(tokens.size()), arrived.order, std::move(arrived.spec),
-            arrived.socket, arrived.memory);
+      Serve(**loaded, vocabulary, arrived.order, std::move(arrived.spec), arrived.socket,
+            arrived.memory);
       ::_exit(0);
     } else if (child < 0) {
       Send(arrived.socket, Error(StatusCode::kResourceExhausted, "no process for a grammar"), 0);

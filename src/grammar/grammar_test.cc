@@ -2,8 +2,14 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <signal.h>
+#include <unistd.h>
 
 #include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
 #include <nlohmann/json.hpp>
 #include <random>
 #include <regex>
@@ -18,6 +24,7 @@ namespace dsla {
 namespace {
 
 using nlohmann::json;
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::UnorderedElementsAre;
 using Kind = GrammarSpec::Kind;
@@ -44,13 +51,15 @@ class GrammarTest : public ::testing::Test {
   // One token more than the tokenizer has, as where a model's are padded.
   int64_t V() const { return tokenizer_->vocab_size() + 1; }
 
-  std::shared_ptr<const Grammar> Compile(Kind kind, const std::string& text) {
-    auto grammar = compiler_->Compile({kind, text});
+  std::shared_ptr<const Grammar> Compile(Kind kind, const std::string& text,
+                                         bool control_tokens = false) {
+    auto grammar = compiler_->Compile({kind, text, control_tokens});
     EXPECT_TRUE(grammar.ok()) << grammar.status().message();
     return grammar.ok() ? *grammar : nullptr;
   }
-  std::unique_ptr<GrammarMatcher> Matcher(Kind kind, const std::string& text) {
-    const auto grammar = Compile(kind, text);
+  std::unique_ptr<GrammarMatcher> Matcher(Kind kind, const std::string& text,
+                                          bool control_tokens = false) {
+    const auto grammar = Compile(kind, text, control_tokens);
     if (grammar == nullptr) return nullptr;
     auto matcher = grammar->NewMatcher();
     EXPECT_TRUE(matcher.ok()) << matcher.status().message();
@@ -198,6 +207,60 @@ TEST_F(GrammarTest, StructuralTagsBehindATrigger) {
   EXPECT_TRUE(matcher->may_end());
 }
 
+// Token 261 is <|end|>, a control token.
+constexpr char kEnds[] =
+    R"({"type":"structural_tag","format":{"type":"sequence","elements":[{"type":"token","token":261},)"
+    R"({"type":"json_schema","json_schema":{"type":"string"}},{"type":"token","token":261}]}})";
+
+TEST_F(GrammarTest, AControlTokenIsOnlyWhereTheGrammarNamesIt) {
+  Reset({.control_tokens = {261}});
+  const auto matcher = Matcher(Kind::kStructuralTag, kEnds, /*control_tokens=*/true);
+  ASSERT_NE(matcher, nullptr);
+  EXPECT_THAT(Allowed(*matcher), ElementsAre(261)) << "and not its bytes";
+  matcher->Accept(261);
+  ASSERT_TRUE(matcher->Await().ok());
+  EXPECT_THAT(Allowed(*matcher), ElementsAre('"'));
+  ASSERT_TRUE(Accept(*matcher, "\"a <|end|> "));
+  EXPECT_FALSE(IsAllowed(*matcher, 261)) << "its bytes are text";
+  ASSERT_TRUE(Accept(*matcher, "\""));
+  EXPECT_THAT(Allowed(*matcher), ElementsAre(261));
+  EXPECT_FALSE(matcher->may_end());
+  matcher->Accept(261);
+  ASSERT_TRUE(matcher->Await().ok());
+  EXPECT_TRUE(matcher->may_end() && matcher->complete());
+}
+
+// Of text that is anything but so many bytes, too.
+TEST_F(GrammarTest, AControlTokenIsNoneOfTheBytesOfText) {
+  Reset({.control_tokens = {261}});
+  const std::string any =
+      R"({"type":"structural_tag","format":{"type":"any_text","excludes":["x"]}})";
+  const auto matcher = Matcher(Kind::kStructuralTag, any, /*control_tokens=*/true);
+  ASSERT_NE(matcher, nullptr);
+  EXPECT_TRUE(Accept(*matcher, "<|end|> "));
+  EXPECT_FALSE(IsAllowed(*matcher, 261));
+}
+
+TEST_F(GrammarTest, ClientsGrammarsHaveNoControlTokens) {
+  Reset({.control_tokens = {261}});
+  for (const auto& [kind, text] : std::vector<std::pair<Kind, std::string>>{
+           {Kind::kStructuralTag, kEnds}, {Kind::kEbnf, "root ::= Token(261)"}}) {
+    const auto matcher = Matcher(kind, text);
+    ASSERT_NE(matcher, nullptr);
+    EXPECT_TRUE(Allowed(*matcher).empty()) << "ReplyMask refuses it";
+    EXPECT_FALSE(matcher->may_end());
+  }
+  for (const auto& [kind, text] : std::vector<std::pair<Kind, std::string>>{
+           {Kind::kEbnf, "root ::= ExcludeToken(1)"},
+           {Kind::kEbnf, "root ::= [a-z<>|]*"},
+           {Kind::kStructuralTag, R"({"type":"structural_tag","format":{"type":"any_tokens"}})"}}) {
+    const auto matcher = Matcher(kind, text);
+    ASSERT_NE(matcher, nullptr);
+    EXPECT_TRUE(IsAllowed(*matcher, '<')) << text;
+    EXPECT_FALSE(IsAllowed(*matcher, 261)) << text;
+  }
+}
+
 TEST_F(GrammarTest, WhatIsWrongIsSaidInOneLine) {
   const auto expect = [&](Kind kind, const std::string& text, const std::string& part) {
     const Status status = Refused(kind, text);
@@ -228,9 +291,14 @@ TEST_F(GrammarTest, BombsAreRefused) {
     const Status status = Refused(kind, text);
     EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
     EXPECT_THAT(status.message(), HasSubstr(part));
-    const double begin = NowSeconds();
-    EXPECT_FALSE(Refused(kind, text).ok());  // that is known now
-    EXPECT_LT(NowSeconds() - begin, 0.1);
+    // That is known now, in less than compiling takes unless this thread has to wait.
+    double least = 1;
+    for (int i = 0; i < 5; ++i) {
+      const double begin = NowSeconds();
+      EXPECT_FALSE(Refused(kind, text).ok());
+      least = std::min(least, NowSeconds() - begin);
+    }
+    EXPECT_LT(least, 0.1);
   };
   json properties;
   for (int i = 0; i < 1500; ++i) properties["p" + std::to_string(i)] = {{"type", "string"}};
@@ -242,6 +310,42 @@ TEST_F(GrammarTest, BombsAreRefused) {
   expect(Kind::kJsonSchema, std::string(30000, '['), "nested deeper");
   // The processes of others are as they were.
   EXPECT_TRUE(Accept(*Matcher(Kind::kRegex, "[0-9]+"), "12"));
+}
+
+// The processes whose parent this is.
+std::vector<pid_t> ChildrenOf(pid_t parent) {
+  std::vector<pid_t> children;
+  for (const auto& entry : std::filesystem::directory_iterator("/proc")) {
+    const int pid = std::atoi(entry.path().filename().c_str());
+    std::ifstream file(entry.path() / "stat");
+    std::string stat;  // "pid (name) state parent ..."
+    if (pid == 0 || !std::getline(file, stat)) continue;
+    int of = 0;
+    std::sscanf(stat.c_str() + stat.rfind(')'), ") %*c %d", &of);
+    if (of == parent) children.push_back(pid);
+  }
+  return children;
+}
+
+// The time of a token is what its process computes: on a busy machine it may have to wait.
+TEST_F(GrammarTest, AProcessThatIsHeldUpIsNoBomb) {
+  Reset({.match_seconds = 0.02});
+  const auto matcher = Matcher(Kind::kRegex, "ab");
+  ASSERT_TRUE(matcher->Await().ok());
+  std::vector<pid_t> grammars;
+  for (const pid_t first : ChildrenOf(getpid())) {
+    for (const pid_t grammar : ChildrenOf(first)) grammars.push_back(grammar);
+  }
+  ASSERT_FALSE(grammars.empty());
+  for (const pid_t grammar : grammars) kill(grammar, SIGSTOP);
+  matcher->Accept('a');
+  std::thread later([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(200));
+    for (const pid_t grammar : grammars) kill(grammar, SIGCONT);
+  });
+  const Status status = matcher->Await();
+  later.join();
+  EXPECT_TRUE(status.ok()) << status.message();
 }
 
 // One that shows only in mid-reply ends that reply, and nobody begins another with it.

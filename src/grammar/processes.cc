@@ -105,7 +105,8 @@ GrammarProcess::~GrammarProcess() {
 
 std::span<const uint32_t> GrammarProcess::Mask(int matcher) const {
   const auto* const masks = reinterpret_cast<const uint32_t*>(&matchers() + 1);
-  return {masks + matcher * grammar_channel::MaskWords(V_), static_cast<size_t>((V_ + 31) / 32)};
+  const int64_t words = grammar_channel::MaskWords(V_);
+  return {masks + matcher * words, static_cast<size_t>(words)};
 }
 
 void GrammarProcess::Wake() const {
@@ -194,6 +195,7 @@ Expected<std::unique_ptr<GrammarProcess>> GrammarProcesses::Start(const GrammarS
   if (shared == MAP_FAILED) return NoProcess("no memory for matchers");
   auto process = std::make_unique<GrammarProcess>(std::move(here), shared, V_);
   const Order order{.kind = static_cast<int32_t>(spec.kind),
+                    .control_tokens = spec.control_tokens,
                     .compile_seconds = options.compile_seconds,
                     .match_seconds = options.match_seconds,
                     .process_bytes = options.process_bytes};

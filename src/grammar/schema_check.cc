@@ -59,7 +59,23 @@ Status Check(const json& value) {
   return Status::Ok();
 }
 
+// Each is the value of one of two keys, by the form of the tag.
+Status CheckSchemasIn(const json& tag) {
+  if (!tag.is_structured()) return Status::Ok();
+  for (const auto& [name, part] : tag.items()) {
+    const bool schema = tag.is_object() && (name == "json_schema" || name == "schema");
+    DSLA_RETURN_IF_ERROR(schema ? Check(part) : CheckSchemasIn(part));
+  }
+  return Status::Ok();
+}
+
 }  // namespace
+
+Status CheckStructuralTag(std::string_view text) {
+  const auto tag = ParseJson(text, "structural tag", kMaxDepth);
+  if (!tag.ok()) return InvalidArgument("{}", tag.status().message());
+  return CheckSchemasIn(*tag);
+}
 
 Status CheckSchema(std::string_view text) {
   const auto schema = ParseJson(text, "schema", kMaxDepth);

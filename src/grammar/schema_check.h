@@ -9,5 +9,7 @@ namespace dsla {
 
 // kInvalidArgument, naming the keyword, or why it is no schema.
 Status CheckSchema(std::string_view text);
+// The same of every schema within a structural tag.
+Status CheckStructuralTag(std::string_view text);
 
 }  // namespace dsla

@@ -30,6 +30,20 @@ TEST(SchemaCheckTest, NamesOfPropertiesAndDataAreNoKeywords) {
   }
 }
 
+TEST(SchemaCheckTest, SchemasOfStructuralTags) {
+  const auto message = [](const std::string& text) { return CheckStructuralTag(text).message(); };
+  const std::string in_tag =
+      R"({"type":"structural_tag","format":{"type":"triggered_tags","triggers":["<f>"],"tags":[)"
+      R"({"begin":"<f>","content":{"type":"json_schema","json_schema":)";
+  EXPECT_THAT(message(in_tag + R"({"properties":{"a":{"uniqueItems":true}}}}}]}})"),
+              HasSubstr("'uniqueItems'"));
+  EXPECT_EQ(message(in_tag + R"({"properties":{"not":{"type":"string"}}}}}]}})"), "");
+  EXPECT_THAT(message(R"({"structures":[{"begin":"<f>","schema":{"not":{}},"end":"</f>"}]})"),
+              HasSubstr("'not'"));
+  EXPECT_EQ(message(R"({"format":{"not":{}}})"), "") << "this is no schema";
+  EXPECT_EQ(CheckStructuralTag("{").code(), StatusCode::kInvalidArgument);
+}
+
 TEST(SchemaCheckTest, IsOneJsonObject) {
   for (const std::string& text :
        {std::string(), std::string("{"), std::string("[]"), std::string("true"),

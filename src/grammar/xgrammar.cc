@@ -188,18 +188,17 @@ Expected<std::unique_ptr<XGrammar>> XGrammar::Load(const std::string& site_packa
 Status XGrammar::SetVocabulary(std::span<const std::string_view> tokens) {
   constexpr int kRaw = 0;  // VocabType.RAW: the bytes as they are
   std::vector<FfiValue> values;
-  values.reserve(tokens.size() + 1);
+  values.reserve(tokens.size());
   for (const std::string_view token : tokens) values.push_back(NewBytes(token));
-  values.push_back(NewBytes(""));  // the end
   std::vector<TVMFFIAny> views;
   views.reserve(values.size());
   for (const FfiValue& value : values) views.push_back(value.view());
-  const auto end = static_cast<int64_t>(tokens.size());
+  const auto V = static_cast<int64_t>(tokens.size());
   DSLA_ASSIGN_OR_RETURN(const FfiValue all, CallWith(functions_->new_array, views));
-  DSLA_ASSIGN_OR_RETURN(const FfiValue ends, Call(functions_->new_array, Int(end)));
-  DSLA_ASSIGN_OR_RETURN(const FfiValue tokenizer,
-                        Call(functions_->new_tokenizer, all.view(), Int(kRaw), Int(end + 1),
-                             ends.view(), Bool(false)));
+  DSLA_ASSIGN_OR_RETURN(const FfiValue ends, Call(functions_->new_array, Int(V - 1)));
+  DSLA_ASSIGN_OR_RETURN(
+      const FfiValue tokenizer,
+      Call(functions_->new_tokenizer, all.view(), Int(kRaw), Int(V), ends.view(), Bool(false)));
   // One thread, no cache of its own and no limit of one, all masks made at once.
   DSLA_ASSIGN_OR_RETURN(compiler_, Call(functions_->new_compiler, tokenizer.view(), Int(1),
                                         Bool(false), Int(-1), Bool(false)));

@@ -44,7 +44,7 @@ class XGrammar {
   static Expected<std::unique_ptr<XGrammar>> Load(const std::string& site_packages);
   ~XGrammar();
 
-  // The bytes of tokens 0, 1, ...; none: never allowed. One more stands for a reply's end.
+  // The bytes of tokens 0, 1, ...; none: never allowed. The last stands for a reply's end.
   Status SetVocabulary(std::span<const std::string_view> tokens);
 
   // Both kInvalidArgument with XGrammar's message in one line.
@@ -54,7 +54,7 @@ class XGrammar {
 
   // False if the token is not allowed. Both kInvalidArgument where it fails.
   Expected<bool> Accept(const FfiValue& matcher, int32_t token);
-  // mask: [V / 32 + 1]
+  // mask: [ceil(V / 32)], with V of SetVocabulary's tokens
   Status FillMask(const FfiValue& matcher, std::span<uint32_t> mask);
 
  private:

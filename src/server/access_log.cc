@@ -1,6 +1,7 @@
 #include "server/access_log.h"
 
 #include <algorithm>
+#include <charconv>
 #include <utility>
 
 namespace dsla {
@@ -11,6 +12,17 @@ bool IsProbe(const std::string& route) {
   static constexpr const char* kProbes[] = {"/health", "/live", "/ready", "/ping", "/metrics"};
   return std::any_of(std::begin(kProbes), std::end(kProbes),
                      [&](const char* probe) { return route == probe; });
+}
+
+// Notes are text; those that count something are numbers in the log.
+LogField FieldOf(const std::string& name, const std::string& note) {
+  static constexpr const char* kCounts[] = {"prompt_tokens", "tokens", "dsla_level"};
+  int64_t count = 0;
+  const char* const end = note.data() + note.size();
+  const bool counts =
+      std::any_of(std::begin(kCounts), std::end(kCounts), [&](const char* c) { return name == c; });
+  if (counts && std::from_chars(note.data(), end, count).ptr == end) return {name, count};
+  return {name, note};
 }
 
 }  // namespace
@@ -70,7 +82,7 @@ void AccessLog::OnRequestFinished(const AccessRecord& record) {
                                   {"bytes_in", record.body_bytes},
                                   {"bytes_out", record.bytes},
                                   {"remote", request.remote_address}};
-  for (const auto& [name, value] : record.notes) fields.push_back({name, value});
+  for (const auto& [name, value] : record.notes) fields.push_back(FieldOf(name, value));
   const std::string_view trace = request.headers.Get("traceparent");
   if (SoundTraceParent(trace)) fields.push_back({"traceparent", std::string(trace)});
   const LogLevel level = quiet                  ? LogLevel::kDebug

@@ -57,6 +57,23 @@ TEST(AccessLogTest, OneLineWithoutTheText) {
   EXPECT_THAT(metrics.Render(EngineState()), HasSubstr("route=\"/v1/completions\""));
 }
 
+TEST(AccessLogTest, CountsAreNumbersInJson) {
+  const std::string path = ::testing::TempDir() + "dsla_access_log_json";
+  std::remove(path.c_str());
+  auto log = Log::Open({.file = path, .json = true});
+  ASSERT_TRUE(log.ok());
+  AccessRecord record;
+  record.request = std::make_shared<const HttpRequest>();
+  record.notes = {{"prompt_tokens", "36"}, {"tokens", "5"}, {"dsla_level", "22"}, {"replica", "0"}};
+  AccessLog access(log->get());
+  access.OnRequestStarted();
+  access.OnRequestFinished(record);
+  (*log)->Flush();
+  std::ifstream file(path);
+  const std::string text((std::istreambuf_iterator<char>(file)), {});
+  EXPECT_THAT(text, HasSubstr(R"("prompt_tokens":36,"tokens":5,"dsla_level":22,"replica":"0")"));
+}
+
 TEST(AccessLogTest, AProbeHasALineWhenItsAnswerChanges) {
   const std::string path = ::testing::TempDir() + "dsla_access_log_probes";
   std::remove(path.c_str());

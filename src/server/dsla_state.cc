@@ -23,6 +23,14 @@ Json FactorsJson(const EngineState& state) {
           {"fold", state.cost_factors.fold}};
 }
 
+// Where there is one, or nothing is decided by it.
+void AddCost(const MeasuredCost& cost, const EngineState& state, Json& json) {
+  if (cost.source == CostSource::kNone) return;
+  json["cost_model"] = {
+      {"source", Name(cost.source)}, {"measured_at", nullptr}, {"doubtful", state.cost_doubtful}};
+  if (cost.measured_at > 0) json["cost_model"]["measured_at"] = cost.measured_at;
+}
+
 Json ControllerJson(const EngineState& state, const PolicyOptions& options) {
   Json json{{"policy", state.policy},
             {"target_level", state.target_level},
@@ -35,6 +43,7 @@ Json ControllerJson(const EngineState& state, const PolicyOptions& options) {
                    {"calm_seconds", options.slo.calm_seconds}};
     json["cost_factors"] = FactorsJson(state);
   }
+  AddCost(options.cost, state, json);
   if (state.policy == "paper") {
     json["paper"] = {{"queue", options.paper.queue},
                      {"prompt_tokens", options.paper.prompt_tokens},
@@ -102,7 +111,7 @@ Json LoadJson(const EngineState& state) {
             {"numerical_errors", state.numerical_errors}}}};
 }
 
-Json ReplicasJson(const EngineState& state) {
+Json ReplicasJson(const EngineState& state, const std::vector<MeasuredCost>& costs) {
   Json replicas = Json::array();
   for (const EngineState& replica : state.replicas) {
     Json json{{"replica", replicas.size()}, {"device", replica.device}, {"failed", nullptr}};
@@ -110,6 +119,7 @@ Json ReplicasJson(const EngineState& state) {
     json.update(ProgressJson(replica));
     json["target_level"] = replica.target_level;
     json["cost_factors"] = FactorsJson(replica);
+    if (replicas.size() < costs.size()) AddCost(costs[replicas.size()], replica, json);
     json.update(LoadJson(replica));
     replicas.push_back(std::move(json));
   }
@@ -119,7 +129,7 @@ Json ReplicasJson(const EngineState& state) {
 }  // namespace
 
 DslaControl::DslaControl(Engine* engine, LadderInfo ladder, PolicyOptions options,
-                         std::vector<CostModel> costs)
+                         std::vector<MeasuredCost> costs)
     : engine_(engine),
       ladder_(std::move(ladder)),
       costs_(std::move(costs)),
@@ -136,7 +146,7 @@ std::string DslaControl::StateJson() const {
   // The engine takes up a change with its next step; whoever asked for it sees it at once.
   state.policy = options_.policy;
   state.max_level = options_.max_level;
-  return DslaStateJson(state, ladder_, options_);
+  return DslaStateJson(state, ladder_, options_, costs_);
 }
 
 Status DslaControl::Apply(const DslaCommand& command) {
@@ -165,7 +175,7 @@ Status DslaControl::Apply(const DslaCommand& command) {
 }
 
 std::string DslaStateJson(const EngineState& state, const LadderInfo& ladder,
-                          const PolicyOptions& options) {
+                          const PolicyOptions& options, const std::vector<MeasuredCost>& costs) {
   Json json{{"model", ladder.model}, {"adapter", ladder.adapter}};
   json.update(ProgressJson(state));
   json["ladder"] = {
@@ -174,7 +184,7 @@ std::string DslaStateJson(const EngineState& state, const LadderInfo& ladder,
   json["kinds_at_target"] = KindsAt(ladder, state.target_level);
   json.update(LoadJson(state));
   json["events"] = EventsJson(state);
-  if (!state.replicas.empty()) json["replicas"] = ReplicasJson(state);
+  if (!state.replicas.empty()) json["replicas"] = ReplicasJson(state, costs);
   // A request's id comes from its client: what is not UTF-8 is replaced.
   return json.dump(-1, ' ', false, Json::error_handler_t::replace);
 }

@@ -36,7 +36,7 @@ class DslaControl {
   // `options`: those that the engine's first policy was made from; `costs`: of several replicas,
   // each one's cost model in place of the options'. The engine must outlive this.
   DslaControl(Engine* engine, LadderInfo ladder, PolicyOptions options,
-              std::vector<CostModel> costs = {});
+              std::vector<MeasuredCost> costs = {});
 
   std::string StateJson() const;  // of the engine's state now
   Status Apply(const DslaCommand& command);
@@ -46,13 +46,15 @@ class DslaControl {
  private:
   Engine* const engine_;
   const LadderInfo ladder_;
-  const std::vector<CostModel> costs_;
+  const std::vector<MeasuredCost> costs_;
   mutable std::mutex mutex_;  // of options_
   PolicyOptions options_;
 };
 
-// The body of GET /v1/dsla. Times in it are seconds before `state.now`.
+// The body of GET /v1/dsla. Times in it are seconds before `state.now`, but for those of cost
+// models. costs: DslaControl's.
 std::string DslaStateJson(const EngineState& state, const LadderInfo& ladder,
-                          const PolicyOptions& options);
+                          const PolicyOptions& options,
+                          const std::vector<MeasuredCost>& costs = {});
 
 }  // namespace dsla

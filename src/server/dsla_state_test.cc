@@ -43,8 +43,8 @@ PolicyOptions SomeOptions() {
   options.policy = "slo";
   options.layers = 4;
   options.max_level = 3;
-  options.cost = CostModel::FromCoefficients(4, {1e-3, 1e-5, 1e-5, 1e-9}, {1e-3, 1e-5, 1e-5, 1e-9},
-                                             {1e-3, 1e-6});
+  options.cost.model = CostModel::FromCoefficients(4, {1e-3, 1e-5, 1e-5, 1e-9},
+                                                   {1e-3, 1e-5, 1e-5, 1e-9}, {1e-3, 1e-6});
   return options;
 }
 
@@ -124,7 +124,7 @@ TEST(DslaControl, ARefusalChangesNothing) {
 TEST(DslaControl, EveryReplicaGetsAPolicyOfItsOwn) {
   FakeEngine engine;
   engine.replicas_ = 2;
-  const CostModel cost = SomeOptions().cost;
+  const MeasuredCost cost = SomeOptions().cost;
   PolicyOptions options = SomeOptions();
   options.cost = {};
   DslaControl control(&engine, SomeLadder(), options, {cost, cost});
@@ -134,7 +134,7 @@ TEST(DslaControl, EveryReplicaGetsAPolicyOfItsOwn) {
     EXPECT_NE(engine.policies_[0], nullptr);
     EXPECT_STREQ(engine.policies_[1]->name(), policy);
   }
-  DslaControl other(&engine, SomeLadder(), options, {cost, CostModel()});
+  DslaControl other(&engine, SomeLadder(), options, {cost, MeasuredCost()});
   EXPECT_THAT(other.Apply({.policy = "slo", .level = {}, .max_level = {}}).message(),
               HasSubstr("no cost model"));
   EXPECT_STREQ(engine.policies_[0]->name(), "fixed") << "neither has changed";
@@ -162,6 +162,27 @@ TEST(DslaState, NamesEachReplica) {
   EXPECT_EQ(second["target_level"], 3);
   EXPECT_EQ(second["running"]["count"], 7);
   EXPECT_TRUE(second.contains("cost_factors") && second.contains("totals"));
+  EXPECT_FALSE(second.contains("cost_model"));
+}
+
+TEST(DslaState, SaysWhereCostsComeFrom) {
+  EngineState state;
+  state.replicas.resize(2);
+  state.cost_doubtful = state.replicas[1].cost_doubtful = true;
+  PolicyOptions options = SomeOptions();
+  const auto json = [&](const std::vector<MeasuredCost>& costs) {
+    return nlohmann::json::parse(DslaStateJson(state, SomeLadder(), options, costs));
+  };
+  EXPECT_FALSE(json({})["controller"].contains("cost_model")) << "there is none";
+  options.cost.source = CostSource::kKept;
+  options.cost.measured_at = 1700000000;
+  const MeasuredCost named{.model = {}, .usual = {}, .source = CostSource::kFile};
+  const auto shown = json({options.cost, named});
+  const nlohmann::json kept{{"source", "kept"}, {"measured_at", 1700000000}, {"doubtful", true}};
+  EXPECT_EQ(shown["controller"]["cost_model"], kept);
+  EXPECT_EQ(shown["replicas"][0]["cost_model"]["doubtful"], false);
+  const nlohmann::json second{{"source", "file"}, {"measured_at", nullptr}, {"doubtful", true}};
+  EXPECT_EQ(shown["replicas"][1]["cost_model"], second);
 }
 
 TEST(DslaState, SaysWhatTheEngineIsDoing) {

@@ -357,6 +357,9 @@ void ServerMetrics::RenderEngine(const EngineState& state, std::string& out) con
         .Sample(s.cost_factors.decode, {{"kind", "decode"}}, name)
         .Sample(s.cost_factors.fold, {{"kind", "fold"}}, name);
   }
+  text.Gauge("dsla_cost_doubtful",
+             "1: these have been far from 1 for long; the cost model should be measured anew.");
+  for (const auto& [s, name] : engines) text.Sample(s.cost_doubtful ? 1 : 0, {}, name);
   text.Gauge("dsla_level_sequences", "Running sequences by level.");
   for (const auto& [s, name] : engines) {
     for (size_t level = 0; level < s.rows_per_level.size(); ++level)

@@ -141,6 +141,7 @@ EngineState SomeState() {
   s.generated_tokens = 123456789;
   s.preemptions = 6;
   s.cost_factors = {.prefill = 1.5, .decode = 0.5, .fold = 2};
+  s.cost_doubtful = true;
   return s;
 }
 
@@ -190,6 +191,7 @@ TEST(Metrics, EngineState) {
   EXPECT_EQ(Value(f, "dsla_seconds_since_progress"), 1.5);
   EXPECT_EQ(Value(f, "dsla_cost_factor", {{"kind", "prefill"}}), 1.5);
   EXPECT_EQ(Value(f, "dsla_cost_factor", {{"kind", "fold"}}), 2);
+  EXPECT_EQ(Value(f, "dsla_cost_doubtful"), 1);
 }
 
 TEST(Metrics, Requests) {

@@ -7,9 +7,10 @@ import os
 import pathlib
 import subprocess
 import tempfile
+import time
 import unittest.mock
 
-from serving import ADMIN_KEY, KEY, call, chat, check, finish, parse_arguments, serving
+from serving import ADMIN_KEY, KEY, call, chat, check, finish, log_of_start, parse_arguments, serving
 
 ARGUMENTS = ["--context", 1024, "--memory", "128M"]
 
@@ -51,7 +52,7 @@ def check_kept(program):
 
         def start(*arguments):
             with serving(program, *arguments) as running:
-                return running.log.read_text()
+                return log_of_start(running)
 
         check(" calibrated " in start(*ARGUMENTS) and not list(pathlib.Path(name).iterdir()), "servers of tests measure and keep nothing")
         check(" calibrated " in start(*auto), "the first start measures")
@@ -64,6 +65,32 @@ def check_kept(program):
         log = start(*auto)
         check(" calibrated " in log and "cost_model_file" in log and str(kept[0]) in log, "a damaged one is named and measured again")
         check("cost_model_read" in start(*auto), "and is whole then")
+        check_healing(program, kept[0], auto, start)
+
+
+def check_healing(program, file, auto, start):
+    """A kept model of which the work's times are far off is measured again, once."""
+    model = json.loads(file.read_text())
+    for kind in ("prefill", "decode"):
+        model["cost_model"][kind] = [x / 8 for x in model["cost_model"][kind]]
+    file.write_text(json.dumps(model))
+    with serving(program, *auto) as running:
+        said = controller(running)["cost_model"]
+        check(said == {"source": "kept", "measured_at": model["measured_at"], "doubtful": False}, f"where costs come from: {said}")
+        deadline = time.monotonic() + 180
+        while "cost_model_doubtful" not in running.log.read_text() and time.monotonic() < deadline:
+            chat(running, max_tokens=300, ignore_eos=True)
+        line = [line for line in running.log.read_text().splitlines() if "cost_model_doubtful" in line]
+        check(len(line) == 1 and str(file) in line[0], f"it is found doubtful: {line}")
+        check(controller(running)["cost_model"]["doubtful"], "and said to be")
+    doubted = json.loads(file.read_text())
+    check(doubted["cost_model"] == model["cost_model"] and doubted["doubted"]["decode"] > 2, f"which its file says: {doubted}")
+    log = start(*auto)
+    check(" calibrated " in log and "measured anew" in log, "the next start measures")
+    anew = json.loads(file.read_text())
+    usual = anew.get("usual", {}).get("decode", 0)
+    check(0 < usual < doubted["doubted"]["decode"] / 2 and "doubted" not in anew, f"which explains most of it: {anew}")
+    check("cost_model_read" in start(*auto), "which later ones read")
 
 
 def main():
@@ -73,11 +100,11 @@ def main():
         file = pathlib.Path(name) / "cost.json"
         cost = ["--cost-model", file]
         with serving(arguments.program, *ARGUMENTS, *cost, "--policy", "paper") as running:
-            check(file.exists() and "calibrated" in running.log.read_text(), "the cost model is measured and written")
+            check(file.exists() and "calibrated" in log_of_start(running), "the cost model is measured and written")
             check_policies(running)
         written = file.read_text()
         with serving(arguments.program, *ARGUMENTS, *cost) as running:
-            log = running.log.read_text()
+            log = log_of_start(running)
             check("cost_model_read" in log and "calibrated" not in log, "another start reads it")
             check(chat(running, max_tokens=2).status == 200, "and serves")
         check(file.read_text() == written, "and leaves it as it was")

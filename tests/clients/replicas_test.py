@@ -10,8 +10,8 @@ import tempfile
 import threading
 
 from admin_test import ARGUMENTS, change
-from program_test import long_stream, read_all, refused, wait_for
-from serving import call, chat, check, completions, finish, parse_arguments, serving
+from program_test import long_request, long_stream, read_all, refused
+from serving import call, chat, check, completions, finish, log_of_start, parse_arguments, serving, wait_for
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "load"))
 
@@ -119,10 +119,16 @@ def check_leaving(program, model):
 def check_queue(program, model):
     """The bound of the queue is of both together: 3 wait, whoever runs."""
     with serving(program, "--model", model, *TWO, "--max-running", 1, "--max-queued", 3) as running:
-        bodies = [{"prompt": f"Request {i}", "max_tokens": 4000, "ignore_eos": True, "timeout": 2} for i in range(12)]
-        statuses = sorted(reply.status for reply in in_parallel(running, bodies))
-        check(statuses.count(429) >= 4, f"12 requests, 2 run and 3 wait: {statuses}")
-        check(set(statuses) <= {200, 429, 504}, "the rest are told to come again")
+        held = [long_request(running, replies=1, stream=False) for _ in range(2)]
+        check(wait_for(lambda: state(running)["running"]["count"] == 2), "two long requests run")
+        held += [long_request(running, replies=1, stream=False) for _ in range(3)]
+        check(wait_for(lambda: state(running)["queue"]["requests"] == 3), "three wait")
+        replies = [completions(running, prompt=f"Request {i}", max_tokens=1) for i in range(4)]
+        check([reply.error[:2] for reply in replies] == [(429, "queue_full")] * 4, "the rest are told to come again")
+        for connection in held:
+            connection.close()
+        check(wait_for(lambda: state(running)["idle"]), "nobody is left")
+        check(completions(running, prompt="x", max_tokens=1).status == 200, "and there is room again")
 
 
 def check_drain(program, model):
@@ -138,7 +144,7 @@ def check_drain(program, model):
 
 def check_policies(program):
     with serving(program, *ARGUMENTS, "--replicas", 2, "--log-format", "json") as running:
-        check(running.log.read_text().count('"calibrated"') == 1, "two of a kind are measured once")
+        check(log_of_start(running).count('"calibrated"') == 1, "two of a kind are measured once")
         check(call(running, "GET", "/ready").json == {"status": "ok"}, "both are up")
         for command, level in (({"level": 7}, "7"), ({"policy": "slo"}, "0")):
             check(change(running, command).status == 200, f"{command}")

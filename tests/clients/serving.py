@@ -8,8 +8,10 @@ import contextlib
 import http.client
 import json
 import pathlib
+import re
 import sys
 import tempfile
+import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent / "bench/serving"))
@@ -56,6 +58,19 @@ def serving(program, *arguments):
             yield running
             if failures:
                 print(f"the server's log ends:\n{running.log_end(20)}", flush=True)
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return met
+
+
+def log_of_start(running):
+    """The log up to the line that says `ready`, which a thread of its own writes behind the answers."""
+    wait_for(lambda: re.search(r' ready |"event":"ready"', running.log.read_text()))
+    return running.log.read_text()
 
 
 class Reply:

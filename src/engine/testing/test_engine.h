@@ -163,6 +163,19 @@ class TestEngine {
     return sink;
   }
 
+  // Likewise all of them, which are there before the next step.
+  std::vector<std::shared_ptr<RecordingSink>> SubmitTogether(const std::vector<Request>& requests) {
+    std::vector<std::shared_ptr<RecordingSink>> sinks;
+    std::vector<Submission> group;
+    for (const Request& request : requests) {
+      sinks.push_back(std::make_shared<RecordingSink>());
+      group.push_back({request, sinks.back()});
+    }
+    const auto rejected = engine_->SubmitAll(std::move(group));
+    EXPECT_FALSE(rejected.has_value()) << rejected->message;
+    return sinks;
+  }
+
  private:
   Workspace workspace_;
   std::unique_ptr<Engine> engine_;

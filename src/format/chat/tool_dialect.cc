@@ -1,8 +1,10 @@
 #include "format/chat/tool_dialect.h"
 
 #include <array>
+#include <span>
 
 #include "base/check.h"
+#include "format/tokenizer/tokenizer.h"
 
 namespace dsla {
 namespace {
@@ -68,6 +70,13 @@ std::optional<ToolDialect> DetectToolDialect(string_view source) {
   return std::nullopt;
 }
 
-std::span<const string_view> ToolMarkers(ToolDialect dialect) { return EntryOf(dialect).markers; }
+std::vector<ToolMarker> ToolMarkers(ToolDialect dialect, const Tokenizer& tokenizer) {
+  std::vector<ToolMarker> markers;
+  for (const string_view text : EntryOf(dialect).markers) {
+    const auto id = tokenizer.TokenToId(text);
+    if (id && tokenizer.IsSpecial(*id)) markers.push_back({text, *id});
+  }
+  return markers;
+}
 
 }  // namespace dsla

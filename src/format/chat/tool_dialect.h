@@ -1,14 +1,16 @@
 // How a family of models writes the calls of tools into its replies.
 #pragma once
 
+#include <cstdint>
 #include <optional>
-#include <span>
 #include <string_view>
 #include <vector>
 
 #include "base/status.h"
 
 namespace dsla {
+
+class Tokenizer;
 
 enum class ToolDialect {
   kHermes,      // <tool_call>{"name": .., "arguments": {..}}</tool_call>: Hermes, Qwen2.5, Qwen3
@@ -26,7 +28,12 @@ std::optional<ToolDialect> ToolDialectByName(std::string_view name);
 // The dialect that a chat template's source teaches or repeats; nothing if it is none of these.
 std::optional<ToolDialect> DetectToolDialect(std::string_view jinja_source);
 
-// What may be control tokens of the model but belongs to the text of a call.
-std::span<const std::string_view> ToolMarkers(ToolDialect dialect);
+// A control token of the model that belongs to the text of a call.
+struct ToolMarker {
+  std::string_view text;
+  int32_t id;
+};
+// Those of the dialect's that are control tokens of this tokenizer.
+std::vector<ToolMarker> ToolMarkers(ToolDialect dialect, const Tokenizer& tokenizer);
 
 }  // namespace dsla

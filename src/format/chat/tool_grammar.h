@@ -22,8 +22,9 @@ struct ToolGrammar {
 };
 
 // As JSON. The arguments follow their schemas; a tool without one, and in kAny one that is not
-// strict, takes any object. tools: not empty.
+// strict, takes any object. `markers`, the dialect's that are control tokens, are written as these
+// and never as text. tools: not empty.
 std::string StructuralTagOf(ToolDialect dialect, const ToolGrammar& grammar,
-                            std::span<const Tool> tools);
+                            std::span<const Tool> tools, std::span<const ToolMarker> markers);
 
 }  // namespace dsla

@@ -24,24 +24,18 @@ class Fp8GemmTest : public GpuTest {
 // Rows in e4m3, on the device and as what they stand for.
 struct Rounded {
   Rounded(int rows, int in, uint32_t seed, float scale)
-      : rows(rows), data(int64_t{rows} * in), scales(int64_t{rows} * 4) {
-    const DeviceBytes exact(Values(int64_t{rows} * in, seed, scale));
-    CheckCuda(cuda::RoundRows({.x = exact.as<void>(),
-                               .x_stride = in,
-                               .T = rows,
-                               .in = in,
-                               .to = data.as<void>(),
-                               .scale = scales.as<float>()},
-                              nullptr));
-    const auto bytes = ReadAll<uint8_t>(data);
-    const auto of_row = ReadAll<float>(scales);
+      : rows(rows), rounded(Values(int64_t{rows} * in, seed, scale), rows, in) {
+    const auto bytes = ReadAll<uint8_t>(rounded.data);
+    const auto of_row = ReadAll<float>(rounded.scale);
     for (size_t i = 0; i < bytes.size(); ++i)
       values.push_back(FromE4m3(bytes[i]) * of_row[i / static_cast<size_t>(in)]);
   }
-  cuda::Fp8Gemm::Operand operand() const { return {data.as<void>(), scales.as<float>(), rows}; }
+  cuda::Fp8Gemm::Operand operand() const {
+    return {rounded.data.as<void>(), rounded.scale.as<float>(), rows};
+  }
 
   int rows;
-  DeviceBytes data, scales;
+  RoundedRows rounded;
   std::vector<float> values;
 };
 

@@ -214,15 +214,16 @@ INSTANTIATE_TEST_SUITE_P(
         "CONNECT a:443 HTTP/1.1\r\nHost: localhost\r\n\r\n",
         "\x16\x03\x01\x02\r\n\r\n"));  // TLS to a plain port
 
-HttpServerOptions ShortTimes() {
+// From the first byte on, so that a client that is late to send any has its time.
+HttpServerOptions ShortReads() {
   HttpServerOptions options = TestServer::DefaultOptions();
   options.read_timeout = 0.3;
-  options.idle_timeout = 0.3;
+  options.idle_timeout = 60;
   return options;
 }
 
 TEST(TimeLimitsTest, SlowHeadGets408) {
-  TestServer server(ShortTimes());
+  TestServer server(ShortReads());
   RawClient client(server.port());
   client.Send("GET /open HTTP/1.1\r\nHost:");
   ExpectRefused(client.Read(), 408, "request_timeout");
@@ -230,7 +231,7 @@ TEST(TimeLimitsTest, SlowHeadGets408) {
 }
 
 TEST(TimeLimitsTest, SlowBodyGets408) {
-  TestServer server(ShortTimes());
+  TestServer server(ShortReads());
   RawClient client(server.port());
   client.Send(std::string(kPost) + "Content-Length: 10\r\n\r\n{");
   ExpectRefused(client.Read(), 408, "request_timeout");
@@ -238,25 +239,27 @@ TEST(TimeLimitsTest, SlowBodyGets408) {
 }
 
 TEST(TimeLimitsTest, SilentAndIdleConnectionsAreClosed) {
-  TestServer server(ShortTimes());
-  RawClient silent(server.port());
+  HttpServerOptions options = TestServer::DefaultOptions();
+  options.read_timeout = 60;
+  options.idle_timeout = 1;
+  TestServer server(options);
   RawClient idle(server.port());
   EXPECT_EQ(idle.Call(Get("/open")).status, 200);
-  EXPECT_TRUE(silent.ClosedWithin(10));
-  EXPECT_TRUE(idle.ClosedWithin(10));
+  RawClient silent(server.port());
+  EXPECT_TRUE(silent.ClosedWithin(30));
+  EXPECT_TRUE(idle.ClosedWithin(30));
 }
 
 TEST(TimeLimitsTest, SlowClientsDoNotHoldUpOthers) {
-  TestServer server;
+  HttpServerOptions options = TestServer::DefaultOptions();
+  options.read_timeout = 600;  // long after the client that is not slow has given up
+  TestServer server(options);
   std::vector<std::unique_ptr<RawClient>> slow;
   for (int i = 0; i < 100; ++i) {
     slow.push_back(std::make_unique<RawClient>(server.port()));
     slow.back()->Send("GET /open HT");
   }
-  RawClient client(server.port());
-  const double start = NowSeconds();
-  EXPECT_EQ(client.Call(Get("/open")).status, 200);
-  EXPECT_LT(NowSeconds() - start, 5);  // before any of the slow ones runs out of time
+  EXPECT_EQ(RawClient(server.port()).Call(Get("/open")).status, 200);
 }
 
 TEST(LimitsTest, MediaTypes) {

@@ -123,6 +123,7 @@ struct HttpServer::Impl : public ConnectionHost {
   const std::shared_ptr<std::atomic<int64_t>> body_bytes_ =
       std::make_shared<std::atomic<int64_t>>(0);
   int port_ = 0;
+  bool local_ = true;  // every address is this machine's own
   std::vector<std::thread> threads_;
 
   mutable std::mutex mutex_;  // of what follows
@@ -149,7 +150,6 @@ Status HttpServer::Impl::Listen() {
                            code.message());
   port_ = options_.port;
   Status unavailable;
-  bool local = true;
   const std::vector<tcp::endpoint> endpoints = Endpoints(found);
   for (tcp::endpoint endpoint : endpoints) {
     endpoint.port(static_cast<asio::ip::port_type>(port_));  // where it is 0, the first one's
@@ -163,10 +163,10 @@ Status HttpServer::Impl::Listen() {
       continue;
     }
     port_ = listener->acceptor.local_endpoint(code).port();
-    local = local && endpoint.address().is_loopback();
+    local_ = local_ && endpoint.address().is_loopback();
     listeners_.push_back(std::move(listener));
   }
-  if (local) dispatcher_.SetLocal(options_.host);
+  if (local_) dispatcher_.SetLocal(options_.host);
   return listeners_.empty() ? unavailable : Status::Ok();
 }
 
@@ -305,6 +305,8 @@ Expected<std::unique_ptr<HttpServer>> HttpServer::Start(const HttpServerOptions&
 }
 
 int HttpServer::port() const { return impl_->port_; }
+
+bool HttpServer::local() const { return impl_->local_; }
 
 void HttpServer::SetRouter(std::shared_ptr<const Router> router) {
   impl_->dispatcher_.SetRouter(std::move(router));

@@ -67,6 +67,7 @@ class HttpServer {
   HttpServer& operator=(const HttpServer&) = delete;
 
   int port() const;
+  bool local() const;  // only its own machine reaches it
   void SetRouter(std::shared_ptr<const Router> router);
   // kDraining: responses say Connection: close from now on.
   void SetPhase(Phase phase);

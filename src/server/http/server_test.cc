@@ -293,9 +293,12 @@ TEST(HttpServerTest, StreamsThatStandStillGetComments) {
   EXPECT_EQ(other.Read().status, 504);
 }
 
-// Queued or streaming, by an end or a reset: the callback comes at once, others go on.
+// Queued or streaming, by an end or a reset: the callback comes before any time has passed, others
+// go on.
 TEST(HttpServerTest, DisconnectIsSeenWhileTheAnswerIsMade) {
-  TestServer server;
+  HttpServerOptions options = TestServer::DefaultOptions();
+  options.read_timeout = options.idle_timeout = options.write_timeout = 600;
+  TestServer server(options);
   for (const bool stream : {false, true}) {
     for (const bool reset : {false, true}) {
       RawClient client(server.port());
@@ -309,14 +312,12 @@ TEST(HttpServerTest, DisconnectIsSeenWhileTheAnswerIsMade) {
         EXPECT_EQ(client.ReadSome().substr(0, 12), "HTTP/1.1 200");
       }
       EXPECT_FALSE(held.responder->gone());
-      const double start = NowSeconds();
       if (reset) {
         client.Reset();
       } else {
         client.Close();
       }
       ASSERT_EQ(left.get_future().wait_for(std::chrono::seconds(30)), std::future_status::ready);
-      EXPECT_LT(NowSeconds() - start, 5);
       EXPECT_TRUE(held.responder->gone());
       EXPECT_FALSE(held.responder->Respond(TextResponse(200, "late")));
       EXPECT_FALSE(held.responder->Write("late"));
@@ -480,6 +481,7 @@ TEST(HttpServerTest, DrainingWaitsForBodies) {
 TEST(HttpServerTest, ConnectionsAreCounted) {
   HttpServerOptions options = TestServer::DefaultOptions();
   options.max_connections = 2;
+  options.idle_timeout = 600;  // nobody is gone before all have come
   TestServer server(options);
   RawClient first(server.port());
   RawClient second(server.port());
@@ -508,7 +510,7 @@ TEST(HttpServerTest, ConnectionsAreCounted) {
   std::vector<std::unique_ptr<RawClient>> more;
   for (int i = 0; i < 64; ++i) more.push_back(std::make_unique<RawClient>(server.port()));
   wait_for(66);
-  EXPECT_TRUE(RawClient(server.port()).ClosedWithin(5));
+  EXPECT_TRUE(RawClient(server.port()).ClosedWithin(30));
   more.clear();
   first.Close();
   wait_for(1);

@@ -72,13 +72,15 @@ size_t TextBytes(const std::vector<ChatMessage>& messages, const std::vector<Too
 
 // The grammar of replies whose calls are asked for or must follow their schemas. Where the replies
 // follow another one, a reply is either of the two.
-std::optional<HttpError> SetToolGrammar(const ToolsRequest& tools, ToolDialect dialect,
+std::optional<HttpError> SetToolGrammar(const Service& service, const ToolsRequest& tools,
                                         Common* common) {
   using Choice = ToolsRequest::Choice;
   const bool forced = tools.choice != Choice::kAuto;
   std::vector<Tool> callable = tools.tools;
-  if (tools.choice == Choice::kNamed)
-    std::erase_if(callable, [&](const Tool& tool) { return tool.name != tools.named; });
+  const auto is_other = [&](const Tool& tool) {
+    return std::ranges::find(tools.allowed, tool.name) == tools.allowed.end();
+  };
+  if (!tools.allowed.empty()) std::erase_if(callable, is_other);
   const bool one = tools.choice == Choice::kNamed || !tools.parallel;
   ToolGrammar grammar;
   grammar.calls = one ? ToolGrammar::Calls::kOne : ToolGrammar::Calls::kSome;
@@ -93,11 +95,14 @@ std::optional<HttpError> SetToolGrammar(const ToolsRequest& tools, ToolDialect d
     grammar.text = ToolGrammar::Text::kJson;
     grammar.schema = other.text;
   }
+  const bool fewer = callable.size() < tools.tools.size();
   const bool strict = std::ranges::any_of(callable, &Tool::strict);
-  if (!forced && !strict && !common->grammar) return std::nullopt;
+  if (!forced && !fewer && !strict && !common->grammar) return std::nullopt;
   common->grammar_param = forced ? "tool_choice" : "tools";
   common->grammar = GrammarSpec{.kind = GrammarSpec::Kind::kStructuralTag,
-                                .text = StructuralTagOf(dialect, grammar, callable)};
+                                .text = StructuralTagOf(*service.context().tool_dialect, grammar,
+                                                        callable, service.tool_markers()),
+                                .control_tokens = true};
   return std::nullopt;
 }
 
@@ -108,7 +113,7 @@ std::optional<HttpError> PlanTools(const Service& service, ToolsRequest tools, C
   const ApiContext& context = service.context();
   if (!context.tool_dialect)
     return InvalidRequestError(context.no_tools, "tools", "unsupported_parameter");
-  if (auto error = SetToolGrammar(tools, *context.tool_dialect, common)) return error;
+  if (auto error = SetToolGrammar(service, tools, common)) return error;
   ToolParser::Options& options = plan->tools.emplace();
   options.dialect = *context.tool_dialect;
   options.tools = std::make_shared<const std::vector<Tool>>(std::move(tools.tools));
@@ -143,9 +148,11 @@ HttpError GrammarError(const Status& status, const Common& common) {
   }
 }
 
-// A grammar takes time to compile, and its first mask to be made: on a thread for that.
-void Start(const ServicePtr& service, PermitPtr permit, GenerationPlan plan, RequestPtr request,
-           ResponderPtr responder) {
+}  // namespace
+
+// A grammar takes time to compile, and its first mask to be made.
+void StartGeneration(const ServicePtr& service, PermitPtr permit, GenerationPlan plan,
+                     RequestPtr request, ResponderPtr responder) {
   if (!plan.common.grammar) {
     Generation::Start(service, std::move(permit), std::move(plan), *request, std::move(responder));
     return;
@@ -167,8 +174,6 @@ void Start(const ServicePtr& service, PermitPtr permit, GenerationPlan plan, Req
   TaskPool* const pool = service->context().grammar_pool;
   pool == nullptr ? start() : RunInPool(*pool, responder, start);
 }
-
-}  // namespace
 
 Parsed<std::vector<int32_t>> EncodeText(const Service& service, const std::string& text,
                                         const EncodeOptions& options) {
@@ -237,30 +242,33 @@ void HandleCompletions(const ServicePtr& service, PermitPtr permit, RequestPtr r
     }
   }
   plan.common = std::move(completion.common);
-  Start(service, std::move(permit), std::move(plan), std::move(request), std::move(responder));
+  StartGeneration(service, std::move(permit), std::move(plan), std::move(request),
+                  std::move(responder));
+}
+
+Parsed<GenerationPlan> PlanChat(const Service& service, ChatRequest chat) {
+  GenerationPlan plan;
+  plan.chat = true;
+  plan.continues = chat.prompt.continue_last;
+  if (auto error = FindModel(service, chat.common.model, &plan.model)) return *error;
+  auto tokens = EncodeMessages(service, chat.messages, chat.tools.tools, chat.prompt);
+  if (const auto* error = std::get_if<HttpError>(&tokens)) return *error;
+  if (auto error = PlanTools(service, std::move(chat.tools), &chat.common, &plan)) return *error;
+  plan.prompts.push_back(std::move(std::get<std::vector<int32_t>>(tokens)));
+  Truncate(chat.common.truncate_prompt, &plan.prompts[0]);
+  plan.logprobs = chat.logprobs;
+  plan.common = std::move(chat.common);
+  return plan;
 }
 
 void HandleChat(const ServicePtr& service, PermitPtr permit, RequestPtr request,
                 ResponderPtr responder) {
   auto parsed = ParseChat(request->body, service->limits());
   if (const auto* error = std::get_if<HttpError>(&parsed)) return Refuse(*responder, *error);
-  ChatRequest& chat = std::get<ChatRequest>(parsed);
-  GenerationPlan plan;
-  plan.chat = true;
-  plan.continues = chat.prompt.continue_last;
-  if (auto error = FindModel(*service, chat.common.model, &plan.model)) {
-    return Refuse(*responder, *error);
-  }
-  auto tokens = EncodeMessages(*service, chat.messages, chat.tools.tools, chat.prompt);
-  if (const auto* error = std::get_if<HttpError>(&tokens)) return Refuse(*responder, *error);
-  if (auto error = PlanTools(*service, std::move(chat.tools), &chat.common, &plan)) {
-    return Refuse(*responder, *error);
-  }
-  plan.prompts.push_back(std::move(std::get<std::vector<int32_t>>(tokens)));
-  Truncate(chat.common.truncate_prompt, &plan.prompts[0]);
-  plan.logprobs = chat.logprobs;
-  plan.common = std::move(chat.common);
-  Start(service, std::move(permit), std::move(plan), std::move(request), std::move(responder));
+  auto plan = PlanChat(*service, std::get<ChatRequest>(std::move(parsed)));
+  if (const auto* error = std::get_if<HttpError>(&plan)) return Refuse(*responder, *error);
+  StartGeneration(service, std::move(permit), std::get<GenerationPlan>(std::move(plan)),
+                  std::move(request), std::move(responder));
 }
 
 }  // namespace dsla::openai

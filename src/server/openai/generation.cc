@@ -18,16 +18,6 @@ const char* ServiceTierName(Tier tier) {
   return tier == Tier::kFull ? "priority" : tier == Tier::kEconomy ? "flex" : "default";
 }
 
-// What spells a call is part of the text, even where it is a control token.
-std::vector<int32_t> ShownIds(const Tokenizer& tokenizer, ToolDialect dialect) {
-  std::vector<int32_t> ids;
-  for (const std::string_view marker : ToolMarkers(dialect)) {
-    const auto id = tokenizer.TokenToId(marker);
-    if (id && tokenizer.IsSpecial(*id)) ids.push_back(*id);
-  }
-  return ids;
-}
-
 // What a piece of text adds to a reply.
 ToolReplyDelta Parse(ToolParser& parser, std::string_view text, bool last) {
   ToolReplyDelta delta = parser.Push(text);
@@ -150,14 +140,16 @@ std::optional<HttpError> Generation::SetMaxTokens() {
   return std::nullopt;
 }
 
-// An answer is held in memory until it is whole; of a stream only the prompt's part is.
+// An answer is held in memory until it is whole; of a stream only the prompt's part is, unless the
+// plan says otherwise.
 std::optional<HttpError> Generation::CheckLogprobs() const {
   const Common& common = plan_.common;
   int64_t prompt = 0, reply = 0;  // tokens
   for (size_t i = 0; i < plan_.prompts.size(); ++i) {
     if (scores_prompt(static_cast<int>(i)))
       prompt += common.n * static_cast<int64_t>(plan_.prompts[i].size());
-    if (plan_.logprobs >= 0 && !common.stream) reply += common.n * int64_t{max_tokens_[i]};
+    if (plan_.logprobs >= 0 && (!common.stream || plan_.keeps_logprobs))
+      reply += common.n * int64_t{max_tokens_[i]};
   }
   const int64_t each = 1 + std::max(plan_.logprobs, 0);
   const int64_t most = service_->limits().max_total_logprobs;
@@ -166,7 +158,7 @@ std::optional<HttpError> Generation::CheckLogprobs() const {
       fmt::format("{} log-probabilities are asked for, {} of each of {} prompt tokens and {} reply "
                   "tokens; one answer may have {}",
                   (prompt + reply) * each, each, prompt, reply, most),
-      plan_.logprobs < 0 ? "prompt" : "logprobs", "integer_above_max_value");
+      plan_.logprobs < 0 ? "prompt" : plan_.logprobs_param, "integer_above_max_value");
 }
 
 std::optional<HttpError> Generation::Prepare(const HttpRequest& request) {
@@ -208,7 +200,11 @@ Request Generation::RequestOf(int index) const {
   request.ignore_eos = common.ignore_eos || (plan_.echo && plan_.logprobs >= 0 &&
                                              request.max_tokens == 1 && common.stop_ids.empty());
   request.continues = plan_.continues;
-  if (plan_.tools) request.shown_ids = ShownIds(service_->tokenizer(), plan_.tools->dialect);
+  // What spells a call is part of the text, even where it is a control token.
+  if (plan_.tools) {
+    for (const ToolMarker& marker : service_->tool_markers())
+      request.shown_ids.push_back(marker.id);
+  }
   request.stop_ids = common.stop_ids;
   request.stop = common.stop;
   request.grammar = plan_.grammar;

@@ -38,6 +38,8 @@ struct GenerationPlan {
   };
   std::vector<Echo> echoes;  // with echo, of each prompt
   int logprobs = -1;
+  const char* logprobs_param = "logprobs";   // the field that asks for them
+  bool keeps_logprobs = false;               // a stream's are held to its end
   std::optional<ToolParser::Options> tools;  // chat: the replies may have calls of them
 };
 

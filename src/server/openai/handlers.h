@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "server/http/http.h"
+#include "server/openai/generation.h"
 #include "server/openai/service.h"
 
 namespace dsla::openai {
@@ -24,6 +25,11 @@ void HandleCompletions(const ServicePtr& service, PermitPtr permit, RequestPtr r
                        ResponderPtr responder);
 void HandleChat(const ServicePtr& service, PermitPtr permit, RequestPtr request,
                 ResponderPtr responder);
+// What a conversation is answered by. Errors name chat's fields.
+Parsed<GenerationPlan> PlanChat(const Service& service, ChatRequest chat);
+// Compiles the plan's grammar, if there is one, on a thread for that.
+void StartGeneration(const ServicePtr& service, PermitPtr permit, GenerationPlan plan,
+                     RequestPtr request, ResponderPtr responder);
 // The tokens of a conversation; 400 where there is no template or it refuses the messages, or
 // where it has no place for tools and there are some.
 Parsed<std::vector<int32_t>> EncodeMessages(const Service& service,

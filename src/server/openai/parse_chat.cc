@@ -24,8 +24,7 @@ void ParsePart(Element value, const std::string& path, bool first, FirstError* e
   const Fields part(object, path + ".", error);
   std::string type, text;
   if (!part.String("type", kMaxNameBytes, &type)) {
-    error->Set(InvalidRequestError(fmt::format("'{}' is missing", part.Path("type")),
-                                   part.Path("type"), "missing_required_parameter"));
+    SetMissing(part, "type");
     return;
   }
   if (type != "text") {
@@ -35,8 +34,7 @@ void ParsePart(Element value, const std::string& path, bool first, FirstError* e
     return;
   }
   if (!part.String("text", kMaxTextBytes, &text)) {
-    error->Set(InvalidRequestError(fmt::format("'{}' is missing", part.Path("text")),
-                                   part.Path("text"), "missing_required_parameter"));
+    SetMissing(part, "text");
     return;
   }
   if (!first) *content += '\n';
@@ -47,8 +45,7 @@ void ParseContent(const Fields& message, std::string* content) {
   const auto value = message.Find("content");
   const std::string path = message.Path("content");
   if (!value) {
-    message.error()->Set(InvalidRequestError(fmt::format("'{}' is missing", path), path,
-                                             "missing_required_parameter"));
+    SetMissing(message, "content");
   } else if (value->is_string()) {
     ReadString(*value, path, kMaxTextBytes, content, message.error());
   } else if (value->is_array()) {
@@ -75,18 +72,14 @@ void ParseToolFields(const Fields& message, const Limits& limits, ChatMessage* o
   }
   if (out->role != "tool") return;
   message.String("name", kMaxNameBytes, &out->name);
-  if (!message.String("tool_call_id", kMaxNameBytes, &out->tool_call_id)) {
-    message.error()->Set(
-        InvalidRequestError(fmt::format("'{}' is missing", message.Path("tool_call_id")),
-                            message.Path("tool_call_id"), "missing_required_parameter"));
-  }
+  if (!message.String("tool_call_id", kMaxNameBytes, &out->tool_call_id))
+    SetMissing(message, "tool_call_id");
 }
 
 void ParseMessage(const Fields& message, const Limits& limits, ChatMessage* out) {
   const std::string path = message.Path("role");
   if (!message.String("role", kMaxNameBytes, &out->role)) {
-    message.error()->Set(InvalidRequestError(fmt::format("'{}' is missing", path), path,
-                                             "missing_required_parameter"));
+    SetMissing(message, "role");
     return;
   }
   // OpenAI's newer name of the same role.
@@ -153,8 +146,7 @@ void NameResults(std::vector<ChatMessage>* messages) {
 void ParseMessages(const Fields& fields, const Limits& limits, std::vector<ChatMessage>* messages) {
   const auto list = fields.Array("messages");
   if (!list) {
-    fields.error()->Set(
-        InvalidRequestError("'messages' is missing", "messages", "missing_required_parameter"));
+    SetMissing(fields, "messages");
     return;
   }
   if (list->size() == 0) {
@@ -203,7 +195,7 @@ Parsed<ChatRequest> ParseChat(std::string_view body, const Limits& limits) {
   RefuseUnsupportedChat(fields);
   ParseCommon(fields, limits, &common);
   ParseMessages(fields, limits, &request.messages);
-  ParseTools(fields, limits, &request.tools);
+  ParseTools(fields, limits, Form::kNested, &request.tools);
   ParseLogprobs(fields, limits, &request.logprobs);
   ParsePromptOptions(fields, &request.prompt);
   // The newer name wins where both are there.

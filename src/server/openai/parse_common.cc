@@ -186,6 +186,10 @@ void RefuseUnsupported(const Fields& fields, const Limits& limits, const Common&
     float value = 1;
     if (fields.Number(name, 0, 100, &value)) fields.RefuseUnless(name, value == 1);
   }
+  for (const char* name : {"mirostat", "dry_multiplier", "xtc_probability", "dynatemp_range"}) {
+    float value = 0;
+    if (fields.Number(name, 0, 100, &value)) fields.RefuseUnless(name, value == 0);
+  }
   int n_predict = -1;
   if (fields.Int("n_predict", -2, kMaxTokens, &n_predict)) {
     fields.RefuseUnless("n_predict", n_predict == -1);
@@ -229,6 +233,12 @@ void ParseCommon(const Fields& fields, const Limits& limits, Common* common) {
 bool IsEmptyArray(const Fields& fields, std::string_view name) {
   const auto value = fields.Find(name);
   return value && value->is_array() && dom::array(*value).size() == 0;
+}
+
+void SetMissing(const Fields& fields, std::string_view name) {
+  const std::string path = fields.Path(name);
+  fields.error()->Set(InvalidRequestError(fmt::format("'{}' is missing", path), path,
+                                          "missing_required_parameter"));
 }
 
 void CheckTotals(const Fields& fields, const Limits& limits, int64_t choices,

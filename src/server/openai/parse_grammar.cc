@@ -11,11 +11,6 @@ namespace dom = simdjson::dom;
 constexpr size_t kMaxGrammarBytes = size_t{1} << 20;
 constexpr size_t kMaxChoices = 1024;
 
-HttpError Missing(const std::string& path) {
-  return InvalidRequestError(fmt::format("'{}' is missing", path), path,
-                             "missing_required_parameter");
-}
-
 void SetGrammar(const Fields& fields, GrammarSpec spec, const std::string& path, Common* common) {
   if (common->grammar) {
     fields.error()->Set(
@@ -78,44 +73,44 @@ void ParseChoice(const Fields& fields, Common* common) {
 }
 
 // `strict` changes nothing: a reply follows its schema in any case.
-void ParseJsonSchema(const Fields& format, Common* common) {
-  const auto object = format.Object("json_schema");
-  if (!object) {
-    format.error()->Set(Missing(format.Path("json_schema")));
-    return;
-  }
-  const Fields schema(*object, format.Path("json_schema."), format.error());
+void ParseJsonSchema(const Fields& schema, Common* common) {
   std::string text;
   bool strict = false;
-  if (!schema.String("name", kMaxNameBytes, &text)) {
-    schema.error()->Set(Missing(schema.Path("name")));
-  }
+  if (!schema.String("name", kMaxNameBytes, &text)) SetMissing(schema, "name");
   schema.String("description", kMaxTextBytes, &text);
   schema.Bool("strict", &strict);
-  if (!schema.Find("schema")) schema.error()->Set(Missing(schema.Path("schema")));
+  if (!schema.Find("schema")) SetMissing(schema, "schema");
   ParseSchema(schema, "schema", /*text_too=*/false, common);
 }
 
-void ParseResponseFormat(const Fields& fields, Common* common) {
-  const auto object = fields.Object("response_format");
+void ParseNestedSchema(const Fields& format, Common* common) {
+  const auto object = format.Object("json_schema");
+  if (!object) return SetMissing(format, "json_schema");
+  ParseJsonSchema(Fields(*object, format.Path("json_schema."), format.error()), common);
+}
+
+// `name`: of the field that says the format.
+void ParseFormat(const Fields& fields, std::string_view name, Form form, Common* common) {
+  const auto object = fields.Object(name);
   if (!object) return;
-  const Fields format(*object, "response_format.", fields.error());
+  const std::string path = fields.Path(name);
+  const Fields format(*object, path + ".", fields.error());
+  const bool nested = form == Form::kNested;
   std::string type;
   if (!format.String("type", kMaxNameBytes, &type)) {
-    format.error()->Set(Missing(format.Path("type")));
+    SetMissing(format, "type");
   } else if (type == "json_object") {
-    SetGrammar(fields, {GrammarSpec::Kind::kJsonObject}, "response_format", common);
+    SetGrammar(fields, {GrammarSpec::Kind::kJsonObject}, path, common);
   } else if (type == "json_schema") {
-    ParseJsonSchema(format, common);
-  } else if (type == "structural_tag") {
-    SetGrammar(fields, {GrammarSpec::Kind::kStructuralTag, simdjson::minify(*object)},
-               "response_format", common);
+    nested ? ParseNestedSchema(format, common) : ParseJsonSchema(format, common);
+  } else if (type == "structural_tag" && nested) {
+    SetGrammar(fields, {GrammarSpec::Kind::kStructuralTag, simdjson::minify(*object)}, path,
+               common);
   } else if (type != "text") {
     format.error()->Set(InvalidRequestError(
-        fmt::format("'response_format.type' must be one of 'text', 'json_object', 'json_schema', "
-                    "'structural_tag', not '{}'",
-                    type.substr(0, 64)),
-        "response_format.type"));
+        fmt::format("'{}' must be one of 'text', 'json_object', 'json_schema'{}, not '{}'",
+                    format.Path("type"), nested ? ", 'structural_tag'" : "", type.substr(0, 64)),
+        format.Path("type")));
   }
 }
 
@@ -143,8 +138,12 @@ HttpError InvalidGrammarError(std::string message, const Common& common) {
   return InvalidRequestError(std::move(message), common.grammar_param, "invalid_grammar");
 }
 
+void ParseTextFormat(const Fields& text, Common* common) {
+  ParseFormat(text, "format", Form::kFlat, common);
+}
+
 void ParseGrammar(const Fields& fields, Common* common) {
-  ParseResponseFormat(fields, common);
+  ParseFormat(fields, "response_format", Form::kNested, common);
   ParseStructuredOutputs(fields, common);
   ParseSchema(fields, "json_schema", /*text_too=*/false, common);
   // llama.cpp's default, an empty one, asks for nothing.

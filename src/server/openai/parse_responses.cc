@@ -1,5 +1,6 @@
 #include <fmt/format.h>
 
+#include "server/json_writer.h"
 #include "server/openai/json_doc.h"
 #include "server/openai/parse_common.h"
 #include "server/openai/responses.h"
@@ -11,100 +12,7 @@ namespace dom = simdjson::dom;
 
 constexpr size_t kMaxMetadata = 16;  // pairs, and bytes of each: OpenAI's limits
 constexpr size_t kMaxMetadataBytes = 512;
-
-void SetMissing(const Fields& fields, const char* name) {
-  const std::string path = fields.Path(name);
-  fields.error()->Set(InvalidRequestError(fmt::format("'{}' is missing", path), path,
-                                          "missing_required_parameter"));
-}
-
-// A type of OpenAI's that is not text.
-void SetUnsupportedType(const Fields& fields, const std::string& type) {
-  const std::string path = fields.Path("type");
-  fields.error()->Set(InvalidRequestError(
-      fmt::format("'{}' is '{}': this server reads text alone", path, type.substr(0, 64)), path,
-      "unsupported_feature"));
-}
-
-std::optional<Fields> ObjectAt(Element value, const std::string& path, FirstError* error) {
-  dom::object object;
-  if (value.get(object) == simdjson::SUCCESS) return Fields(object, path + ".", error);
-  SetTypeError(path, "an object", value, error);
-  return std::nullopt;
-}
-
-void ParsePart(const Fields& part, std::string* content) {
-  std::string type;
-  if (!part.String("type", kMaxNameBytes, &type)) return SetMissing(part, "type");
-  if (type != "input_text" && type != "output_text") return SetUnsupportedType(part, type);
-  std::string text;
-  if (!part.String("text", kMaxTextBytes, &text)) return SetMissing(part, "text");
-  if (!content->empty()) *content += '\n';  // as chat joins its parts
-  *content += text;
-}
-
-void ParseContent(const Fields& item, std::string* content) {
-  const auto value = item.Find("content");
-  const std::string path = item.Path("content");
-  if (!value) return SetMissing(item, "content");
-  if (value->is_string()) {
-    ReadString(*value, path, kMaxTextBytes, content, item.error());
-    return;
-  }
-  if (!value->is_array())
-    return SetTypeError(path, "a string or an array of text parts", *value, item.error());
-  int index = 0;
-  for (const Element part : dom::array(*value)) {
-    const auto fields = ObjectAt(part, fmt::format("{}[{}]", path, index++), item.error());
-    if (fields) ParsePart(*fields, content);
-    if (!item.error()->ok()) return;
-  }
-  if (index == 0)
-    item.error()->Set(InvalidRequestError(fmt::format("'{}' is an empty array", path), path));
-}
-
-// A message, be it of the user's or one that came as output.
-void ParseItem(const Fields& item, ChatMessage* message) {
-  std::string type = "message";
-  item.String("type", kMaxNameBytes, &type);
-  if (type != "message") return SetUnsupportedType(item, type);
-  const std::string path = item.Path("role");
-  if (!item.String("role", kMaxNameBytes, &message->role)) return SetMissing(item, "role");
-  if (message->role == "developer") message->role = "system";
-  if (message->role != "system" && message->role != "user" && message->role != "assistant") {
-    item.error()->Set(InvalidRequestError(
-        fmt::format("'{}' must be one of 'system', 'developer', 'user', 'assistant', not '{}'",
-                    path, message->role.substr(0, 64)),
-        path));
-  }
-  ParseContent(item, &message->content);
-}
-
-void ParseInput(const Fields& fields, const Limits& limits, std::vector<ChatMessage>* messages) {
-  const auto input = fields.Find("input");
-  if (!input) return SetMissing(fields, "input");
-  if (input->is_string()) {
-    messages->push_back({"user", ""});
-    ReadString(*input, "input", kMaxTextBytes, &messages->back().content, fields.error());
-    return;
-  }
-  if (!input->is_array())
-    return SetTypeError("input", "a string or an array of messages", *input, fields.error());
-  const dom::array list(*input);
-  if (list.size() == 0)
-    fields.error()->Set(InvalidRequestError("'input' is an empty array", "input"));
-  if (list.size() > static_cast<size_t>(limits.max_messages)) {
-    fields.error()->Set(
-        InvalidRequestError(fmt::format("'input' has more than {} messages", limits.max_messages),
-                            "input", "array_above_max_length"));
-  }
-  int index = 0;
-  for (const Element value : list) {
-    const auto item = ObjectAt(value, fmt::format("input[{}]", index++), fields.error());
-    if (item) ParseItem(*item, &messages->emplace_back());
-    if (!fields.error()->ok()) return;
-  }
-}
+constexpr size_t kMaxInclude = 32;
 
 // What this API has and this server has not, unless it says what holds anyway.
 void RefuseUnsupported(const Fields& fields) {
@@ -117,32 +25,95 @@ void RefuseUnsupported(const Fields& fields) {
     bool on = false;
     if (fields.Bool(name, &on)) fields.RefuseUnless(name, !on);
   }
-  for (const char* name : {"tools", "include"})
-    fields.RefuseUnless(name, IsEmptyArray(fields, name));
-  if (const auto choice = fields.Find("tool_choice")) {
-    const std::string_view word = choice->is_string() ? std::string_view(*choice) : "";
-    fields.RefuseUnless("tool_choice", word == "auto" || word == "none");
-  }
   std::string truncation;
   if (fields.String("truncation", kMaxNameBytes, &truncation))
     fields.RefuseUnless("truncation", truncation == "disabled");
-  int top_logprobs = 0;
-  if (fields.Int("top_logprobs", 0, 20, &top_logprobs))
-    fields.RefuseUnless("top_logprobs", top_logprobs == 0);
   if (const auto object = fields.Object("reasoning")) {
     const Fields reasoning(*object, "reasoning.", fields.error());
     for (const dom::key_value_pair entry : *object) reasoning.Refuse({entry.key});
   }
+}
+
+// `echo`: the format as it was given.
+void ParseText(const Fields& fields, Common* common, std::string* echo) {
   const auto object = fields.Object("text");
   if (!object) return;
   const Fields text(*object, "text.", fields.error());
   if (std::string verbosity; text.String("verbosity", kMaxNameBytes, &verbosity))
     text.RefuseUnless("verbosity", verbosity == "medium");
-  if (const auto format = text.Object("format")) {
-    std::string type;
-    Fields(*format, "text.format.", fields.error()).String("type", kMaxNameBytes, &type);
-    text.RefuseUnless("format", type == "text");
+  ParseTextFormat(text, common);
+  if (const auto format = text.Object("format")) *echo = simdjson::minify(*format);
+}
+
+// Whether log-probabilities are wanted. Reasoning is no item here, so that none of it is left out.
+bool ParseInclude(const Fields& fields, bool tools) {
+  const auto list = fields.Array("include");
+  if (!list) return false;
+  if (list->size() > kMaxInclude) {
+    fields.error()->Set(
+        InvalidRequestError(fmt::format("'include' has more than {} strings", kMaxInclude),
+                            "include", "array_above_max_length"));
   }
+  bool logprobs = false;
+  int index = 0;
+  for (const Element value : *list) {
+    const std::string path = fmt::format("include[{}]", index++);
+    std::string name;
+    if (!fields.error()->ok() || !ReadString(value, path, kMaxNameBytes, &name, fields.error()))
+      return false;
+    if (name == "reasoning.encrypted_content") continue;
+    if (name != "message.output_text.logprobs") {
+      fields.error()->Set(InvalidRequestError(
+          fmt::format("'{}' is '{}', which this server has not", path, name.substr(0, 64)), path,
+          "unsupported_parameter"));
+    } else if (tools) {
+      // Which of a reply's tokens are its text is not known.
+      fields.error()->Set(
+          InvalidRequestError(fmt::format("'{}' is '{}', which goes with no 'tools'", path, name),
+                              path, "unsupported_parameter"));
+    }
+    logprobs = true;
+  }
+  return logprobs;
+}
+
+void ParseLogprobs(const Fields& fields, const Limits& limits, ChatRequest* chat) {
+  const bool wanted = ParseInclude(fields, !chat->tools.tools.empty());
+  int top = 0;
+  fields.Int("top_logprobs", 0, limits.max_logprobs, &top);
+  if (wanted) {
+    chat->logprobs = top;
+  } else if (top > 0) {
+    fields.error()->Set(InvalidRequestError(
+        "'top_logprobs' needs 'include': [\"message.output_text.logprobs\"]", "top_logprobs"));
+  }
+}
+
+// The tools as they were given, and whether they are strict.
+std::string ToolsEcho(const dom::array& tools) {
+  JsonWriter out;
+  out.BeginArray();
+  for (const Element element : tools) {
+    out.BeginObject();
+    bool strict = true;
+    for (const dom::key_value_pair field : dom::object(element)) {
+      if (field.key != "strict") {
+        out.Key(field.key).Raw(simdjson::to_string(field.value));
+      } else if (field.value.is_bool()) {
+        strict = bool(field.value);
+      }
+    }
+    out.Field("strict", strict).EndObject();
+  }
+  return out.EndArray().Take();
+}
+
+void ParseResponseTools(const Fields& fields, const Limits& limits, ToolsRequest* tools,
+                        ResponsesEcho* echo) {
+  ParseTools(fields, limits, Form::kFlat, tools);
+  echo->parallel = tools->parallel;
+  if (const auto list = fields.Array("tools")) echo->tools = ToolsEcho(*list);
+  if (const auto choice = fields.Find("tool_choice")) echo->tool_choice = simdjson::minify(*choice);
 }
 
 void ParseMetadata(const Fields& fields, std::string* metadata) {
@@ -173,7 +144,9 @@ Parsed<ResponsesRequest> ParseResponses(std::string_view body, const Limits& lim
   FirstError error;
   const Fields fields(doc.object(), "", &error);
   ResponsesRequest request;
-  Common& common = request.common;
+  ChatRequest& chat = request.chat;
+  Common& common = chat.common;
+  ResponsesEcho& echo = request.echo;
   RefuseUnsupported(fields);
   ParseCommon(fields, limits, &common);
   fields.RefuseUnless("n", common.n == 1);
@@ -181,16 +154,23 @@ Parsed<ResponsesRequest> ParseResponses(std::string_view body, const Limits& lim
   common.continuous_usage = false;
   std::string instructions;
   if (fields.String("instructions", kMaxTextBytes, &instructions)) {
-    request.messages.push_back({"system", instructions});
-    request.instructions = std::move(instructions);
+    chat.messages.push_back({"system", instructions});
+    echo.instructions = std::move(instructions);
   }
-  ParseInput(fields, limits, &request.messages);
-  ParsePromptOptions(fields, &request.prompt);
-  ParseMetadata(fields, &request.metadata);
+  ParseResponsesInput(fields, limits, &chat.messages);
+  ParsePromptOptions(fields, &chat.prompt);
+  ParseResponseTools(fields, limits, &chat.tools, &echo);
+  ParseText(fields, &common, &echo.format);
+  ParseLogprobs(fields, limits, &chat);
+  ParseMetadata(fields, &echo.metadata);
   int max_tokens = 0;
   if (fields.Int("max_output_tokens", 1, kMaxTokens, &max_tokens)) common.max_tokens = max_tokens;
   CheckTotals(fields, limits, common.n, "max_output_tokens", common);
   if (auto first = error.Take()) return *first;
+  echo.max_tokens = common.max_tokens;
+  echo.temperature = common.sampling.temperature;
+  echo.top_p = common.sampling.top_p;
+  echo.top_logprobs = std::max(chat.logprobs, 0);
   return request;
 }
 

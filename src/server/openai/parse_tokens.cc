@@ -17,7 +17,7 @@ Parsed<TokenizeRequest> ParseTokenize(std::string_view body, const Limits& limit
   if (fields.Find("messages")) {
     ++sources;
     ParseMessages(fields, limits, &request.messages);
-    ParseTools(fields, limits, &request.tools);
+    ParseTools(fields, limits, Form::kNested, &request.tools);
   }
   if (sources != 1) {
     error.Set(InvalidRequestError("exactly one of 'prompt', 'content' and 'messages' is needed",

@@ -82,8 +82,8 @@ struct ToolsRequest {
   enum class Choice { kAuto, kRequired, kNamed };
   std::vector<Tool> tools;
   Choice choice = Choice::kAuto;
-  std::string named;     // with kNamed: one of the tools
-  bool parallel = true;  // more than one call in a reply
+  std::vector<std::string> allowed;  // names of tools: kNamed's, or what alone may be called
+  bool parallel = true;              // more than one call in a reply
 };
 
 struct ChatRequest {

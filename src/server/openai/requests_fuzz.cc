@@ -50,8 +50,8 @@ void Check(const ChatRequest& request, const Limits& limits) {
 }
 
 void Check(const ResponsesRequest& request, const Limits& limits) {
-  CheckCommon(request.common, limits);
-  DSLA_CHECK(!request.messages.empty() && request.common.n == 1);
+  Check(request.chat, limits);
+  DSLA_CHECK(request.chat.common.n == 1);
 }
 
 void Check(const TokenizeRequest&, const Limits&) {}

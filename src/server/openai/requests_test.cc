@@ -341,6 +341,10 @@ TEST(RequestUnsupported, IsRefusedByName) {
                                                {"allowed_token_ids", "null", "[1]"},
                                                {"typical_p", "1.0", "0.9"},
                                                {"repeat_penalty", "1", "1.1"},
+                                               {"mirostat", "0", "2"},
+                                               {"dry_multiplier", "0.0", "0.8"},
+                                               {"xtc_probability", "0", "0.5"},
+                                               {"dynatemp_range", "0", "0.5"},
                                                {"n_predict", "-1", "32"}}) {
     GoodField(Pair(name, nothing));
     BadField(Pair(name, something), "unsupported_parameter", name);
@@ -555,7 +559,7 @@ TEST(RequestTools, Choice) {
   EXPECT_EQ(Chat(WithTools(tools + R"("required")")).tools.choice, ToolsRequest::Choice::kRequired);
   const auto named = Chat(WithTools(tools + Function("f"))).tools;
   EXPECT_EQ(named.choice, ToolsRequest::Choice::kNamed);
-  EXPECT_EQ(named.named, "f");
+  EXPECT_EQ(named.allowed, std::vector<std::string>{"f"});
   BadChat(WithTools(tools + Function("g")), "invalid_value", "tool_choice.function.name");
   BadChat(WithTools(tools + R"("any")"), "invalid_value", "tool_choice");
   BadChat(WithTools(tools + "5"), "invalid_type", "tool_choice");

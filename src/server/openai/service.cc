@@ -13,6 +13,7 @@ Service::Service(ApiContext context) : context_(std::move(context)), canceller_(
   limits.vocab_size = tokenizer().vocab_size();
   limits.max_level = context_.ladder.max_level;
   limits.adapter = context_.ladder.max_level > 0;
+  if (context_.tool_dialect) tool_markers_ = ToolMarkers(*context_.tool_dialect, tokenizer());
   started_ = Now();
   size_t longest = 1;
   for (int32_t id = 0; id < tokenizer().vocab_size(); ++id) {

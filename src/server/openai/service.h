@@ -59,6 +59,8 @@ class Service : public std::enable_shared_from_this<Service> {
   const Limits& limits() const { return context_.limits; }
   Engine& engine() const { return *context_.engine; }
   const Tokenizer& tokenizer() const { return *context_.tokenizer; }
+  // Of the context's dialect.
+  const std::vector<ToolMarker>& tool_markers() const { return tool_markers_; }
   Canceller& canceller() { return canceller_; }
 
   // The name to answer with, or 404. Empty: the first.
@@ -90,6 +92,7 @@ class Service : public std::enable_shared_from_this<Service> {
  private:
   ApiContext context_;
   Canceller canceller_;
+  std::vector<ToolMarker> tool_markers_;
   int64_t started_ = 0;
   size_t max_text_bytes_ = 0;
   std::atomic<int> in_flight_{0};

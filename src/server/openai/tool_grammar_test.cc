@@ -25,50 +25,107 @@ std::vector<Tool> Tools() {
           {"now", "", R"({"type":"object","properties":{},"additionalProperties":false})", true}};
 }
 
-class ToolGrammarTest : public ::testing::TestWithParam<std::string_view> {
+struct Case {
+  std::string_view dialect;
+  std::vector<std::string> markers;  // that are control tokens
+};
+
+// Each dialect with markers that are text, and with control tokens.
+std::vector<Case> Cases() {
+  return {{"hermes", {}},
+          {"hermes", {"<tool_call>", "</tool_call>"}},
+          {"llama3", {}},
+          {"llama3", {"<|python_tag|>"}},
+          {"mistral", {}},
+          {"mistral", {"[TOOL_CALLS]"}},
+          {"mistral", {"[TOOL_CALLS]", "[ARGS]"}},
+          {"qwen3-coder", {}},
+          {"qwen3-coder", {"<tool_call>", "</tool_call>"}},
+          {"deepseek", {}},
+          {"deepseek",
+           {"<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>",
+            "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"}}};
+}
+
+std::unique_ptr<Tokenizer> TokenizerOf(const std::vector<std::string>& markers) {
+  json description = dsla::testing::ByteLevelJson();
+  int id = 263;
+  for (const std::string& text : markers) {
+    description["added_tokens"].push_back(
+        {{"id", id++}, {"content", text}, {"special", true}, {"normalized", false}});
+  }
+  return testing::NewTokenizer(ParseTokenizerJson(description.dump(), "t.json"));
+}
+
+class ToolGrammarTest : public ::testing::TestWithParam<Case> {
  protected:
-  ToolDialect dialect() const { return *ToolDialectByName(GetParam()); }
+  ToolGrammarTest() {
+    GrammarOptions options;
+    for (const ToolMarker& marker : markers_) options.control_tokens.push_back(marker.id);
+    compiler_ = GrammarCompiler::Create(*tokenizer_, tokenizer_->vocab_size(), options);
+  }
+  ToolDialect dialect() const { return *ToolDialectByName(GetParam().dialect); }
 
   std::unique_ptr<GrammarMatcher> Matcher(const ToolGrammar& grammar) {
-    auto compiled = compiler_->Compile({.kind = GrammarSpec::Kind::kStructuralTag,
-                                        .text = StructuralTagOf(dialect(), grammar, Tools())});
+    auto compiled =
+        compiler_->Compile({.kind = GrammarSpec::Kind::kStructuralTag,
+                            .text = StructuralTagOf(dialect(), grammar, Tools(), markers_),
+                            .control_tokens = true});
     EXPECT_TRUE(compiled.ok()) << compiled.status().message();
     return compiled.ok() ? std::move((*compiled)->NewMatcher()).value() : nullptr;
   }
 
   // The first of the tokenizer's ids are the bytes.
-  static bool Allows(const GrammarMatcher& matcher, int byte) {
-    return (matcher.allowed()[static_cast<size_t>(byte / 32)] >> byte % 32 & 1) != 0;
+  static bool Allows(const GrammarMatcher& matcher, int32_t token) {
+    return (matcher.allowed()[static_cast<size_t>(token / 32)] >> token % 32 & 1) != 0;
   }
-  static void Accept(GrammarMatcher& matcher, int byte) {
-    matcher.Accept(byte);
+  static void Accept(GrammarMatcher& matcher, int32_t token) {
+    matcher.Accept(token);
     EXPECT_TRUE(matcher.Await().ok());
   }
-
-  // A reply of bytes drawn at random, up to an end.
-  static std::string Walk(GrammarMatcher& matcher, uint32_t seed) {
-    std::mt19937 random(seed);
-    std::string reply;
-    while (!matcher.complete() && reply.size() < 4000) {
-      if (matcher.may_end() && random() % 2 == 0) break;
-      std::vector<int> bytes;
-      for (int byte = 0; byte < 256; ++byte) {
-        if (Allows(matcher, byte)) bytes.push_back(byte);
-      }
-      if (bytes.empty()) break;
-      const int byte = bytes[random() % bytes.size()];
-      reply += static_cast<char>(byte);
-      Accept(matcher, byte);
+  std::vector<int32_t> Markers(const GrammarMatcher& matcher) const {
+    std::vector<int32_t> allowed;
+    for (const ToolMarker& marker : markers_) {
+      if (Allows(matcher, marker.id)) allowed.push_back(marker.id);
     }
-    EXPECT_TRUE(matcher.may_end()) << reply;
-    return reply;
+    return allowed;
   }
 
-  // False where a byte is not allowed.
-  static bool Accepts(GrammarMatcher& matcher, std::string_view text) {
-    for (const char c : text) {
-      if (!Allows(matcher, static_cast<unsigned char>(c))) return false;
-      Accept(matcher, static_cast<unsigned char>(c));
+  // A reply of bytes and markers drawn at random, up to an end.
+  std::string Walk(GrammarMatcher& matcher, uint32_t seed) const {
+    std::mt19937 random(seed);
+    std::vector<int32_t> reply;
+    while (!matcher.complete() && reply.size() < 4000) {
+      if (matcher.may_end() && random() % 2 == 0) break;
+      std::vector<int32_t> tokens = Markers(matcher);
+      for (int byte = 0; byte < 256; ++byte) {
+        if (Allows(matcher, byte)) tokens.push_back(byte);
+      }
+      if (tokens.empty()) break;
+      reply.push_back(tokens[random() % tokens.size()]);
+      Accept(matcher, reply.back());
+    }
+    EXPECT_TRUE(matcher.may_end()) << tokenizer_->Decode(reply);
+    EXPECT_FALSE(SpellsAMarker(tokenizer_->Decode(reply, {.skip_special = true})));
+    return tokenizer_->Decode(reply);
+  }
+  bool SpellsAMarker(const std::string& text) const {
+    return std::ranges::any_of(markers_, [&](const ToolMarker& marker) {
+      return text.find(marker.text) != std::string::npos;
+    });
+  }
+
+  // Of its bytes, and with `markers` of these where they are control tokens. False where one is not
+  // allowed.
+  bool Accepts(GrammarMatcher& matcher, std::string_view text, bool markers = true) const {
+    while (!text.empty()) {
+      const auto marker = std::ranges::find_if(
+          markers_, [&](const ToolMarker& m) { return markers && text.starts_with(m.text); });
+      const bool found = marker != markers_.end();
+      const int32_t token = found ? marker->id : static_cast<unsigned char>(text[0]);
+      text.remove_prefix(found ? marker->text.size() : 1);
+      if (!Allows(matcher, token)) return false;
+      Accept(matcher, token);
     }
     return true;
   }
@@ -83,9 +140,9 @@ class ToolGrammarTest : public ::testing::TestWithParam<std::string_view> {
     return parser.reply();
   }
 
-  std::unique_ptr<Tokenizer> tokenizer_ = testing::SmallTokenizer();
-  std::unique_ptr<GrammarCompiler> compiler_ =
-      GrammarCompiler::Create(*tokenizer_, tokenizer_->vocab_size());
+  std::unique_ptr<Tokenizer> tokenizer_ = TokenizerOf(GetParam().markers);
+  std::vector<ToolMarker> markers_ = ToolMarkers(dialect(), *tokenizer_);
+  std::unique_ptr<GrammarCompiler> compiler_;
 };
 
 void ExpectGood(const ToolCall& call) {
@@ -154,11 +211,35 @@ TEST_P(ToolGrammarTest, JsonOrCalls) {
   EXPECT_TRUE(other->may_end());
 }
 
-INSTANTIATE_TEST_SUITE_P(Dialects, ToolGrammarTest, ::testing::ValuesIn(ToolDialectNames()),
+TEST_P(ToolGrammarTest, AMarkerIsWrittenAsItsControlTokenAlone) {
+  ASSERT_EQ(markers_.size(), GetParam().markers.size());
+  const auto once = Matcher({.calls = ToolGrammar::Calls::kOne});
+  ASSERT_NE(once, nullptr);
+  const std::string call = Walk(*once, 5);
+  // llama3's may be left out.
+  EXPECT_TRUE(markers_.empty() || SpellsAMarker(call) || dialect() == ToolDialect::kLlama3) << call;
+  const auto spelt = Matcher({});
+  ASSERT_NE(spelt, nullptr);
+  EXPECT_EQ(Accepts(*spelt, call, /*markers=*/false), !SpellsAMarker(call));
+  for (const auto& matcher : {Matcher({}), Matcher({.text = ToolGrammar::Text::kAny})}) {
+    EXPECT_LE(Markers(*matcher).size(), 1u) << "the first that a call has";
+    if (markers_.empty()) continue;
+    ASSERT_EQ(Markers(*matcher), std::vector<int32_t>{markers_[0].id});
+    Accept(*matcher, markers_[0].id);
+    EXPECT_THAT(Markers(*matcher), ::testing::Not(::testing::Contains(markers_[0].id)));
+    EXPECT_FALSE(matcher->may_end());
+  }
+  for (const ToolMarker& marker : markers_) {
+    const auto text = Matcher({.text = ToolGrammar::Text::kAny});
+    EXPECT_FALSE(Accepts(*text, marker.text, /*markers=*/false)) << marker.text;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Dialects, ToolGrammarTest, ::testing::ValuesIn(Cases()),
                          [](const auto& info) {
-                           std::string name(info.param);
+                           std::string name(info.param.dialect);
                            std::erase(name, '-');
-                           return name;
+                           return name + std::to_string(info.param.markers.size());
                          });
 
 }  // namespace

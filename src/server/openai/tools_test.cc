@@ -5,7 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "engine/text_stream.h"
-#include "server/openai/testing.h"
+#include "server/openai/tools_testing.h"
 
 namespace dsla::openai {
 namespace {
@@ -13,55 +13,24 @@ namespace {
 using nlohmann::json;
 using testing::FakeCompiler;
 using testing::FakeResponder;
-using testing::Finished;
 using ::testing::HasSubstr;
+using testing::kCall;
 using ::testing::Not;
+using testing::Reply;
+using ::testing::StartsWith;
 using testing::TestApi;
-using testing::Token;
-
-constexpr const char* kTemplate =
-    "{% for tool in tools or [] %}{{ tool.function.name }};{% endfor %}"
-    "{% for m in messages %}{{ m.role ~ ':' ~ m.content }}"
-    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}{% endfor %}"
-    "{{ '<|end|>' }}{% endfor %}";
 
 constexpr const char* kTools =
     R"("tools":[{"type":"function","function":{"name":"now","parameters":{"type":"object"}}},)"
     R"({"type":"function","function":{"name":"get"}}])";
 
-// The small tokenizer, with two more control tokens: 263 and 264.
-std::unique_ptr<Tokenizer> TokenizerWithMarkers() {
-  json description = dsla::testing::ByteLevelJson();
-  int id = 263;
-  for (const char* text : {"<tool_call>", "</tool_call>"}) {
-    description["added_tokens"].push_back(
-        {{"id", id++}, {"content", text}, {"special", true}, {"normalized", false}});
-  }
-  return testing::NewTokenizer(ParseTokenizerJson(description.dump(), "t.json"));
-}
-
-struct ToolApi : TestApi {
-  explicit ToolApi(const char* source = kTemplate) : TestApi(2000, TokenizerWithMarkers()) {
-    auto made = ToolTemplate::Create(source);
-    DSLA_CHECK(made.ok());
-    context.tool_template = std::move(made).value();
-    context.tool_dialect = ToolDialect::kHermes;
-  }
+struct ToolApi : testing::ToolApi {
+  using testing::ToolApi::ToolApi;
   std::shared_ptr<FakeResponder> Ask(const std::string& more = "") {
     return Chat(
         fmt::format(R"({{"messages":[{{"role":"user","content":"x"}}],{}{}}})", kTools, more));
   }
-  std::string Prompt(size_t job) { return tokenizer->Decode(engine.job(job).request.prompt); }
 };
-
-// A reply whose pieces of text these are.
-void Reply(const Submission& job, const std::vector<std::string>& pieces,
-           FinishReason finish = FinishReason::kStop, const std::string& tail = "") {
-  for (const std::string& piece : pieces) job.sink->OnToken(Token(97, piece));
-  RequestResult result = Finished(finish, 1, static_cast<int>(pieces.size()));
-  result.tail_text = tail;
-  job.sink->OnFinish(result);
-}
 
 std::vector<json> Events(const FakeResponder& responder) {
   std::vector<json> events;
@@ -70,10 +39,6 @@ std::vector<json> Events(const FakeResponder& responder) {
     events.push_back(json::parse(body.substr(at + 6, body.find("\n\n", at) - at - 6)));
   return events;
 }
-
-const std::vector<std::string> kCall = {
-    "<tool_call>", "\n{\"name\": ", "\"get\", ",   "\"arguments\": {\"city\"",
-    ": \"Ósló\"}", "}\n",           "</tool_call>"};
 
 void ExpectError(const FakeResponder& responder, const std::string& code,
                  const std::string& param) {
@@ -233,16 +198,21 @@ TEST(Tools, ForcedCallsFollowAGrammar) {
   EXPECT_EQ(asked(""), json());
   EXPECT_EQ(asked(R"(,"tool_choice":"none")"), json());
   json format = asked(R"(,"tool_choice":"required")");
-  EXPECT_EQ(format["type"], "tags_with_separator");
-  EXPECT_EQ(format["tags"].size(), 2u);
-  EXPECT_EQ(format["tags"][0]["content"]["json_schema"], (json{{"type", "object"}}));
-  EXPECT_EQ(format["stop_after_first"], false);
-  EXPECT_EQ(asked(R"(,"tool_choice":"required","parallel_tool_calls":false)")["stop_after_first"],
-            true);
+  const auto calls = [&] { return format["elements"][0]; };
+  const auto call = [&] { return calls()["tags"][0]["content"]["elements"]; };
+  EXPECT_EQ(calls()["type"], "tags_with_separator");
+  EXPECT_EQ(calls()["stop_after_first"], false);
+  EXPECT_EQ(call()[0], (json{{"type", "token"}, {"token", 263}})) << "<tool_call>";
+  ASSERT_EQ(call()[2]["type"], "or");
+  ASSERT_EQ(call()[2]["elements"].size(), 2u) << "one for each tool";
+  EXPECT_EQ(call()[2]["elements"][0]["elements"][1]["json_schema"], (json{{"type", "object"}}));
+  EXPECT_TRUE(compiler.specs.back().control_tokens);
+  format = asked(R"(,"tool_choice":"required","parallel_tool_calls":false)");
+  EXPECT_EQ(calls()["stop_after_first"], true);
   format = asked(R"(,"tool_choice":{"type":"function","function":{"name":"get"}})");
-  ASSERT_EQ(format["tags"].size(), 1u);
-  EXPECT_THAT(format["tags"][0]["begin"].get<std::string>(), HasSubstr("\"get\""));
-  EXPECT_EQ(format["stop_after_first"], true);
+  EXPECT_EQ(calls()["stop_after_first"], true);
+  ASSERT_EQ(call()[2]["type"], "sequence");
+  EXPECT_THAT(call()[2]["elements"][0]["value"].get<std::string>(), StartsWith("get\""));
 }
 
 TEST(Tools, StrictOnesAndJsonFollowAGrammar) {
@@ -257,9 +227,11 @@ TEST(Tools, StrictOnesAndJsonFollowAGrammar) {
        R"("parameters":{"type":"object","properties":{}}}}])");
   ASSERT_EQ(compiler.specs.size(), 1u);
   json format = json::parse(compiler.specs[0].text)["format"];
-  EXPECT_EQ(format["type"], "triggered_tags");
-  EXPECT_EQ(format["tags"][0]["content"]["json_schema"], (json{{"type", "object"}}));
-  EXPECT_TRUE(format["tags"][1]["content"]["json_schema"].contains("properties"));
+  EXPECT_EQ(format["elements"][0]["type"], "any_text");
+  const json calls = format["elements"][1]["content"]["elements"][0];
+  const json named = calls["elements"][0]["tags"][0]["content"]["elements"][2]["elements"];
+  EXPECT_EQ(named[0]["elements"][1]["json_schema"], (json{{"type", "object"}}));
+  EXPECT_TRUE(named[1]["elements"][1]["json_schema"].contains("properties"));
   chat(std::string(kTools) + R"(,"response_format":{"type":"json_object"})");
   ASSERT_EQ(compiler.specs.size(), 2u);
   format = json::parse(compiler.specs[1].text)["format"];
@@ -269,6 +241,7 @@ TEST(Tools, StrictOnesAndJsonFollowAGrammar) {
               "tools");
   chat(std::string(kTools) + R"(,"grammar":"root ::= \"a\"","tool_choice":"none")");
   EXPECT_EQ(compiler.specs.back().kind, GrammarSpec::Kind::kEbnf) << "there are no tools";
+  EXPECT_FALSE(compiler.specs.back().control_tokens) << "a client's has none";
   api.router.reset();
   api.context.grammars = nullptr;
   ExpectError(*chat(std::string(kTools) + R"(,"tool_choice":"required")"), "unsupported_parameter",

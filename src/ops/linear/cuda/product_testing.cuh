@@ -57,6 +57,24 @@ inline std::vector<uint16_t> Spread(const std::vector<uint16_t>& rows, int64_t w
   return spread;
 }
 
+// T rows [T, in] of bf16 in e4m3, each with its scale, by RoundRows; `gap` elements apart before
+// it.
+struct RoundedRows {
+  RoundedRows(const std::vector<uint16_t>& x, int T, int in, int gap = 0)
+      : data(int64_t{T} * in), scale(int64_t{T} * 4) {
+    const DeviceBytes exact(Spread(x, in, gap));
+    CheckCuda(cuda::RoundRows({.x = exact.as<void>(),
+                               .x_stride = in + gap,
+                               .T = T,
+                               .in = in,
+                               .to = data.as<void>(),
+                               .scale = scale.as<float>()},
+                              nullptr));
+  }
+
+  DeviceBytes data, scale;
+};
+
 // A weight, kMostRows rows of x, and of the first `referenced` of them the fp64 products of some
 // features (all where they are few).
 struct Product {

@@ -45,15 +45,8 @@ Rows OnHost(const std::vector<uint16_t>& x, int T, int in) {
   return rows;
 }
 Rows OnGpu(const std::vector<uint16_t>& x, int T, int in, int gap) {
-  const DeviceBytes rows(Spread(x, in, gap)), to(int64_t{T} * in), scale(int64_t{T} * 4);
-  CheckCuda(cuda::RoundRows({.x = rows.as<void>(),
-                             .x_stride = in + gap,
-                             .T = T,
-                             .in = in,
-                             .to = to.as<void>(),
-                             .scale = scale.as<float>()},
-                            nullptr));
-  return {ReadAll<uint8_t>(to), ReadAll<float>(scale)};
+  const RoundedRows rounded(x, T, in, gap);
+  return {ReadAll<uint8_t>(rounded.data), ReadAll<float>(rounded.scale)};
 }
 
 TEST(E4m3, Rounds) {

@@ -19,21 +19,11 @@ struct Scaled {
   explicit Scaled(Shape s)
       : shape(s),
         x(Values(int64_t{64} * s.in, 2)),
-        weight(int64_t{s.out} * s.in),
-        scale(int64_t{s.out} * 4) {
-    const DeviceBytes exact(Values(int64_t{s.out} * s.in, 1, 3));
-    CheckCuda(cuda::RoundRows({.x = exact.as<void>(),
-                               .x_stride = s.in,
-                               .T = s.out,
-                               .in = s.in,
-                               .to = weight.as<void>(),
-                               .scale = scale.as<float>()},
-                              nullptr));
-  }
+        weight(Values(int64_t{s.out} * s.in, 1, 3), s.out, s.in) {}
   // [64, out]
   std::vector<float> Sums() const {
-    const auto bytes = ReadAll<uint8_t>(weight);
-    const auto scales = ReadAll<float>(scale);
+    const auto bytes = ReadAll<uint8_t>(weight.data);
+    const auto scales = ReadAll<float>(weight.scale);
     const std::vector<float> rows = Floats(x);
     const auto in = static_cast<size_t>(shape.in), out = static_cast<size_t>(shape.out);
     std::vector<float> sums(64 * out);
@@ -53,9 +43,9 @@ struct Scaled {
     return sums;
   }
   cuda::ProductArgs args() const {
-    return {.weight = weight.as<void>(),
+    return {.weight = weight.data.as<void>(),
             .bits = 8,
-            .scale = scale.as<float>(),
+            .scale = weight.scale.as<float>(),
             .out = shape.out,
             .in = shape.in,
             .x_stride = shape.in,
@@ -64,7 +54,7 @@ struct Scaled {
 
   Shape shape;
   std::vector<uint16_t> x;
-  DeviceBytes weight, scale;
+  RoundedRows weight;
 };
 
 TEST_F(ScaledTest, EqualsReference) {
@@ -111,21 +101,14 @@ TEST_F(ScaledTest, HoldsEveryNumber) {
   std::vector<float> weight(size_t{kIn} * kIn), identity(size_t{64} * kIn, 0.f);
   for (size_t f = 0; f < kIn; ++f)
     for (size_t i = 0; i < kIn; ++i) weight[f * kIn + i] = numbers[(f + i) % 256];
-  const DeviceBytes exact(Bits(weight)), to(int64_t{kIn} * kIn), scale(int64_t{kIn} * 4);
-  CheckCuda(cuda::RoundRows({.x = exact.as<void>(),
-                             .x_stride = kIn,
-                             .T = kIn,
-                             .in = kIn,
-                             .to = to.as<void>(),
-                             .scale = scale.as<float>()},
-                            nullptr));
+  const RoundedRows rounded(Bits(weight), kIn, kIn);
   for (size_t first = 0; first < kIn; first += 64) {
     std::fill(identity.begin(), identity.end(), 0.f);
     for (size_t t = 0; t < 64; ++t) identity[t * kIn + first + t] = 1;
     const DeviceBytes x(Bits(identity)), y(int64_t{64} * kIn * 4);
-    CheckCuda(cuda::SmallProduct({.weight = to.as<void>(),
+    CheckCuda(cuda::SmallProduct({.weight = rounded.data.as<void>(),
                                   .bits = 8,
-                                  .scale = scale.as<float>(),
+                                  .scale = rounded.scale.as<float>(),
                                   .out = kIn,
                                   .in = kIn,
                                   .x = x.as<void>(),
