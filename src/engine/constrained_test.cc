@@ -193,6 +193,30 @@ TEST_F(ConstrainedTest, WhereAReplyEnds) {
   EXPECT_EQ(sink->text(), "AAAA");
 }
 
+// Where the grammar allows no token at all, whatever else is asked for.
+TEST_F(ConstrainedTest, AReplyMayHaveToBeEmpty) {
+  TestEngine engine(model(), *tokenizer_, SmallOptions());
+  for (const bool ends : {false, true}) {
+    Request request = Ask(Compile(Kind::kRegex, "()"), 1);
+    request.ignore_eos = !ends;
+    request.min_tokens = ends ? 3 : 0;
+    const auto sink = engine.Submit(std::move(request));
+    EXPECT_TRUE(sink->Wait().status.ok()) << sink->Wait().status.message();
+    EXPECT_EQ(sink->Wait().finish, FinishReason::kStop);
+    EXPECT_TRUE(sink->tokens().empty());
+  }
+  EXPECT_EQ(engine->state().numerical_errors, 0);
+
+  Session session(&model(), &small_.pool(), small_.ctx(), {});
+  ASSERT_TRUE(session.Prefill(RandomPrompt(model(), 20, 3)).ok());
+  GenerateOptions options;
+  options.grammar = Compile(Kind::kRegex, "()");
+  const auto result = session.Generate(options);
+  ASSERT_TRUE(result.ok()) << result.status().message();
+  EXPECT_EQ(result->finish, FinishReason::kStop);
+  EXPECT_TRUE(result->tokens.empty());
+}
+
 // One whose grammar turns out to take too long, or to ask for bytes that no token has, ends alone.
 TEST_F(ConstrainedTest, WhatCannotBeMatchedEndsItsRequest) {
   compiler_ = GrammarCompiler::Create(*tokenizer_, model().config().V, {.match_seconds = 0.02});

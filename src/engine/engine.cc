@@ -113,6 +113,8 @@ class EngineImpl : public Engine {
     if (request.grammar == nullptr) return Status::Ok();
     DSLA_ASSIGN_OR_RETURN(active.mask, ReplyMask::Create(*request.grammar, active.end_ids,
                                                          /*may_end=*/request.min_tokens == 0));
+    active.empty_reply = active.mask->complete();
+    if (active.empty_reply) active.mask.reset();
     return Status::Ok();
   }
 

@@ -8,32 +8,28 @@
 #include <numeric>
 #include <random>
 #include <thread>
-#include <tuple>
 #include <utility>
 
 #include "base/clock.h"
 #include "engine/engine.h"
-#include "engine/testing/stream_device.h"
-#include "engine/testing/test_engine.h"
+#include "engine/testing/stream_fixture.h"
 
 namespace dsla {
 namespace {
 
 using ::testing::ElementsAre;
-using testing_engine::ByteTokenizer;
 using testing_engine::FunctionPolicy;
+using testing_engine::kL;
+using testing_engine::kPage;
+using testing_engine::kV;
+using testing_engine::OneMore;
+using testing_engine::OnStream;
 using testing_engine::RecordingSink;
 using testing_engine::RowContext;
-using testing_engine::StreamDevice;
 using testing_engine::StreamModel;
-using testing_engine::StreamOptions;
+using testing_engine::StreamTest;
 using testing_engine::TargetPolicy;
 using testing_engine::TestEngine;
-using testing_models::SmallModel;
-
-constexpr int kV = 96, kPage = 16, kL = 2;
-
-int32_t OneMore(const RowContext& row) { return (row.token + 1) % kV; }
 
 int32_t Choose(uint64_t link, int level, int64_t position, const SamplingParams& sampling) {
   uint64_t x = link + static_cast<uint64_t>(level) * 0x632be59bd9b4e019;
@@ -45,29 +41,8 @@ int32_t ChooseRow(const RowContext& row) {
                 row.sampling != nullptr ? *row.sampling : SamplingParams{.temperature = 0});
 }
 
-// A model on such a device.
-struct OnStream {
-  StreamOptions options;
-  SmallModel small;
-  explicit OnStream(StreamOptions o)
-      : options(std::move(o)),
-        small("smollm2", true, {},
-              {.page_size = kPage, .device = std::make_shared<StreamDevice>(&options)}) {}
-};
-
-class EngineDeviceTest : public ::testing::Test {
+class EngineDeviceTest : public StreamTest {
  protected:
-  Request Ask(int max_tokens, std::vector<int32_t> prompt = {7, 8, 9}) {
-    Request request;
-    request.id = fmt::format("r{}", ++count_);
-    request.prompt = std::move(prompt);
-    request.sampling.temperature = 0;
-    request.max_tokens = max_tokens;
-    request.ignore_eos = true;
-    return request;
-  }
-  static EngineOptions Options() { return {.memory_bytes = 16 << 20, .default_max_level = kL}; }
-
   // Every token is the one that the recorded levels give to its request alone.
   static void ExpectTrue(const Request& request, RecordingSink& sink) {
     const RequestResult& result = sink.Wait();
@@ -82,17 +57,6 @@ class EngineDeviceTest : public ::testing::Test {
       link = StreamModel::NextLink(link, output.token);
       ++position;
     }
-  }
-
-  // Nothing is left of surplus rows.
-  static void ExpectNoLeak(TestEngine& engine) {
-    EngineState state;
-    for (int i = 0; i < 5000; ++i) {
-      state = engine->state();
-      if (state.idle && state.page_bytes + state.state_bytes == 0) return;
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    }
-    ADD_FAILURE() << state.page_bytes << " and " << state.state_bytes << " bytes are still held";
   }
 
   // A request of any kind.
@@ -141,9 +105,6 @@ class EngineDeviceTest : public ::testing::Test {
           return decision;
         });
   }
-
-  const std::unique_ptr<Tokenizer> tokenizer_ = ByteTokenizer();
-  int count_ = 0;
 };
 
 TEST_F(EngineDeviceTest, TheNextStepBeginsBeforeTokensAreRead) {
@@ -425,6 +386,21 @@ TEST_F(EngineDeviceTest, NothingIsLostWhenTheRequestEndsInBetween) {
   ExpectNoLeak(engine);
 }
 
+// Text that was held back goes out with whatever end.
+TEST_F(EngineDeviceTest, WhoeverIsCancelledWithTheLastTokenHasAllText) {
+  std::function<void()> nearly_done = [] {};
+  OnStream on({.choose = OneMore, .nearly_done = [&](int, double) { nearly_done(); }});
+  TestEngine engine(on.small.model(), *tokenizer_, Options());
+  Request request = Ask(1, {'0'});
+  request.stop = {"12"};
+  nearly_done = [&] { engine->Cancel(request.id); };
+  const auto sink = std::make_shared<RecordingSink>();
+  EXPECT_FALSE(engine->Submit(request, sink).has_value());
+  EXPECT_EQ(sink->Wait().finish, FinishReason::kCancelled);
+  EXPECT_THAT(sink->tokens(), ElementsAre('1'));
+  EXPECT_EQ(sink->text(), "1");
+}
+
 // States are copied between steps: a failure there ends all requests as one in a step does its own.
 // Where states are to be kept, and in the middle of a plan, where a request starts from some.
 TEST_F(EngineDeviceTest, ADeviceThatFailsAtACopyFailsEverybody) {
@@ -492,6 +468,8 @@ TEST_F(EngineDeviceTest, ADeviceThatFailsAtACopyLosesNoEnd) {
     }
     for (const auto& sink : sinks)
       EXPECT_EQ(sink->Wait().status.message(), "the device failed: gone");
+    EXPECT_GE(sinks[0]->tokens().size(), 1u);
+    EXPECT_EQ(sinks[0]->Wait().levels, (LevelHistory{{0, 0}}));
     ExpectNoLeak(engine);
   }
 }
@@ -710,89 +688,6 @@ TEST_F(EngineDeviceTest, HistoriesAreTrueBesideFaults) {
   for (const StatusCode code : {StatusCode::kOk, StatusCode::kInternal, StatusCode::kCancelled,
                                 StatusCode::kResourceExhausted, StatusCode::kDeadlineExceeded})
     EXPECT_GT(ends[code], 10) << static_cast<int>(code);
-}
-
-// What a request does to its logits goes to the device, as it is at each step.
-TEST_F(EngineDeviceTest, TheDeviceIsToldOfPenaltiesBiasesAndEnds) {
-  using Edit = std::tuple<int32_t, int32_t, float>;
-  std::vector<std::vector<Edit>> edits;
-  std::vector<size_t> ruled_out;
-  OnStream on({.choose = OneMore, .chooses = [&](const SequenceRows& rows) {
-                 edits.emplace_back();
-                 for (const LogitEdit& edit : rows.edits)
-                   edits.back().emplace_back(edit.token, edit.outputs, edit.bias);
-                 ruled_out.push_back(rows.ruled_out.size());
-                 EXPECT_TRUE(rows.ruled_out.empty() || rows.ruled_out[0] == 20);
-                 EXPECT_EQ(rows.top, 0);
-               }});
-  TestEngine engine(on.small.model(), *tokenizer_, Options());
-  Request request = Ask(3);
-  request.sampling.repetition_penalty = 2;
-  request.sampling.logit_bias = {{10, 1.5f}, {50, -2.f}};
-  request.stop_ids = {20};
-  request.min_tokens = 2;
-  request.top_logprobs = 0;
-  const auto sink = engine.Submit(request);
-  EXPECT_TRUE(sink->Wait().status.ok());
-  EXPECT_THAT(sink->tokens(), ElementsAre(10, 11, 12));
-  EXPECT_THAT(ruled_out, ElementsAre(1, 1, 0));
-  ASSERT_EQ(edits.size(), 3u);
-  std::vector<Edit> want = {{10, -1, 1.5f}, {50, -1, -2.f}, {7, 0, 0.f}, {8, 0, 0.f}, {9, 0, 0.f}};
-  EXPECT_EQ(edits[0], want);
-  std::get<1>(want[0]) = 1;
-  EXPECT_EQ(edits[1], want);
-  want.emplace_back(11, 1, 0.f);
-  EXPECT_EQ(edits[2], want);
-}
-
-// What a grammar allows is known when the token before is: no step is begun ahead.
-TEST_F(EngineDeviceTest, TheDeviceIsToldWhatAGrammarAllows) {
-  std::vector<std::string> log;
-  std::vector<std::vector<uint32_t>> allowed;
-  OnStream on({.choose = OneMore,
-               .note = [&](const char* what, int) { log.push_back(what); },
-               .chooses =
-                   [&](const SequenceRows& rows) {
-                     allowed.emplace_back(rows.allowed.begin(), rows.allowed.end());
-                   }});
-  const auto compiler = GrammarCompiler::Create(*tokenizer_, kV);
-  const auto grammar = compiler->Compile(
-      {GrammarSpec::Kind::kEbnf, "root ::= [\\x0a-\\x0c] [\\x0b] [\\x0c] [\\x0d-\\x0f]"});
-  ASSERT_TRUE(grammar.ok()) << grammar.status().message();
-  TestEngine engine(on.small.model(), *tokenizer_, Options());
-  Request request = Ask(9);
-  request.grammar = *grammar;
-  const auto sink = engine.Submit(request);
-  EXPECT_EQ(sink->Wait().finish, FinishReason::kStop);
-  EXPECT_THAT(sink->tokens(), ElementsAre(10, 11, 12, 13));
-  ASSERT_EQ(allowed.size(), 4u);
-  const auto words = static_cast<size_t>((kV + 31) / 32);
-  const uint32_t masks[] = {7u << 10, 1u << 11, 1u << 12, 7u << 13};
-  for (size_t i = 0; i < 4; ++i) {
-    std::vector<uint32_t> want(words);
-    want[0] = masks[i];
-    EXPECT_EQ(allowed[i], want);
-  }
-  EXPECT_EQ(std::count(log.begin(), log.end(), "begin"), 0);
-}
-
-TEST_F(EngineDeviceTest, TheDeviceTellsTheLikeliest) {
-  OnStream on({.choose = OneMore});
-  TestEngine engine(on.small.model(), *tokenizer_, Options());
-  Request request = Ask(2);
-  request.top_logprobs = 2;
-  const auto sink = engine.Submit(request);
-  EXPECT_TRUE(sink->Wait().status.ok());
-  const std::vector<TokenOutput> outputs = sink->outputs();
-  ASSERT_EQ(outputs.size(), 2u);
-  for (int i = 0; i < 2; ++i) {
-    EXPECT_EQ(outputs[i].logprob, -1);
-    ASSERT_EQ(outputs[i].top.size(), 2u);
-    for (int k = 0; k < 2; ++k) {
-      EXPECT_EQ(outputs[i].top[k].token, 10 + i + k);
-      EXPECT_EQ(outputs[i].top[k].logprob, -1.f - k);
-    }
-  }
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <string_view>
 #include <utility>
 
 #include "base/clock.h"
@@ -31,18 +32,24 @@ Inbox::Inbox(const InboxLimits& limits)
 std::optional<Rejection> Inbox::Put(std::vector<std::unique_ptr<ActiveRequest>> group) {
   DSLA_CHECK(!group.empty());
   int64_t tokens = 0;
-  for (const auto& request : group) tokens += static_cast<int64_t>(request->request.prompt.size());
+  std::unordered_set<std::string> ids;
+  for (const auto& request : group) {
+    tokens += static_cast<int64_t>(request->request.prompt.size());
+    ids.insert(request->request.id);
+  }
   {
     const std::lock_guard lock(mutex_);
     if (auto closed = Closed()) return closed;
+    if (auto taken = InUse(group)) return taken;
+    const size_t mail = mail_.requests.size() + group.size();
+    if (mail > mail_.requests.capacity()) mail_.requests.reserve(2 * mail);
+    ids_.reserve(ids_.size() + group.size());
     const int count = static_cast<int>(group.size());
     if (enters_) {
       if (auto full = queue_->Enter(count, tokens)) return full;
     }
-    if (auto taken = TakeIds(group)) {
-      if (enters_) queue_->Withdraw(count, tokens);
-      return taken;
-    }
+    // From here on nothing needs memory: whoever is counted is in the mail.
+    ids_.merge(ids);
     if (counts_.accepted == 0) counts_.busy_since = group.front()->submitted;
     counts_.accepted += count;
     counts_.queued += count;
@@ -65,11 +72,11 @@ std::optional<Rejection> Inbox::Closed() const {
                    .message = "the server is shutting down and takes no new requests"};
 }
 
-std::optional<Rejection> Inbox::TakeIds(std::span<const std::unique_ptr<ActiveRequest>> group) {
+std::optional<Rejection> Inbox::InUse(std::span<const std::unique_ptr<ActiveRequest>> group) const {
+  std::unordered_set<std::string_view> before;  // in the group
   for (size_t i = 0; i < group.size(); ++i) {
     const std::string& id = group[i]->request.id;
-    if (ids_.insert(id).second) continue;
-    for (size_t k = 0; k < i; ++k) ids_.erase(group[k]->request.id);
+    if (!ids_.contains(id) && before.insert(id).second) continue;
     return Rejection{.kind = Rejection::Kind::kInvalid,
                      .message = fmt::format("request id '{}' is in use by a running request", id),
                      .param = "request_id",
@@ -143,6 +150,7 @@ void Inbox::Take(Mail& mail, std::optional<std::chrono::duration<double>> wait) 
 void Inbox::Release(const std::string& id) {
   const std::lock_guard lock(mutex_);
   ids_.erase(id);
+  std::erase(mail_.cancels, id);  // not for whoever uses it next
 }
 
 void Inbox::Settle(int left, int64_t left_tokens, int ended) {

@@ -34,6 +34,7 @@ struct ActiveRequest {
   TextStream text;
   std::vector<int32_t> end_ids;   // tokens that end the reply
   std::optional<ReplyMask> mask;  // of a reply that follows a grammar
+  bool empty_reply = false;       // all that its grammar allows
   double submitted = 0;
 
   // The worker's notes.
@@ -60,6 +61,7 @@ class Inbox {
 
   // Submitters' side. Put takes all of a group, which is not empty, or none: it refuses when the
   // queue has no room for them, an id is in use, or after Drain. An empty queue takes any group.
+  // None, too, where it throws std::bad_alloc.
   std::optional<Rejection> Put(std::vector<std::unique_ptr<ActiveRequest>> group);
   std::optional<Rejection> RefusesAll() const;  // what Put says of any request now
   void Cancel(const std::string& id);           // nothing if no accepted request has that id
@@ -103,7 +105,7 @@ class Inbox {
  private:
   // With the mutex held.
   std::optional<Rejection> Closed() const;
-  std::optional<Rejection> TakeIds(std::span<const std::unique_ptr<ActiveRequest>> group);
+  std::optional<Rejection> InUse(std::span<const std::unique_ptr<ActiveRequest>> group) const;
 
   const bool enters_;  // the bound is its own
   const std::shared_ptr<QueueBound> queue_;

@@ -3,14 +3,34 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <functional>
 #include <limits>
+#include <new>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <thread>
 
 #include "engine/engine_checks.h"
 #include "format/tokenizer/testing.h"
+
+namespace {
+thread_local int allocations_left = -1;  // of this thread; -1: any number
+}
+
+// Not inlined: the compiler would take its malloc and their free for a mismatch.
+[[gnu::noinline]] void* operator new(size_t size) {
+  if (allocations_left == 0) throw std::bad_alloc();
+  if (allocations_left > 0) --allocations_left;
+  void* const memory = std::malloc(size);
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
+[[gnu::noinline]] void* operator new(size_t size, const std::nothrow_t&) noexcept {
+  return std::malloc(size);
+}
+[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory, size_t) noexcept { std::free(memory); }
 
 namespace dsla {
 namespace {
@@ -99,6 +119,19 @@ TEST_F(InboxTest, AnIdIsFreeAgainAfterItsEnd) {
   EXPECT_EQ(inbox.counts().accepted, 1);
 }
 
+TEST_F(InboxTest, ACancelThatComesTooLateIsNotForTheNextOfThatId) {
+  Inbox inbox({});
+  for (const char* id : {"a", "b"}) EXPECT_FALSE(inbox.Put(Make(id)));
+  Inbox::Mail mail;
+  inbox.Take(mail, kForever);
+  inbox.CancelAll();
+  inbox.Release("a");  // by itself, meanwhile
+  EXPECT_FALSE(inbox.Put(Make("a")));
+  inbox.Take(mail, kForever);
+  EXPECT_EQ(Ids(mail), std::vector<std::string>{"a"});
+  EXPECT_EQ(mail.cancels, std::vector<std::string>{"b"});
+}
+
 TEST_F(InboxTest, BoundsOfTheQueue) {
   Inbox inbox({.max_queued = 2, .max_queued_tokens = 10});
   EXPECT_FALSE(inbox.Put(Make("large", 50))) << "alone, it is let in";
@@ -153,6 +186,34 @@ TEST_F(InboxTest, AGroupComesWholeOrNotAtAll) {
   inbox.Take(mail, kForever);
   EXPECT_EQ(Ids(mail),
             (std::vector<std::string>{"a", "b", "c", "d", "e", "f", "g", "h", "i", "x", "y"}));
+}
+
+// Wherever memory is used up: its places, its ids and its part of the count are free.
+TEST_F(InboxTest, AGroupThatMemoryIsShortForLeavesNoTrace) {
+  Inbox inbox({.max_queued = 2});
+  const std::string long_a(40, 'a'), long_b(40, 'b');
+  int failures = 0;
+  while (true) {
+    Group group = MakeAll({long_a, long_b});
+    allocations_left = failures;
+    try {
+      const auto rejected = inbox.Put(std::move(group));
+      allocations_left = -1;
+      ASSERT_FALSE(rejected) << rejected->message;
+      break;
+    } catch (const std::bad_alloc&) {
+      allocations_left = -1;
+    }
+    ++failures;
+    EXPECT_EQ(inbox.counts().accepted, 0);
+    EXPECT_EQ(inbox.counts().queued, 0);
+    EXPECT_FALSE(inbox.RefusesAll());
+    Inbox::Mail mail;
+    inbox.Take(mail, std::nullopt);
+    EXPECT_TRUE(mail.empty());
+  }
+  EXPECT_GT(failures, 4);
+  EXPECT_EQ(inbox.counts().accepted, 2);
 }
 
 TEST_F(InboxTest, DrainedAndStoppedTakeNothing) {

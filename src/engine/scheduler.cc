@@ -168,6 +168,7 @@ EndedSequence Scheduler::End(Sequence& sequence, Status status) {
   ended.levels = sequence.history.size() < sequence.preempted_history.size()
                      ? sequence.preempted_history
                      : sequence.history;
+  std::erase(reading_, &sequence);
   if (sequence.ahead) {
     surplus_.push_back(std::move(running_.extract(ended.id).mapped()));
   } else if (running_.erase(ended.id) == 0) {
@@ -178,8 +179,8 @@ EndedSequence Scheduler::End(Sequence& sequence, Status status) {
 
 std::vector<EndedSequence> Scheduler::Commit(std::span<const RowResult> results) {
   DSLA_CHECK(in_step_ && results.size() == plan_.rows.size());
-  const auto done = std::exchange(surplus_, {});  // they had their last row in this step
-  std::vector<EndedSequence> ended;
+  const auto done = std::exchange(surplus_, {});    // they had their last row in this step
+  std::vector<EndedSequence>& ended = next_.ended;  // where Clear finds them if a copy throws
   for (size_t i = 0; i < results.size(); ++i) {
     const PlannedRows& rows = plan_.rows[i];
     Sequence* const running = FindRunning(rows.id);
@@ -213,7 +214,7 @@ std::vector<EndedSequence> Scheduler::Commit(std::span<const RowResult> results)
   }
   plan_ = std::exchange(ahead_, {});
   in_step_ = !plan_.rows.empty();
-  return ended;
+  return std::exchange(ended, {});
 }
 
 PrefixTokens Scheduler::Tokens(Sequence& sequence, int count) {
@@ -262,9 +263,11 @@ Status Scheduler::Raise(int64_t id, int level) {
     return ResourceExhausted("request {} would need {} bytes at level {}; the cache has {}", id,
                              final_bytes, level, ledger_->config().budget_bytes);
   }
-  // One that is promised all of its reply must still have it afterwards.
+  // One that is promised all of its reply must still have it afterwards. Pages that another
+  // sequence holds, too, are no room for it.
+  const int64_t rest = final_bytes - SequenceBytes(sizes_, level, sequence->length());
   const bool keeps_promise =
-      !IsSettled(*sequence) || final_bytes - SequenceBytes(sizes_, from, sequence->length()) <=
+      !IsSettled(*sequence) || BytesToRaise(*sequence->cache, level, true).end + rest <=
                                    ObtainableBytes() - ReservedBytes(*sequence);
   if (!keeps_promise || !MakeRaiseRoom(*sequence, level, false)) {
     return ResourceExhausted("no room to raise request {} from level {} to {}: {} bytes are free",
@@ -339,7 +342,7 @@ std::vector<const SequenceCache*> Scheduler::caches() const {
 }
 
 std::vector<EndedSequence> Scheduler::Clear() {
-  std::vector<EndedSequence> ended;
+  std::vector<EndedSequence> ended = std::move(next_.ended);
   for (Sequences* all : {&running_, &waiting_}) {
     while (!all->empty()) ended.push_back(End(*all->begin()->second, Status::Ok()));
   }

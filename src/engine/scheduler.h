@@ -197,7 +197,8 @@ class Scheduler {
 
   PrefixCache* prefix_cache() { return prefix_cache_.get(); }  // null when off
 
-  // Ends everything without a status; for shutdown. Returns what was cut off.
+  // Ends everything without a status; for shutdown, or after a call in which `ops` threw. Returns
+  // what was cut off, and the requests that had ended in that call.
   std::vector<EndedSequence> Clear();
 
  private:
@@ -205,6 +206,9 @@ class Scheduler {
   struct Grant;
   struct Bounds {
     int min = 0, max = 0;
+  };
+  struct RaiseBytes {
+    int64_t peak = 0, end = 0;  // the most on the way, and what it has taken afterwards
   };
   using Sequences = std::map<int64_t, std::unique_ptr<Sequence>>;  // oldest first
 
@@ -222,6 +226,7 @@ class Scheduler {
   // scheduler_plan.cc
   StepPlan TakePlan();
   void Expire(double now);
+  void NoteReading();
   void PlanDecodes();
   void PlanPrefills();
   void NoteReadyPrefixes();
@@ -259,7 +264,7 @@ class Scheduler {
   bool ReplayRaises(Sequence& sequence, bool may_preempt);
   bool MakeRoom(const Sequence& in_need, int64_t bytes, bool may_preempt);
   bool MakeRaiseRoom(const Sequence& in_need, int level, bool may_preempt);
-  int64_t RaisePeak(const SequenceCache& cache, int level, bool count_retained) const;
+  RaiseBytes BytesToRaise(const SequenceCache& cache, int level, bool count_retained) const;
   bool IsSettled(const Sequence& sequence) const;  // not to be pre-empted any more
   int64_t RestBytes(const Sequence& sequence) const;
   int64_t PromisedBytes() const;
@@ -284,9 +289,10 @@ class Scheduler {
   int64_t preemptions_ = 0;
   Sequences running_;
   Sequences waiting_;
-  StepPlan next_;   // being planned
-  StepPlan plan_;   // of the step in flight
-  StepPlan ahead_;  // of the one behind it, if it is planned
+  std::vector<Sequence*> reading_;  // of running_, while rows are planned: see NoteReading
+  StepPlan next_;                   // being planned
+  StepPlan plan_;                   // of the step in flight
+  StepPlan ahead_;                  // of the one behind it, if it is planned
   bool in_step_ = false;
   bool pause_due_ = false;  // a request can only be admitted when nothing is in flight
   // Ended, but for rows of theirs in the step in flight.

@@ -11,6 +11,7 @@ namespace dsla {
 StepPlan Scheduler::PlanAhead(double now) {
   if (!in_step_ || !ahead_.rows.empty()) return {};
   CountRowsInFlight();
+  NoteReading();
   if (!MayPlanAhead(now)) return {};
   PlanDecodes();
   PlanPrefills();

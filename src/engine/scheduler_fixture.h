@@ -23,13 +23,13 @@ inline constexpr int64_t kTokenPages = kLayers * kPageBytes;  // of one page of 
 
 class SchedulerTest : public testing::Test {
  protected:
-  void Make(int64_t budget, SchedulerOptions options = {}) {
+  void Make(int64_t budget, SchedulerOptions options = {}, int64_t slot_bytes = kSlotBytes) {
     options.layers = options.max_level = kLayers;
     options.page_size = kPage;
     if (options.top_level == 0) options.top_level = 3;
     if (options.max_batch_tokens == 512) options.max_batch_tokens = 32;
     if (options.snapshot_stride == 512) options.snapshot_stride = 2 * kPage;
-    ledger_ = std::make_unique<Ledger>(LedgerConfig{budget, kPageBytes, kSlotBytes});
+    ledger_ = std::make_unique<Ledger>(LedgerConfig{budget, kPageBytes, slot_bytes});
     model_ = std::make_unique<FakeModel>(ledger_.get(), std::vector<int>{2, 0, 3, 1}, kPage,
                                          options.deterministic);
     scheduler_ = std::make_unique<Scheduler>(ledger_.get(), model_.get(), options);

@@ -57,6 +57,7 @@ void Scheduler::Preempt(Sequence& victim) {
     ++preemptions_;
     next_.preempted.push_back(victim.id);
   }
+  std::erase(reading_, &victim);
   victim.cache.reset();
   victim.history.clear();
   victim.recorded.clear();
@@ -80,10 +81,11 @@ bool Scheduler::MakeRoom(const Sequence& in_need, int64_t bytes, bool may_preemp
   }
 }
 
-// The most that must be free while a raise goes layer by layer: a slot is taken before the pages
-// are given back, and pages that others hold, too, do not come free. count_retained: pages that
-// only the prefix cache holds besides do, because it is emptied first.
-int64_t Scheduler::RaisePeak(const SequenceCache& cache, int level, bool count_retained) const {
+// What a raise takes that goes layer by layer: a slot is taken before the pages are given back, and
+// pages that others hold, too, do not come free. count_retained: pages that only the prefix cache
+// holds besides do, because it is emptied first, or can be.
+Scheduler::RaiseBytes Scheduler::BytesToRaise(const SequenceCache& cache, int level,
+                                              bool count_retained) const {
   int64_t balance = 0, peak = 0;
   for (int rank = cache.level(); rank < level; ++rank) {
     balance += ledger_->config().slot_bytes;
@@ -94,14 +96,14 @@ int64_t Scheduler::RaisePeak(const SequenceCache& cache, int level, bool count_r
       if (holders == 1) balance -= ledger_->config().page_bytes;
     }
   }
-  return peak;
+  return {.peak = peak, .end = balance};
 }
 
 bool Scheduler::MakeRaiseRoom(const Sequence& in_need, int level, bool may_preempt) {
   while (true) {
-    if (MakeRoom(in_need, RaisePeak(*in_need.cache, level, false), false)) return true;
-    if (prefix_cache_ != nullptr &&
-        RaisePeak(*in_need.cache, level, true) <= ObtainableBytes() - ReservedBytes(in_need)) {
+    if (MakeRoom(in_need, BytesToRaise(*in_need.cache, level, false).peak, false)) return true;
+    if (prefix_cache_ != nullptr && BytesToRaise(*in_need.cache, level, true).peak <=
+                                        ObtainableBytes() - ReservedBytes(in_need)) {
       prefix_cache_->Clear();
       continue;
     }
@@ -273,6 +275,8 @@ bool Scheduler::TryAdmit(Sequence& sequence) {
   sequence.blocked_level = -1;
   auto node = waiting_.extract(sequence.id);
   running_.insert(std::move(node));
+  if (sequence.reads())
+    reading_.insert(std::ranges::upper_bound(reading_, sequence.id, {}, &Sequence::id), &sequence);
   return true;
 }
 

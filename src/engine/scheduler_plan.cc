@@ -18,6 +18,7 @@ StepPlan Scheduler::Plan(double now) {
   DSLA_CHECK(!in_step_);
   pause_due_ = false;
   Expire(now);
+  NoteReading();
   while (true) {
     PlanDecodes();
     PlanPrefills();
@@ -104,6 +105,14 @@ int Scheduler::SnapshotUpTo(int length) const {
 int Scheduler::SnapshotAfter(int length) const {
   const int place = SnapshotUpTo(length);
   return place == 0 ? options_.snapshot_stride : place + std::min(place, WidestSnapshotDistance());
+}
+
+// Whose prompts are being computed, oldest first, for whoever waits for a prefix: a long queue must
+// not go through all replies for each request in it.
+void Scheduler::NoteReading() {
+  reading_.clear();
+  for (const auto& [id, sequence] : running_)
+    if (sequence->reads()) reading_.push_back(sequence.get());
 }
 
 void Scheduler::PlanDecodes() {
@@ -270,10 +279,10 @@ bool Scheduler::AwaitsPrefix(Sequence& sequence) const {
   const Sequence* leader = FindRunning(sequence.leader);
   if (leader != nullptr && Leads(*leader, sequence, sequence.shared)) return true;
   sequence.leader = 0;
-  for (const auto& [id, other] : running_) {
+  for (Sequence* const other : reading_) {
     const int shared = PrefixFrom(*other, sequence);
     if (!Leads(*other, sequence, shared)) continue;
-    sequence.leader = id;
+    sequence.leader = other->id;
     sequence.shared = shared;
     return true;
   }
@@ -291,7 +300,6 @@ bool Scheduler::Leads(const Sequence& leader, const Sequence& sequence, int shar
 
 // How much of `sequence` can start from what `leader` will have entered with the end of its prompt.
 int Scheduler::PrefixFrom(Sequence& leader, Sequence& sequence) const {
-  if (leader.computed() >= leader.prompt_tokens) return 0;
   // At least one token is left to compute.
   const int same = prefix_cache_->CommonTokens(Tokens(sequence, sequence.size() - 1),
                                                Tokens(leader, leader.prompt_tokens));

@@ -48,6 +48,7 @@ struct Scheduler::Sequence {
   int size() const { return static_cast<int>(tokens.size()) + (feed >= 0 ? 1 : 0); }
   int length() const { return cache ? cache->length() : 0; }
   int computed() const { return length() - in_flight; }  // cached, and the step's results known
+  bool reads() const { return computed() < prompt_tokens; }
   // Whether rows of it follow, as far as can be known.
   bool goes_on() const {
     return !cancelled && (feed < 0 || size() - prompt_tokens < request.max_tokens);

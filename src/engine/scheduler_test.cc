@@ -632,5 +632,22 @@ TEST_F(SchedulerTest, ClearLeavesNothingBehind) {
   EXPECT_EQ(ledger_->used_bytes(), 0);
 }
 
+// Pages that another sequence holds, too, do not come free.
+TEST_F(SchedulerTest, ARaiseBesideASharedPrefixKeepsWhatWasPromised) {
+  SchedulerOptions options;
+  options.max_preemptions = 0;  // so both are promised their longest reply
+  // 9 and 1 pages of tokens are held after two steps, 1 more is promised to each.
+  Make(12 * kTokenPages + 50, options, /*slot_bytes=*/350);
+  scheduler_->set_auto_max_level(kLayers);
+  const int64_t first = Add(8 * kPage, 9), second = Add(8 * kPage + 2, 7);
+  Step();
+  Step();
+  ASSERT_EQ(scheduler_->cached_tokens(second), 8 * kPage);
+  EXPECT_EQ(scheduler_->Raise(first, 1).code(), StatusCode::kResourceExhausted);
+  RunUntilIdle();
+  EXPECT_TRUE(ended_[first].status.ok()) << ended_[first].status.message();
+  EXPECT_TRUE(ended_[second].status.ok()) << ended_[second].status.message();
+}
+
 }  // namespace
 }  // namespace dsla

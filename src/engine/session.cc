@@ -87,6 +87,7 @@ Expected<GenerateResult> Session::Generate(const GenerateOptions& options) {
   if (options.grammar != nullptr) {
     DSLA_ASSIGN_OR_RETURN(mask,
                           ReplyMask::Create(*options.grammar, options.stop_ids, /*may_end=*/true));
+    if (mask->complete()) return GenerateResult{};
   }
   GenerateResult result;
   result.finish = FinishReason::kLength;

@@ -284,7 +284,8 @@ void Worker::Finish(const EndedSequence& ended) {
   if (!ended.status.ok()) {
     result.status = ended.status;
     result.finish = FinishReason::kCancelled;
-    if (!active->text.stop_string().has_value()) result.tail_text = active->text.Finish();
+    // Where its last token was in the same step it has some already.
+    if (!active->text.stop_string().has_value()) result.tail_text += active->text.Finish();
   }
   result.cached_tokens = ended.cached_tokens;
   result.preemptions = ended.preemptions;
@@ -337,13 +338,6 @@ void Worker::TellEnds() {
 void Worker::EndAll(const Status& why) {
   Abandon();
   for (EndedSequence& ended : scheduler_.Clear()) {
-    ended.status = why;
-    Finish(ended);
-  }
-  // Those that the scheduler had ended in the call that threw.
-  while (!active_.empty()) {
-    EndedSequence ended;
-    ended.id = active_.begin()->first;
     ended.status = why;
     Finish(ended);
   }

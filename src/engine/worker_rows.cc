@@ -183,6 +183,7 @@ bool Worker::EmitToken(ActiveRequest& active, Outcome& outcome, int level, doubl
     return false;
   };
   if (request.max_tokens == 0) return finish(FinishReason::kLength);
+  if (active.empty_reply) return finish(FinishReason::kStop);
 
   if (EndsReply(active, token)) {
     result.stop_token = token;
