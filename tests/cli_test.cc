@@ -334,7 +334,8 @@ TEST_F(CliTest, BadOptionsAreNamed) {
                 "there is no option '--prot' (did you mean '--port'?) (see dsla serve --help)");
   ExpectRefused("serve -", "there is no option '-' (see");
   ExpectRefused("serve --temp 1", "(did you mean '--temperature'?)");
-  ExpectRefused("serve model.gguf", "unexpected argument 'model.gguf' (see dsla serve --help)");
+  ExpectRefused("serve model.gguf",
+                "unexpected argument 'model.gguf' (a model is named by --model) (see dsla serve");
   ExpectRefused("bench --txt x", "there is no option '--txt' (did you mean '--text'?)");
   ExpectRefused("distill write --lenght 5", "(did you mean '--length'?) (see dsla distill write");
   ExpectRefused("run --level x abc", "--level = x (see dsla run --help)");

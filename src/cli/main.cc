@@ -35,8 +35,12 @@ std::string MessageOf(const CLI::ParseError& error, const CLI::App& app) {
   const std::vector<std::string> rest = app.remaining(/*recurse=*/true);
   const auto option = std::find_if(rest.begin(), rest.end(),
                                    [](const std::string& text) { return text.starts_with('-'); });
-  if (option == rest.end())
-    return rest.empty() ? error.what() : fmt::format("unexpected argument '{}'", rest.front());
+  if (option == rest.end()) {
+    if (rest.empty()) return error.what();
+    const bool has_model = CommandOf(app)->get_option_no_throw("--model") != nullptr;
+    return fmt::format("unexpected argument '{}'{}", rest.front(),
+                       has_model ? " (a model is named by --model)" : "");
+  }
   const std::string name = option->substr(0, option->find('='));
   std::vector<std::string> names;
   for (const CLI::Option* known : CommandOf(app)->get_options()) {

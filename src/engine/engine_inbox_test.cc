@@ -138,7 +138,8 @@ TEST_F(InboxTest, BoundsOfTheQueue) {
   auto rejected = inbox.Put(Make("small", 1));
   ASSERT_TRUE(rejected);
   EXPECT_EQ(rejected->kind, Rejection::Kind::kQueueFull);
-  EXPECT_EQ(rejected->message, "the queue is full: 50 prompt tokens wait and 1 more come, 10 may");
+  EXPECT_EQ(rejected->message,
+            "the queue is full: 50 of at most 10 prompt tokens wait, and 1 more came");
   EXPECT_EQ(rejected->retry_after_seconds, 60) << "nothing has left the queue yet";
   ASSERT_TRUE(inbox.RefusesAll()) << "without a request to show";
   EXPECT_EQ(inbox.RefusesAll()->message, rejected->message);
@@ -147,12 +148,13 @@ TEST_F(InboxTest, BoundsOfTheQueue) {
   EXPECT_FALSE(inbox.Put(Make("b", 4)));
   rejected = inbox.Put(Make("e", 7));
   ASSERT_TRUE(rejected);
-  EXPECT_EQ(rejected->message, "the queue is full: 4 prompt tokens wait and 7 more come, 10 may");
+  EXPECT_EQ(rejected->message,
+            "the queue is full: 4 of at most 10 prompt tokens wait, and 7 more came");
   EXPECT_FALSE(inbox.RefusesAll()) << "a shorter one is welcome";
   EXPECT_FALSE(inbox.Put(Make("c", 4)));
   rejected = inbox.Put(Make("d", 1));
   ASSERT_TRUE(rejected);
-  EXPECT_EQ(rejected->message, "the queue is full: 2 requests wait and 1 more come, 2 may");
+  EXPECT_EQ(rejected->message, "the queue is full: 2 of at most 2 requests wait, and 1 more came");
   EXPECT_LT(rejected->retry_after_seconds, 60);
   EXPECT_GE(rejected->retry_after_seconds, 1);
 }
@@ -168,10 +170,11 @@ TEST_F(InboxTest, AGroupComesWholeOrNotAtAll) {
   EXPECT_FALSE(inbox.Put(Make("d", 2)));
   auto rejected = inbox.Put(MakeAll({"e", "f", "g", "h"}, 1));
   ASSERT_TRUE(rejected);
-  EXPECT_EQ(rejected->message, "the queue is full: 1 requests wait and 4 more come, 4 may");
+  EXPECT_EQ(rejected->message, "the queue is full: 1 of at most 4 requests wait, and 4 more came");
   rejected = inbox.Put(MakeAll({"e", "f"}, 5));
   ASSERT_TRUE(rejected);
-  EXPECT_EQ(rejected->message, "the queue is full: 2 prompt tokens wait and 10 more come, 10 may");
+  EXPECT_EQ(rejected->message,
+            "the queue is full: 2 of at most 10 prompt tokens wait, and 10 more came");
   EXPECT_EQ(inbox.counts().queued, 1);
   inbox.Settle(1, 2, 0);
   EXPECT_FALSE(inbox.Put(MakeAll({"e", "f", "g", "h", "i"}, 1))) << "more than may wait, likewise";

@@ -45,12 +45,13 @@ std::optional<Rejection> QueueBound::Full(int64_t requests, int64_t tokens) cons
   if (!too_many && !too_long) return std::nullopt;
   return Rejection{
       .kind = Rejection::Kind::kQueueFull,
-      .message = too_many
-                     ? fmt::format("the queue is full: {} requests wait and {} more come, {} may",
-                                   queued_, requests, max_queued_)
-                     : fmt::format("the queue is full: {} prompt tokens wait and {} more come, {} "
-                                   "may",
-                                   queued_tokens_, tokens, max_queued_tokens_),
+      .message =
+          too_many
+              ? fmt::format("the queue is full: {} of at most {} requests wait, and {} more came",
+                            queued_, max_queued_, requests)
+              : fmt::format("the queue is full: {} of at most {} prompt tokens wait, and {} "
+                            "more came",
+                            queued_tokens_, max_queued_tokens_, tokens),
       .retry_after_seconds = RetryAfter(NowSeconds())};
 }
 

@@ -230,13 +230,15 @@ std::optional<Rejection> Replicas::PlaceAll(const std::vector<SinkPtr>& sinks,
   return std::nullopt;
 }
 
-// An engine refuses what has come this far only if it has begun to drain meanwhile, or if memory is
-// short. Then nobody is taken, or, where others of the group were, its part ends with that error.
+// An engine refuses what has come this far only if it has begun to drain meanwhile, if memory is
+// short, or if a grammar has no place for another reply. Then nobody is taken, or, where others of
+// the group were, its part ends with that error.
 std::optional<Rejection> Replicas::Hand(std::vector<Submission> group,
                                         const std::vector<SinkPtr>& sinks) {
   struct Part {
     std::vector<Submission> submissions;
     std::vector<SinkPtr> sinks;
+    std::vector<size_t> indices;  // of them in the group
   };
   std::vector<Part> parts(replicas_.size());
   for (size_t i = 0; i < group.size(); ++i) {
@@ -244,6 +246,7 @@ std::optional<Rejection> Replicas::Hand(std::vector<Submission> group,
     Part& part = parts[static_cast<size_t>(sinks[i]->replica())];
     part.submissions.push_back({std::move(group[i].request), sinks[i]});
     part.sinks.push_back(sinks[i]);
+    part.indices.push_back(i);
   }
   bool taken = false;
   std::optional<Rejection> refusal;
@@ -253,7 +256,10 @@ std::optional<Rejection> Replicas::Hand(std::vector<Submission> group,
     Status why;
     try {
       refusal = replicas_[r].engine->SubmitAll(std::move(parts[r].submissions));
-      if (refusal) why = Status(StatusCode::kUnavailable, refusal->message);
+      if (refusal) {
+        why = Status(StatusCode::kUnavailable, refusal->message);
+        refusal->index = parts[r].indices[refusal->index];
+      }
     } catch (const std::bad_alloc&) {
       if (!taken) throw;
       why = ResourceExhausted("out of memory for a request");

@@ -185,7 +185,7 @@ TEST_F(ReplicasEngineTest, TheQueueOfBothIsBounded) {
   }
   ASSERT_TRUE(rejected);
   EXPECT_EQ(rejected->kind, Rejection::Kind::kQueueFull);
-  EXPECT_THAT(rejected->message, ::testing::HasSubstr("3 may"));
+  EXPECT_THAT(rejected->message, ::testing::HasSubstr("at most 3 requests"));
   EXPECT_LE(front->state().queued, 3);
   sinks.pop_back();
   hold = false;

@@ -267,7 +267,7 @@ TEST_F(BoundedReplicasTest, TheQueueIsOne) {
   EXPECT_EQ(front_->RefusesAll()->kind, Rejection::Kind::kQueueFull);
   const auto rejected = Refused(Ask("d"));
   ASSERT_TRUE(rejected);
-  EXPECT_EQ(rejected->message, "the queue is full: 3 requests wait and 1 more come, 3 may");
+  EXPECT_EQ(rejected->message, "the queue is full: 3 of at most 3 requests wait, and 1 more came");
   engines_[1]->Start("b");
   EXPECT_FALSE(front_->RefusesAll()) << "a place at one is a place for all";
   Submit(Ask("d"));
@@ -317,6 +317,15 @@ TEST_F(BoundedReplicasTest, APartThatIsRefusedEnds) {
     EXPECT_FALSE(front_->RefusesAll());
   }
   for (const char* id : {"a", "b", "c"}) Submit(Ask(id));
+}
+
+TEST_F(BoundedReplicasTest, ARefusalNamesTheRequestOfTheGroup) {
+  std::vector<Submission> group;
+  for (const char* id : {"a", "b"}) group.push_back({Ask(id), std::make_shared<KeepingSink>()});
+  engines_[0]->closes = engines_[1]->closes = true;
+  const auto rejected = front_->SubmitAll(std::move(group));
+  ASSERT_TRUE(rejected);
+  EXPECT_EQ(rejected->index, 1u) << "the last engine's first";
 }
 
 TEST_F(ReplicasTest, AFailedReplicaLeavesTheOthersServing) {
