@@ -8,6 +8,7 @@
 
 #include "cli/commands.h"
 #include "cli/model_args.h"
+#include "engine/prompt.h"
 #include "eval/cost.h"
 
 namespace dsla {
@@ -52,8 +53,8 @@ Inspection Inspect(const ModelFile& file, std::shared_ptr<const Adapter> adapter
   if (file.chat_template().empty()) {
     result.chat_template = "none";
   } else {
-    const auto detected = DetectChatTemplate(file.chat_template());
-    result.chat_template = detected.ok() ? detected->name : "not recognised";
+    const auto chosen = ChoosePromptTemplate(file.chat_template());
+    result.chat_template = chosen.ok() ? NameOf(*chosen) : "cannot be evaluated";
   }
   result.kv_token = 2 * c.Hkv * KvRowBytes(kv_dtype, c.D);
   result.levels.push_back({0, c.L * result.kv_token, 0});

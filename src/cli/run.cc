@@ -113,17 +113,17 @@ Status CheckArgs(const RunArgs& args) {
 }
 
 // The template for the model's conversations, or none for plain completion.
-Expected<std::optional<ChatTemplate>> ChooseTemplate(const RunArgs& args,
-                                                     const LoadedModel& loaded) {
-  if (args.raw) return std::optional<ChatTemplate>();
+Expected<std::optional<PromptTemplate>> ChooseTemplate(const RunArgs& args,
+                                                       const LoadedModel& loaded) {
+  if (args.raw) return std::optional<PromptTemplate>();
   if (!args.chat_template.empty()) {
-    DSLA_ASSIGN_OR_RETURN(ChatTemplate chat_template, ChatTemplateByName(args.chat_template));
-    return std::optional<ChatTemplate>(std::move(chat_template));
+    DSLA_ASSIGN_OR_RETURN(ChatTemplate named, ChatTemplateByName(args.chat_template));
+    return std::optional<PromptTemplate>(std::move(named));
   }
   const std::string source = loaded.file->chat_template();
-  if (source.empty()) return std::optional<ChatTemplate>();
-  DSLA_ASSIGN_OR_RETURN(ChatTemplate chat_template, DetectChatTemplate(source));
-  return std::optional<ChatTemplate>(std::move(chat_template));
+  if (source.empty()) return std::optional<PromptTemplate>();
+  DSLA_ASSIGN_OR_RETURN(PromptTemplate chosen, ChoosePromptTemplate(source));
+  return std::optional<PromptTemplate>(std::move(chosen));
 }
 
 Expected<SessionOptions> ChooseLevel(const RunArgs& args, const LoadedModel& loaded) {
@@ -200,7 +200,7 @@ Expected<GenerateOptions> MakeGenerateOptions(const RunArgs& args, const LoadedM
 }
 
 Expected<std::vector<int32_t>> EncodePrompt(const RunArgs& args, const LoadedModel& loaded,
-                                            const std::optional<ChatTemplate>& chat_template,
+                                            const std::optional<PromptTemplate>& chat_template,
                                             const std::vector<ChatMessage>& messages) {
   if (!chat_template) return loaded.tokenizer->Encode(messages.back().content);
   return EncodeChat(*loaded.tokenizer, *chat_template, messages,

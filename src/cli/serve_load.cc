@@ -240,12 +240,12 @@ void ServeProgram::ChooseTools(openai::ApiContext* context) {
     context->no_tools = "this server runs without tools (--tool-parser none)";
     return;
   }
-  if (!args_.chat_template.empty() || !context->chat_template) {
-    context->no_tools = fmt::format("the chat template {} has no place for tools",
-                                    context->chat_template ? context->chat_template->name : "");
+  if (!args_.chat_template.empty()) {
+    context->no_tools =
+        fmt::format("the chat template {} has no place for tools", args_.chat_template);
     return;
   }
-  auto made = ToolTemplate::Create(model().file->tool_chat_template());
+  auto made = ModelTemplate::ForTools(model().file->tool_chat_template());
   if (!made.ok()) {
     context->no_tools = made.status().message();
     return;
@@ -281,11 +281,12 @@ Status ServeProgram::MakeApi() {
   } else if (context.chat_template_source.empty()) {
     context.no_chat_template = "the model file has none, and no --chat-template was given";
   } else {
-    auto detected = DetectChatTemplate(context.chat_template_source);
-    if (detected.ok()) {
-      context.chat_template = *detected;
+    auto chosen = ChoosePromptTemplate(context.chat_template_source);
+    if (chosen.ok()) {
+      log_->Write(LogLevel::kInfo, "chat_template", {{"name", NameOf(*chosen)}});
+      context.chat_template = std::move(chosen).value();
     } else {
-      context.no_chat_template = detected.status().message();
+      context.no_chat_template = chosen.status().message();
       log_->Write(LogLevel::kWarning, "no_chat_template", {{"message", context.no_chat_template}});
     }
   }

@@ -84,24 +84,42 @@ Expected<std::vector<int32_t>> EncodePieces(const Tokenizer& tokenizer,
 
 }  // namespace
 
-Status CheckThinking(const ChatTemplate& chat_template, const PromptOptions& prompt) {
-  if (!prompt.enable_thinking && chat_template.thinking == ChatTemplate::Thinking::kAlways)
-    return Unsupported("the chat template '{}' always thinks", chat_template.name);
-  return Status::Ok();
+Expected<PromptTemplate> ChoosePromptTemplate(std::string_view jinja_source) {
+  auto known = DetectChatTemplate(jinja_source);
+  if (known.ok()) return PromptTemplate(std::move(known).value());
+  auto own = ModelTemplate::ForChat(jinja_source);
+  if (own.ok()) return PromptTemplate(std::move(own).value());
+  return Unsupported("{}; by itself: {}", known.status().message(), own.status().message());
+}
+
+std::string NameOf(const PromptTemplate& prompt_template) {
+  const auto* const known = std::get_if<ChatTemplate>(&prompt_template);
+  return known != nullptr ? known->name : "the model file's own";
+}
+
+Status CheckThinking(const PromptTemplate& prompt_template, const PromptOptions& prompt) {
+  if (prompt.enable_thinking) return Status::Ok();
+  const auto* const known = std::get_if<ChatTemplate>(&prompt_template);
+  const bool always = known != nullptr ? known->thinking == ChatTemplate::Thinking::kAlways
+                                       : std::get<ModelTemplate>(prompt_template).always_thinks();
+  if (!always) return Status::Ok();
+  return Unsupported("the chat template ({}) always thinks", NameOf(prompt_template));
 }
 
 Expected<std::vector<int32_t>> EncodeChat(const Tokenizer& tokenizer,
-                                          const ChatTemplate& chat_template,
+                                          const PromptTemplate& prompt_template,
                                           std::span<const ChatMessage> messages,
                                           const PromptOptions& prompt) {
-  DSLA_RETURN_IF_ERROR(CheckThinking(chat_template, prompt));
-  DSLA_ASSIGN_OR_RETURN(auto pieces,
-                        RenderChat(chat_template, messages, RenderOptions(tokenizer, prompt)));
+  DSLA_RETURN_IF_ERROR(CheckThinking(prompt_template, prompt));
+  if (const auto* const own = std::get_if<ModelTemplate>(&prompt_template))
+    return EncodeToolChat(tokenizer, *own, messages, /*tools=*/{}, prompt);
+  DSLA_ASSIGN_OR_RETURN(auto pieces, RenderChat(std::get<ChatTemplate>(prompt_template), messages,
+                                                RenderOptions(tokenizer, prompt)));
   return EncodePieces(tokenizer, messages, prompt, std::move(pieces));
 }
 
 Expected<std::vector<int32_t>> EncodeToolChat(const Tokenizer& tokenizer,
-                                              const ToolTemplate& tool_template,
+                                              const ModelTemplate& tool_template,
                                               std::span<const ChatMessage> messages,
                                               std::span<const Tool> tools,
                                               const PromptOptions& prompt) {

@@ -2,7 +2,8 @@
 //
 // Templates are rendered natively; a model file's Jinja source only decides which one
 // (DetectChatTemplate). Each equals what transformers' apply_chat_template renders for
-// conversations of plain text: no images; those with tools are ToolTemplate's.
+// conversations of plain text: no images. Those with tools, and sources that are none of these, are
+// ModelTemplate's.
 //
 // Contract of the pieces. A prompt comes back as pieces whose texts, joined, are the rendered
 // string. A control piece holds exactly one token text written by the template (or the model's BOS
@@ -39,7 +40,7 @@ namespace dsla {
 struct ChatMessage {
   std::string role;  // "system", "user", "assistant", "tool"; some templates take any
   std::string content;
-  // Of conversations with tools, which ToolTemplate renders.
+  // Of conversations with tools, which ModelTemplate renders.
   std::vector<ToolCall> tool_calls = {};  // the assistant's
   std::string tool_call_id = {};          // of a tool's result
   std::string name = {};                  // of the tool

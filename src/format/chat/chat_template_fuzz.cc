@@ -5,13 +5,15 @@
 #include <string_view>
 
 #include "format/chat/chat_template.h"
-#include "format/chat/tool_template.h"
+#include "format/chat/model_template.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const std::string_view source(reinterpret_cast<const char*>(data), size);
   const auto found = dsla::DetectChatTemplate(source);
   DSLA_CHECK(found.ok() || found.status().message().find('\n') == std::string::npos);
-  const auto with_tools = dsla::ToolTemplate::Create(source);
+  const auto plain = dsla::ModelTemplate::ForChat(source);
+  DSLA_CHECK(plain.ok() || plain.status().message().find('\n') == std::string::npos);
+  const auto with_tools = dsla::ModelTemplate::ForTools(source);
   if (!with_tools.ok()) {
     DSLA_CHECK(with_tools.status().message().find('\n') == std::string::npos);
     return 0;

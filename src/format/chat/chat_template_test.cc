@@ -17,6 +17,8 @@
 #include <set>
 
 #include "base/testing/default_model.h"
+#include "format/chat/model_template.h"
+#include "format/chat/strip.h"
 
 namespace dsla {
 namespace {
@@ -96,6 +98,35 @@ void ExpectRenders(const ChatTemplate& t, const json& golden) {
     for (const bool prompt : {false, true}) {
       SCOPED_TRACE(fmt::format("conversation {} {}", i, conversations[i].dump()));
       ExpectRender(t, conversations[i], golden["renders"][i], Options(golden, prompt));
+    }
+  }
+}
+
+// By the source itself what is rendered natively is the same, refusals included, and where the
+// source leaves out what somebody says it is refused.
+TEST(ChatTemplate, SourcesRenderLikewiseByThemselves) {
+  const json& conversations = Golden()["conversations"];
+  for (const auto& [file, golden] : Golden()["templates"].items()) {
+    const auto made = ModelTemplate::ForChat(TemplateSource(file));
+    ASSERT_TRUE(made.ok()) << file << ": " << made.status().message();
+    for (size_t i = 0; i < conversations.size(); ++i) {
+      SCOPED_TRACE(fmt::format("{}, conversation {} {}", file, i, conversations[i].dump()));
+      const json& render = golden["renders"][i];
+      const std::vector<ChatMessage> messages = Messages(conversations[i]);
+      const auto text = made->Render(messages, {}, Options(golden, true));
+      EXPECT_TRUE(text.ok() || IsOneLine(text.status().message()));
+      if (render.contains("error") || render.contains("drops")) {
+        EXPECT_FALSE(text.ok());
+        continue;
+      }
+      const std::string expected =
+          render["text"].get<std::string>() + render["prompt"].get<std::string>();
+      const bool shown = std::ranges::all_of(messages, [&](const ChatMessage& message) {
+        return message.role == "assistant" ||
+               expected.find(Strip(message.content)) != std::string::npos;
+      });
+      ASSERT_EQ(text.ok(), shown);
+      EXPECT_EQ(shown ? text->bytes() : expected, expected);
     }
   }
 }

@@ -1,7 +1,7 @@
 // The part of Jinja that chat templates are written in: to find out what a model file's template
-// renders (detect.cc), and to render prompts with tools (tool_template.h). Prompts without are
-// rendered natively (chat_render.cc). White space follows transformers' environment: trim_blocks
-// and lstrip_blocks on, the source's last newline dropped.
+// renders (detect.cc), and to render prompts with tools and those of templates
+// that are not rendered natively (model_template.h). White space follows transformers' environment:
+// trim_blocks and lstrip_blocks on, the source's last newline dropped.
 //
 // Not in it, and refused with kUnsupported: imports, call blocks, tuples as targets of set,
 // arithmetic on floats, filters and methods that conversations do not reach. Names that are not

@@ -221,24 +221,6 @@ TEST(Completions, KeepTheSpaceBeforeTheReply) {
   offsets(R"(,"echo":true)", "hello hello hello", "0,0,5,11");
 }
 
-TEST(Chat, WithoutATemplate) {
-  TestApi api;
-  api.context.chat_template.reset();
-  api.context.no_chat_template = "it is odd";
-  const auto responder = api.Chat(R"({"messages":[{"role":"user","content":"x"}]})");
-  ExpectError(*responder, 400, "chat_template_error", "messages");
-  EXPECT_THAT(responder->body(), HasSubstr("it is odd"));
-}
-
-TEST(Chat, ATemplateThatRefuses) {
-  TestApi api;
-  auto strict = ChatTemplateByName("llama2");
-  ASSERT_TRUE(strict.ok());
-  api.context.chat_template = *strict;
-  ExpectError(*api.Chat(R"({"messages":[{"role":"assistant","content":"x"}]})"), 400,
-              "chat_template_error", "messages");
-}
-
 TEST(Scoring, EchoWithLogprobsAsEvaluationHarnessesNeedIt) {
   TestApi api;
   const auto responder = api.Completions(

@@ -10,9 +10,37 @@ namespace {
 using testing::FakeResponder;
 using testing::TestApi;
 
-void ExpectRefused(const FakeResponder& responder) {
+void ExpectRefused(const FakeResponder& responder, const char* why = "") {
   EXPECT_EQ(responder.head().status, 400) << responder.body();
-  EXPECT_THAT(responder.body(), ::testing::HasSubstr("chat_template_error"));
+  EXPECT_THAT(responder.body(),
+              ::testing::HasSubstr(R"("param":"messages","code":"chat_template_error")"));
+  EXPECT_THAT(responder.body(), ::testing::HasSubstr(why));
+}
+
+TEST(ChatPrompt, WithoutATemplate) {
+  TestApi api;
+  api.context.chat_template.reset();
+  api.context.no_chat_template = "it is odd";
+  ExpectRefused(*api.Chat(R"({"messages":[{"role":"user","content":"x"}]})"), "it is odd");
+}
+
+TEST(ChatPrompt, ATemplateThatRefuses) {
+  TestApi api;
+  api.context.chat_template = ChatTemplateByName("llama2").value();
+  ExpectRefused(*api.Chat(R"({"messages":[{"role":"assistant","content":"x"}]})"));
+}
+
+TEST(ChatPrompt, ByTheModelFilesOwnTemplate) {
+  TestApi api;
+  api.context.chat_template =
+      ChoosePromptTemplate(
+          "{% for m in messages if m.role == 'user' %}{{ 'hello' ~ m.content }}{% endfor %}")
+          .value();
+  api.Chat(R"({"messages":[{"role":"user","content":" hello"}]})");
+  EXPECT_EQ(api.tokenizer->Decode(api.engine.job(0).request.prompt), "hello hello");
+  ExpectRefused(
+      *api.Chat(R"({"messages":[{"role":"system","content":"a"},{"role":"user","content":"b"}]})"),
+      "role 'system'");
 }
 
 TEST(ChatPrompt, TheLastMessageIsContinuedWhenAsked) {

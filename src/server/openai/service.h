@@ -14,7 +14,7 @@
 
 #include "engine/engine.h"
 #include "format/chat/chat_template.h"
-#include "format/chat/tool_template.h"
+#include "format/chat/model_template.h"
 #include "format/tokenizer/tokenizer.h"
 #include "grammar/grammar.h"
 #include "server/dsla_state.h"
@@ -29,9 +29,9 @@ namespace dsla::openai {
 struct ApiContext {
   Engine* engine = nullptr;
   const Tokenizer* tokenizer = nullptr;
-  std::optional<ChatTemplate> chat_template;
+  std::optional<PromptTemplate> chat_template;
   std::string no_chat_template;  // why there is none
-  std::optional<ToolTemplate> tool_template;
+  std::optional<ModelTemplate> tool_template;
   std::optional<ToolDialect> tool_dialect;  // how its model writes calls; with tool_template
   std::string no_tools;                     // why one of these is not there
   std::string chat_template_source;         // Jinja, for /tokenizer_info; empty: not known

@@ -30,7 +30,7 @@ inline std::unique_ptr<Tokenizer> TokenizerWithMarkers() {
 
 struct ToolApi : TestApi {
   explicit ToolApi(const char* source = kToolTemplate) : TestApi(2000, TokenizerWithMarkers()) {
-    auto made = ToolTemplate::Create(source);
+    auto made = ModelTemplate::ForTools(source);
     DSLA_CHECK(made.ok());
     context.tool_template = std::move(made).value();
     context.tool_dialect = ToolDialect::kHermes;

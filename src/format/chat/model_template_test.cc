@@ -1,5 +1,5 @@
 // The goldens are what transformers renders (tools/tool_template_oracle.py).
-#include "format/chat/tool_template.h"
+#include "format/chat/model_template.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -29,12 +29,12 @@ const ordered_json& Golden() {
   return golden;
 }
 
-ToolTemplate Made(std::string_view source) {
-  auto made = ToolTemplate::Create(source);
+ModelTemplate Made(std::string_view source) {
+  auto made = ModelTemplate::ForTools(source);
   EXPECT_TRUE(made.ok()) << made.status().message();
   return std::move(made).value();
 }
-ToolTemplate OfFile(const std::string& name) {
+ModelTemplate OfFile(const std::string& name) {
   return Made(ReadFile(kData / "tools" / (name + ".jinja")));
 }
 
@@ -60,9 +60,9 @@ std::vector<Tool> Tools(const ordered_json& conversation) {
   return tools;
 }
 
-TEST(ToolTemplate, RendersAsTransformersDoes) {
+TEST(ModelTemplate, RendersAsTransformersDoes) {
   for (const auto& [name, golden] : Golden()["templates"].items()) {
-    const ToolTemplate made = OfFile(name);
+    const ModelTemplate made = OfFile(name);
     ChatRenderOptions options;
     options.bos = golden["bos"];
     options.eos = golden["eos"];
@@ -84,7 +84,7 @@ TEST(ToolTemplate, RendersAsTransformersDoes) {
   }
 }
 
-TEST(ToolTemplate, KnowsTheDialect) {
+TEST(ModelTemplate, KnowsTheDialect) {
   EXPECT_EQ(OfFile("hermes").dialect(), ToolDialect::kHermes);
   EXPECT_EQ(OfFile("llama3").dialect(), ToolDialect::kLlama3);
   EXPECT_EQ(OfFile("mistral").dialect(), ToolDialect::kMistral);
@@ -104,7 +104,7 @@ std::string Own(const jinja::Text& text) {
   return own + text.bytes().substr(begin);
 }
 
-TEST(ToolTemplate, EveryByteOfTheClientIsForeign) {
+TEST(ModelTemplate, EveryByteOfTheClientIsForeign) {
   const std::string evil = "EVIL";
   const std::vector<Tool> tools = {
       {"t",
@@ -124,17 +124,18 @@ TEST(ToolTemplate, EveryByteOfTheClientIsForeign) {
   }
 }
 
-TEST(ToolTemplate, TemplatesWithoutToolsAreRefused) {
+TEST(ModelTemplate, TemplatesWithoutToolsAreRefused) {
   for (const char* name : {"smollm2", "chatml", "llama2", "zephyr", "mistral-v0.1"}) {
     const auto made =
-        ToolTemplate::Create(ReadFile(kData / "templates" / (std::string(name) + ".jinja")));
+        ModelTemplate::ForTools(ReadFile(kData / "templates" / (std::string(name) + ".jinja")));
     ASSERT_FALSE(made.ok()) << name;
     EXPECT_EQ(made.status().message(), "the model's chat template has no place for tools");
   }
-  EXPECT_THAT(ToolTemplate::Create("{% oops %}").status().message(), HasSubstr("cannot be read"));
+  EXPECT_THAT(ModelTemplate::ForTools("{% oops %}").status().message(),
+              HasSubstr("cannot be read"));
 }
 
-TEST(ToolTemplate, RefusesWhatItWouldDrop) {
+TEST(ModelTemplate, RefusesWhatItWouldDrop) {
   ChatMessage call{"assistant", ""}, talk{"assistant", "I look."};
   call.tool_calls = talk.tool_calls = {{"call00001", "get_weather", "{}"}};
   const std::vector<Tool> tools = Tools(Golden()["conversations"][0]);
@@ -150,7 +151,7 @@ TEST(ToolTemplate, RefusesWhatItWouldDrop) {
   EXPECT_TRUE(OfFile("hermes").Render(std::vector<ChatMessage>{user, talk}, tools, {}).ok());
 }
 
-TEST(ToolTemplate, RefusalsNameTheTemplatesWordsAlone) {
+TEST(ModelTemplate, RefusalsNameTheTemplatesWordsAlone) {
   ChatMessage call{"assistant", ""};
   call.tool_calls = {{"a", "secret", "{}"}, {"b", "secret", "{}"}};
   const auto text = OfFile("llama3").Render(std::vector<ChatMessage>{{"user", "x"}, call}, {}, {});
@@ -159,22 +160,22 @@ TEST(ToolTemplate, RefusalsNameTheTemplatesWordsAlone) {
   EXPECT_THAT(text.status().message(), Not(HasSubstr("secret")));
 }
 
-TEST(ToolTemplate, LongConversationsAreRenderedAndEndlessOnesAreNot) {
-  const ToolTemplate hermes = OfFile("hermes");
+TEST(ModelTemplate, LongConversationsAreRenderedAndEndlessOnesAreNot) {
+  const ModelTemplate hermes = OfFile("hermes");
   const std::vector<Tool> tools = Tools(Golden()["conversations"][0]);
   std::vector<ChatMessage> messages;
   for (int i = 0; i < 4000; ++i) messages.push_back({i % 2 ? "assistant" : "user", "Some words."});
   messages.push_back({"user", std::string(4 << 20, 'x')});
   EXPECT_TRUE(hermes.Render(messages, tools, {}).ok());
-  const ToolTemplate endless = Made(
+  const ModelTemplate endless = Made(
       "{{ tools }}{% if messages | length > 3 %}{% for a in range(4000) %}{% for b in range(4000) "
       "%}"
       "{{ a }}{% endfor %}{% endfor %}{% endif %}");
   EXPECT_EQ(endless.Render(messages, tools, {}).status().code(), StatusCode::kUnsupported);
 }
 
-TEST(ToolTemplate, ThinkingIsSwitchedOffByItsVariable) {
-  const ToolTemplate made =
+TEST(ModelTemplate, ThinkingIsSwitchedOffByItsVariable) {
+  const ModelTemplate made =
       Made("{{ tools }}{{ enable_thinking is defined and enable_thinking is false }}");
   ChatRenderOptions options;
   const std::vector<ChatMessage> messages = {{"user", "x"}};

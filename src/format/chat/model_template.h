@@ -1,4 +1,5 @@
-// ToolTemplate: prompts of conversations with tools, by evaluating a model file's Jinja source.
+// ModelTemplate: prompts by evaluating a model file's Jinja source: of conversations with tools,
+// and of plain ones where the source is none of those that are rendered natively (chat_template.h).
 //
 // `tools` are what the client wrote; a message's `tool_calls` have `id`, `type` and `function` with
 // its `name` and `arguments`, as an object or as text, whichever the template can render; messages
@@ -22,13 +23,18 @@
 
 namespace dsla {
 
-class ToolTemplate {
+class ModelTemplate {
  public:
   // kUnsupported, in one line: the source cannot be evaluated or has no place for tools.
-  static Expected<ToolTemplate> Create(std::string_view jinja_source);
+  static Expected<ModelTemplate> ForTools(std::string_view jinja_source);
+  // Likewise, or it does not show what a user says. Render then refuses what the source would drop
+  // in silence of anybody but the assistant, whose thoughts many templates leave out.
+  static Expected<ModelTemplate> ForChat(std::string_view jinja_source);
 
   // How the template's model writes its calls, as far as the source shows it.
   std::optional<ToolDialect> dialect() const { return dialect_; }
+  // An answer begins with a thought, whatever enable_thinking says.
+  bool always_thinks() const;
 
   // The prompt; its foreign bytes are those of messages and tools. kInvalidArgument where the
   // template refuses the conversation, kUnsupported where it has no place for a part of it.
@@ -41,16 +47,19 @@ class ToolTemplate {
     bool arguments_as_text = false;
     bool null_content = false;  // instead of an empty one
   };
-  ToolTemplate() = default;
+  static Expected<ModelTemplate> Parse(std::string_view jinja_source);
+  ModelTemplate() = default;
   Expected<jinja::Text> RenderWith(const Calls& calls, std::span<const ChatMessage> messages,
                                    std::span<const Tool> tools,
                                    const ChatRenderOptions& options) const;
+  Status CheckShown(const jinja::Text& text, std::span<const ChatMessage> messages) const;
   bool TakesTools() const;
   std::optional<Calls> FindCalls() const;
 
   std::shared_ptr<const jinja::Body> program_;
   std::optional<ToolDialect> dialect_;
-  std::optional<Calls> calls_;  // nothing: it has no place for them
+  std::optional<Calls> calls_;   // nothing: it has no place for them
+  bool shows_messages_ = false;  // what it drops is refused
 };
 
 }  // namespace dsla

@@ -1,4 +1,4 @@
-#include "format/chat/tool_template.h"
+#include "format/chat/model_template.h"
 
 #include <fmt/format.h>
 
@@ -6,6 +6,7 @@
 #include <map>
 
 #include "format/chat/json_value.h"
+#include "format/chat/strip.h"
 
 namespace dsla {
 namespace {
@@ -87,19 +88,52 @@ Tool ProbeTool() {
 
 }  // namespace
 
-Expected<ToolTemplate> ToolTemplate::Create(std::string_view jinja_source) {
+Expected<ModelTemplate> ModelTemplate::Parse(std::string_view jinja_source) {
   auto program = jinja::Parse(jinja_source);
   if (!program.ok())
     return Unsupported("the chat template cannot be read ({})", program.status().message());
-  ToolTemplate made;
+  ModelTemplate made;
   made.program_ = std::make_shared<const jinja::Body>(std::move(program).value());
   made.dialect_ = DetectToolDialect(jinja_source);
+  return made;
+}
+
+Expected<ModelTemplate> ModelTemplate::ForTools(std::string_view jinja_source) {
+  DSLA_ASSIGN_OR_RETURN(ModelTemplate made, Parse(jinja_source));
   if (!made.TakesTools()) return Unsupported("the model's chat template has no place for tools");
   made.calls_ = made.FindCalls();
   return made;
 }
 
-bool ToolTemplate::TakesTools() const {
+Expected<ModelTemplate> ModelTemplate::ForChat(std::string_view jinja_source) {
+  DSLA_ASSIGN_OR_RETURN(ModelTemplate made, Parse(jinja_source));
+  made.shows_messages_ = true;
+  const ChatMessage user{"user", "A probe."};
+  DSLA_RETURN_IF_ERROR(made.Render({&user, 1}, {}, {}).status());
+  return made;
+}
+
+bool ModelTemplate::always_thinks() const {
+  ChatRenderOptions options;
+  options.enable_thinking = false;
+  const ChatMessage user{"user", "A probe."};
+  const auto text = RenderWith({}, {&user, 1}, {}, options);
+  return text.ok() && Strip(text->bytes()).ends_with("<think>");
+}
+
+Status ModelTemplate::CheckShown(const jinja::Text& text,
+                                 std::span<const ChatMessage> messages) const {
+  for (const ChatMessage& message : messages) {
+    if (message.role == "assistant" ||
+        text.bytes().find(Strip(message.content)) != std::string::npos)
+      continue;
+    return Unsupported("the chat template drops or changes what a message of role '{}' says",
+                       message.role);
+  }
+  return Status::Ok();
+}
+
+bool ModelTemplate::TakesTools() const {
   const ChatMessage user{"user", "A probe."};
   const Tool tool = ProbeTool();
   const auto text = RenderWith({}, {&user, 1}, {&tool, 1}, {});
@@ -107,7 +141,7 @@ bool ToolTemplate::TakesTools() const {
 }
 
 // The first way in which both a call and its result show, and no Python for JSON.
-std::optional<ToolTemplate::Calls> ToolTemplate::FindCalls() const {
+std::optional<ModelTemplate::Calls> ModelTemplate::FindCalls() const {
   const Tool tool = ProbeTool();
   ChatMessage call{"assistant", ""}, result{"tool", "probe result"};
   call.tool_calls = {{"probeid01", tool.name, R"({"probe_key": "probe_value"})"}};
@@ -128,9 +162,9 @@ std::optional<ToolTemplate::Calls> ToolTemplate::FindCalls() const {
   return std::nullopt;
 }
 
-Expected<jinja::Text> ToolTemplate::Render(std::span<const ChatMessage> messages,
-                                           std::span<const Tool> tools,
-                                           const ChatRenderOptions& options) const {
+Expected<jinja::Text> ModelTemplate::Render(std::span<const ChatMessage> messages,
+                                            std::span<const Tool> tools,
+                                            const ChatRenderOptions& options) const {
   if (messages.empty()) return InvalidArgument("the conversation has no messages");
   for (const ChatMessage& message : messages) {
     const bool calls = !message.tool_calls.empty();
@@ -139,13 +173,16 @@ Expected<jinja::Text> ToolTemplate::Render(std::span<const ChatMessage> messages
     if (calls && calls_->null_content && !message.content.empty())
       return Unsupported("the chat template has no place for text beside calls of tools");
   }
-  return RenderWith(calls_.value_or(Calls{}), messages, tools, options);
+  DSLA_ASSIGN_OR_RETURN(jinja::Text text,
+                        RenderWith(calls_.value_or(Calls{}), messages, tools, options));
+  if (shows_messages_) DSLA_RETURN_IF_ERROR(CheckShown(text, messages));
+  return text;
 }
 
-Expected<jinja::Text> ToolTemplate::RenderWith(const Calls& calls,
-                                               std::span<const ChatMessage> messages,
-                                               std::span<const Tool> tools,
-                                               const ChatRenderOptions& options) const {
+Expected<jinja::Text> ModelTemplate::RenderWith(const Calls& calls,
+                                                std::span<const ChatMessage> messages,
+                                                std::span<const Tool> tools,
+                                                const ChatRenderOptions& options) const {
   size_t bytes = 0;
   jinja::List message_values, tool_values;
   for (const ChatMessage& message : messages) {
