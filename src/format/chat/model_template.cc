@@ -78,6 +78,21 @@ size_t SizeOf(const ChatMessage& message) {
   return size;
 }
 
+// Messages stand in their order in all but a few templates, so the text is looked through once.
+Status CheckShown(const std::string& text, std::span<const ChatMessage> messages) {
+  size_t at = 0;
+  for (size_t i = 0; i < messages.size(); ++i) {
+    if (messages[i].role == "assistant") continue;
+    const std::string_view said = Strip(messages[i].content);
+    size_t found = text.find(said, at);
+    if (found == text.npos) found = text.find(said);
+    if (found == text.npos)
+      return Unsupported("the chat template drops or changes the text of message {}", i + 1);
+    at = found + said.size();
+  }
+  return Status::Ok();
+}
+
 Tool ProbeTool() {
   return {"probe_tool",
           R"({"type":"function","function":{"name":"probe_tool","description":"Probes.",)"
@@ -119,18 +134,6 @@ bool ModelTemplate::always_thinks() const {
   const ChatMessage user{"user", "A probe."};
   const auto text = RenderWith({}, {&user, 1}, {}, options);
   return text.ok() && Strip(text->bytes()).ends_with("<think>");
-}
-
-Status ModelTemplate::CheckShown(const jinja::Text& text,
-                                 std::span<const ChatMessage> messages) const {
-  for (const ChatMessage& message : messages) {
-    if (message.role == "assistant" ||
-        text.bytes().find(Strip(message.content)) != std::string::npos)
-      continue;
-    return Unsupported("the chat template drops or changes what a message of role '{}' says",
-                       message.role);
-  }
-  return Status::Ok();
 }
 
 bool ModelTemplate::TakesTools() const {
@@ -175,7 +178,7 @@ Expected<jinja::Text> ModelTemplate::Render(std::span<const ChatMessage> message
   }
   DSLA_ASSIGN_OR_RETURN(jinja::Text text,
                         RenderWith(calls_.value_or(Calls{}), messages, tools, options));
-  if (shows_messages_) DSLA_RETURN_IF_ERROR(CheckShown(text, messages));
+  if (shows_messages_) DSLA_RETURN_IF_ERROR(CheckShown(text.bytes(), messages));
   return text;
 }
 

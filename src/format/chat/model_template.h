@@ -52,7 +52,6 @@ class ModelTemplate {
   Expected<jinja::Text> RenderWith(const Calls& calls, std::span<const ChatMessage> messages,
                                    std::span<const Tool> tools,
                                    const ChatRenderOptions& options) const;
-  Status CheckShown(const jinja::Text& text, std::span<const ChatMessage> messages) const;
   bool TakesTools() const;
   std::optional<Calls> FindCalls() const;
 

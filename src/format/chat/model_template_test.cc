@@ -151,6 +151,27 @@ TEST(ModelTemplate, RefusesWhatItWouldDrop) {
   EXPECT_TRUE(OfFile("hermes").Render(std::vector<ChatMessage>{user, talk}, tools, {}).ok());
 }
 
+TEST(ModelTemplate, WhatIsShownMayStandInAnotherOrder) {
+  const auto last_first = ModelTemplate::ForChat(
+      "{{ messages[-1].content }}{% for m in messages %}{% if not loop.last %}{{ m.content }}"
+      "{% endif %}{% endfor %}");
+  ASSERT_TRUE(last_first.ok()) << last_first.status().message();
+  std::vector<ChatMessage> messages = {{"system", "a"}, {"user", "b"}, {"user", " c"}};
+  const auto text = last_first->Render(messages, {}, {});
+  ASSERT_TRUE(text.ok()) << text.status().message();
+  EXPECT_EQ(text->bytes(), " cab");
+  messages.insert(messages.begin() + 1, {"narrator\n", "d"});
+  EXPECT_EQ(last_first->Render(messages, {}, {})->bytes(), " cadb");
+  const auto users = ModelTemplate::ForChat(
+      "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}");
+  ASSERT_TRUE(users.ok());
+  EXPECT_EQ(users->Render(messages, {}, {}).status().message(),
+            "the chat template drops or changes the text of message 1");
+  messages.erase(messages.begin());
+  EXPECT_EQ(users->Render(messages, {}, {}).status().message(),
+            "the chat template drops or changes the text of message 1");
+}
+
 TEST(ModelTemplate, RefusalsNameTheTemplatesWordsAlone) {
   ChatMessage call{"assistant", ""};
   call.tool_calls = {{"a", "secret", "{}"}, {"b", "secret", "{}"}};

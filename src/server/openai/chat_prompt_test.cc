@@ -40,7 +40,7 @@ TEST(ChatPrompt, ByTheModelFilesOwnTemplate) {
   EXPECT_EQ(api.tokenizer->Decode(api.engine.job(0).request.prompt), "hello hello");
   ExpectRefused(
       *api.Chat(R"({"messages":[{"role":"system","content":"a"},{"role":"user","content":"b"}]})"),
-      "role 'system'");
+      "the text of message 1");
 }
 
 TEST(ChatPrompt, TheLastMessageIsContinuedWhenAsked) {
